@@ -16,10 +16,10 @@ from pathlib import Path
 from harness import report
 
 from clipup.clip.word_tokenizer import WordTokenizer, split_words
-from clipup.data.captions import same_words
-from clipup.data.samples import tar_samples
 from clipup.data.shard_names import expand_shards
+from clipup.data.shards import tar_samples
 from clipup.data.skips import Skips
+from clipup.demo.pictograms.captions import same_words
 from clipup.models.tokenizers import get_tokenizer
 
 TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from .skips import raise_lack
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -55,15 +57,12 @@ def upright(image: Image) -> Image:
 
 
 def preprocessed(preprocess: Callable[[Image], Tensor], image: Image, name: Callable[[], str]) -> Tensor:
-    """What the transform returns. The messages of its errors name the image."""
+    """What the transform returns. Its errors become a ValueError that names the image, except for lack of memory."""
     try:
         return preprocess(image)
     except Exception as error:
-        message = f"{error}{' ' * bool(str(error))}(preprocess of {name()})"
-        if len(error.args) > 1:  # of which some exceptions make their message
-            raise ValueError(f"{type(error).__name__}: {message}") from error
-        error.args = (message,)
-        raise
+        raise_lack(error)
+        raise ValueError(f"{type(error).__name__}: {error} (preprocess of {name()})") from error
 
 
 def _opened(file: str | BytesIO) -> Image:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,80 +21,91 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..progress import Progress
-from .epoch_order import EpochOrder, GlobalBatches
+from .epoch_order import RULE, EpochOrder, GlobalBatches
 from .images import load_image, preprocessed
 from .options import DataOptions
-from .processes import reading, worker_init_fn
-from .samples import check_found
+from .processes import reading, unchanged, worker_init_fn
+from .samples import Source, check_found, digest_of
 from .skips import Notes, Report, Retries, raise_lack
-from .sources import CsvSource, ShardSource, Source, digest_of
 from .train_data import (
     CountedBatches,
     Reader,
     Start,
     TrainData,
-    described,
-    global_batches,
     own_choices,
     seed_choices,
 )
 
 _READ_AT_ONCE = 64
-_TOKENIZE_BATCH = 4096
-_BATCHES_AT_ONCE = 64
-"""Whose samples are chosen together."""
+_AT_ONCE = 4096
+"""Texts for the tokenizer."""
 _FILLING = -1
 """In place of an epoch in the seeds of augmentations in a cache."""
 
 
-def indexed_data(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> TrainData:
-    """Training data from local shards or, without any, from a CSV file."""
-    path, skips = options.train_data, reader.skips
-    progress = progress and reader.rank == 0
-    source: Source
-    if shards:
-        processes, first = max(1, options.workers), reader.rank * len(shards) // reader.world_size
-        source = ShardSource(
-            shards, skips, processes=processes, first=first, retries=options.data_retries, progress=progress
-        )
-    else:
-        source = CsvSource(path, options.csv_format, skips, options.data_retries)
-    check_found(len(source), skips, path, "train_data")
-    batches = global_batches(options.train_num_samples or len(source), options, reader)
-    start = Start()
-    data: CachedBatches | CountedBatches
+def indexed_data(options: DataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:
+    """Training data from a source."""
+    skips, start = reader.skips, Start()
+    check_found(len(source), skips, options.train_data, "train_data")
     if options.cache:
-        data = CachedBatches(source, options, reader, start, progress)
-        order, batches, digest = data.order, data.batches, data.digest
-    else:
-        order, digest = EpochOrder(len(source), options.seed), source.digest
-        loader = DataLoader(
-            IndexedBatches(source, order, batches, options, reader),
-            batch_size=None,
-            sampler=Places(start, batches.of_rank),
-            collate_fn=_unchanged,
-            num_workers=options.workers,
-            persistent_workers=options.workers > 0,
-            worker_init_fn=worker_init_fn(),
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-        data = CountedBatches(
-            loader,
-            skips,
-            num_samples=batches.steps * batches.global_size,
-            num_batches=batches.of_rank,
-            total=len(source) + int(skips),
-            world_size=reader.world_size,
-        )
-    return TrainData(
-        data,
-        reader.epoch,
-        skips,
-        accum_freq=options.accum_freq,
-        start=start,
-        order=described(order, batches, digest),
+        cached = CachedBatches(source, options, reader, start, progress)
+        return _train_data(cached, cached.order, cached.batches, cached.digest, options, reader, start)
+    batches = _global_batches(options.train_num_samples or len(source), options, reader)
+    order = EpochOrder(len(source), options.seed)
+    loader = DataLoader(
+        IndexedBatches(source, order, batches, options, reader),
+        batch_size=None,
+        sampler=Places(start, batches.of_rank),
+        collate_fn=unchanged,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        worker_init_fn=worker_init_fn(),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
     )
+    counted = CountedBatches(
+        loader,
+        skips,
+        num_samples=batches.steps * batches.global_size,
+        num_batches=batches.of_rank,
+        total=len(source) + int(skips),
+        world_size=reader.world_size,
+    )
+    return _train_data(counted, order, batches, source.digest, options, reader, start)
+
+
+def _train_data(
+    loader: CachedBatches | CountedBatches,
+    order: EpochOrder,
+    batches: GlobalBatches,
+    digest: str,
+    options: DataOptions,
+    reader: Reader,
+    start: Start,
+) -> TrainData:
+    described = {
+        "rule": RULE,
+        "rows": order.rows,
+        "samples": batches.samples,
+        "global_batch": batches.global_size,
+        "data": digest,
+    }
+    return TrainData(loader, reader.epoch, reader.skips, accum_freq=options.accum_freq, start=start, order=described)
+
+
+def _global_batches(samples: int, options: DataOptions, reader: Reader) -> GlobalBatches:
+    """The batches of one rank in an epoch.
+
+    Raises ValueError when there are too few samples for a step.
+    """
+    batches = GlobalBatches(samples, options.batch_size, options.accum_freq, reader.rank, reader.world_size)
+    if batches.steps == 0:
+        accumulated = f", and {options.accum_freq} of them per step" if options.accum_freq > 1 else ""
+        raise ValueError(
+            f"batch_size: got {options.batch_size} for {reader.world_size} processes{accumulated}, but "
+            f"{options.train_data} has {samples} readable samples: use a smaller batch"
+        )
+    return batches
 
 
 class Places:
@@ -118,21 +128,18 @@ class _Samples:
     def __init__(self, source: Source, options: DataOptions, reader: Reader) -> None:
         self.source, self.preprocess, self.max_pixels = source, reader.preprocess, options.max_image_pixels
         self.notes = Notes()
-        self.retried = Retries(options.data_retries, self.notes)
+        self.retried = Retries(options.data_retries)
 
     def read(self, row: int, seed: int) -> tuple[Tensor, list[str]] | None:
         """The preprocessed image and the captions; None, with a note, if they cannot be read."""
         try:
-            content, captions, several_lines = self.retried(
-                lambda: self.source.name(row), lambda: self.source.read(row)
-            )
+            content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
             image = load_image(content, self.max_pixels)
         except Exception as error:  # PIL has no common class for what a broken file may raise
             raise_lack(error)
-            reason = f"{type(error).__name__}: {error}"
-            self.notes.add(self.source.name(row), reason, place=self.source.place(row))
+            self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
             return None
-        self.notes.read(several_lines)
+        self.notes.read()
         seed_choices(seed)
         return preprocessed(self.preprocess, image, lambda: self.source.name(row)), captions
 
@@ -184,10 +191,6 @@ class IndexedBatches(Dataset):
             yield int(self.order.rows_at(epoch, np.array([spare]))[0])
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
 class CachedBatches:
     """Batches `(images [B, C, H, W] float32, tokens [B, L] int64)`, shuffled, from memory.
 
@@ -198,42 +201,35 @@ class CachedBatches:
     """
 
     def __init__(self, source: Source, options: DataOptions, reader: Reader, start: Start, progress: bool) -> None:
-        self.start = start
+        self.start, skips = start, reader.skips
         self.images, captions, rows = _read_all(source, options, reader, progress)
-        skips = reader.skips
         skips.check(len(rows) + int(skips))
         self.pass_counts = (len(rows) + int(skips)) / reader.world_size, dict(skips.samples)
         self.order = EpochOrder(len(rows), options.seed)
-        self.batches = global_batches(len(rows), options, reader)
+        self.batches = _global_batches(len(rows), options, reader)
         self.num_batches = self.batches.of_rank
         self.num_samples = self.batches.steps * self.batches.global_size
         self.digest = digest_of(source.digest.encode(), np.array(rows))
-        # the index of an image's first caption; images with equal captions share them
-        first: dict[tuple[str, ...], int] = {}
-        texts: list[str] = []
-        for of_image in captions:
-            if of_image not in first:
-                first[of_image] = len(texts)
-                texts += of_image
-        step = _TOKENIZE_BATCH
-        self.tokens = torch.cat([reader.tokenizer(texts[i : i + step]) for i in range(0, len(texts), step)])
-        self.first_caption = np.array([first[of_image] for of_image in captions])
-        self.caption_count = np.array([len(of_image) for of_image in captions], np.uint64)
+        # images with equal captions share their tokens
+        distinct = {of_image: number for number, of_image in enumerate(dict.fromkeys(captions))}
+        texts = [text for of_image in distinct for text in of_image]
+        counts = np.array([len(of_image) for of_image in distinct])
+        numbers = np.array([distinct[of_image] for of_image in captions])
+        self.tokens = torch.cat([reader.tokenizer(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
+        self.first_caption = (np.cumsum(counts) - counts)[numbers]
+        self.caption_count = counts[numbers].astype(np.uint64)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, numbers = self.start.epoch, range(self.start.batch, self.num_batches)
-        for first in range(0, len(numbers), _BATCHES_AT_ONCE):
-            some = numbers[first : first + _BATCHES_AT_ONCE]
-            positions = np.concatenate([self.batches.positions(batch) for batch in some])
+        epoch = self.start.epoch
+        for batch in range(self.start.batch, self.num_batches):
+            positions = self.batches.positions(batch)
             rows = self.order.rows_at(epoch, positions)
             draws = self.order.seeds(epoch, positions) % self.caption_count[rows]
-            captions = torch.from_numpy(self.first_caption[rows] + draws.astype(np.int64))
-            size = self.batches.batch_size
-            for images, texts in zip(torch.from_numpy(rows).split(size), captions.split(size), strict=True):
-                yield self.images[images], self.tokens[texts]
+            captions = self.first_caption[rows] + draws.astype(np.int64)
+            yield self.images[torch.from_numpy(rows)], self.tokens[torch.from_numpy(captions)]
 
 
 class _Parts(Dataset):
@@ -271,7 +267,7 @@ def _read_all(
         _Parts(source, options, reader),
         batch_size=None,
         num_workers=options.workers,
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         worker_init_fn=worker_init_fn(),
         generator=torch.Generator(),
     )
@@ -280,11 +276,9 @@ def _read_all(
     rows: list[int] = []
     with Progress("reading images into memory", "images", len(source), show=progress) as bar, reading(loader) as parts:
         for batch, its_captions, its_rows, report in parts:
-            reader.skips.add_report(report)
+            reader.skips.add(report.skipped)
             if batch is not None:
-                if images is None:
-                    _check_memory(len(source), batch[0], reader.world_size)
-                    images = torch.empty(len(source), *batch.shape[1:])
+                images = _space(len(source), batch[0], reader.world_size) if images is None else images
                 images[len(rows) : len(rows) + len(batch)] = batch
                 captions += its_captions
                 rows += its_rows
@@ -294,13 +288,13 @@ def _read_all(
     return images[: len(rows)], captions, rows
 
 
-def _check_memory(count: int, image: Tensor, world_size: int) -> None:
+def _space(count: int, image: Tensor, world_size: int) -> Tensor:
+    """An empty tensor for all images."""
     here = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))  # set by torchrun
-    needed = count * image.numel() * 4 * here
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = count * image.numel() * 4 * here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
-        shape = " x ".join(map(str, image.shape))
         raise ValueError(
-            f"cache: {count} images of {shape} take {needed / 1e9:.1f} GB{f' in {here} processes' * (here > 1)}, more "
-            f"than half of the {memory / 1e9:.1f} GB of this machine: train without cache"
+            f"cache: {count} images of {tuple(image.shape)} take {needed / 1e9:.1f} GB in {here} processes, more than "
+            f"half of the {memory / 1e9:.1f} GB of this machine: train without cache"
         )
+    return torch.empty(count, *image.shape)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Value
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..extras import needed_for
+from .csv_files import CsvSource, csv_samples
 from .images import MAX_PIXELS
 from .indexed import indexed_data
 from .options import DataOptions, SourceOptions
 from .processes import reading, worker_init_fn
-from .samples import Images, Sample, check_found, csv_samples, readable, tar_samples
-from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, not_a_source, sizes_of
+from .samples import Images, Sample, Source, check_found, readable
+from .shard_names import describe, expand_shards, is_remote, listed_shards, names_digest, not_a_source, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
-from .skips import Retries, Skips
-from .train_data import Reader, SharedEpoch, TrainData
-
-if TYPE_CHECKING:
-    from .shares import Share
+from .shards import ShardSource, tar_samples
+from .skips import Skips
+from .train_data import Reader, TrainData
 
 __all__ = [
     "DataOptions",
@@ -36,11 +35,6 @@ __all__ = [
     "load_train_data",
     "train_loader",
 ]
-
-_EVEN_ENOUGH = 10
-"""Shards per data worker from which one more of them makes little difference."""
-
-_LOG = logging.getLogger(__name__)
 
 
 def train_loader(
@@ -104,25 +98,36 @@ def load_train_data(
     """`train_loader` with its options as one object."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
-    reader = Reader(preprocess, tokenizer, rank, world_size, SharedEpoch(epoch), Skips(options.max_skipped))
+    progress = progress and rank == 0
+    reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped))
     shards = _train_shards(options)
     if not options.cache and (options.dataset_resampled or any(map(is_remote, shards))):
         data = _streamed(options, shards, reader)
     else:
-        data = indexed_data(options, shards, reader, progress)
+        data = indexed_data(options, _source(options, shards, reader, progress), reader, progress)
     data.options = options
     data.set_epoch(epoch)
     return data
 
 
 def _train_shards(options: DataOptions) -> list[str]:
-    """The shards of the training data; none for a CSV file."""
-    source = options.train_data
-    if os.path.isdir(source):
-        if not (Path(source) / DATASET_FILE).is_file():
-            raise not_a_source("train_data", source, "train-*.tar")
-        return listed_shards(source, "train", "train_data")
-    return [] if options.is_csv(source, "train_data") else expand_shards(source, "train_data", options.allow_pipe)
+    """The shards of the training data; none for another format."""
+    path = options.train_data
+    if os.path.isdir(path):
+        if not (Path(path) / DATASET_FILE).is_file():
+            raise not_a_source("train_data", path, "train-*.tar")
+        return listed_shards(path, "train", "train_data")
+    is_tar = options.format_of(path, "train_data") == "webdataset"
+    return expand_shards(path, "train_data", options.allow_pipe) if is_tar else []
+
+
+def _source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
+    """The samples of the files, by number."""
+    retries, skips = options.data_retries, reader.skips
+    if not shards:
+        return CsvSource(options.train_data, options.csv_format, skips, retries)
+    first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
+    return ShardSource(shards, skips, max(1, options.workers), first, retries, progress)
 
 
 def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
@@ -133,25 +138,24 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
             f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
             f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers, or cache the data"
         )
-    num_samples = _num_samples(shards, options.train_num_samples)
-    if not options.dataset_resampled and reader.rank == 0:
-        _warn_of_uneven_parts(len(shards), max(1, options.workers) * reader.world_size)
-    data = streamed_data(options, shards, num_samples, reader)
+    data = streamed_data(options, shards, _num_samples(shards, options.train_num_samples), reader)
     if not options.dataset_resampled:  # then every rank draws shards of its own
-        data.shards = digest_of(shards, Retries(options.data_retries, reader.skips))
+        data.shards = names_digest(shards)
     return data
 
 
-def _warn_of_uneven_parts(shards: int, readers: int) -> None:
-    """Every data worker serves as many batches as any other, whatever shards it has."""
-    each, more = divmod(shards, readers)
-    if more and each < _EVEN_ENOUGH:
-        _LOG.warning(
-            "train_data: %d shards for %d data workers in all: in an epoch, those with %d serve some samples twice, "
-            "and those with %d leave some out. With a number of workers that divides that of the shards, or with more "
-            "shards, there are fewer of both",
-            *(shards, readers, each, each + 1),
+def _num_samples(shards: list[str], given: int | None) -> int:
+    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards."""
+    sizes = sizes_of(shards)
+    if given is None and not sizes.keys() >= set(shards):
+        raise ValueError(
+            f"train_num_samples: not given, and no {SIZES_FILE} beside {shards[0]} gives the number of samples of "
+            "these shards: pass the number of samples per epoch"
         )
+    total = sum(sizes[shard] for shard in shards) if given is None else given
+    if total < 1:
+        raise ValueError(f"train_data: got {total} samples, the data set is empty")
+    return total
 
 
 class EvalSamples:
@@ -186,10 +190,9 @@ class EvalSamples:
         for images, captions, metadata in self.batches(1):
             yield images[0], captions[0], metadata[0]
 
-    def part(self, share: Share, batch_size: int) -> EvalSamples:
-        """The samples of one process of a distributed evaluation."""
-        mine = share.part(self.samples, batch_size)
-        return EvalSamples(mine, self.preprocess, self._skips, self.strict, self.max_image_pixels)
+    def only(self, samples: Sequence[Sample]) -> EvalSamples:
+        """Some of the samples, such as those of one process of a distributed evaluation."""
+        return EvalSamples(samples, self.preprocess, self._skips, self.strict, self.max_image_pixels)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """Batches `(images [B, C, H, W], captions per image, metadata per image)`.
@@ -222,7 +225,7 @@ class EvalSamples:
     def _note(self, sample: Sample, reason: str) -> None:
         if self.strict:
             raise ValueError(f"cannot read the image {sample.named}: {reason}; repair or remove it")
-        self._skips.note(sample.named, reason, place=sample.counted_as)
+        self._skips.note(sample.named, reason)
         self._skips.check(self._total)
 
 
@@ -250,32 +253,9 @@ def load_eval_samples(
     if os.path.isdir(source):
         raise not_a_source(argument, source, "test-*.tar")
     skips = Skips(options.max_skipped)
-    if options.is_csv(source, argument):
+    if options.format_of(source, argument) == "csv":
         samples = csv_samples(source, options.csv_format, skips, argument)
     else:
         samples = tar_samples(expand_shards(source, argument), skips, argument)
     check_found(len(samples), skips, source, argument)
     return EvalSamples(samples, preprocess, skips, max_image_pixels=options.max_image_pixels)
-
-
-def _num_samples(shards: list[str], given: int | None) -> int:
-    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside them."""
-    total = _from_sizes(shards) if given is None else given
-    if total is None:
-        raise ValueError(
-            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} gives the "
-            "number of samples of these shards: pass the number of samples per epoch"
-        )
-    if total < 1:
-        raise ValueError(f"train_data: got {total} samples, the data set is empty")
-    return total
-
-
-def _from_sizes(shards: list[str]) -> int | None:
-    sizes = sizes_of(shards)
-    if len(sizes) == len(set(shards)):
-        return sum(sizes[shard] for shard in shards)
-    directory = Path(shards[0]).parent
-    if {*map(Path, shards)} != {*directory.glob("*.tar")} or not (directory / "__len__").is_file():
-        return None  # __len__ counts the samples of its directory
-    return int((directory / "__len__").read_text("utf-8"))

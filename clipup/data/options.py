@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..checks import check, one_of
-from .csv_rows import CsvFormat
+from .csv_files import CsvFormat
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
@@ -51,15 +51,15 @@ class SourceOptions:
     def csv_format(self) -> CsvFormat:
         return CsvFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
 
-    def is_csv(self, source: str, argument: str) -> bool:
-        """Whether the source is a CSV file; else it is WebDataset shards.
+    def format_of(self, source: str, argument: str) -> str:
+        """The format of a source: csv or webdataset.
 
         Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
         """
         if is_csv(source, self.dataset_type):
-            return True
+            return "csv"
         if self.dataset_type == "webdataset" or ".tar" in os.path.basename(source):
-            return False
+            return "webdataset"
         raise ValueError(
             f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: set "
             "dataset_type"
@@ -83,7 +83,7 @@ class DataOptions(SourceOptions):
     accum_freq: int = 1
     """Batches per step; of indexed data, the samples of a step depend on their number and the batch size together."""
     train_num_samples: int | None = None
-    """Samples per epoch, by default all; needed for streamed shards without a `sizes.json` or `__len__` beside them."""
+    """Samples per epoch, by default all; needed for streamed shards without a `sizes.json` beside them."""
     dataset_resampled: bool = False
     """Draw shards with replacement, and stream them."""
     train_data_upsampling_factors: str | None = None
@@ -100,11 +100,9 @@ class DataOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         samples = self.train_num_samples
-        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        check("accum_freq", self.accum_freq, self.accum_freq >= 1, "at least 1")
+        for name, least in (("batch_size", 1), ("accum_freq", 1), ("data_retries", 0), ("workers", 0)):
+            check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
-        check("data_retries", self.data_retries, self.data_retries >= 0, "0 (no further try) or more")
-        check("workers", self.workers, self.workers >= 0, "0 (read in this process) or more")
         if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
             raise ValueError(
                 f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "

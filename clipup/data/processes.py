@@ -1,89 +1,64 @@
-"""Worker processes: a map over items, and data loader workers that survive signals to the process group."""
+"""Data workers that survive signals to the process group and end with their parent, and a map over items by them."""
 
 from __future__ import annotations
 
 import atexit
 import errno
-import functools
-import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from types import TracebackType
+from multiprocessing.connection import wait
 from typing import Any
 
-_CHUNK = 32
+import torch
+from torch.utils.data import DataLoader, Dataset
+
 _SECONDS_TO_END = 1
 """For all workers together, from when they are told to end until they are killed."""
 
 
-def each(
-    function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None, chunk: int = _CHUNK
-) -> Iterator[Any]:
+def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> Iterator[Any]:
     """The function's results for all items, in order.
 
     Args:
-        processes: None for one per CPU; with 1, the calling process does the work.
-        chunk: items sent to a process at once.
+        processes: data workers; None for one per CPU. With 1, the calling process does the work.
 
-    Workers ignore Ctrl-C; the calling process receives it and ends them. They end with it, too, if it is killed.
-
-    Raises ChildProcessError when a worker was killed.
+    Raises LostWorker when a worker was killed.
     """
     processes = processes or os.cpu_count() or 1
-    if processes == 1:
-        yield from map(function, items)
-        return
-    # Forked where possible, so that workers need not import the package (and torch) again
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    end, ends = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(processes, context, _prepare_for_map, (end,))
-    try:
-        parts = [pool.submit(_all, function, items[i : i + chunk]) for i in range(0, len(items), chunk)]
-        parts.reverse()
-        while parts:
-            yield from parts.pop().result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            f"one of {processes} worker processes was killed, perhaps for lack of memory: use fewer of them"
-        ) from error
-    finally:
-        # To all workers, since none receives it: those that are busy would finish their items. No part is cancelled:
-        # the pool, which then counts as broken, would fail to say so to one.
-        ends.send(None)
-        pool.shutdown()
-        end.close()
-        ends.close()
+    loader = DataLoader(
+        _Mapped(function, items),
+        batch_size=None,
+        num_workers=processes if processes > 1 else 0,
+        collate_fn=unchanged,
+        worker_init_fn=worker_init_fn(),
+        generator=torch.Generator(),
+    )
+    with reading(loader) as results:
+        yield from results
 
 
-def _all(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return [function(item) for item in items]
+class _Mapped(Dataset):
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
 
 
-def _prepare_for_map(end: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, they have the handlers of the calling process
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_map, args=(parent.sentinel, end), daemon=True).start()
-
-
-def _end_map(parent: int, end: Connection) -> None:
-    """Ends a worker with its parent, and a second after there is something to receive: a result that is being sent
-    arrives as a whole."""
-    if parent not in wait([parent, end]):
-        time.sleep(_SECONDS_TO_END)
-    os._exit(1)
+def unchanged(batch: Any) -> Any:
+    """``collate_fn`` of data that come as batches."""
+    return batch
 
 
 def worker_init_fn() -> Callable[[int], None]:
@@ -93,7 +68,8 @@ def worker_init_fn() -> Callable[[int], None]:
     when it is killed, or its parent ends, even while its source stalls, the programs that it started end too. At exit
     the parent sends SIGTERM, which workers ignore, and would wait forever, so remaining workers are killed at exit.
     """
-    _register_at_exit()
+    atexit.unregister(_kill_daemons)  # what was there
+    atexit.register(_kill_daemons)  # runs before the function of multiprocessing.util, which was registered earlier
     return _prepare_worker
 
 
@@ -107,14 +83,6 @@ SHARED_MEMORY_FULL = (
 )
 
 
-def _fills_shared_memory(error: BaseException) -> bool:
-    """Whether torch could not get shared memory, in a worker or here, or multiprocessing a semaphore."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC and error.filename is None
-    text = str(error)
-    return ("</torch_" in text and os.strerror(errno.ENOSPC) in text) or "killed by signal: Bus error" in text
-
-
 @contextmanager
 def lost_workers_named(iterator: Any = None) -> Iterator[None]:
     """Inside, while data are read, LostWorker takes the place of torch's error and of that of a broken connection. An
@@ -126,18 +94,20 @@ def lost_workers_named(iterator: Any = None) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError, EOFError, MemoryError) as error:
+        message, full = str(error), os.strerror(errno.ENOSPC)
         killed_by = {worker.exitcode for worker in getattr(iterator, "_workers", ())}
-        if -signal.SIGBUS in killed_by or _fills_shared_memory(error):
+        # torch without shared memory, in a worker or here, or multiprocessing without a semaphore
+        no_memory = full in message and ("</torch_" in message or getattr(error, "filename", "") is None)
+        if no_memory or -signal.SIGBUS in killed_by or "killed by signal: Bus error" in message:
             raise LostWorker(SHARED_MEMORY_FULL) from error
-        message = str(error)
         if message.startswith("Caught "):  # by torch, which appends the worker's traceback
             message = re.split(rf"\n[\w.]*\b{type(error).__name__}: ?", message)[-1]
             raise type(error)(message.strip()) from error
         if isinstance(error, ConnectionError | EOFError) or message.startswith("DataLoader worker"):
-            reason = next(iter(message.splitlines()), type(error).__name__).removesuffix(".")
+            reason = message.partition("\n")[0] or type(error).__name__
             raise LostWorker(
-                f"a data worker has ended ({reason}), perhaps killed for lack of memory: use fewer workers, or free "
-                "memory"
+                f"a data worker has ended ({reason.removesuffix('.')}), perhaps killed for lack of memory: use fewer "
+                "workers, or free memory"
             ) from error
         raise
 
@@ -224,29 +194,12 @@ def _prepare_worker(worker: int) -> None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = functools.partial(_report, sys.excepthook)
 
 
 def _end_with(parent: int) -> None:
     """torch's workers notice that their parent has ended only where they wait for it, not while they read."""
     wait([parent])
     os.killpg(os.getpid(), signal.SIGKILL)
-
-
-def _report(
-    report: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """A thread of ``multiprocessing`` hands over a worker's tensors. When the parent stops waiting meanwhile, or is
-    killed, a connection breaks in that thread, and its traceback would be the last that one reads of a run."""
-    if not isinstance(error, ConnectionError | EOFError):
-        report(kind, error, trace)
-
-
-@functools.cache
-def _register_at_exit() -> None:
-    """``atexit`` runs functions in reverse order, so ours runs before that of ``multiprocessing.util``."""
-    importlib.import_module("multiprocessing.util")
-    atexit.register(_kill_daemons)
 
 
 def _kill_daemons() -> None:

@@ -1,36 +1,53 @@
-"""Samples of a source in memory: the location and captions of each image, for evaluation.
+"""Samples: the location and captions of images. The formats of data (`shards`, `csv_files`) make them.
 
-A source is one of
-- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.json` (`{"captions": [...], ...}`) or `KEY.txt` (one caption a
-  line, as in CLIP_benchmark),
-- a CSV file with a column of image paths and one of captions: a cell is one caption,
-- a directory of images, which have no captions.
-
-Unreadable samples are skipped and counted in `Skips`, never lost silently.
+For evaluation they are a list in memory, with an entry for each image. For training they are a `Source`. A directory of
+images is a format too; its images have no captions. Unreadable samples are skipped and counted in `Skips`, never lost
+silently.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .csv_rows import CsvFormat, readable_rows
 from .images import MAX_PIXELS, load_image, preprocessed
-from .shard_names import FileState, check_local, check_state, sizes_of, state_of
-from .skips import RETRIES, Note, Retries, Skips, raise_lack, read_whole
-from .tars import IMAGE_EXTENSIONS, Members, complete, lines, read_samples
+from .skips import Retries, Skips, SourceError, raise_lack
+from .tars import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _OTHER_KINDS = ("avif", "bmp", "dng", "gif", "heic", "heif", "jxl", "tif", "tiff")
+
+FileState = tuple[int, int]
+"""The size of a file and its time of modification in nanoseconds."""
+
+
+class Source(Protocol):
+    """Training samples by number, in arrays that data workers share with the process that starts them."""
+
+    digest: str
+    """Of what the numbers mean: which sample has which. Equal after the files have moved."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """Of a sample, for messages; and by which it is counted, so no other's."""
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        """The content of the image's file, and the captions.
+
+        Raises OSError or ValueError where they cannot be read, SourceError where that is no fault of the sample.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,20 @@ class Sample:
         """Its name in messages."""
         return self.key if self.path in self.key else f"{self.key} in {self.path}"
 
-    @property
-    def counted_as(self) -> str:
-        """By which it is counted: several samples of a shard can have the same key."""
-        return self.named if self.offset is None else f"byte {self.offset} of {self.path}"
+
+def state_of(descriptor: int) -> FileState:
+    """The state of an open file."""
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns
+
+
+def check_state(descriptor: int, expected: FileState, shard: str) -> None:
+    """Raises SourceError when an open shard is not in the state in which its samples were found."""
+    if state_of(descriptor) != expected:
+        raise SourceError(
+            f"{shard} was replaced or changed after its samples were indexed: do not write into data that are in use. "
+            "Start again, so that it is indexed again"
+        )
 
 
 def read_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
@@ -77,7 +104,7 @@ class Images(Dataset):
         self, samples: Sequence[Sample], preprocess: Callable[[Image], Tensor], max_pixels: int = MAX_PIXELS
     ) -> None:
         self.samples, self.preprocess, self.max_pixels = samples, preprocess, max_pixels
-        self.retried = Retries(RETRIES, Skips())
+        self.retried = Retries()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -99,77 +126,33 @@ def readable(images: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, li
     return default_collate(good) if good else None, [reason for _, reason in images]
 
 
-def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Sample]:
-    """Every complete sample of local shards, in order. Only headers and captions are read, not images.
+class PackedTexts:
+    """Texts by index. A list would be copied into every data worker: reading an object changes its reference count, and
+    so the memory page that it shares with the parent process."""
 
-    Raises OSError, naming the shard, when one cannot be read, also after further tries.
-    """
-    check_local(shards, argument)
-    samples: list[Sample] = []
-    sizes = sizes_of(shards)
-    found: dict[str, int] = {}
-    lost: dict[str, list[Note]] = {}
-    retried = Retries(RETRIES, skips)
-    for shard in shards:
-        of_shard, state, lost[shard] = read_whole(
-            lambda: _members_of(shard, sizes.get(shard)),  # noqa: B023
-            shard,
-            argument,
-            retried,
-        )
-        found[shard] = len(of_shard)
-        for members in of_shard:
-            try:
-                parts = complete(members)
-            except ValueError as error:
-                skips.note(members.named, error, place=members.counted_as)
-                continue
-            captions = lines(parts.captions[0]) if parts.text == "txt" else parts.captions
-            about = {"key": members.key, **parts.about}
-            place = members.place[parts.image]
-            samples.append(Sample(members.key, shard, tuple(captions), *place, about, state))
-    skips.add(estimated(found, lost))
-    return samples
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self.content, self.ends = bytearray(), array("q", [0])
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self.content += text.encode("utf-8", "surrogateescape")
+        self.ends.append(len(self.content))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self.content[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
-def _members_of(shard: str, expected: int | None) -> tuple[list[Members], FileState, list[Note]]:
-    """The samples of a shard, complete or not, its state, and what is damaged."""
-    notes: list[Note] = []
-    with open(shard, "rb") as file:
-        state = state_of(file.fileno())
-        lose: Any = lambda *note: notes.append(Note(*note))  # noqa: E731
-        return list(read_samples(file, shard, lose, images=False, expected=expected)), state, notes
-
-
-def estimated(found: dict[str, int], lost: dict[str, list[Note]]) -> list[Note]:
-    """What shards lost; where the number is unknown, by how many samples the largest undamaged shard has.
-
-    Args:
-        found: samples in each shard.
-    """
-    usual = max((count for shard, count in found.items() if not lost[shard]), default=0)
-    return [
-        note._replace(samples=note.samples or max(1, usual - found[shard]))
-        for shard, notes in lost.items()
-        for note in notes
-    ]
-
-
-def csv_samples(
-    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
-) -> list[Sample]:
-    """The images of a CSV file; the rows of an image are its captions.
-
-    Args:
-        directory: which paths are relative to; they may not lead out of it.
-    """
-    captions: dict[str, list[str]] = {}
-    for row in readable_rows(path, form, skips, argument, directory):
-        captions.setdefault(row.image, []).append(row.caption)
-    return [
-        Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
-        for image, of_image in captions.items()
-    ]
+def digest_of(*arrays: Any) -> str:
+    """Of the contents of arrays, each with its length."""
+    found = hashlib.sha256()
+    for one in arrays:
+        found.update(len(one).to_bytes(8, "little"))
+        found.update(memoryview(one))
+    return found.hexdigest()[:16]
 
 
 def image_files(source: str | Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Shard names: expansion of patterns, names listed in `dataset.json`, and verification of shards by their sha256.
+"""Shard names: expansion of patterns, and names listed in `dataset.json`.
 
 What the user types may contain wildcards, braces, "::" and URLs. A name in a data set's `dataset.json` may only be that
 of a file beside it, because a data set may come from anyone.
@@ -14,19 +14,15 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from .. import checks
 from ..extras import needed_for
-from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
-from .skips import Retries, SourceError
-from .tars import IMAGE_EXTENSIONS, TAR
-
-FileState = tuple[int, int]
-"""The size of a file and its time of modification in nanoseconds."""
+from .shard_writer import DATASET_FILE, SIZES_FILE
+from .tars import TAR
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
@@ -40,8 +36,7 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
         argument: what messages call the source.
         allow_pipe: whether `pipe:COMMAND` may run its command; None where there is no such option.
 
-    Raises FileNotFoundError when there is no shard or one is missing, and ValueError for a `pipe:` that is not allowed
-    or a shard that differs from what its data set lists.
+    Raises FileNotFoundError when there is no shard or one is missing, and ValueError for a `pipe:` that is not allowed.
     """
     source = os.fspath(source)
     shards: list[str] = []
@@ -50,10 +45,9 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
             if is_remote(name) and not os.path.isfile(name):
                 shards.append(_checked_url(name, argument, allow_pipe))
             else:
-                shards += _found(name, pattern, argument)
+                shards += _existing([name] if os.path.isfile(name) else sorted(glob.glob(name)) or [name], argument)
     if not shards:
         raise FileNotFoundError(f"{argument}: {source!r} names no shard, expected a path such as DIR/train-*.tar")
-    check_unchanged(shards, argument)
     return shards
 
 
@@ -65,18 +59,16 @@ def shard_weights(source: str | os.PathLike, factors: str, allow_pipe: bool | No
 
     Raises ValueError when there is another number of factors, or one is not a positive number.
     """
-    sources, texts = list(filter(None, os.fspath(source).split("::"))), factors.split("::")
-    try:
-        numbers = [float(text) for text in texts]
-    except ValueError:
-        numbers = []
-    if len(numbers) != len(sources) or not all(0 < number < math.inf for number in numbers):
-        raise ValueError(
-            f"train_data_upsampling_factors: got {factors!r} for the {len(sources)} sources in train_data, expected a "
-            'positive number for each, separated by "::"'
-        )
-    expanded = [expand_shards(one, "train_data", allow_pipe) for one in sources]
-    return [number for number, shards in zip(numbers, expanded, strict=True) for _ in shards]
+    sources = list(filter(None, os.fspath(source).split("::")))
+    with suppress(ValueError):
+        numbers = list(map(float, factors.split("::")))
+        if len(numbers) == len(sources) and all(0 < number < math.inf for number in numbers):
+            expanded = [expand_shards(one, "train_data", allow_pipe) for one in sources]
+            return [number for number, shards in zip(numbers, expanded, strict=True) for _ in shards]
+    raise ValueError(
+        f"train_data_upsampling_factors: got {factors!r} for the {len(sources)} sources in train_data, expected a "
+        'positive number for each, separated by "::"'
+    )
 
 
 def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> list[str]:
@@ -84,11 +76,17 @@ def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> li
 
     Raises as `expand_shards`, and ValueError for a split that does not exist or a name that is not a bare file name.
     """
-    path = Path(directory) / DATASET_FILE
     splits = describe(directory).get("splits", {})
     if split not in splits:
         raise ValueError(f"split: {directory} has no split {split!r}, its splits are {', '.join(splits)}")
-    return local_shards([Path(directory) / name for name, _ in _entries(splits[split], path)], argument)
+    names = [shard["file"] for shard in splits[split]["shards"]]
+    for name in names:
+        if name != os.path.basename(name) or name in ("", os.curdir, os.pardir):
+            raise ValueError(
+                f"{Path(directory) / DATASET_FILE} lists {name!r} as a shard, expected the name of a file beside it: "
+                "do not trust it"
+            )
+    return local_shards([Path(directory) / name for name in names], argument)
 
 
 def describe(directory: str | os.PathLike) -> dict:
@@ -99,6 +97,11 @@ def describe(directory: str | os.PathLike) -> dict:
             f"{directory} contains no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
         )
     return checks.read_json(path)
+
+
+def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]:
+    """Files by their exact names. Raises as `expand_shards`."""
+    return _existing((os.fspath(path) for path in paths), argument)
 
 
 def is_remote(name: str) -> bool:
@@ -122,21 +125,13 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     """
     root = Path(directory)
     named = next((path for pattern in (shards, "*.tar", "*.csv", "*.tsv") for path in sorted(root.glob(pattern))), None)
-    image = next((path for path in root.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS), None)
     if named is not None:
         advice = f"name its shards or a CSV file, such as {root / shards if named.match(shards) else named}"
-    elif image is not None and image.with_suffix(".txt").is_file():
-        advice = (
-            f"it holds images with captions beside them, which make a shard: {TAR} -cf data.tar "
-            f"-C {shlex.quote(str(root))} . and name data.tar"
-        )
-    elif image is not None:
-        advice = (
-            f"it holds images, such as {image.name}, and no captions: write a CSV file with the columns filepath and "
-            "title, separated by a tab, one image per line, and name that file"
-        )
     else:
-        advice = "it holds no shard (.tar), no CSV file and no image"
+        advice = (
+            "it holds no shard (.tar) and no CSV file. Images with captions beside them (KEY.jpg, KEY.txt) make a "
+            f"shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar"
+        )
     return ValueError(f"{argument}: {root} is a directory: {advice}")
 
 
@@ -150,7 +145,7 @@ def open_shard(shard: str) -> BinaryIO:
     return gopen(shard)
 
 
-def digest_of(shards: Sequence[str], retried: Retries) -> str:
+def names_digest(shards: Sequence[str]) -> str:
     """Of the names of shards and the sizes of those that are files. Equal after the files have moved: of a URL the last
     part of its path counts, and of a command nothing."""
     found = hashlib.sha256()
@@ -159,64 +154,26 @@ def digest_of(shards: Sequence[str], retried: Retries) -> str:
         name = "" if shard.lstrip().startswith(f"{_PIPE}:") else os.path.basename(path or urlsplit(shard).path)
         if path is not None:
             with suppress(OSError):  # a shard that is missing is skipped later
-                size = retried(partial(str, shard), partial(os.stat, path)).st_size
+                size = os.path.getsize(path)
         found.update(repr((name, size)).encode())
     return found.hexdigest()[:16]
 
 
-def state_of(descriptor: int) -> FileState:
-    """The state of an open file."""
-    state = os.fstat(descriptor)
-    return state.st_size, state.st_mtime_ns
-
-
-def check_state(descriptor: int, expected: FileState, shard: str) -> None:
-    """Raises SourceError when an open shard is not in the state in which its samples were found."""
-    if state_of(descriptor) != expected:
-        raise SourceError(
-            f"{shard} was replaced or changed after its samples were indexed: do not write into data that are in use. "
-            "Start again, so that it is indexed again"
-        )
-
-
 def sizes_of(shards: Sequence[str]) -> dict[str, int]:
     """The number of samples of each shard that a `sizes.json` beside it lists."""
-    sizes: dict[str, int] = {}
     read = cache(_sizes_in)
-    for shard in shards:
-        directory, name = os.path.split(shard)
-        listed = {} if is_remote(shard) else read(directory)
-        if name in listed:
-            sizes[shard] = listed[name]
-    return sizes
+    local = [shard for shard in shards if not is_remote(shard)]
+    found = {shard: read(os.path.dirname(shard)).get(os.path.basename(shard)) for shard in local}
+    return {shard: size for shard, size in found.items() if size is not None}
 
 
-def check_unchanged(shards: Sequence[str], argument: str) -> None:
-    """Raises ValueError, naming the shard, when its sha256 differs from that in the `dataset.json` beside it."""
-    read = cache(_listed_hashes)
-    for shard in shards:
-        if is_remote(shard):
-            continue
-        directory, name = os.path.split(shard)
-        expected = read(Path(directory)).get(name)
-        state = os.stat(shard)
-        found = _sha256(shard, state.st_size, state.st_mtime_ns) if expected else ""
-        if expected and found != expected:
-            raise ValueError(
-                f"{argument}: {shard} is not the file listed in {DATASET_FILE} beside it (sha256 {found[:16]}..., "
-                f"expected {expected[:16]}...): it was damaged or changed; copy it again, or build the data set again"
-            )
-
-
-def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]:
-    """Files by their exact names. Raises as `expand_shards`."""
-    shards = []
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{argument}: there is no shard {path}")
-        shards.append(_local(os.fspath(path)))
-    check_unchanged(shards, argument)
-    return shards
+def _sizes_in(directory: str) -> dict[str, int]:
+    path = Path(directory) / SIZES_FILE
+    listed = checks.read_json(path) if path.is_file() else {}
+    try:
+        return {name: int(size) for name, size in listed.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a number of samples for each shard ({error})") from error
 
 
 def _path_of(shard: str) -> str | None:
@@ -227,13 +184,14 @@ def _path_of(shard: str) -> str | None:
     return path.removeprefix("//") if scheme.strip().lower() == _FILE else None
 
 
-def _found(name: str, pattern: str, argument: str) -> list[str]:
-    matches = [name] if os.path.isfile(name) or not glob.has_magic(name) else sorted(glob.glob(name))
-    if not matches or not all(map(os.path.isfile, matches)):
-        raise FileNotFoundError(
-            f"{argument}: no shard {name} (from {pattern!r}): build the data first, or correct the path"
-        )
-    return [_local(match) for match in matches]
+def _existing(paths: Iterable[str], argument: str) -> list[str]:
+    """The paths of files, prefixed where they could be taken for a URL."""
+    shards = []
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{argument}: there is no shard {path}: build the data first, or correct the path")
+        shards.append(os.path.join(os.curdir, path) if is_remote(path) else path)
+    return shards
 
 
 def _braces(pattern: str, argument: str) -> Iterator[str]:
@@ -248,14 +206,8 @@ def _braces(pattern: str, argument: str) -> Iterator[str]:
         yield from braceexpand(pattern)
     except ValueError as error:
         raise ValueError(
-            f"{argument}: the braces of {pattern!r} do not match, expected a range such as {{0000..0099}}: close each, "
-            "or put a backslash before it where it belongs to the name"
+            f"{argument}: the braces of {pattern!r} do not match, expected a range such as {{0000..0099}}"
         ) from error
-
-
-def _local(path: str) -> str:
-    """The path, prefixed if it could be taken for a URL."""
-    return os.path.join(os.curdir, path) if is_remote(path) else path
 
 
 def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
@@ -273,42 +225,3 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
         known = ", ".join(sorted({*gopen_schemes, _FILE} - {"__default__"}))
         raise ValueError(f"{argument}: {url!r} has the unknown scheme {scheme}:, expected a path, or one of {known}")
     return url
-
-
-def _entries(split: Any, path: Path) -> list[tuple[str, str | None]]:
-    """Name and sha256 of the shards listed in a split."""
-    entries = []
-    for shard in split["shards"]:
-        name = shard["file"]
-        if name != os.path.basename(name) or name in ("", os.curdir, os.pardir) or "\0" in name or "\\" in name:
-            raise ValueError(
-                f"{path} lists {name!r} as a shard, expected the name of a file beside it: do not trust it"
-            )
-        entries.append((name, shard.get("sha256")))
-    return entries
-
-
-def _listed_hashes(directory: Path) -> dict[str, str]:
-    """By file name, from a `dataset.json` of `clipup data`; {} where there is none."""
-    path = directory / DATASET_FILE
-    if not path.is_file():
-        return {}
-    splits = checks.read_json(path).get("splits")
-    if not isinstance(splits, dict) or not all(isinstance(one, dict) and "shards" in one for one in splits.values()):
-        return {}  # written by another tool
-    return {name: digest for split in splits.values() for name, digest in _entries(split, path) if digest}
-
-
-@cache
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a file; hashed once per process while its size and time stay the same."""
-    return sha256(path)
-
-
-def _sizes_in(directory: str) -> dict[str, int]:
-    path = Path(directory) / SIZES_FILE
-    listed = checks.read_json(path) if path.is_file() else {}
-    try:
-        return {name: int(size) for name, size in listed.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a number of samples for each shard ({error})") from error

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+from ..atomic_files import make_aside, remove_abandoned, remove_aside
 from ..locks import exclusive
 
 DATASET_FILE = "dataset.json"
@@ -33,13 +31,8 @@ def write_shards(directory: Path, split: str, samples: Sequence[Sample], samples
         part = samples[start : start + samples_per_shard]
         path = directory / f"{split}-{len(shards):06d}.tar"
         _write_tar(path, part)
-        content = path.read_bytes()
-        shards.append({
-            "file": path.name,
-            "samples": len(part),
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        })  # fmt: skip
+        size = path.stat().st_size
+        shards.append({"file": path.name, "samples": len(part), "bytes": size, "sha256": sha256(path)})
     return shards
 
 
@@ -69,7 +62,7 @@ def finished(directory: Path, fingerprint: str) -> bool:
             return False
         shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
         return all(sha256(directory / os.path.basename(shard["file"])) == shard["sha256"] for shard in shards)
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -105,32 +98,13 @@ def sha256(path: str | os.PathLike) -> str:
 def only_writer(directory: Path) -> Iterator[None]:
     """Locks `directory` against other processes that build a data set, and cleans up after killed ones.
 
-    If a process was killed while it replaced a data set, the old one is restored.
-
     Raises DirectoryInUse when another process holds the lock.
     """
     directory = directory.resolve()
     lock = directory.parent / f".{directory.name}.lock"
     with exclusive(lock, directory, "wait for it to end, or name another directory"):
-        building, replaced = _left_behind(directory)
-        if not os.path.lexists(directory):
-            for old in [path for path in replaced if any(path.iterdir())][:1]:
-                old.rename(directory)
-        for path in (*building, *replaced):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_abandoned(directory.parent)
         yield
-
-
-def left_behind(directory: Path) -> bool:
-    """Whether killed processes left temporary directories beside `directory`."""
-    return any(_left_behind(directory.resolve()))
-
-
-def _left_behind(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Unfinished and replaced data sets."""
-    beside, name = directory.parent, glob.escape(directory.name)
-    building, old = (sorted(beside.glob(f".{name}.{kind}-*")) for kind in ("building", "old"))
-    return building, old
 
 
 @contextmanager
@@ -138,32 +112,13 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
     """A directory to build in; it replaces `directory` when the block succeeds and is removed when it fails."""
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.building-", dir=directory.parent))
+    aside = make_aside(directory.parent)
+    building = aside / directory.name
+    building.mkdir()
     try:
         yield building
-        building.chmod(0o777 & ~_umask())
-        _put_in_place(building, directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _put_in_place(building: Path, directory: Path) -> None:
-    if not directory.exists():
+        if directory.exists():
+            directory.rename(aside / "replaced")
         building.rename(directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
-    try:
-        directory.rename(old)  # replaces the empty directory
-        try:
-            building.rename(directory)
-        except BaseException:
-            old.rename(directory)
-            raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        remove_aside(aside)

@@ -47,21 +47,17 @@ class Note(NamedTuple):
     """What cannot be read: a sample, or a part of a shard."""
 
     name: str
-    """In messages."""
+    """In messages; and by which it is counted, once."""
     reason: str
     samples: int = 1
     """How many samples it stands for; 0 is a remark."""
-    place: str = ""
-    """By which it is counted, if that is not the name: several samples can have the same name."""
 
 
 class Report(NamedTuple):
-    """What a reader met since its last report: the number of samples, those it skipped, and what it read again (its
-    name and the error of the time before)."""
+    """What a reader met since its last report: the number of samples, and those it skipped."""
 
     met: int
     skipped: list[Note]
-    retried: list[tuple[str, str]]
 
 
 class Notes:
@@ -70,35 +66,26 @@ class Notes:
     def __init__(self) -> None:
         self.met = 0
         self._notes: list[Note] = []
-        self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
-        self._several_lines = False
 
-    def add(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
+    def add(self, name: str, reason: object, samples: int = 1) -> None:
         """The fields of a note. Raises ValueError after too many unreadable samples in a row."""
-        self._notes.append(Note(name, str(reason), samples, place))
+        self._notes.append(Note(name, str(reason), samples))
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise ValueError(f"{GIVE_UP_AFTER} samples in a row could not be read, the last is {name}: {reason}")
 
-    def retry(self, what: str, error: object) -> None:
-        """Call before something is read again after an error."""
-        self._retried.append((what, str(error)))
-
-    def read(self, several_lines: bool) -> None:
-        """Call when a sample was read, with whether its caption is a txt of several lines."""
+    def read(self) -> None:
+        """Call when a sample was read."""
         self._in_a_row = 0
-        if several_lines and not self._several_lines:
-            self._several_lines = True
-            self._notes.append(SEVERAL_LINES)
 
     def first(self) -> str:
         """The first note as text; "" when there is none."""
         return next((f"; {note.name}: {note.reason}" for note in self._notes if note.samples), "")
 
     def report(self) -> Report:
-        report = Report(self.met, self._notes, self._retried)
-        self.met, self._notes, self._retried = 0, [], []
+        report = Report(self.met, self._notes)
+        self.met, self._notes = 0, []
         return report
 
 
@@ -117,10 +104,8 @@ class Retries:
     disk ends a run instead of delaying every sample.
     """
 
-    def __init__(self, retries: int, notes: Notes | Skips) -> None:
-        """notes: where repetitions are noted."""
-        self.retries, self.notes = retries, notes
-        self._left = retries
+    def __init__(self, retries: int = RETRIES) -> None:
+        self.retries = self._left = retries
 
     def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
         """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair.
@@ -139,7 +124,7 @@ class Retries:
                 if number >= self._left:
                     self._left = 0
                     raise
-                self.notes.retry(name(), error)
+                _LOG.warning("reads %s again: %s", name(), error)
             sleep(FIRST_PAUSE * 2 ** min(number, _DOUBLINGS) * random.Random().uniform(0.5, 1.5))
             number += 1
         self._left = self.retries
@@ -166,43 +151,29 @@ class Skips:
         """How many each note stands for, by what it is counted as."""
         self.first = ""
         """The first one and its reason, as text."""
-        self.retries = 0
-        """How often something was read again after an error that may be temporary."""
 
     def __int__(self) -> int:
         return sum(self.samples.values())
 
-    def note(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
+    def note(self, name: str, reason: object, samples: int = 1) -> None:
         """Counts and logs skipped samples, unless they are known already."""
-        self.add([Note(name, str(reason), samples, place)])
+        self.add([Note(name, str(reason), samples)])
 
     def add(self, notes: Iterable[Note]) -> None:
         """Counts and logs what is not known already."""
         for note in notes:
-            if (note.place or note.name) in self.samples:
+            if note.name in self.samples:
                 continue
-            self.samples[note.place or note.name] = note.samples
-            if not note.samples:
+            self.samples[note.name] = note.samples
+            if note.samples:
+                self.first = self.first or f"{note.name}: {note.reason}"
+                _LOG.warning("skipped %s: %s (samples: %d)", note.name, note.reason, note.samples)
+            else:
                 _LOG.warning("%s: %s", note.name, note.reason)
-                continue
-            self.first = self.first or f"{note.name}: {note.reason}"
-            more = f" ({note.samples} samples)" if note.samples > 1 else ""
-            _LOG.warning("skipped %s: %s%s", note.name, note.reason, more)
 
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""
         self.samples = {**samples, **self.samples}
-
-    def retry(self, what: str, error: object) -> None:
-        """Call before something is read again after an error."""
-        self.retries += 1
-        _LOG.warning("reads %s again: %s", what, error)
-
-    def add_report(self, report: Report) -> None:
-        """Counts and logs what a reader met."""
-        for what, error in report.retried:
-            self.retry(what, error)
-        self.add(report.skipped)
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.

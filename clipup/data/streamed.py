@@ -25,8 +25,8 @@ from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
 from .shard_names import open_shard, shard_weights, sizes_of
-from .skips import Notes, Report, Retries, raise_lack
-from .tars import Members, complete, lines, read_samples
+from .skips import SEVERAL_LINES, Notes, Report, Retries, raise_lack
+from .tars import Members, complete, read_samples
 from .train_data import CountedBatches, Reader, TrainData, mixed_seed
 
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
@@ -83,7 +83,8 @@ class StreamedBatches(IterableDataset):
         self.weights = None if factors is None else shard_weights(options.train_data, factors, options.allow_pipe)
         self.sizes = sizes_of(shards)
         self.notes = Notes()
-        self.retried = Retries(options.data_retries, self.notes)
+        self.retried = Retries(options.data_retries)
+        self.remarked = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Report]]:
         served = 0
@@ -111,9 +112,12 @@ class StreamedBatches(IterableDataset):
                 image = load_image(members.content[parts.image], self.options.max_image_pixels)
             except Exception as error:  # PIL has no common class for what a broken file may raise
                 raise_lack(error)
-                self.notes.add(members.named, f"{type(error).__name__}: {error}", place=members.counted_as)
+                self.notes.add(members.named, f"{type(error).__name__}: {error}")
                 continue
-            self.notes.read(parts.text == "txt" and len(lines(parts.captions[0])) > 1)
+            if parts.several_lines and not self.remarked:
+                self.remarked = True
+                self.notes.add(*SEVERAL_LINES)
+            self.notes.read()
             tensor = preprocessed(self.reader.preprocess, image, lambda: members.named)  # noqa: B023
             yield tensor, self.reader.tokenizer([draws.choice(parts.captions)])[0]
 
@@ -151,7 +155,7 @@ class StreamedBatches(IterableDataset):
         self.notes.add(name, reason, samples)
 
     def _random(self, *parts: int) -> random.Random:
-        return random.Random(mixed_seed(self.options.seed, self.reader.epoch(), *parts))
+        return random.Random(mixed_seed(self.options.seed, self.reader.epoch.value, *parts))
 
 
 def _worker() -> tuple[int, int]:

@@ -7,8 +7,6 @@ dot of the base name. Links, sparse files and other special members are not read
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -30,9 +28,8 @@ TAR = "tar --sort=name --dereference --hard-dereference"
 """The command that writes the files of a directory as samples: side by side, and with content in place of links."""
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
-_END_BLOCKS = 2
-"""Zero blocks that end an archive; more of them pad the last record of 20 blocks."""
-_RECORD_BLOCKS = tarfile.RECORDSIZE // tarfile.BLOCKSIZE
+_MOST_ZEROS = 1 + tarfile.RECORDSIZE // tarfile.BLOCKSIZE
+"""Zero blocks at the end of an archive: two, and others that pad its last record."""
 
 
 @dataclass
@@ -56,17 +53,6 @@ class Members:
         """The sample's name in messages."""
         return f"{self.key} in {self.shard}"
 
-    @property
-    def counted_as(self) -> str:
-        """By which the sample is counted: several can have the same key."""
-        return f"byte {self.offset} of {self.shard}"
-
-
-def lines(text: str) -> list[str]:
-    """The captions of a text with one per line. Only \\n and \\r\\n end a line: a caption may hold what else
-    ``str.splitlines`` splits at."""
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
 
 class Parts(NamedTuple):
     """What a complete sample consists of."""
@@ -79,22 +65,35 @@ class Parts(NamedTuple):
     about: dict
     """The rest of its json."""
 
+    @property
+    def several_lines(self) -> bool:
+        """Whether its captions are a txt of several lines."""
+        return self.text == "txt" and len(lines(self.captions[0])) > 1
+
+
+def lines(text: str) -> list[str]:
+    """The captions of a text with one per line. Only \\n and \\r\\n end a line: a caption may hold what else
+    ``str.splitlines`` splits at."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
 
 def complete(members: Members) -> Parts:
     """The parts of a sample. Captions are `captions` of its json, else one: its txt, as in open_clip.
 
     Raises ValueError with the reason when it has no caption or no image.
     """
-    if members.image is None:
-        raise ValueError(f"it has no image beside it (links are not read: write shards with {TAR})")
     captions, about = captions_in(members.content.get("json", b"{}"))
     text = "json" if captions else "txt"
-    if not captions:
-        caption = members.content.get("txt", b"").decode()
-        captions = [caption] if caption.strip() else []
-    if not captions:
-        raise ValueError(f"it has no caption beside it (links are not read: write shards with {TAR})")
+    captions = captions or [caption_of(members.content.get("txt", b""))]
+    missing = "image" if members.image is None else "" if captions[0].strip() else "caption"
+    if members.image is None or missing:
+        raise ValueError(f"it has no {missing} beside it (links are not read: write shards with {TAR})")
     return Parts(members.image, text, captions, about)
+
+
+def caption_of(content: bytes) -> str:
+    """The caption in a txt."""
+    return content.decode("utf-8-sig")
 
 
 def captions_in(content: bytes) -> tuple[list[str], dict]:
@@ -111,8 +110,7 @@ def key_of(file: BinaryIO, offset: int) -> str:
     """The key of the member whose header begins there."""
     file.seek(offset)
     member = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace").next()
-    split = member and _KEY_AND_EXTENSION.fullmatch(printable(member.name))
-    return split[1] if split else f"the sample at byte {offset}"
+    return _split(member.name)[0] if member else f"the sample at byte {offset}"
 
 
 def read_samples(
@@ -133,12 +131,12 @@ def read_samples(
             another one, or none, when the file is read again. With them it ends the shard, as damage does, unless it
             says what this process lacks.
         expected: how many samples the shard should have, where known.
-        usual: how many similar shards have, where `expected` is unknown. With 0, `lose` gets 0 samples for a truncated
-            shard.
+        usual: how many similar shards have, where `expected` is unknown. With 0, `lose` gets 0 samples for a shard that
+            was not read to its end.
     """
     damage = _Damage()
     found = incomplete = 0
-    for sample in _grouped(_members(file, images, damage), shard):
+    for sample in _samples(file, shard, images, damage):
         dotted = _dotted(sample)
         if dotted:
             found += len(dotted)
@@ -152,15 +150,15 @@ def read_samples(
             found += 1
             incomplete += sample.image is None or not sample.place.keys() & set(TEXT_EXTENSIONS)
             yield sample
-    reason = damage.end or next(iter(damage.parts), f"it holds {found} samples, {SIZES_FILE} beside it lists more")
+    reason = damage.end or damage.within or f"it holds {found} samples, {SIZES_FILE} beside it lists more"
     name = f"a part of {shard}" if found else shard
     if expected is not None and expected >= max(found, 1):
         if expected > found:
             lose(name, reason, expected - found)
     elif damage.end:
         lose(name, reason, max(1, usual - found) if usual else 0)
-    elif len(damage.parts) > incomplete:  # a damaged header loses at least one member of a sample
-        lose(name, reason, len(damage.parts) - incomplete)
+    elif damage.within and not incomplete:  # what is damaged belonged to a sample
+        lose(name, reason, 1)
 
 
 def _dotted(sample: Members) -> list[str]:
@@ -175,60 +173,33 @@ def _dotted(sample: Members) -> list[str]:
     ]
 
 
-_Member = tuple[tarfile.TarInfo, bytes | None]
-"""With its content, if that is read."""
-
-
-def _grouped(members: Iterator[_Member], shard: str) -> Iterator[Members]:
-    """Consecutive members with the same key, as samples. A special member is none, but makes a sample."""
-    sample: Members | None = None
-    for member, content in members:
-        key, extension = _split(member.name)
-        if sample is None or key != sample.key or extension in sample.place:
-            if sample is not None:
-                yield sample
-            sample = Members(key, shard, member.offset)
-        if _is_file(member):
-            sample.place[extension] = member.offset_data, member.size
-        if content is not None:
-            sample.content[extension] = content
-    if sample is not None:
-        yield sample
-
-
 def _split(name: str) -> tuple[str, str]:
     """Key and extension of a member; the extension is "" if it belongs to no sample."""
-    split = _KEY_AND_EXTENSION.fullmatch(name)
+    split = _KEY_AND_EXTENSION.fullmatch(printable(name))
     return (split[1], split[2].lower()) if split else (name, "")
-
-
-def _is_file(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and not member.issparse()
 
 
 @dataclass
 class _Damage:
-    """Of a tar file: damaged parts with readable members after them, and what ended reading early."""
+    """Of a tar file: what was skipped with readable members after it, and what ended reading early."""
 
-    parts: list[str] = field(default_factory=list)
+    within: str = ""
     end: str = ""
 
 
-def _members(file: BinaryIO, images: bool, damage: _Damage) -> Iterator[_Member]:
-    """The files in a tar file that have a key and an extension.
+def _samples(file: BinaryIO, shard: str, images: bool, damage: _Damage) -> Iterator[Members]:
+    """Consecutive members with the same key, as samples. A special member has no content, but makes a sample.
 
-    Damaged headers are skipped (`ignore_zeros`), so that members after them are not lost.
+    Damaged headers are skipped (`ignore_zeros`), so that members after them are not lost. What was cut off belongs to
+    the last sample, which is not returned then.
     """
 
     class Header(_Header):
         """Counts the blocks of this file."""
 
     read = (*TEXT_EXTENSIONS, *(IMAGE_EXTENSIONS if images else ()))
-    end = math.inf
+    sample: Members | None = None
     try:
-        if not images:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(0)
         tar = tarfile.open(
             fileobj=file,
             mode="r|" if images else "r:",
@@ -239,49 +210,49 @@ def _members(file: BinaryIO, images: bool, damage: _Damage) -> Iterator[_Member]
         )
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # the stub lacks the list that grows with the file
-            member.name = printable(member.name)
-            if Header.damaged or Header.zeros not in (0, _END_BLOCKS) and member.offset % tarfile.RECORDSIZE:
-                damage.parts.append(f"{Header.damaged + Header.zeros} blocks before {member.name} are damaged")
+            if Header.damaged or Header.zeros not in (0, 2) and member.offset % tarfile.RECORDSIZE:
+                damage.within = f"{Header.damaged + Header.zeros} blocks before {printable(member.name)} are damaged"
             Header.damaged = Header.zeros = 0
-            if member.offset_data + member.size > end:
-                raise tarfile.ReadError("unexpected end of data")
-            extension = _split(member.name)[1]
+            key, extension = _split(member.name)
             if not extension or member.isdir():
                 continue
-            wanted = extension in read and _is_file(member)
-            yield member, tar.extractfile(member).read() if wanted else None  # type: ignore[union-attr]
-            Header.members += 1
+            if sample is None or key != sample.key or extension in sample.place:
+                if sample is not None:
+                    yield sample
+                sample = Members(key, shard, member.offset)
+            if member.isreg() and not member.issparse():
+                if extension in read:
+                    sample.content[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                sample.place[extension] = member.offset_data, member.size
     except Exception as error:  # readers of URLs raise their own exceptions
         raise_lack(error)
         if isinstance(error, OSError) and not images:
             raise
         damage.end = f"it cannot be read to its end ({error or type(error).__name__})"
     else:
-        if Header.damaged or Header.zeros > _END_BLOCKS + _RECORD_BLOCKS:
+        if Header.damaged or Header.zeros > _MOST_ZEROS:
             damage.end = f"its last {Header.damaged + Header.zeros} blocks are damaged"
         elif not Header.zeros:
             damage.end = "it has no end-of-archive mark, so it was cut off"
-    if not Header.members and Header.damaged:
-        damage.end = f"it is not an uncompressed tar file, it begins with {Header.begins[:16]!r}"
+        if sample is not None:
+            yield sample
+    if sample is None and Header.damaged:
+        damage.end = "it is not an uncompressed tar file"
 
 
 class _Header(tarfile.TarInfo):
     """A header class that counts damaged headers, which tarfile skips silently. Each file has a subclass of its own."""
 
-    begins = b""
-    members = 0
     damaged = 0
     zeros = 0
     """Zero blocks since the last readable header."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        cls.begins = cls.begins or bytes(buf)
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError:
-            if buf == bytes(tarfile.BLOCKSIZE):
-                cls.zeros += 1
-            elif buf:  # not the end of the file
-                cls.damaged += 1
+            if buf:  # not the end of the file
+                cls.damaged += any(buf)
+                cls.zeros += not any(buf)
             raise

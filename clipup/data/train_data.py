@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .epoch_order import RULE, EpochOrder, GlobalBatches
 from .options import DataOptions
 from .processes import reading
 from .skips import Skips
@@ -30,21 +29,9 @@ class Reader(NamedTuple):
     """Texts to tokens [N, L]."""
     rank: int
     world_size: int
-    epoch: SharedEpoch
+    epoch: Synchronized[int]
+    """The current one, visible to worker processes that were started in an earlier one."""
     skips: Skips
-
-
-class SharedEpoch:
-    """The current epoch, visible to worker processes that were started in an earlier one."""
-
-    def __init__(self, epoch: int = 0) -> None:
-        self._value = multiprocessing.Value("q", epoch)
-
-    def __call__(self) -> int:
-        return self._value.value
-
-    def set(self, epoch: int) -> None:
-        self._value.value = epoch
 
 
 @dataclass
@@ -62,7 +49,7 @@ class TrainData:
 
     dataloader: Any
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
-    epoch: SharedEpoch
+    epoch: Synchronized[int]
     skips: Skips
     accum_freq: int = 1
     seed: int = 0
@@ -72,7 +59,7 @@ class TrainData:
     start: Start | None = None
     """Of indexed data. Streamed data start at the beginning of an epoch."""
     order: dict[str, Any] | None = None
-    """What the order of samples depends on besides the epoch, as plain values (`described`). None for streamed data,
+    """What the order of samples depends on besides the epoch, as plain values. None for streamed data,
     whose order also depends on the numbers of ranks and workers."""
     options: DataOptions | None = None
     """What the data were made from."""
@@ -89,7 +76,7 @@ class TrainData:
         Args:
             first_step: the step of the epoch, of `accum_freq` batches, to start with; for indexed data only.
         """
-        self.epoch.set(epoch)
+        self.epoch.value = epoch
         if self.start is not None:
             self.start.epoch, self.start.batch = epoch, first_step * self.accum_freq
         elif first_step:
@@ -97,32 +84,6 @@ class TrainData:
         if self.generator is not None:
             own = (self.rank,) if self.rank else ()  # so that ranks do not augment alike
             self.generator.manual_seed(mixed_seed(self.seed, epoch, *own))
-
-
-def global_batches(samples: int, options: DataOptions, reader: Reader) -> GlobalBatches:
-    """The batches of one rank in an epoch of indexed data.
-
-    Raises ValueError when there are too few samples for a step.
-    """
-    batches = GlobalBatches(samples, options.batch_size, options.accum_freq, reader.rank, reader.world_size)
-    if batches.steps == 0:
-        accumulated = f", and {options.accum_freq} of them per step" if options.accum_freq > 1 else ""
-        raise ValueError(
-            f"batch_size: got {options.batch_size} for {reader.world_size} processes{accumulated}, but "
-            f"{options.train_data} has {samples} readable samples: use a smaller batch"
-        )
-    return batches
-
-
-def described(order: EpochOrder, batches: GlobalBatches, digest: str) -> dict[str, Any]:
-    """What decides the samples of every global batch besides the seed, as plain values."""
-    return {
-        "rule": RULE,
-        "rows": order.rows,
-        "samples": batches.samples,
-        "global_batch": batches.global_size,
-        "data": digest,
-    }
 
 
 class CountedBatches:
@@ -170,9 +131,9 @@ class CountedBatches:
         with reading(self.loader) as batches:
             for images, texts, report in batches:
                 self._met += report.met
-                self.skips.add_report(report)
+                self.skips.add(report.skipped)
                 if report.skipped:
-                    self._skipped |= {note.place or note.name: note.samples for note in report.skipped}
+                    self._skipped |= {note.name: note.samples for note in report.skipped}
                     new = sum(samples for one, samples in self._skipped.items() if one not in self._earlier)
                     count = self._skipped_before + sum(self._earlier.values()) / self.world_size + new
                     self.skips.check(max(self._expected, self._met), count, self.world_size)

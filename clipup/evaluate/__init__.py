@@ -1,10 +1,10 @@
 """Evaluation: retrieval (``evaluate_retrieval``), zero-shot classification (``zero_shot``), and readers of COCO,
 Flickr30k, ImageNet and other benchmarks on disk (``datasets``)."""
 
-from ..data.shares import Share
 from .encode import encode_images, encode_texts
 from .labelled_images import image_folder, read_lines
 from .retrieval import evaluate_retrieval, retrieval
+from .shares import Share
 from .zero_shot import zero_shot, zero_shot_classifier
 
 __all__ = [

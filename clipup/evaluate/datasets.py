@@ -15,24 +15,22 @@ shards and CSV files by path.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import checks
-from ..data.csv_rows import CsvFormat, leaves
+from ..data.csv_files import CsvFormat, csv_samples, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
-from ..data.samples import Sample, csv_samples, tar_samples
+from ..data.samples import Sample
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
+from ..data.shards import tar_samples
 from ..data.skips import Skips
 from .labelled_images import image_folder, image_shards, labelled_images, read_lines, read_text
 
@@ -40,7 +38,6 @@ Template = Callable[[str], str] | str
 """A prompt: a function of the class name, or a string with the placeholder ``{}``."""
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
-_WORDNET_ID = re.compile(r"n\d{8}")
 _WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 
 
@@ -96,10 +93,10 @@ def coco(root: str | Path, split: str = "test", annotations: str | Path | None =
     """
     root = Path(root)
     path = _annotations(root, annotations, f"coco_{split}_karpathy.json", "dataset_coco.json")
-    content = _json(path)
+    content = checks.read_json(path, "annotations")
     if "annotations" in content:
         root /= "train2014" if split == "train" else "val2014"
-        named = _coco_captions(content, path)
+        named = _coco_captions(content)
     else:
         named = _karpathy(content, path, split)
     return _retrieval(named, path, root)
@@ -120,8 +117,9 @@ def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | N
     root = Path(root)
     path = _annotations(root, annotations, f"flickr30k_{split}_karpathy.txt", "dataset_flickr30k.json")
     folder = root / "flickr30k-images" if (root / "flickr30k-images").is_dir() else root
-    named = _karpathy(_json(path), path, split) if path.suffix == ".json" else _caption_lines(path)
-    return _retrieval(named, path, folder)
+    if path.suffix == ".json":
+        return _retrieval(_karpathy(checks.read_json(path, "annotations"), path, split), path, folder)
+    return _retrieval(_caption_lines(path), path, folder)
 
 
 def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
@@ -145,17 +143,7 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
                 "the directory above as root"
             )
         folder = Path(root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no directory {folder}; expected one with a subdirectory per class")
-    named = [path.name for path in folder.iterdir() if path.is_dir()]
-    wordnet = [name for name in named if _WORDNET_ID.fullmatch(name)]
     classes = open_clip.IMAGENET_CLASSNAMES
-    if len(named) != len(classes) or len(wordnet) != len(classes):
-        raise ValueError(
-            f"{folder} has {len(named)} directories, {len(wordnet)} of them named by a WordNet id such as n01440764; "
-            f"expected {len(classes)}, one per class. torchvision.datasets.ImageNet makes this layout from the "
-            "original archives"
-        )
     return ClassificationSet(image_folder(folder, classes), classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
@@ -167,31 +155,14 @@ def imagenet_v2(root: str | Path) -> ClassificationSet:
             0 to 999; or the directory that contains that one alone.
 
     Raises:
-        FileNotFoundError, ValueError: no such directory, not one directory for each of 1,000 classes, or no image.
+        FileNotFoundError, ValueError: as ``image_folder``, or several variants.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no directory {folder}; expected one with a subdirectory per class")
-    variants = sorted(path for path in folder.glob("[iI]mage[nN]et[vV]2*") if path.is_dir())
+    variants = sorted(path for path in Path(root).glob("[iI]mage[nN]et[vV]2*") if path.is_dir())
     if len(variants) > 1:
         names = ", ".join(variant.name for variant in variants)
-        raise ValueError(f"{folder} has several variants of ImageNet-V2, {names}; name one of them")
-    folder = variants[0] if variants else folder
-    named = {path.name: path for path in folder.iterdir() if path.is_dir()}
+        raise ValueError(f"{root} has several variants of ImageNet-V2, {names}; name one of them")
     classes = open_clip.IMAGENET_CLASSNAMES
-    if set(named) != set(map(str, range(len(classes)))):
-        raise ValueError(
-            f"{folder} has {len(named)} directories, expected {len(classes)} that are named 0 to {len(classes) - 1}, "
-            "as in the archives of https://huggingface.co/datasets/vaishaal/ImageNetV2"
-        )
-    images = [
-        (path, label)
-        for label in range(len(classes))
-        for path in sorted(named[str(label)].iterdir())
-        if path.suffix.lower() in IMG_EXTENSIONS
-    ]
-    if not images:
-        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {folder}")
+    images = image_folder([*variants, root][0], classes)
     return ClassificationSet(images, classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
@@ -210,7 +181,8 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
     directory = Path(root)
     count = directory / split / "nshards.txt"
     if count.is_file():
-        shards = local_shards((directory / split / f"{index}.tar" for index in range(_count(count))), "root")
+        numbers = range(int(count.read_text("utf-8")))
+        shards = local_shards((directory / split / f"{number}.tar" for number in numbers), "root")
         kind = directory / "dataset_type.txt"
         if not kind.is_file() or kind.read_text().strip().lower() != "retrieval":
             return _classified(directory, shards, templates)
@@ -249,14 +221,6 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     return _nothing_skipped(records, skips, path)
 
 
-def _count(path: Path) -> int:
-    """The number of shards in CLIP_benchmark's nshards.txt."""
-    try:
-        return int(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"root: {path} contains no number of shards: {error}") from error
-
-
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
     """The given file, else the first of these names that exists in ``root``."""
     if not root.is_dir():
@@ -271,21 +235,13 @@ def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    content = checks.read_json(path, "annotations")
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"annotations: {path} has no list of images, so it is in neither COCO's format nor Karpathy's")
-    return content
-
-
-def _coco_captions(content: dict[str, Any], path: Path) -> list[tuple[Path, list[str]]]:
+def _coco_captions(content: dict[str, Any]) -> list[tuple[Path, list[str]]]:
     """File names of images, ordered by id, and their captions in the order of the file."""
-    with _well_formed(path):
-        captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        images = sorted(content["images"], key=lambda image: image["id"])
-        return [(Path(image["file_name"]), captions[image["id"]]) for image in images]
+    captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    images = sorted(content["images"], key=lambda image: image["id"])
+    return [(Path(image["file_name"]), captions[image["id"]]) for image in images]
 
 
 def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Path, list[str]]]:
@@ -295,21 +251,10 @@ def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Pat
     if not images:
         there = sorted({str(image.get("split")) for image in content["images"]})
         raise ValueError(f"split: {path} has no images of the split {split!r}, its splits are {', '.join(there)}")
-    with _well_formed(path):
-        return [
-            (Path(image.get("filepath", ""), image["filename"]), [sentence["raw"] for sentence in image["sentences"]])
-            for image in images
-        ]
-
-
-@contextmanager
-def _well_formed(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"annotations: {path} is neither in COCO's caption format nor in Karpathy's: {type(error).__name__} {error}"
-        ) from error
+    return [
+        (Path(image.get("filepath", ""), image["filename"]), [sentence["raw"] for sentence in image["sentences"]])
+        for image in images
+    ]
 
 
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
@@ -336,14 +281,11 @@ def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) ->
     if outside:
         raise ValueError(f"annotations: {source} names {outside[0]}, which is not in {root}: do not trust it")
     pairs = [(root / name, captions) for name, captions in pairs]
-    bare = [path for path, captions in pairs if not captions]
-    if bare:
-        raise ValueError(f"annotations: {source} has no caption for {len(bare)} images, the first is {bare[0].name}")
-    missing = [path for path, _ in pairs if not path.is_file()]
-    if missing:
+    unusable = [path for path, captions in pairs if not captions or not path.is_file()]
+    if unusable:
         raise FileNotFoundError(
-            f"root: {len(missing)} of the {len(pairs)} images that {source} names are missing under {root}, the first "
-            f"is {missing[0]}"
+            f"root: {len(unusable)} of the {len(pairs)} images that {source} names are missing under {root} or have no "
+            f"caption, the first is {unusable[0]}"
         )
     return RetrievalSet([Sample(path.name, str(path), tuple(texts)) for path, texts in pairs])
 

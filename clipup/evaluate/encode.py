@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..clip.inputs import CheckedTokenizer, image_size
-from ..data.shares import Share
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast, image_dtype
+from .shares import Share
 
 Item = TypeVar("Item")
 
@@ -101,8 +101,6 @@ def _encode(
     filler: Callable[[], Item],
 ) -> Tensor:
     """filler: makes an item for a process that has none left while others have."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     with evaluating(model):
         batches = in_batches(items, batch_size)
         mine = [encode(batch).float().cpu() for batch in batches] if not share.in_step else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
 
     Raises:
         FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, only some of them named by
-            classes, numbers other than 0 to N - 1 for N classes, or no image in them.
+            classes or by one that is twice in the list, numbers other than 0 to N - 1 for N classes, or no image.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -72,48 +72,20 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
 
 def _labels(directory: str | Path, names: list[str], classes: Sequence[str]) -> list[int]:
     """The class of each subdirectory, in the order of their sorted names."""
-    exact, folded = _positions(classes), _positions(map(_folded, classes))
-    named = [_one_of(exact.get(name) or folded.get(_folded(name)), name, directory, classes) for name in names]
-    if None not in named:
-        return [label for label in named if label is not None]
-    other = [name for name, label in zip(names, named, strict=True) if label is None]
-    if len(other) < len(names):
+    index = {_folded(name): number for number, name in enumerate(classes)}
+    every = list(range(len(classes)))
+    labels = [index[_folded(name)] for name in names if _folded(name) in index]
+    by_name = bool(labels)
+    if not by_name:
+        numbered = all(name.isascii() and name.isdecimal() for name in names)
+        labels = [int(name) for name in names] if numbered else list(range(len(names)))
+    if not (len(labels) == len(names) and len(index) == len(classes) if by_name else sorted(labels) == every):
         raise ValueError(
-            f"{len(names) - len(other)} of the {len(names)} subdirectories of {directory} are named by classes, but "
-            f"not {', '.join(other[:_SHOWN])}{', ...' * (len(other) > _SHOWN)}; rename them as the classes are, or all "
-            "otherwise, in the order of the list"
+            f"{directory} has {len(names)} subdirectories, {', '.join(names[:_SHOWN])}, ..., and the class list has "
+            f"{len(classes)} names; expected subdirectories that are all named as classes, the numbers 0 to "
+            f"{len(classes) - 1}, each once, or one for each name in the same order"
         )
-    if all(name.isascii() and name.isdecimal() for name in names):
-        numbers = [int(name) for name in names]
-        if sorted(numbers) != list(range(len(classes))):
-            raise ValueError(
-                f"the {len(names)} subdirectories of {directory} are numbers, and the class list has {len(classes)} "
-                f"names; expected the numbers 0 to {len(classes) - 1}, each once, or subdirectories named by classes"
-            )
-        return numbers
-    if len(names) != len(classes):
-        raise ValueError(
-            f"{directory} has {len(names)} subdirectories, the class list has {len(classes)} names; expected one "
-            "subdirectory per name in the same order, or subdirectories named by classes"
-        )
-    return list(range(len(names)))
-
-
-def _positions(names: Iterable[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        found.setdefault(name, []).append(index)
-    return found
-
-
-def _one_of(found: list[int] | None, name: str, directory: str | Path, classes: Sequence[str]) -> int | None:
-    """The class that a subdirectory is named by; None if it is none."""
-    if found is not None and len(found) > 1:
-        raise ValueError(
-            f"{directory}: the subdirectory {name} may be class {found[0]} or {found[1]}, which are named "
-            f"{classes[found[0]]!r} and {classes[found[1]]!r}; name classes and subdirectories apart"
-        )
-    return found[0] if found else None
+    return labels
 
 
 def _folded(name: str) -> str:

@@ -115,8 +115,6 @@ def _create(
         check_types(model, stored, source)
         _say_resized(model, stored, source)
         return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
-    if kwargs.get("jit"):
-        raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
     initialization = without_random_numbers() if stored else nullcontext()
     with _clear_errors(model_name), expecting_random_weights(), initialization:
@@ -285,16 +283,13 @@ def _check_architecture(
     forces are not compared: position embeddings are resized for them."""
     found = architecture.differing(trained, architecture.overridden(named, kwargs))
     found = {field: values for field, values in found.items() if kwargs.get(_FORCED_SIZES.get(field, "")) is None}
-    if not found:
-        return
-    says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
-    is_named = ", ".join(checks.shown(value) for _, value in found.values())
-    forced = [f"{_FORCED_SIZES[field]}={value!r}" for field, (value, _) in found.items() if field in _FORCED_SIZES]
-    way = f"use {' and '.join(forced)}, or " if len(forced) == len(found) else ""
-    raise ValueError(
-        f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); {way}make a model directory "
-        "with clipup convert and name that instead"
-    )
+    if found:
+        says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
+        is_named = ", ".join(checks.shown(value) for _, value in found.values())
+        raise ValueError(
+            f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); force an image size or "
+            "context length (force_image_size), or make a model directory with clipup convert and name that instead"
+        )
 
 
 def _with_fill_color(model: Any, transforms: list[Any], color: Any, aug_cfg: Any) -> list[Any]:

@@ -18,9 +18,6 @@ from ..moe.layer import SparseMoE, moe_layers
 README = "README.md"
 _HEAD = "## Evaluation"
 _NO_RESULTS = "Not evaluated yet: `clipup eval DIR --dataset ... --root ... --card` adds its results here."
-_HEADING = re.compile(r"## Evaluation\s*")
-_SECTION = re.compile(r"#{1,2}\s")
-_RULE = re.compile(r"[|\s:-]*-[|\s:-]*")
 _COLUMNS = ["data", "metric", "%"]
 _TABLE = ["| data | metric | % |", "|---|---|---|"]
 _SPARSE = (
@@ -78,10 +75,13 @@ def model_card(
     kind = "CLIP" if is_clip else "image model"
     tags = ["clip"] * is_clip + ["mixture-of-experts", "clip-up"] * sparse
     counts = flops.count(model)
+    task = "zero-shot-image-classification" if is_clip else "image-feature-extraction"
     parts = [
-        *_front_matter(
-            license, base_model, "zero-shot-image-classification" if is_clip else "image-feature-extraction", tags
-        ),
+        *("---", f"license: {license}", "library_name: clipup"),
+        *([] if base_model is None else [f"{_BASE} {base_model}"]),
+        f"pipeline_tag: {task}",
+        *(["tags:", *(f"- {tag}" for tag in tags)] if tags else []),
+        *("---", ""),
         f"# {_title(model, kind)}",
         "",
         f"A {kind}" + (_SPARSE if sparse else ", dense."),
@@ -114,8 +114,8 @@ def _requirement(package: str) -> list[str]:
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
-    """Adds results of ``clipup eval`` to the directory's card: to the table with the columns data, metric and % below
-    the heading "## Evaluation". They replace those with the same data and metric; all else in the card stays.
+    """Adds results of ``clipup eval`` to the directory's card: to the first table with the columns data, metric and %,
+    or to a new one at the end. They replace those with the same data and metric; all else in the card stays.
 
     Args:
         results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
@@ -129,45 +129,22 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    start, end = _table(lines)
-    rows = _rows(results)
-    for index in range(start, end):
-        cells = _cells(lines[index])
-        if len(cells) == len(_COLUMNS) and tuple(cells[:2]) in rows:
-            lines[index] = _row(cells[0], cells[1], rows.pop((cells[0], cells[1])))
-    lines[end:end] = [_row(data, metric, value) for (data, metric), value in rows.items()]
-    text = "\n".join(lines) + "\n"
-    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
-
-
-def _table(lines: list[str]) -> tuple[int, int]:
-    """First and last row, and one more, of the results' table in a card, to which it is added if it is missing."""
-    head = next((index for index, line in enumerate(lines) if _HEADING.fullmatch(line)), None)
-    if head is None:
-        lines += ["", _HEAD, "", *_TABLE]
-        return len(lines), len(lines)
-    end = next((index for index in range(head + 1, len(lines)) if _SECTION.match(lines[index])), None)
-    for index in range(head + 1, len(lines) if end is None else end):
-        if _cells(lines[index]) == _COLUMNS and _RULE.fullmatch("".join(lines[index + 1 : index + 2])):
-            stop = start = index + 2
-            while stop < len(lines) and lines[stop].startswith("|"):
-                stop += 1
-            return start, stop
-    if _NO_RESULTS in lines[head:end]:
-        place = lines.index(_NO_RESULTS, head)
+    if _NO_RESULTS in lines:
+        place = lines.index(_NO_RESULTS)
         lines[place : place + 1] = _TABLE
-        return (place + len(_TABLE),) * 2
-    text_follows = lines[head + 1 : head + 2] not in ([], [""])
-    lines[head + 1 : head + 1] = ["", *_TABLE, *[""] * text_follows]
-    return (head + 2 + len(_TABLE),) * 2
+    if _COLUMNS not in map(_cells, lines):
+        lines += ["", _HEAD, "", *_TABLE]
+    start = end = [_cells(line) for line in lines].index(_COLUMNS) + 2
+    while end < len(lines) and lines[end].startswith("|"):
+        end += 1
+    rows = {tuple(_cells(line)[:2]): line for line in lines[start:end]}
+    rows |= {(data, metric): f"| {data} | {metric} | {value} |" for (data, metric), value in _rows(results).items()}
+    text = "\n".join([*lines[:start], *rows.values(), *lines[end:]]) + "\n"
+    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
 
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
-
-
-def _row(data: str, metric: str, value: str) -> str:
-    return f"| {data} | {metric} | {value} |"
 
 
 def base_model_in(directory: str | Path) -> str | None:
@@ -177,21 +154,6 @@ def base_model_in(directory: str | Path) -> str | None:
         return None
     lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
     return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
-
-
-def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:
-    base = [] if base_model is None else [f"{_BASE} {base_model}"]
-    listed = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
-    return [
-        "---",
-        f"license: {license}",
-        "library_name: clipup",
-        *base,
-        f"pipeline_tag: {task}",
-        *listed,
-        "---",
-        "",
-    ]
 
 
 def _title(model: nn.Module, kind: str) -> str:

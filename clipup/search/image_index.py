@@ -35,8 +35,6 @@ from ..precision import Precision
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
 """Images after which what is finished is written."""
-_VERSION = "4"
-"""An index of another version is made again. 4: images are turned as their EXIF orientation says."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -112,8 +110,6 @@ class ImageIndex:
         try:
             with safe_open(path, "pt") as file:
                 header, features = file.metadata() or {}, file.get_tensor("features")
-            if header.get("version") != _VERSION:
-                raise ValueError(f"version {header.get('version')!r}, this clipup reads {_VERSION}")
             found = json.loads(header["index"])
             encoder = Encoder(**found["encoder"])
             entries = [Entry(str(name), int(size), int(changed)) for name, size, changed in found["entries"]]
@@ -121,7 +117,7 @@ class ImageIndex:
             images = Path(found["images"])
             if len(features) != len(entries):
                 raise ValueError(f"{len(features)} features for {len(entries)} images")
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
                 "clipup index IMAGES OUT"
@@ -136,7 +132,7 @@ class ImageIndex:
             "entries": self.entries,
             "skipped": self.skipped,
         }
-        header = {"version": _VERSION, "index": json.dumps(content)}
+        header = {"index": json.dumps(content)}
         tensors = {"features": self.features.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
@@ -159,7 +155,7 @@ class _Reasons(Skips):
         super().__init__()
         self.reasons: dict[str, str] = {}
 
-    def note(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
+    def note(self, name: str, reason: object, samples: int = 1) -> None:
         super().note(name, reason, samples)
         self.reasons[name] = str(reason)
 
@@ -198,8 +194,8 @@ def update_index(
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
         known = _known(directory, images, encoder)
-        now, skipped = _entries(records)
-        todo = [record for record in records if record.key in now and now[record.key] not in known]
+        now = {record.key: _entry(record) for record in records}
+        todo = [record for record in records if now[record.key] not in known]
         reasons = _Reasons()
         part: dict[Entry, Tensor] = {}
 
@@ -224,7 +220,7 @@ def update_index(
             raise
         known |= part
         kept = [entry for entry in now.values() if entry in known]
-        skipped |= {
+        skipped = {
             record.key: reasons.reasons.get(record.named, "it cannot be read")
             for record in todo
             if now[record.key] not in known
@@ -241,22 +237,9 @@ def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
     return preprocess(upright(image))
 
 
-def _entries(records: Sequence[Sample]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The images as they are now, by name, and those that cannot be listed, with the reason."""
-    now: dict[str, Entry] = {}
-    skipped: dict[str, str] = {}
-    for record in records:
-        try:
-            record.key.encode("utf-8")
-            status = Path(record.path).stat()
-        except UnicodeEncodeError:
-            skipped[record.key.encode("utf-8", "backslashreplace").decode()] = "its name is not UTF-8"
-            continue
-        except OSError as error:
-            skipped[record.key] = f"{type(error).__name__}: {error.strerror}"
-            continue
-        now[record.key] = Entry(record.key, status.st_size, status.st_mtime_ns)
-    return now, skipped
+def _entry(record: Sample) -> Entry:
+    status = Path(record.path).stat()
+    return Entry(record.key, status.st_size, status.st_mtime_ns)
 
 
 def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tensor]:

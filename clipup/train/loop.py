@@ -277,9 +277,8 @@ class Trainer:
         self.state.epoch += 1
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
-        skipped, retries = self.data.skipped(self.ranks.gather), self.data.retries(self.ranks.gather)
-        more = f", data read again after an error {retries} times" if retries else ""
-        self.reports.log.info("epoch %d done at step %d; %d samples skipped%s", epoch, self.state.step, skipped, more)
+        skipped = self.data.skipped(self.ranks.gather)
+        self.reports.log.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
         names = [open_clip_format.epoch_name(epoch)] if every and epoch % every == 0 else []
         if self.options.save_most_recent:

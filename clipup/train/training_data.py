@@ -116,10 +116,6 @@ class Epochs:
         skips = getattr(self._info, "skips", None)
         return sum(_union(gather({} if skips is None else skips.samples)).values())
 
-    def retries(self, gather: Callable[[Any], list[Any]]) -> int:
-        """How often data were read again after an error that may be temporary, on all ranks."""
-        return sum(gather(getattr(getattr(self._info, "skips", None), "retries", 0)))
-
     def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
         with an allowance for chance.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..data.loaders import load_eval_samples
-from ..data.shares import Share
 from ..evaluate.datasets import ClassificationSet, imagenet, imagenet_v2
 from ..evaluate.retrieval import evaluate_retrieval
+from ..evaluate.shares import Share
 from ..evaluate.zero_shot import zero_shot, zero_shot_classifier
 from ..precision import Precision
 from .options import TrainOptions
@@ -54,7 +54,7 @@ def _retrieval(
     assert options.val_data is not None
     preprocess, tokenizer = both(built.preprocess_val, built.tokenizer)
     samples = load_eval_samples(options.val_data, preprocess, options.val_data_options(), "val_data")
-    samples = samples.part(share, options.batch_size)
+    samples = samples.only(share.part(samples.samples, options.batch_size))
 
     def measure(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(

@@ -144,7 +144,7 @@ def build(
     if test_drawings:
         options["test_drawings"] = True
     fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
-    if shard_writer.finished(out, fingerprint) and not shard_writer.left_behind(out):
+    if shard_writer.finished(out, fingerprint):
         return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
     with shard_writer.only_writer(out):
         if shard_writer.finished(out, fingerprint):

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from clipup.data.captions import words
+from clipup.demo.pictograms.captions import words
 
 from .iconify import Icon
 

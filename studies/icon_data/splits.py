@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clipup.data.captions import place, same_words
+from clipup.demo.pictograms.captions import place, same_words
 
 from . import near_duplicates
 

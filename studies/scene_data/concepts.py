@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from clipup.data.captions import place, same_words
+from clipup.demo.pictograms.captions import place, same_words
 
 from .scenes import RESERVED
 

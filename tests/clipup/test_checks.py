@@ -27,8 +27,8 @@ def test_numbers_and_arrays_of_numpy_become_python_s(value, plain):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.5, "0.5"), ("x" * 300, "'" + "x" * 196 + "..."), (10**5000, "a value of the type int, too long to print")],
-    ids=["short", "long", "longer than Python prints"],
+    [(0.5, "0.5"), ("x" * 300, "'" + "x" * 196 + "...")],
+    ids=["short", "long"],
 )
 def test_a_refused_value_is_shown_up_to_a_length(value, said):
     with pytest.raises(ValueError) as refused:

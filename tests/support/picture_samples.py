@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipup.data.loaders import train_loader
+
 
 def png(number: int) -> bytes:
     """A 4 x 4 picture whose red is `number`."""
@@ -35,3 +37,21 @@ def samples_of(batches) -> list[tuple[int, int, int]]:
         for images, texts in batches
         for image, text in zip(images, texts, strict=True)
     ]
+
+
+def load(kind, source, batch_size=3, workers=0, transform=preprocess, tokenize=tokenizer, count=24, **options):
+    """Training data of a kind."""
+    options = {"progress": False, "cache": "cached" in kind, **options}
+    if kind == "streamed":
+        options = {"train_num_samples": count, **options}
+    return train_loader(source, transform, tokenize, batch_size, workers, **options)
+
+
+def epoch_of(data, epoch=0):
+    """(picture's number, caption's number, caption's variant) of every sample of an epoch."""
+    data.set_epoch(epoch)
+    return samples_of(data.dataloader)
+
+
+def pictures_of(data, epoch=0):
+    return [picture for picture, _, _ in epoch_of(data, epoch)]

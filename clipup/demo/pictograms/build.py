@@ -75,7 +75,7 @@ def build(
     chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
     options = {"size": size, "samples_per_shard": samples_per_shard}
     fingerprint = _fingerprint(options, versions, chosen)
-    if shard_writer.finished(out, fingerprint) and not shard_writer.left_behind(out):
+    if shard_writer.finished(out, fingerprint):
         return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
     with shard_writer.only_writer(out):
         if shard_writer.finished(out, fingerprint):

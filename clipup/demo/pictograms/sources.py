@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...data.captions import caption_set, other_names, useful_tags, words
 from ...extras import missing, needed_for
+from .captions import caption_set, other_names, useful_tags, words
 
 WEIGHTS = ("bold", "duotone", "fill", "light", "regular", "thin")
 

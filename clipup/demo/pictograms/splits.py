@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ...data.captions import place, same_words
+from .captions import place, same_words
 from .sources import Concept, Rendering
 
 SALT = "clipup pictograms 1"

@@ -21,7 +21,7 @@ class TrainingDataOptions(OptionGroup):
     """A directory that clipup data wrote, WebDataset shards ("data/{000..099}.tar", several joined by "::"), or a CSV
     file. A .txt of a shard is one caption, whatever it holds; several are listed as captions in the sample's .json."""
     train_num_samples: int | None = None
-    """Samples in an epoch. None: all. Needed for streamed shards without a sizes.json or __len__ beside them."""
+    """Samples in an epoch. None: all. Needed for streamed shards without a sizes.json beside them."""
     dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
     dataset_resampled: bool = DataOptions.dataset_resampled

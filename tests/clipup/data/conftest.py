@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -63,23 +64,41 @@ class Pictures:
         path.write_text("\n".join(rows) + "\n")
         return str(path)
 
-    def damage_header(self, shard: int, member: str) -> None:
-        """Overwrites a member's tar header, so that the member is lost."""
-        path = self.folder / f"train-{shard:06d}.tar"
-        with tarfile.open(path) as tar:
-            offset = tar.getmember(member).offset
-        content = bytearray(path.read_bytes())
-        content[offset : offset + 512] = b"\xff" * 512
-        path.write_bytes(content)
+    def samples(self, name: str, members: dict[str, bytes]) -> Path:
+        """A shard of pictures; the caption of sample n is "n 0"."""
+        texts = {key: f"{number} 0".encode() for number, key in enumerate(members)}
+        pairs = [((f"{key}.png", image), (f"{key}.txt", texts[key])) for key, image in members.items()]
+        return self.tar(name, [member for pair in pairs for member in pair])
 
-    def damage_content(self, shard: int, member: str) -> None:
-        """Overwrites a member's content after the first bytes; its size stays the same."""
+    def source(self, kind: str, count: int = 24, spoilt: Iterable[int] = ()) -> str:
+        """The samples for a kind of training data ("cached csv"); those with these numbers cannot be decoded."""
+        source = self.csv(count) if "csv" in kind else self.shards(count)
+        for n in spoilt:
+            if "csv" in kind:
+                (self.folder / f"{n}.png").write_bytes(png(n)[:20])
+            else:
+                self.damage(n * 4 // count, f"s{n}.png", header=False)
+        return f"file:{source}" if kind == "streamed" else source
+
+    def damage(self, shard: int, member: str, header: bool) -> None:
+        """Overwrites a member's tar header, so that the member is lost, or its content after the first bytes."""
         path = self.folder / f"train-{shard:06d}.tar"
         with tarfile.open(path) as tar:
             info = tar.getmember(member)
+        start, end = (
+            (info.offset, info.offset + 512) if header else (info.offset_data + 12, info.offset_data + info.size)
+        )
         content = bytearray(path.read_bytes())
-        content[info.offset_data + 12 : info.offset_data + info.size] = b"\x00" * (info.size - 12)
+        content[start:end] = (b"\xff" if header else b"\x00") * (end - start)
         path.write_bytes(content)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries to read, which take no time."""
+    taken = []
+    monkeypatch.setattr("clipup.data.skips.sleep", taken.append)
+    return taken
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@ workers, and an epoch can start at any step."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import pickle
 import random
@@ -12,18 +10,17 @@ import random
 import numpy
 import pytest
 import torch
-from picture_samples import preprocess, tokenizer
+from picture_samples import load, preprocess
 
-from clipup.data import skips, sources
+from clipup.data import shards
 from clipup.data.epoch_order import EpochOrder, GlobalBatches
-from clipup.data.loaders import train_loader
 from clipup.data.skips import Skips
-from clipup.data.sources import ShardSource
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 GLOBAL_BATCH = 12
-LAYOUTS = [(1, 12, 1), (1, 4, 3), (1, 1, 12), (2, 6, 1), (2, 3, 2), (3, 4, 1), (4, 3, 1), (6, 1, 2)]
+LAYOUTS = [(1, 12, 1), (1, 1, 12), (2, 3, 2), (3, 4, 1)]
 """(world_size, batch_size, accum_freq)"""
+SPOILT = (0, 7, 8, 21, 30, 31, 59)
 
 
 def noisy(image):
@@ -32,106 +29,65 @@ def noisy(image):
     return preprocess(image) + noise
 
 
-def source_of(pictures, kind, count=60, unreadable=()):
-    source = pictures.csv(count) if "csv" in kind else pictures.shards(count)
-    for n in unreadable:
-        if "csv" in kind:
-            (pictures.folder / f"{n}.png").write_bytes(b"no picture")
-        else:
-            pictures.damage_content(n * 4 // count, f"s{n}.png")
-    return source
-
-
-def loader(source, kind, batch_size=4, workers=0, transform=noisy, **options):
-    cache = "cached" in kind
-    return train_loader(source, transform, tokenizer, batch_size, workers, cache=cache, progress=False, **options)
-
-
 def batches_of(data, epoch, first_step=0):
     """Of every batch: the pictures with their noise and the captions, one row per sample."""
     data.set_epoch(epoch, first_step)
     return [torch.cat([images[:, 0, 0, :1].double(), texts.double()], 1) for images, texts in data.dataloader]
 
 
-def steps_of(source, kind, layout, epoch=1, **options):
+def steps_of(source, kind, layout, **options):
     """The global batches, joined from those of all ranks."""
     world_size, batch_size, accum_freq = layout
     of_ranks = []
+    options = {"transform": noisy, "world_size": world_size, "accum_freq": accum_freq, "seed": 5, **options}
     for rank in range(world_size):
-        data = loader(
-            source, kind, batch_size, world_size=world_size, rank=rank, accum_freq=accum_freq, seed=5, **options
-        )
-        batches = batches_of(data, epoch)
+        batches = batches_of(load(kind, source, batch_size, rank=rank, **options), 1)
         of_ranks.append([batches[i : i + accum_freq] for i in range(0, len(batches), accum_freq)])
     return [torch.cat([batch for of_rank in step for batch in of_rank]) for step in zip(*of_ranks, strict=True)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_has_the_same_samples_in_the_same_order_for_every_number_of_ranks(pictures, kind):
-    source = source_of(pictures, kind)
-    layouts = LAYOUTS[::3] if "cached" in kind else LAYOUTS
-    alone, *others = (steps_of(source, kind, layout) for layout in layouts)
-    assert len(alone) == 5 and {len(step) for step in alone} == {GLOBAL_BATCH}
-    for steps in others:
-        for step, expected in zip(steps, alone, strict=True):
-            if "cached" in kind:  # whose noise is drawn while it is filled
-                step, expected = step.floor(), expected.floor()
-            assert torch.equal(step, expected)
+def alike(some, others):
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
+@pytest.mark.parametrize("spoilt", [(), SPOILT])
 @pytest.mark.parametrize("kind", KINDS)
-def test_unreadable_samples_are_replaced_alike_for_every_number_of_ranks(pictures, kind):
-    source = source_of(pictures, kind, unreadable=(0, 7, 8, 21, 30, 31, 59))
-    alone, *others = (steps_of(source, kind, layout, max_skipped=0.3) for layout in LAYOUTS[::3])
-    assert len(alone) == (4 if "cached" in kind else 5)
-    for step in alone:
-        assert len({int(sample) for sample in step[:, 0]}) == GLOBAL_BATCH
-    for steps in others:
-        assert all(torch.equal(step.floor(), expected.floor()) for step, expected in zip(steps, alone, strict=True))
+def test_a_step_has_the_same_samples_in_the_same_order_for_every_number_of_ranks(pictures, kind, spoilt):
+    """Those that cannot be read are replaced, by no other of the step."""
+    source = pictures.source(kind, 60, spoilt)
+    layouts = LAYOUTS[::2] if "cached" in kind else LAYOUTS
+    alone, *others = (steps_of(source, kind, layout, max_skipped=0.3) for layout in layouts)
+    if "cached" in kind:  # whose noise is drawn while it is filled
+        alone, others = [step.floor() for step in alone], [[step.floor() for step in steps] for steps in others]
+    assert len(alone) == (4 if "cached" in kind and spoilt else 5)
+    assert {len(set(step[:, 0].int().tolist())) for step in alone} == {GLOBAL_BATCH}
+    assert all(alike(steps, alone) for steps in others)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_workers_of_any_number_give_the_same_batches(pictures, kind):
-    source = source_of(pictures, kind, unreadable=(3, 17))
-    expected = [batches_of(loader(source, kind), epoch) for epoch in (0, 1)]
-    for workers in (1, 3):
-        data = loader(source, kind, workers=workers)
-        for epoch in (0, 1):
-            for batch, other in zip(batches_of(data, epoch), expected[epoch], strict=True):
-                assert torch.equal(batch, other)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_starts_at_any_step(pictures, kind, workers):
-    source = source_of(pictures, kind, unreadable=(3, 17))
-    data = loader(source, kind, workers=workers, accum_freq=2)
-    whole = batches_of(data, 1)
+def test_workers_of_any_number_give_the_same_batches_from_any_step_on(pictures, kind):
+    source = pictures.source(kind, 60, (3, 17))
+    data = load(kind, source, 4, transform=noisy, accum_freq=2)
+    expected = [batches_of(data, epoch) for epoch in (0, 1)]
+    other = load(kind, source, 4, 2, transform=noisy, accum_freq=2)
+    assert alike(batches_of(other, 0), expected[0])
     for step in (3, 6, 7, 0):
-        rest = batches_of(data, 1, step)
-        assert len(rest) == len(whole) - 2 * step
-        assert all(torch.equal(batch, other) for batch, other in zip(rest, whole[2 * step :], strict=True))
+        assert alike(batches_of(other, 1, step), expected[1][2 * step :])
+        assert alike(batches_of(data, 1, step), expected[1][2 * step :])
 
 
-@pytest.mark.parametrize("kind", ["csv", "webdataset"])
-def test_a_start_within_an_epoch_reads_nothing_again(pictures, kind):
+def test_a_start_within_an_epoch_reads_nothing_again(pictures):
     read = []
-
-    def transform(image):
-        read.append(image)
-        return preprocess(image)
-
-    data = loader(source_of(pictures, kind), kind, transform=transform)
+    data = load("csv", pictures.csv(60), 4, transform=lambda image: read.append(image) or preprocess(image))
     assert len(batches_of(data, 0, first_step=12)) == 3
     assert len(read) == 3 * 4
 
 
-def test_cached_and_other_data_have_the_same_samples_in_the_same_order(pictures):
-    for kind in ("csv", "webdataset"):
-        source = source_of(pictures, kind)
-        plain = steps_of(source, kind, (1, 12, 1), transform=preprocess)
-        cached = steps_of(source, f"cached {kind}", (1, 12, 1), transform=preprocess)
-        assert all(torch.equal(step, other) for step, other in zip(plain, cached, strict=True))
+@pytest.mark.parametrize("kind", ["csv", "webdataset"])
+def test_cached_and_other_data_have_the_same_samples_in_the_same_order(pictures, kind):
+    source = pictures.source(kind, 60)
+    plain, cached = (steps_of(source, which, LAYOUTS[0], transform=preprocess) for which in (kind, f"cached {kind}"))
+    assert alike(plain, cached)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 24, 1024, 1025, 5000])
@@ -177,98 +133,42 @@ def test_no_two_samples_of_a_batch_share_a_spare():
 
 
 def test_an_index_takes_few_bytes_a_sample_in_a_data_worker(pictures):
-    source = ShardSource([pictures.shards(200, 1).replace("{000000..000000}", "000000")], Skips())
-    assert len(source) == 200
-    assert len(pickle.dumps(source)) < 200 * 32 + 1000
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    taken = []
-    monkeypatch.setattr(skips, "sleep", taken.append)
-    return taken
-
-
-class Failing:
-    """A read of a shard that fails so often."""
-
-    def __init__(self, failures: int, number: int = errno.EIO) -> None:
-        self.failures, self.number, self.system = failures, number, sources._content
-
-    def __call__(self, *arguments):
-        if self.failures:
-            self.failures -= 1
-            raise OSError(self.number, os.strerror(self.number))
-        return self.system(*arguments)
-
-
-def test_a_read_that_fails_for_a_moment_is_repeated(pictures, pauses, monkeypatch, caplog):
-    source = source_of(pictures, "webdataset")
-    expected = batches_of(loader(source, "webdataset"), 0)
-    data = loader(source, "webdataset")
-    monkeypatch.setattr(sources, "_content", Failing(1))
-    with caplog.at_level(logging.WARNING):
-        assert all(torch.equal(a, b) for a, b in zip(batches_of(data, 0), expected, strict=True))
-    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
-    assert "again: [Errno 5]" in caplog.text
-
-
-def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
-    data = loader(source_of(pictures, "webdataset"), "webdataset")
-    monkeypatch.setattr(sources, "_content", Failing(10**9))
-    with pytest.raises(ValueError, match="samples can be read, too few for a batch of 4.*Input/output error"):
-        batches_of(data, 0)
-    assert len(pauses) == 4
+    pictures.shards(200, 1)
+    source = shards.ShardSource([str(pictures.folder / "train-000000.tar")], Skips())
+    assert len(source) == 200 and len(pickle.dumps(source)) < 200 * 32 + 1000
 
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """The shards whose headers are read, with a cache directory in which every index is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_KEPT_FROM_SECONDS", -1)
-    read, shards = sources.read_index, []
-
-    def noted(shard, expected):
-        shards.append(os.path.basename(shard))
-        return read(shard, expected)
-
-    monkeypatch.setattr(sources, "read_index", noted)
-    return shards
+    monkeypatch.setattr(shards, "_KEPT_FROM_SECONDS", -1)
+    read, names = shards._read_index, []
+    noted = lambda shard, expected: names.append(os.path.basename(shard)) or read(shard, expected)  # noqa: E731
+    monkeypatch.setattr(shards, "_read_index", noted)
+    return names
 
 
-def test_the_index_of_a_shard_is_read_once(pictures, kept):
-    source = source_of(pictures, "webdataset")
-    pictures.damage_header(1, "s20.png")
-    data = loader(source, "webdataset")
-    expected, again = batches_of(data, 0), loader(source, "webdataset")
-    assert len(kept) == 4 and (data.skipped, again.skipped) == (1, 1)
-    assert all(torch.equal(batch, other) for batch, other in zip(batches_of(again, 0), expected, strict=True))
-
-
-@pytest.mark.parametrize("change", ["content", "time", "sizes.json", "damaged cache"])
-def test_a_kept_index_is_used_only_for_the_state_of_the_shard_that_it_describes(pictures, kept, change):
-    source = source_of(pictures, "webdataset")
-    loader(source, "webdataset")
+@pytest.mark.parametrize("change", ["", "content", "time", "sizes.json", "damaged cache", "no cache"])
+def test_a_kept_index_is_used_only_for_the_state_of_the_shard_that_it_describes(pictures, kept, change, monkeypatch):
+    source = pictures.shards(60)
+    pictures.damage(1, "s20.png", header=True)
+    if change == "no cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    expected = batches_of(load("webdataset", source), 0)
     kept.clear()
-    path = pictures.folder / "train-000002.tar"
+    path, sizes = pictures.folder / "train-000002.tar", pictures.folder / "sizes.json"
     if change == "content":
         path.write_bytes(path.read_bytes() + bytes(10240))
     elif change == "time":
         os.utime(path, ns=(0, 0))
     elif change == "sizes.json":
-        sizes = pictures.folder / "sizes.json"
         sizes.write_text(sizes.read_text().replace('"train-000002.tar": 15', '"train-000002.tar": 16'))
-    else:
+    elif change == "damaged cache":
         for file in (pictures.folder / "cache").rglob("*.npz"):
             file.write_bytes(file.read_bytes()[:100])
-    data = loader(source, "webdataset")
-    assert set(kept) == ({f"train-00000{n}.tar" for n in range(4)} if change == "damaged cache" else {path.name})
-    assert data.skipped == (change == "sizes.json")
-
-
-def test_without_a_cache_directory_shards_are_indexed_each_time(pictures, kept, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    source = source_of(pictures, "webdataset")
-    for _ in range(2):
-        assert loader(source, "webdataset").dataloader.num_batches == 15
-    assert len(kept) == 8
+    data = load("webdataset", source)
+    every = [f"train-00000{n}.tar" for n in range(4)]
+    assert kept == ([] if not change else every if "cache" in change else [path.name])
+    assert data.skipped == 1 + (change == "sizes.json")
+    assert alike(batches_of(data, 0), expected)

@@ -5,95 +5,86 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+from pathlib import Path
 
 import pytest
-from picture_samples import preprocess, samples_of, tokenizer
+from picture_samples import epoch_of, load, pictures_of, preprocess
 
-from clipup.data import samples, shard_names, skips, sources
-from clipup.data.loaders import eval_samples, train_loader
-from clipup.data.skips import Skips
+from clipup.data import csv_files, samples, shard_names, shards
+from clipup.data.loaders import eval_samples
 from clipup.train.training_data import Epochs
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 
 
 @pytest.fixture
-def pauses(monkeypatch):
-    """The pauses between tries, which take no time."""
-    taken = []
-    monkeypatch.setattr(skips, "sleep", taken.append)
-    return taken
-
-
-@pytest.fixture
 def disk(monkeypatch):
-    """Files that fail to be read, at every third read of one with this name, so often."""
+    """Reads of the file ``name`` fail so often."""
 
     class Disk:
-        name, failures, reads, every = "", 0, 0, 3
+        name, failures = "", 0
 
         def open(self, path, mode="r", **options):
             return File(path) if os.path.basename(path) == self.name else open(path, mode, **options)
 
     class File(io.FileIO):
         def read(self, size=-1):
-            disk.reads += 1
-            if disk.reads % disk.every == 0 and disk.failures:
+            if disk.failures:
                 disk.failures -= 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return super().read(size)
 
     disk = Disk()
-    for module in (sources, samples):
+    for module in (shards, samples, csv_files):
         monkeypatch.setattr(module, "open", disk.open, raising=False)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: disk.open(str(path), "rb").read())
     return disk
 
 
-def loader(kind, source, **options):
-    options = {"max_skipped": 0.5, "progress": False, **options}
-    return train_loader(source, preprocess, tokenizer, 3, 0, cache="cached" in kind, **options)
-
-
-def pictures_of(data, epoch=0):
-    data.set_epoch(epoch)
-    return sorted(picture for picture, _, _ in samples_of(data.dataloader))
-
-
-@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
-def test_a_read_that_fails_for_a_moment_while_a_shard_is_indexed_is_repeated(pictures, disk, pauses, kind):
-    disk.name, disk.failures = "train-000002.tar", 1
-    data = loader(kind, pictures.shards())
-    assert pictures_of(data) == list(range(24))
-    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
+@pytest.mark.parametrize(
+    "kind, name, when",
+    [
+        ("webdataset", "train-000002.tar", "indexed"),
+        ("webdataset", "train-000002.tar", "read"),
+        ("cached csv", "5.png", "read"),
+    ],
+)
+def test_a_read_that_fails_for_a_moment_is_repeated(pictures, disk, pauses, kind, name, when, caplog):
+    source = pictures.source(kind)
+    data = load(kind, source) if "cached" not in kind and when == "read" else None
+    disk.name, disk.failures = name, 1
+    with caplog.at_level(logging.WARNING):
+        data = data or load(kind, source)
+        assert sorted(pictures_of(data)) == list(range(24))
+    assert (data.skipped, len(pauses), disk.failures) == (0, 1, 0)
+    assert "again: [Errno 5]" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "evaluation"])
-def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictures, disk, pauses, kind):
+def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictures, disk, pauses, kind, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pictures.folder / "cache"))
+    monkeypatch.setattr(shards, "_KEPT_FROM_SECONDS", -1)
     disk.name, disk.failures = "train-000002.tar", 10**9
     source = pictures.shards()
-    read = (lambda: eval_samples(source, preprocess)) if kind == "evaluation" else (lambda: loader(kind, source))
-    with pytest.raises(OSError, match=r"(train_data|source): .*train-000002\.tar cannot be read .*Input/output error"):
-        read()
+    with pytest.raises(OSError, match=r"(train_data|source): .*train-000002\.tar cannot be read"):
+        eval_samples(source, preprocess) if kind == "evaluation" else load(kind, source)
     assert len(pauses) == 4
+    disk.failures = 0  # and no index of a part is kept
+    assert kind == "evaluation" or sorted(pictures_of(load(kind, source))) == list(range(24))
 
 
-def test_no_index_is_kept_of_a_shard_that_could_not_be_read(pictures, disk, pauses, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_KEPT_FROM_SECONDS", -1)
-    source = pictures.shards()
-    disk.name, disk.failures = "train-000002.tar", 1
-    with pytest.raises(OSError, match="cannot be read"):
-        loader("webdataset", source, data_retries=0)
-    assert pictures_of(loader("webdataset", source)) == list(range(24))
+def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
+    data = load("webdataset", pictures.shards())
 
+    def lost(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-def test_images_read_into_memory_are_read_again_after_an_error(pictures, pauses, disk):
-    source = pictures.csv()
-    disk.name, disk.failures, disk.reads = "5.png", 1, 2
-    data = loader("cached csv", source)
-    assert pictures_of(data) == list(range(24))
-    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
+    monkeypatch.setattr(shards, "_content", lost)
+    with pytest.raises(ValueError, match="Input/output error"):
+        epoch_of(data)
+    assert len(pauses) == 4
 
 
 def compare(*ranks):
@@ -107,43 +98,40 @@ def compare(*ranks):
 
 
 def rank_of(kind, source, number, **options):
-    if kind == "streamed":
-        source, options = f"file:{source}", {"train_num_samples": 24, **options}
-    return Epochs(loader(kind, source, world_size=2, rank=number, **options), 1)
+    return Epochs(load(kind, source, world_size=2, rank=number, **{"max_skipped": 0.5, **options}), 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
-    source = pictures.csv() if "csv" in kind else pictures.shards()
-    first, second = rank_of(kind, source, 0), rank_of(kind, source, 1)
-    compare(first, second)
+def test_ranks_that_found_different_samples_or_have_other_options_do_not_train(pictures, kind):
+    source = pictures.source(kind)
+    first = rank_of(kind, source, 0)
+    compare(first, rank_of(kind, source, 1, data_retries=0))
+    for option, value in {"seed": 7, "max_image_pixels": 10**5, "max_skipped": 0.1}.items():
+        with pytest.raises(ValueError, match=f"ranks 0 and 1 differ in .*{option}"):
+            compare(first, rank_of(kind, source, 1, **{option: value}))
     if "csv" in kind:
         (pictures.folder / "3.png").unlink()
     else:
-        pictures.damage_header(1, "s7.png")
+        pictures.damage(1, "s7.png", header=True)
     with pytest.raises(ValueError, match="train_data: ranks 0 and 1 differ in .*rows 24 and 23"):
         compare(first, rank_of(kind, source, 1))
 
 
-@pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("change", ["one more", "another size", "another name", "missing"])
-def test_ranks_that_stream_different_shards_do_not_train(pictures, resampled, change, tmp_path):
+def test_ranks_that_stream_different_shards_do_not_train(pictures, change, tmp_path):
     names = [f"train-00000{n}.tar" for n in range(4)]
-    directories = tmp_path / "a", tmp_path / "b"
     sources = []
-    for directory in directories:
+    for directory in (tmp_path / "a", tmp_path / "b"):
         pictures.folder = directory
         directory.mkdir()
         pictures.shards()
-        (directory / "sizes.json").unlink()
         sources.append("::".join(f"file:{directory / name}" for name in names))
 
-    def rank(number):
-        options = {"dataset_resampled": resampled, "train_num_samples": 24, "data_retries": 0}
-        return Epochs(loader("streamed", sources[number], world_size=2, rank=number, **options), 1)
+    def ranks(**options):
+        return [rank_of("streamed", source, number, **options) for number, source in enumerate(sources)]
 
-    compare(rank(0), rank(1))
-    last = directories[1] / names[3]
+    compare(*ranks())
+    last = tmp_path / "b" / names[3]
     if change == "one more":
         sources[1] += f"::file:{last}"
     elif change == "another size":
@@ -153,51 +141,25 @@ def test_ranks_that_stream_different_shards_do_not_train(pictures, resampled, ch
         last.rename(last.with_name("other.tar"))
     else:
         last.unlink()
-    if resampled:  # every rank draws from shards of its own
-        compare(rank(0), rank(1))
-        return
+    compare(*ranks(dataset_resampled=True))  # every rank draws from shards of its own
     with pytest.raises(ValueError, match=r"train_data: ranks 0 and 1 differ in .*shards"):
-        compare(rank(0), rank(1))
+        compare(*ranks())
 
 
 def test_ranks_may_read_the_same_shards_from_servers_of_their_own():
-    of_ranks = (
-        ["https://a.example/s/0.tar?key=1", "pipe:cat /a/1.tar"],
-        ["https://b.example/0.tar", "pipe:cat b/1.tar"],
-    )
-    first, second = (shard_names.digest_of(shards, skips.Retries(0, Skips())) for shards in of_ranks)
-    assert first == second != shard_names.digest_of(["https://a.example/s/2.tar"], skips.Retries(0, Skips()))
-
-
-@pytest.mark.parametrize("option", ["seed", "max_image_pixels", "max_skipped"])
-@pytest.mark.parametrize("kind", [*KINDS, "streamed"])
-def test_ranks_with_different_options_of_the_data_do_not_train(pictures, kind, option):
-    source = pictures.csv() if "csv" in kind else pictures.shards()
-    usual, other = {"seed": (0, 1), "max_image_pixels": (10**6, 10**5), "max_skipped": (0.5, 0.1)}[option]
-    with pytest.raises(ValueError, match=f"ranks 0 and 1 differ in .*{option} {usual!r} and {other!r}"):
-        compare(rank_of(kind, source, 0, **{option: usual}), rank_of(kind, source, 1, **{option: other}))
+    digest = shard_names.names_digest
+    first = digest(["https://a.example/s/0.tar?key=1", "pipe:cat /a/1.tar"])
+    assert first == digest(["https://b.example/0.tar", "pipe:cat b/1.tar"]) != digest(["https://a.example/s/2.tar"])
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "evaluation"])
-@pytest.mark.parametrize("change", ["other captions", "time"])
-def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_it(pictures, picture, kind, change):
+def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_it(pictures, kind):
     source = pictures.shards(shards=1)
-    data = eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source).dataloader
-    path = pictures.folder / "train-000000.tar"
-    if change == "time":
-        os.utime(path, ns=(0, 0))
-    else:
-        path.unlink()
-        members = (
-            (f"s{n}.png", picture(n)) if odd else (f"s{n}.txt", b"7 7\n" * 300) for n in range(24) for odd in (0, 1)
-        )
-        pictures.tar(path.name, list(members))
+    data = eval_samples(source, preprocess) if kind == "evaluation" else load(kind, source).dataloader
+    os.utime(pictures.folder / "train-000000.tar", ns=(0, 0))
     with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed after its samples were indexed"):
         list(data)
-
-
-def test_an_order_does_not_depend_on_when_a_shard_was_written(pictures):
-    source = pictures.shards()
-    before = loader("webdataset", source).order
-    os.utime(pictures.folder / "train-000001.tar", ns=(0, 0))
-    assert loader("webdataset", source).order == before
+    if kind == "webdataset":  # of which the order does not depend on when they were written
+        before = load(kind, source).order
+        os.utime(pictures.folder / "train-000000.tar", ns=(1, 1))
+        assert load(kind, source).order == before

@@ -46,54 +46,46 @@ def consume(source, **options):
     return samples_of(train_loader(source, preprocess, tokenizer, 3, 0, progress=False, **options).dataloader)
 
 
-@pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
         "train-000000.tar::pipe:touch TRACE",
-        "pipe:touch TRACE",
         "{train-000000.tar,pipe:touch TRACE}",
         "../outside.tar",
         "/OUTSIDE",
-        "..",
         "",
-        "a\0b",
+        "..",
     ],
 )
-def test_a_data_set_may_only_name_files_beside_it(listing, pictures, trace, cache, name, monkeypatch, tmp_path):
-    outside = pictures.shards()
+def test_a_data_set_may_only_name_files_beside_it(listing, pictures, trace, name, monkeypatch, tmp_path):
+    pictures.shards()
     os.rename(tmp_path / "train-000000.tar", tmp_path / "outside.tar")
-    assert outside
-    if isinstance(name, str):
-        name = name.replace("TRACE", str(trace)).replace("/OUTSIDE", str(tmp_path / "outside.tar"))
+    name = name.replace("TRACE", str(trace)).replace("/OUTSIDE", str(tmp_path / "outside.tar"))
     directory = listing("train-000000.tar", name)
     monkeypatch.chdir(directory)
-    options = {"cache": cache} if cache else {"train_num_samples": 12}
     for source in (directory, "."):
-        with pytest.raises((ValueError, FileNotFoundError), match=r"dataset\.json"):
-            consume(source, **options)
-        with pytest.raises((ValueError, FileNotFoundError), match=r"dataset\.json"):
+        with pytest.raises(ValueError, match=r"dataset\.json"):
+            consume(source)
+        with pytest.raises(ValueError, match=r"dataset\.json"):
             datasets.webdataset(source, "test")
     assert not trace.exists()
 
 
 def test_names_in_a_data_set_are_not_expanded_as_patterns(listing):
-    with pytest.raises(FileNotFoundError, match=r"no shard .*train-\*\.tar"):
-        consume(listing("train-*.tar"), cache=True)
-    with pytest.raises(FileNotFoundError, match="no shard"):
-        consume(listing("train-{000000..999999999999}.tar"), cache=True)
+    for name in ("train-*.tar", "train-{000000..999999999999}.tar"):
+        with pytest.raises(FileNotFoundError):
+            consume(listing(name), cache=True)
     assert len(consume(listing("train-000000.tar", "train-000001.tar"), cache=True)) == 12
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": True}, {"dataset_resampled": True}])
 @pytest.mark.parametrize(
-    "pattern",
-    ["pipe:touch TRACE", "PATH::pipe:touch TRACE", "pip{e,e}:touch TRACE", "PIPE:touch TRACE", " pipe:touch TRACE"],
+    "pattern", ["pipe:touch TRACE", "PATH::pipe:touch TRACE", "pip{e,e}:touch TRACE", " PIPE:touch TRACE"]
 )
 def test_a_pipe_runs_only_if_allowed(pictures, trace, pattern, options):
     source = pattern.replace("PATH", pictures.shards()).replace("TRACE", f"{trace} #.tar")
     size = {} if "cache" in options else {"train_num_samples": 24}
-    with pytest.raises(ValueError, match=r"train_data: '\s*(pipe|PIPE):touch .* would run a command .*--allow-pipe"):
+    with pytest.raises(ValueError, match="^train_data: .* would run a command"):
         consume(source, **options, **size)
     assert not trace.exists()
 
@@ -106,28 +98,19 @@ def test_an_allowed_pipe_is_read(pictures):
 
 
 def test_evaluation_never_runs_a_pipe(trace):
-    with pytest.raises(ValueError, match="would run a command"):
-        eval_samples(f"pipe:touch {trace} #.tar", preprocess)
-    with pytest.raises(ValueError, match="would run a command"):
-        list(image_shards(f"pipe:touch {trace} #.tar"))
-    with pytest.raises(ValueError, match="would run a command"):
-        datasets.webdataset(f"pipe:touch {trace} #.tar", "test")
+    for read in (
+        lambda source: eval_samples(source, preprocess),
+        lambda source: list(image_shards(source)),
+        datasets.webdataset,
+    ):
+        with pytest.raises(ValueError, match="would run a command"):
+            read(f"pipe:touch {trace} #.tar")
     assert not trace.exists()
 
 
-def test_a_file_named_like_a_pipe_is_read_as_a_file(pictures, trace, monkeypatch):
-    pictures.shards(shards=1)
-    monkeypatch.chdir(pictures.folder)
-    os.rename("train-000000.tar", "pipe:touch trace #.tar")
-    assert len(consume("pipe:touch trace #.tar", train_num_samples=24)) == 24
-    assert len(consume("*.tar", train_num_samples=24)) == len(consume("*.tar", cache=True)) == 24
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize("scheme", ["http", "https", "gs", "sftp"])
-def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(trace, scheme):
+def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(trace):
     with pytest.raises(ValueError, match="contains a quote"):
-        consume(f"{scheme}://localhost/a'; touch {trace}; '.tar", train_num_samples=3)
+        consume(f"https://localhost/a'; touch {trace}; '.tar", train_num_samples=3)
     assert not trace.exists()
 
 

@@ -1,175 +1,282 @@
-"""Unreadable rows and images: skipped, logged and counted once, never replaced by a row of the same batch, and too many
-of them stop the run."""
+"""What cannot be read is skipped, logged and counted once, whatever its kind, and too much of it stops the run."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import logging
+import os
+import subprocess
 import tarfile
 
 import pytest
-from picture_samples import png, preprocess, samples_of, tokenizer
+from picture_samples import epoch_of, load, pictures_of, png, preprocess, samples_of
 
-from clipup.data import sources
-from clipup.data.loaders import eval_samples, train_loader
+from clipup.data.loaders import eval_samples
+from clipup.data.shard_names import not_a_source
+from clipup.evaluate import datasets
+from clipup.evaluate.labelled_images import image_shards
 
 KINDS = ("csv", "cached csv", "webdataset", "cached webdataset", "streamed")
-SPOILT = (3, 17, 40)
+TARS = KINDS[2:]
+SHARD = "train-000001.tar"  # samples 6 to 11 of 24
 
 
-def spoilt(pictures, kind, numbers=SPOILT, count=60):
-    """A source of pictures; those with these numbers cannot be decoded."""
-    source = pictures.csv(count) if "csv" in kind else pictures.shards(count)
-    for n in numbers:
-        if "csv" in kind:
-            path = pictures.folder / f"{n}.png"
-            path.write_bytes(path.read_bytes()[:20])
-        else:
-            pictures.damage_content(n * 4 // count, f"s{n}.png")
-    return source
-
-
-def loader(kind, source, batch_size=4, workers=0, count=60, **options):
-    if kind == "streamed":
-        source, options = f"file:{source}", {"train_num_samples": count, **options}
-    return train_loader(
-        source, preprocess, tokenizer, batch_size, workers, cache="cached" in kind, progress=False, **options
-    )
-
-
-def batches_of(data, epoch):
-    """The pictures of each batch."""
-    data.set_epoch(epoch)
-    return [[picture for picture, _, _ in samples_of([batch])] for batch in data.dataloader]
+def read(kind, path, count=24, **options):
+    """The pictures of an epoch, and the number of skipped samples."""
+    data = load(kind, f"file:{path}" if kind == "streamed" else path, 1, count=count, **{"max_skipped": 1.0, **options})
+    return set(pictures_of(data)), data.skipped
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_undecodable_image_is_logged_and_counted_once(pictures, kind, workers, caplog):
     with caplog.at_level(logging.WARNING):
-        data = loader(kind, spoilt(pictures, kind), workers=workers)
+        data = load(kind, pictures.source(kind, 60, (3, 17, 40)), 4, workers, count=60)
         for epoch in range(3):
-            assert set(SPOILT).isdisjoint(sum(batches_of(data, epoch), []))
+            assert {3, 17, 40}.isdisjoint(pictures_of(data, epoch))
     assert data.skipped == 3
     named = [line for line in caplog.messages if line.startswith("skipped")]
-    assert len(named) == 3
-    for n in SPOILT:
-        (line,) = [line for line in named if f"/{n}.png" in line or f" s{n} in" in line]
-        assert "it is not an image" in line or "Truncated" in line
+    assert len(named) == 3 == sum(f"/{n}.png" in line or f" s{n} in" in line for n in (3, 17, 40) for line in named)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_unusable_rows_are_removed_from_the_index(pictures, kind, workers, caplog):
+def test_unusable_rows_are_removed_from_the_index(pictures, kind, caplog):
     """Missing, without image or caption, a directory: an epoch has the remaining rows."""
     source = pictures.csv(40)
     (pictures.folder / "3.png").unlink()
-    (pictures.folder / "9.png").unlink()
+    image = pictures.folder / "1.png"
     with open(source, "a") as file:
-        file.write(
-            f"{pictures.folder / '1.png'}\t\n{pictures.folder / '1.png'}\t \u3000\n\t1 0\n{pictures.folder}\t1 0\n"
-        )
-        file.write(f"{pictures.folder / '1.png'}\t1 0\tone more\n")
+        file.write(f"{image}\t\n{image}\t \u3000\n\t1 0\n{pictures.folder}\t1 0\n{image}\t1 0\tone more\n\n")
     with caplog.at_level(logging.WARNING):
-        data = loader(kind, source, batch_size=2, workers=workers, max_skipped=0.2)
-    assert (data.skipped, data.dataloader.num_batches) == (7, 19)
-    seen = sum(batches_of(data, 0), [])
-    assert sorted(seen) == [n for n in range(40) if n not in (3, 9)]
-    assert len(caplog.messages) == 7 and data.skipped == 7
-    for part in ("3.png): its image is no file", "it has 3 cells, the header has 2", "it has no caption"):
-        assert part in caplog.text
+        data = load(kind, source, max_skipped=0.2)
+    assert sorted(pictures_of(data)) == [n for n in range(40) if n != 3]
+    assert data.skipped == len(caplog.messages) == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_batch_contains_a_row_twice(pictures, kind):
     """24 of 240 rows are unreadable: replaced by readable ones, or not in the cache."""
-    data = loader(kind, spoilt(pictures, kind, range(0, 240, 10), 240), batch_size=16, count=240)
-    for epoch in range(3):
-        batches = batches_of(data, epoch)
+    data = load(kind, pictures.source(kind, 240, range(0, 240, 10)), 16, count=240)
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        batches = [{picture for picture, _, _ in samples_of([batch])} for batch in data.dataloader]
         assert len(batches) == (13 if "cached" in kind else 15)
         exact = batches[:13] if kind == "streamed" else batches  # a stream may start over within the last ones
-        assert all(len(set(batch)) == 16 for batch in exact)
+        assert all(len(batch) == 16 for batch in exact)
     assert data.skipped == 24
 
 
-def test_ranks_have_equally_many_batches_and_never_share_a_row(pictures):
-    source = spoilt(pictures, "csv", range(0, 60, 10))
-    ranks = [batches_of(loader("csv", source, world_size=2, rank=rank), 0) for rank in (0, 1)]
-    assert len(ranks[0]) == len(ranks[1]) == 7
-    for one, other in list(zip(*ranks, strict=True))[:6]:
-        assert len({*one, *other}) == 8
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in KINDS), ("csv", 2), ("streamed", 2)])
 def test_reading_stops_above_the_largest_skipped_share(pictures, kind, workers):
-    source = spoilt(pictures, kind, range(0, 60, 8))  # 8 of 60
-    message = (
-        r"max_skipped: [78] of 60 samples cannot be read, more than the share of 0.1 .*(png|tar).*raise max_skipped"
-    )
-    with pytest.raises(ValueError, match=message):
+    source = pictures.source(kind, 60, range(0, 60, 8))  # 8 of 60
+    with pytest.raises(ValueError, match=r"max_skipped: [78] of 60 samples"):
         for epoch in range(2):
-            batches_of(loader(kind, source, workers=workers), epoch)
-    data = loader(kind, source, workers=workers, max_skipped=0.2)
+            epoch_of(load(kind, source, 4, workers, count=60), epoch)
+    data = load(kind, source, 4, workers, count=60, max_skipped=0.2)
     for epoch in range(2):
-        batches_of(data, epoch)
+        epoch_of(data, epoch)
     assert data.skipped == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_checks_its_own_part_with_a_tolerance(pictures, kind):
     """A cache is read by every rank as a whole, and checked exactly."""
-    source = spoilt(pictures, kind, range(0, 120, 15), 120)
-    share = 0.07 if "cached" in kind else 0.05
-    for rank in (0, 1):
-        batches_of(loader(kind, source, count=120, world_size=2, rank=rank, max_skipped=share), 0)
-    source = spoilt(pictures, kind, range(0, 120, 3), 120)
-    for rank in (0, 1):
-        with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
-            batches_of(loader(kind, source, count=120, world_size=2, rank=rank), 0)
+    ranks = [{"count": 120, "world_size": 2, "rank": rank} for rank in (0, 1)]
+    source = pictures.source(kind, 120, range(0, 120, 15))
+    for rank in ranks:
+        epoch_of(load(kind, source, 4, max_skipped=0.07 if "cached" in kind else 0.05, **rank))
+    source = pictures.source(kind, 120, range(0, 120, 3))
+    for rank in ranks:
+        with pytest.raises(ValueError, match="max_skipped: "):
+            epoch_of(load(kind, source, 4, **rank))
 
 
-@pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_data_with_most_files_missing_are_refused_before_the_first_batch(pictures, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_without_any_readable_sample_are_an_error_and_do_not_loop(pictures, kind, monkeypatch):
+    monkeypatch.setattr("clipup.data.skips.GIVE_UP_AFTER", 100)
+    source = pictures.source(kind, 24, range(24))
+    with pytest.raises(ValueError, match="can be read|could not be read|readable samples"):
+        epoch_of(load(kind, source, max_skipped=1.0))
+    if kind == "streamed":
+        with pytest.raises(ValueError, match="100 samples in a row"):
+            epoch_of(load("webdataset", source[5:], max_skipped=1.0, dataset_resampled=True, train_num_samples=24))
+
+
+def test_data_with_most_files_missing_are_refused_before_the_first_batch(pictures):
     source = pictures.csv(100)
     for n in range(4, 100):
         (pictures.folder / f"{n}.png").unlink()
-    with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 6 of .*4\.png"):
-        loader(kind, source)
-    with pytest.raises(ValueError, match="batch_size: got 8"):
-        loader(kind, source, batch_size=8, max_skipped=1.0)
-    with pytest.raises(ValueError, match="max_skipped: 96 of 100"):
-        eval_samples(source, preprocess)
+    for read in (lambda: load("csv", source), lambda: eval_samples(source, preprocess)):
+        with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 6 of .*4\.png"):
+            read()
     assert len(eval_samples(source, preprocess, max_skipped=0.96)) == 4
 
 
+@pytest.mark.parametrize("kind", [*TARS, "evaluation"])
+def test_incomplete_and_damaged_members_of_a_shard_are_counted_once(pictures, kind, caplog):
+    source = pictures.shards()
+    for shard, member, header in ((0, "s1.png", False), (1, "s8.png", True), (2, "s14.json", True)):
+        pictures.damage(shard, member, header)
+    for text in (b" \n", b"caf\xe9"):
+        pictures.tar(f"more-{len(text)}.tar", [("s23.png", png(23)), ("s23.txt", text)])
+        source += f"::{pictures.folder}/more-{len(text)}.tar"
+    source = "::".join(f"file:{part}" for part in source.split("::")) if kind == "streamed" else source
+    with caplog.at_level(logging.WARNING):
+        if kind == "evaluation":
+            data = eval_samples(source, preprocess, max_skipped=0.3)
+            seen = {int(image[0, 0, 0]) for _ in range(2) for image, _, _ in data}
+        else:
+            data = load(kind, source, 1, count=26, max_skipped=0.3)
+            seen = {*pictures_of(data, 0), *pictures_of(data, 1)}
+    assert seen == set(range(24)) - {1, 8, 14} and data.skipped == 5
+    for name in ("s1", "s8", "s14", "s23"):
+        assert sum(f"skipped {name} in" in line for line in caplog.messages) == (2 if name == "s23" else 1)
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+@pytest.mark.parametrize("kind", TARS)
+def test_every_image_whose_key_has_a_dot_is_counted_and_the_reason_is_said(pictures, kind, sizes, caplog):
+    path = pictures.samples("train.tar", {f"s{n}" if n < 12 else f"photo.{n}": png(n) for n in range(24)})
+    if sizes:
+        (pictures.folder / "sizes.json").write_text('{"train.tar": 24}')
+    assert read(kind, path) == (set(range(12)), 12)
+    assert "skipped images of photo in" in caplog.text and "photo_12.png" in caplog.text
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_further_image_of_a_sample_is_no_lost_sample(pictures, kind):
+    members = [(f"s{n}.{e}", c) for n in range(4) for e, c in (("png", png(n)), ("txt", b"1 0"), ("mask.png", png(99)))]
+    assert read(kind, pictures.tar("train.tar", members), 4) == (set(range(4)), 0)
+
+
+@pytest.mark.parametrize("kind", TARS)
+@pytest.mark.parametrize("link", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_samples_that_are_links_are_counted(pictures, kind, link):
+    path = pictures.samples("train.tar", {f"s{n}": png(n) for n in range(4)})
+    with tarfile.open(path, "a") as tar:
+        for n, extensions in ((4, ("png", "txt")), (5, ("png",))):
+            for extension in extensions:
+                member = tarfile.TarInfo(f"s{n}.{extension}")
+                member.type, member.linkname = link, f"s0.{extension}"
+                tar.addfile(member)
+        member = tarfile.TarInfo("s5.txt")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"5 0"))
+    assert read(kind, path, 6) == (set(range(4)), 2)
+
+
+def test_the_advised_command_makes_samples_of_links(pictures, monkeypatch):
+    folder = pictures.folder / "my photos"
+    folder.mkdir()
+    for n in range(2):
+        (folder / f"s{n}.png").write_bytes(png(n))
+        (folder / f"s{n}.txt").write_text(f"{n} 0")
+    for number, link in ((2, os.link), (3, os.symlink)):
+        for extension in ("png", "txt"):
+            link(folder / f"s0.{extension}", folder / f"s{number}.{extension}")
+    monkeypatch.chdir(pictures.folder)
+    command = str(not_a_source("train_data", "my photos")).partition("shard: ")[2].partition(" and name")[0]
+    subprocess.run(command, shell=True, check=True)
+    data = load("webdataset", "data.tar", 1)
+    assert sorted(pictures_of(data)) == [0, 0, 0, 1] and data.skipped == 0
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed"])
-def test_samples_whose_names_need_an_extended_header_are_named_and_counted_one_by_one(pictures, kind, form, caplog):
+@pytest.mark.parametrize("kind", TARS)
+def test_samples_whose_names_need_an_extended_header_are_named(pictures, kind, form, caplog):
     names = [f"{chr(0x4E00 + n)}{'long ' * 30 * (n % 2)}" for n in range(20)]
-    with tarfile.open(pictures.folder / "train.tar", "w", format=form) as tar:
+    path = pictures.folder / "train.tar"
+    with tarfile.open(path, "w", format=form) as tar:
         for n, name in enumerate(names):
             for extension, content in (("txt", f"{n} 0".encode()), ("png", png(n) if n < 12 else b"broken")):
                 member = tarfile.TarInfo(f"{name}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    data = loader(kind, pictures.folder / "train.tar", batch_size=2, count=20, max_skipped=0.5)
-    batches_of(data, 0)
-    assert data.skipped == 8
+    assert read(kind, path, 20) == (set(range(12)), 8)
     for name in names[12:]:
-        assert f"skipped {name} in {'file:' * (kind == 'streamed')}{pictures.folder / 'train.tar'}: " in caplog.text
+        assert f"skipped {name} in {'file:' * (kind == 'streamed')}{path}: " in caplog.text
 
 
-def test_a_sample_whose_header_can_be_read_only_later_is_counted_once(pictures, monkeypatch):
-    """And one that has been counted before a resume is not counted again."""
-    data = loader("webdataset", spoilt(pictures, "webdataset", [17]), data_retries=0)
-    with monkeypatch.context() as patched:
-        patched.setattr(sources, "key_of", None)
-        batches_of(data, 0)
-    assert "the sample at byte" in data.skips.first
-    batches_of(data, 1)
-    assert data.skipped == 1
-    resumed = loader("webdataset", str(pictures.folder / "train-{000000..000003}.tar"))
+def test_what_was_counted_before_a_resume_is_not_counted_again(pictures):
+    source = pictures.source("webdataset", 24, [17])
+    data, resumed = load("webdataset", source), load("webdataset", source)
+    epoch_of(data)
     resumed.skips.restore(data.skips.samples)
-    batches_of(resumed, 2)
-    assert resumed.skipped == 1
+    epoch_of(resumed)
+    assert data.skipped == resumed.skipped == 1
+
+
+def damages(path):
+    """By name: the damaged content, the remaining samples, and a part of the reason."""
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        image, text, hole, after = (tar.getmember(name).offset for name in ("s9.png", "s9.json", "s8.png", "s10.png"))
+    return {
+        "a page of HTML": (b"<!DOCTYPE html>404", (), "not an uncompressed tar"),
+        "noise": (bytes(range(1, 256)) * 100, (), "not an uncompressed tar"),
+        "gzip": (gzip.compress(content), (), "not an uncompressed tar"),
+        "nothing": (b"", (), "empty"),
+        "zeros": (bytes(204_800), (), "damaged"),
+        "cut between samples": (content[:image], (6, 7, 8), "end-of-archive"),
+        "cut in a sample": (content[:text], (6, 7, 8), "end-of-archive"),
+        "cut in a header": (content[: image + 100], (6, 7, 8), "damaged"),
+        "cut in an image": (content[: image + 530], (6, 7, 8), "unexpected end"),
+        "a hole": (content[:hole] + bytes(after - hole) + content[after:], (6, 7, 10, 11), "damaged"),
+    }
+
+
+DAMAGES = ("a page of HTML", "noise", "gzip", "nothing", "zeros", "cut between samples", "cut in a sample",
+           "cut in a header", "cut in an image", "a hole")  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", ["right", "none", "too little"])
+@pytest.mark.parametrize("kind", TARS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_named_and_every_lost_sample_is_counted(pictures, damage, kind, sizes, caplog):
+    """By sizes.json beside it or, without, by the size of the other shards."""
+    source = pictures.source(kind)
+    content, left, reason = damages(pictures.folder / SHARD)[damage]
+    (pictures.folder / SHARD).write_bytes(content)
+    listed = pictures.folder / "sizes.json"
+    if sizes == "none":
+        listed.unlink()
+    elif sizes == "too little":
+        listed.write_text(json.dumps(json.loads(listed.read_text()) | {SHARD: 0}))
+    with caplog.at_level(logging.WARNING):
+        data = load(kind, source, 1, max_skipped=0.4)
+        assert set(pictures_of(data)) == {*range(6), *left, *range(12, 24)}
+    in_the_hole = 2 if sizes == "right" and kind != "streamed" else 1  # otherwise their number is unknown
+    assert data.skipped == (in_the_hole if damage == "a hole" else 6 - len(left))
+    assert sum(SHARD in line and reason in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_whole_shards_lose_nothing(pictures, kind):
+    """Concatenated ones, one without an end mark that holds what sizes.json says, and one that holds less."""
+    pictures.shards(shards=2)
+    parts = [pictures.folder / f"train-00000{n}.tar" for n in range(2)]
+    both = pictures.folder / "both.tar"
+    both.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert read(kind, both) == (set(range(24)), 0)
+    if kind != "streamed":
+        with tarfile.open(parts[0]) as tar:
+            os.truncate(parts[0], tar.getmembers()[-1].offset_data + 512)
+        assert read(kind, parts[0]) == (set(range(12)), 0)
+        pictures.samples(parts[0].name, {f"s{n}": png(n) for n in range(9)})
+        assert read(kind, parts[0]) == (set(range(9)), 3)
+
+
+def test_evaluation_counts_lost_samples_and_a_benchmark_refuses_them(pictures):
+    source = pictures.shards()
+    (pictures.folder / SHARD).write_bytes(b"<html>")
+    samples = eval_samples(source, preprocess, max_skipped=0.25)
+    assert len(list(samples)) == 18 and samples.skipped == 6
+    for refused in (
+        lambda: eval_samples(source, preprocess),
+        lambda: datasets.webdataset(source),
+        lambda: list(image_shards(str(pictures.folder / SHARD))),
+    ):
+        with pytest.raises(ValueError, match=SHARD):
+            refused()

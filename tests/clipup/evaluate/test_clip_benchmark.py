@@ -85,30 +85,3 @@ def test_on_a_cpu_the_command_line_prepares_its_model_and_uses_no_autocast(direc
     (argv, layers), registered = seen[0], ours.registry.TYPE2FUNC["clipup"]
     assert "--no_amp" in argv and layers == {PreparedMoE}
     assert registered is ours.load  # in Python autocast is the caller's choice
-
-
-def test_importing_the_module_registers_the_type(directory):
-    from clip_benchmark import models
-
-    import clipup.evaluate.clip_benchmark  # noqa: F401
-
-    assert models.MODEL_TYPES.count("clipup") == 1
-    model, transform, tokenizer = models.load_clip("clipup", str(directory), "", cache_dir=None, device="cpu")
-    image = transform(layouts.picture(0))[None]
-    assert model.encode_image(image).shape == model.encode_text(tokenizer(["a cat"])).shape
-
-
-def test_model_and_tokenizer_are_from_the_given_cache(directory, tmp_path, monkeypatch):
-    import clipup.evaluate.clip_benchmark as ours
-
-    asked = []
-    monkeypatch.setattr(ours.tokenizers, "get_tokenizer", lambda name, **options: asked.append((name, options)))
-    ours.load(str(directory), cache_dir=str(tmp_path))
-    assert asked == [(str(directory), {"cache_dir": str(tmp_path)})]
-
-
-def test_a_name_without_weights_is_refused():
-    from clipup.evaluate import clip_benchmark
-
-    with pytest.raises(ValueError, match="pretrained is missing, so clipup-tiny-32 would have random weights"):
-        clip_benchmark.load("clipup-tiny-32")

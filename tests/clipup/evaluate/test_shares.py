@@ -41,7 +41,7 @@ def samples():
     ]
 
 
-@pytest.mark.parametrize("count, batch_size", [(2, 2), (3, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize("count, batch_size", [(2, 4), (3, 2)])
 @pytest.mark.parametrize("multi_positive", [False, True])
 def test_distributed_retrieval_equals_that_of_one_process(model, tokenizer, samples, count, batch_size, multi_positive):
     options = {"batch_size": batch_size, "by": "group", "multi_positive": multi_positive}
@@ -56,7 +56,7 @@ def test_distributed_retrieval_equals_that_of_one_process(model, tokenizer, samp
     assert first == alone and others == [None] * (count - 1)
 
 
-@pytest.mark.parametrize("count, batch_size", [(2, 2), (3, 4), (4, 16)])
+@pytest.mark.parametrize("count, batch_size", [(2, 2), (4, 16)])
 def test_distributed_classification_equals_that_of_one_process(model, tokenizer, samples, count, batch_size):
     labelled = [(image, index % len(WORDS)) for index, (image, _, _) in enumerate(samples)]
     templates = ["a {}", "one {} more"]
@@ -79,11 +79,3 @@ def test_distributed_features_are_bitwise_equal_to_those_of_one_process(model):
     found = all_shares(3, lambda share: encode_images(copy.deepcopy(model), share.part(images, 3), 3, share=share))
 
     assert all(torch.equal(features, alone) for features in found)
-
-
-def test_an_empty_data_set_is_refused_on_every_process(model, tokenizer):
-    def evaluate(share):
-        with pytest.raises(ValueError, match="the data set is empty"):
-            evaluate_retrieval(copy.deepcopy(model), [], tokenizer, share=share)
-
-    all_shares(2, evaluate)

@@ -12,8 +12,6 @@ import pytest
 import torch
 from benchmark_layouts import picture
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
@@ -109,18 +107,6 @@ def test_an_interrupted_index_is_continued(tmp_path, photos, monkeypatch):
     assert torch.equal(made.features, updated(tmp_path / "other", photos, Counted()).features)
 
 
-def test_what_was_encoded_before_an_interruption_is_kept(tmp_path, photos):
-    def encode(batch):
-        if encoded.images == 4:
-            raise KeyboardInterrupt
-        return encoded(batch)
-
-    encoded = Counted()
-    with pytest.raises(KeyboardInterrupt):
-        updated(tmp_path / "index", photos, encode)
-    assert len(updated(tmp_path / "index", photos, rest := Counted()).entries) == 6 and rest.images == 2
-
-
 def test_a_damaged_part_is_encoded_again(tmp_path, photos, monkeypatch, caplog):
     monkeypatch.setattr(image_index, "PART_IMAGES", 2)
     with pytest.raises(ZeroDivisionError):
@@ -161,118 +147,6 @@ def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
         updated(tmp_path / "index", photos / "holiday", Counted())
 
 
-def damaged(path, features=None, **changes):
-    """Writes an index again with other features, or other fields in its header."""
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("features",)}
-    content = json.loads(header["index"])
-    for name, value in changes.items():
-        if name == "version":
-            header["version"] = value
-        elif value is None:
-            del content[name]
-        else:
-            content[name] = value(content[name])
-    tensors["features"] = tensors["features"] if features is None else features(tensors["features"])
-    save_file(tensors, path, header | {"index": json.dumps(content)})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"version": "3"}, "version '3', this clipup reads 4"),
-        ({"entries": None}, "KeyError: 'entries'"),
-        ({"encoder": lambda _: 3}, "TypeError"),
-        ({"entries": lambda e: e[:-1]}, "6 features for 5 images"),
-        ({"entries": lambda e: [[n, float("inf"), c] for n, _, c in e]}, "OverflowError"),
-    ],
-)
-def test_files_that_are_no_index_are_refused(tmp_path, photos, changes, message):
-    updated(tmp_path / "index", photos, Counted())
-    damaged(tmp_path / "index" / "index.safetensors", **changes)
-    with pytest.raises(ValueError, match=f"is not a whole index of images .*{message}.*make it again"):
-        ImageIndex.load(tmp_path / "index")
-
-
-def test_what_is_no_index_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no index in"):
-        ImageIndex.load(tmp_path)
-    (tmp_path / "index.safetensors").write_bytes(b"{}")
-    with pytest.raises(ValueError, match="is not a whole index of images"):
-        ImageIndex.load(tmp_path)
-
-
-def test_a_model_whose_weights_changed_is_refused(tmp_path, photos):
-    made = updated(tmp_path / "index", photos, Counted())
-    made.check_model("a0")
-    with pytest.raises(ValueError, match="is not the model that made the index"):
-        made.check_model("a1")
-    trained_on = replace(ENCODER, model_digest="a1")
-    with pytest.raises(
-        ValueError, match="model is not the model that made the index: its weights, config, transform or tokenizer"
-    ):
-        update_index(tmp_path / "index", photos, image_files(photos), trained_on, Counted(), to_tensor)
-
-
-def test_the_smallest_change_of_a_weight_is_noticed(tmp_path, photos, model):
-    index = str(tmp_path / "index")
-    assert main(["index", str(photos), index, "--model", model]) == 0
-    changed, *_ = clipup.create_model_and_transforms(model)
-    before = image_index.digest(changed, model)
-    with torch.no_grad():
-        changed.visual.proj[0, 0] += 1e-5
-    again = image_index.digest(clipup.create_model_and_transforms(model)[0], model)
-    assert image_index.digest(changed, model) != before == again
-    clipup.save_pretrained(changed, model, clipup.get_model_config(model))
-
-    assert main(["search", index, "a red circle"]) == 2
-    assert main(["index", str(photos), index, "--model", model]) == 2
-
-
-@pytest.mark.parametrize("part", ["tokenizer", "config", "transform"])
-def test_another_tokenizer_text_tower_or_transform_than_that_of_the_index_is_noticed(tmp_path, photos, capsys, part):
-    directory, index = tmp_path / "words", str(tmp_path / "index")
-    words = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
-    config = tiny_config()
-    config["text_cfg"] |= words
-    directory.mkdir()
-    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
-    clipup.save_pretrained(tiny_clip(text_cfg=words), directory, config, tokenizer_directory=directory)
-    assert main(["index", str(photos), index, "--model", str(directory)]) == 0
-    assert main(["search", index, "blue"]) == 0
-
-    if part == "tokenizer":
-        (directory / "vocabulary.txt").write_text("blue\ngreen\nred\n")
-    elif part == "transform":
-        saved = json.loads((directory / "open_clip_config.json").read_text())
-        saved["preprocess_cfg"]["interpolation"] = "bilinear"
-        (directory / "open_clip_config.json").write_text(json.dumps(saved))
-    else:
-        saved = (directory / "open_clip_config.json").read_text()
-        (directory / "open_clip_config.json").write_text(saved.replace('"heads": 2', '"heads": 4'))
-
-    assert main(["search", index, "blue"]) == 2
-    assert (
-        "its weights, config, transform or tokenizer have changed since; make the index again"
-        in capsys.readouterr().err
-    )
-
-
-def test_an_index_is_searched_from_any_directory(tmp_path, photos, model, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["index", "photos", "one", "--model", "local-dir:model"]) == 0
-    weights = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)[0].state_dict()
-    torch.save(weights, "weights.pt")
-    assert main(["index", "photos", "two", "--model", "clipup-tiny-32", "--pretrained", "weights.pt"]) == 0
-    (tmp_path / "clipup-tiny-32").mkdir()  # names come before directories
-    assert main(["index", "photos", "three", "--model", "clipup-tiny-32", "--pretrained", "weights.pt"]) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-
-    for index in ("one", "two", "three"):
-        assert main(["search", f"../{index}", "a red circle"]) == 0
-
-
 def test_one_call_writes_an_index_at_a_time(tmp_path, photos):
     def encode(batch):
         with pytest.raises(DirectoryInUse, match="wait until it has ended"):
@@ -280,21 +154,6 @@ def test_one_call_writes_an_index_at_a_time(tmp_path, photos):
         return Counted()(batch)
 
     assert len(updated(tmp_path / "index", photos, encode).entries) == 6
-
-
-def test_features_that_are_not_finite_are_not_stored(tmp_path, photos):
-    with pytest.raises(ValueError, match="features that are not finite for 0.png"):
-        updated(tmp_path / "index", photos, lambda batch: Counted()(batch) * float("nan"))
-
-
-def test_a_name_that_is_not_utf8_and_an_image_that_vanishes_are_skipped(tmp_path, photos):
-    os.rename(photos / "0.png", os.fsencode(photos) + b"/bad\xff.png")
-    records = image_files(photos)
-    (photos / "2.png").unlink()
-    made = update_index(tmp_path / "index", photos, records, ENCODER, Counted(), to_tensor)
-    vanished = {"2.png": "FileNotFoundError: No such file or directory"}
-    assert made.skipped == {r"bad\udcff.png": "its name is not UTF-8"} | vanished
-    assert len(ImageIndex.load(tmp_path / "index").entries) == 4
 
 
 def test_the_best_images_are_found_in_order(tmp_path, photos):
@@ -340,13 +199,6 @@ def test_a_photo_with_damaged_exif_is_taken_as_it_lies(tmp_path):
     assert len(updated(tmp_path / "index", tmp_path / "photos", Counted()).entries) == 1
 
 
-def test_an_index_of_an_earlier_version_is_made_again(tmp_path, photos):
-    updated(tmp_path / "index", photos, Counted())
-    damaged(tmp_path / "index" / "index.safetensors", version="3")
-    updated(tmp_path / "index", photos, encode := Counted())
-    assert encode.images == 6 and len(ImageIndex.load(tmp_path / "index").entries) == 6
-
-
 def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, photos, model, capsys):
     for name in ("a.HEIC", "b.heic", "holiday/c.tif", "d.avif"):
         (photos / name).write_bytes(b"")
@@ -366,10 +218,8 @@ def test_pictures_on_the_page_stand_upright(tmp_path):
     assert shown.size == (32, 64) and shown.getpixel((16, 4))[0] < 64 < 192 < shown.getpixel((16, 60))[0]
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys, int8):
-    flags = ["--int8"] if int8 else []
-    arguments = [str(photos), str(tmp_path / "index"), "--model", model, "--workers", "0", "--device", "cpu", *flags]
+def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys):
+    arguments = [str(photos), str(tmp_path / "index"), "--model", model, "--workers", "0", "--device", "cpu"]
     assert main(["index", *arguments]) == 0
     assert "6 images, 0 skipped" in capsys.readouterr().out
     page = tmp_path / "out" / "found.html"
@@ -404,7 +254,7 @@ def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys,
     folder = photos if (photos / best).exists() else photos / "holiday"
     with torch.inference_mode():
         image = plain.encode_image(preprocess(Image.open(folder / best))[None], normalize=True)
-    assert shown[best] == pytest.approx((text @ image.T).item(), abs=0.02 if int8 else 1e-3)
+    assert shown[best] == pytest.approx((text @ image.T).item(), abs=1e-3)
 
 
 def test_mistakes_are_one_line(tmp_path, photos, model, capsys):
@@ -417,3 +267,54 @@ def test_mistakes_are_one_line(tmp_path, photos, model, capsys):
     assert main(["search", str(tmp_path), " "]) == 2
     assert "texts: expected at least one text that is not blank" in capsys.readouterr().err
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("damage", ["no file", "no index", "other entries"])
+def test_what_is_no_whole_index_is_refused(tmp_path, photos, damage):
+    made = updated(tmp_path / "index", photos, Counted())
+    path = tmp_path / "index" / "index.safetensors"
+    if damage == "no file":
+        path.unlink()
+    elif damage == "no index":
+        path.write_bytes(b"{}")
+    else:
+        replace(made, entries=made.entries[:-1]).save(path.parent)
+    with pytest.raises(FileNotFoundError if damage == "no file" else ValueError, match="clipup index IMAGES OUT"):
+        ImageIndex.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config", "transform"])
+def test_another_model_tokenizer_or_transform_than_that_of_the_index_is_noticed(tmp_path, photos, capsys, part):
+    directory, index = tmp_path / "words", str(tmp_path / "index")
+    words = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+    config = tiny_config()
+    config["text_cfg"] |= words
+    directory.mkdir()
+    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    model = tiny_clip(text_cfg=words)
+    clipup.save_pretrained(model, directory, config, tokenizer_directory=directory)
+    build = ["index", str(photos), index, "--model", str(directory), "--workers", "0"]
+    assert main(build) == main(["search", index, "blue"]) == 0
+    path = directory / "open_clip_config.json"
+    if part == "weights":
+        with torch.no_grad():
+            model.visual.proj[0, 0] += 1e-5
+        clipup.save_pretrained(model, directory, config, tokenizer_directory=directory)
+    elif part == "tokenizer":
+        (directory / "vocabulary.txt").write_text("blue\ngreen\nred\n")
+    elif part == "transform":
+        saved = json.loads(path.read_text())
+        saved["preprocess_cfg"]["interpolation"] = "bilinear"
+        path.write_text(json.dumps(saved))
+    else:
+        path.write_text(path.read_text().replace('"heads": 2', '"heads": 4'))
+    assert main(["search", index, "blue"]) == main(build) == 2
+    assert "is not the model that made the index" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_are_not_stored(tmp_path, photos):
+    os.rename(photos / "0.png", os.fsencode(photos) + b"/bad\xff.png")
+    with pytest.raises(ValueError, match="not finite"):
+        updated(tmp_path / "index", photos, lambda batch: Counted()(batch) * float("nan"))
+    updated(tmp_path / "index", photos, Counted())
+    assert len(ImageIndex.load(tmp_path / "index").entries) == 6  # one with a name that is not UTF-8

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from small_icons import NOUNS, PLACES, SETS, drawing, hash_of, icon_set
 
-from clipup.data.captions import same_words
 from clipup.data.loaders import eval_samples, train_loader
+from clipup.demo.pictograms.captions import same_words
 from studies.icon_data import build as icons
 from studies.icon_data import iconify, splits
 from studies.icon_data.build import Sets

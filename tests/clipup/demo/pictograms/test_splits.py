@@ -8,8 +8,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipup.data.captions import same_words
 from clipup.demo.pictograms import splits
+from clipup.demo.pictograms.captions import same_words
 from clipup.demo.pictograms.splits import base
 
 FARMER = "1f9d1-200d-1f33e"

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipup.data.captions import caption_set, other_names, same_words, useful_tags, words
+from clipup.demo.pictograms.captions import caption_set, other_names, same_words, useful_tags, words
 
 
 def test_names_of_packages_become_words():

@@ -1,0 +1,157 @@
+"""CSV files: rows of image paths and captions, and what is wrong with rows that cannot be used.
+
+A CSV file is the user's own list and may name images anywhere; relative paths start from the working directory. A CSV
+file that belongs to a directory may only name images in that directory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import checks
+from ..progress import printable
+from .samples import PackedTexts, Sample, digest_of
+from .skips import RETRIES, Retries, Skips, read_whole
+
+_MOST_SHOWN = 200
+"""Characters of the path of an image in a message."""
+
+
+class CsvFormat(NamedTuple):
+    """The column separator, and the columns with image paths and captions."""
+
+    separator: str = "\t"
+    img_key: str = "filepath"
+    caption_key: str = "title"
+
+
+class Row(NamedTuple):
+    """A usable row: its first line, the path of its image, and its caption."""
+
+    line: int
+    image: str
+    caption: str
+
+
+class CsvSource:
+    """The usable rows of a CSV file, for training."""
+
+    def __init__(self, path: str, form: CsvFormat, skips: Skips, retries: int = RETRIES) -> None:
+        self.path = path
+        self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
+        for row in readable_rows(path, form, skips, "train_data", retries=retries):
+            self.lines.append(row.line)
+            self.images.append(row.image)
+            self.captions.append(row.caption)
+        self.digest = digest_of(self.lines, self.captions.content, self.captions.ends)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        return _row_name(self.path, self.lines[row], self.images[row])
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        return Path(self.images[row]).read_bytes(), [self.captions[row]]
+
+
+def csv_samples(
+    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
+) -> list[Sample]:
+    """The images of a CSV file, for evaluation; the rows of an image are its captions.
+
+    Args:
+        directory: which paths are relative to; they may not lead out of it.
+    """
+    captions: dict[str, list[str]] = {}
+    for row in readable_rows(path, form, skips, argument, directory):
+        captions.setdefault(row.image, []).append(row.caption)
+    return [
+        Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
+        for image, of_image in captions.items()
+    ]
+
+
+def readable_rows(
+    path: str,
+    form: CsvFormat,
+    skips: Skips,
+    argument: str,
+    directory: str | os.PathLike | None = None,
+    retries: int = RETRIES,
+) -> Iterator[Row]:
+    """The usable rows; the others are noted in `skips`. With `directory`, paths are relative to it.
+
+    Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
+    cell of several lines that contains the separator: an unclosed quote takes rows into its cell. All lines of such a
+    row are counted.
+
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
+    tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
+    """
+    separator = "\t" if form.separator == "\\t" else form.separator  # as typed in a shell
+    checks.check("csv_separator", separator, len(separator) == 1, "one character")
+    records = _records(path, argument, separator, Retries(retries))
+    _, _, header = next(records, (0, 0, []))
+    for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
+        if column not in header:
+            raise ValueError(
+                f"{option}: {path} has no column {column!r}, its columns are {checks.shown(header)}: correct {option}, "
+                f"or csv_separator (now {form.separator!r})"
+            )
+    image_column, caption_column = header.index(form.img_key), header.index(form.caption_key)
+    for line, count, cells in records:
+        if not any(map(str.strip, cells)):
+            continue  # a blank line
+        padded, fault, lost = [*cells, *[""] * len(header)], "", count
+        image, caption = padded[image_column], padded[caption_column]
+        found = image if directory is None else os.path.join(directory, image)
+        if any(separator in cell and "\n" in cell for cell in cells):
+            fault = "a cell of several lines contains the separator: close its quote, or write it in one line"
+        elif any(cells[len(header) :]):
+            fault = f"it has {len(cells)} cells, the header has {len(header)}: quote cells that contain the separator"
+        elif directory is not None and leaves(image):
+            fault, lost = f"its image is not in {directory}", 1
+        elif not os.path.isfile(found):
+            fault, lost = "its image is no file that can be opened", 1
+        elif not caption.strip():
+            fault, lost = "it has no caption", 1
+        if fault:
+            skips.note(_row_name(path, line, image), fault, lost)
+        else:
+            yield Row(line, found, caption)
+
+
+def leaves(path: str) -> bool:
+    """Whether a path that should be relative to a directory leads out of it, judged by its text."""
+    return os.path.isabs(path) or os.pardir in path.replace("\\", "/").split("/")
+
+
+def _row_name(path: str, line: int, image: str) -> str:
+    return printable(f"line {line} of {path} ({image[:_MOST_SHOWN]})")
+
+
+def _records(path: str, argument: str, separator: str, retried: Retries) -> Iterator[tuple[int, int, list[str]]]:
+    """Of each row: its first line, how many lines it has, and its cells."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
+    content = read_whole(Path(path).read_bytes, path, argument, retried)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
+        ) from error
+    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator), 0
+    try:
+        for cells in reader:
+            yield line + 1, reader.line_num - line, cells
+            line = reader.line_num
+    except csv.Error as error:  # a quote that opens a cell of more than 128 KiB
+        raise ValueError(f"{argument}: line {line + 1} of {path}: {error}: close its quote") from error

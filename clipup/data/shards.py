@@ -1,0 +1,237 @@
+"""WebDataset shards on a local disk: their samples by number for training, in memory for evaluation.
+
+Both come from one pass over the headers and captions of a shard. For training it is an index, one row of numbers a
+sample. That of a large shard is kept in the user's cache directory, and read again while the shard has the same size
+and time of modification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..atomic_files import replace_files
+from ..progress import Progress
+from .processes import each
+from .samples import FileState, PackedTexts, Sample, check_state, digest_of, state_of
+from .shard_names import check_local, sizes_of
+from .skips import RETRIES, SEVERAL_LINES, Note, Retries, Skips, read_whole
+from .tars import Members, Parts, caption_of, captions_in, complete, key_of, lines, read_samples
+
+PLACE = np.dtype([
+    ("sample", "<i8"), ("image", "<i8"), ("image_size", "<u4"), ("text", "<i8"), ("text_size", "<u4"), ("json", "?"),
+])  # fmt: skip
+"""A sample: the offset of its first header, the offsets and sizes in bytes of its image and of the member with its
+captions, and whether that is a json."""
+
+_VERSION = 5
+_KEPT_FROM_SECONDS = 0.5
+"""An index that took longer to read is kept."""
+
+
+class ShardSource:
+    """The complete samples of local shards, for training."""
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        skips: Skips,
+        processes: int = 1,
+        first: int = 0,
+        retries: int = RETRIES,
+        progress: bool = False,
+    ) -> None:
+        """
+        Args:
+            skips: where samples that are not complete are noted.
+            processes: that read shards at the same time.
+            first: the shard to start with.
+            retries: further tries after an error that may be temporary.
+
+        Raises:
+            OSError: a shard cannot be read. It is not skipped: ranks that read it would have other samples.
+            LostWorker: a process was killed.
+        """
+        check_local(shards, "train_data")
+        turned = [*shards[first:], *shards[:first]]
+        read = partial(_index_of, sizes=sizes_of(shards), retries=retries)
+        indexes: dict[str, ShardIndex] = {}
+        with Progress("indexing shards", "shards", len(shards), show=progress) as bar:
+            for shard, index in zip(turned, each(read, turned, min(processes, len(shards))), strict=True):
+                indexes[shard] = index
+                bar.update()
+        findings = [indexes[shard].findings for shard in shards]
+        _note_losses(findings, skips)
+        if any(one.several_lines for one in findings):
+            skips.add([SEVERAL_LINES])
+        self.shards = PackedTexts(shards)
+        self.places = np.concatenate([indexes[shard].places for shard in shards])
+        self.ends = np.cumsum([len(indexes[shard].places) for shard in shards])
+        self.states = [indexes[shard].state for shard in shards]
+        names = PackedTexts(map(os.path.basename, shards))
+        self.digest = digest_of(names.content, names.ends, self.ends, self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, row: int) -> str:
+        shard, offset = self.shards[self._shard_of(row)], int(self.places[row]["sample"])
+        key = f"the sample at byte {offset}"
+        with suppress(Exception), open(shard, "rb") as file:  # the header may be what is damaged
+            key = key_of(file, offset)
+        return f"{key} in {shard}"
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        place, number = self.places[row], self._shard_of(row)
+        with open(self.shards[number], "rb") as file:
+            check_state(file.fileno(), self.states[number], self.shards[number])
+            image = _content(file, place["image"], place["image_size"])
+            text = _content(file, place["text"], place["text_size"])
+        return image, captions_in(text)[0] if place["json"] else [caption_of(text)]
+
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self.ends, row, side="right"))
+
+
+def _content(file: BinaryIO, offset: np.integer, size: np.integer) -> bytes:
+    file.seek(int(offset))
+    return file.read(int(size))
+
+
+def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Sample]:
+    """Every complete sample of local shards, in order, for evaluation. Only headers and captions are read, not images.
+
+    Raises OSError, naming the shard, when one cannot be read, also after further tries.
+    """
+    check_local(shards, argument)
+    samples: list[Sample] = []
+    found: list[Findings] = []
+    sizes, retried = sizes_of(shards), Retries()
+    for shard in shards:
+        read = partial(_samples_of, shard, sizes.get(shard))
+        of_shard, findings = read_whole(read, shard, argument, retried)
+        samples += of_shard
+        found.append(findings)
+    _note_losses(found, skips)
+    return samples
+
+
+def _samples_of(shard: str, expected: int | None) -> tuple[list[Sample], Findings]:
+    samples, findings = [], Findings()
+    with open(shard, "rb") as file:
+        state = state_of(file.fileno())
+        for members, parts in _complete_samples(file, shard, expected, findings):
+            captions = lines(parts.captions[0]) if parts.text == "txt" else parts.captions
+            about = {"key": members.key, **parts.about}
+            place = members.place[parts.image]
+            samples.append(Sample(members.key, shard, tuple(captions), *place, about, state))
+    return samples, findings
+
+
+@dataclass
+class Findings:
+    """What was found in one shard besides its complete samples."""
+
+    samples: int = 0
+    """All that are there, complete or not."""
+    several_lines: bool = False
+    """Whether a txt has several lines."""
+    incomplete: list[Note] = field(default_factory=list)
+    lost: list[Note] = field(default_factory=list)
+    """Damaged parts; 0 samples where their number is unknown."""
+
+
+def _complete_samples(
+    file: BinaryIO, shard: str, expected: int | None, findings: Findings
+) -> Iterator[tuple[Members, Parts]]:
+    """The complete samples of a shard; the others are noted in `findings`."""
+
+    def lose(name: str, reason: object, samples: int) -> None:
+        findings.lost.append(Note(name, str(reason), samples))
+
+    for members in read_samples(file, shard, lose, images=False, expected=expected):
+        findings.samples += 1
+        try:
+            parts = complete(members)
+        except ValueError as error:
+            findings.incomplete.append(Note(members.named, str(error)))
+            continue
+        findings.several_lines |= parts.several_lines
+        yield members, parts
+
+
+def _note_losses(found: list[Findings], skips: Skips) -> None:
+    """Notes what shards lost; where the number is unknown, by how many samples the largest undamaged shard has."""
+    usual = max((findings.samples for findings in found if not findings.lost), default=0)
+    for findings in found:
+        skips.add(findings.incomplete)
+        missing = max(1, usual - findings.samples)
+        skips.add(note._replace(samples=note.samples or missing) for note in findings.lost)
+
+
+@dataclass
+class ShardIndex:
+    """The complete samples of one shard, and what is wrong with the others."""
+
+    places: np.ndarray
+    """[samples] of `PLACE`."""
+    state: FileState
+    """Of the file that was read."""
+    findings: Findings
+
+
+def _index_of(shard: str, sizes: dict[str, int], retries: int) -> ShardIndex:
+    """The index of a shard, from the cache if it is there."""
+    return read_whole(partial(_kept_or_read, shard, sizes.get(shard)), shard, "train_data", Retries(retries))
+
+
+def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
+    stat = os.stat(shard)
+    state = stat.st_size, stat.st_mtime_ns
+    about = [_VERSION, shard, os.path.realpath(shard), expected, *state]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clipup", "shard_index")
+    path = cache / f"{hashlib.sha256(repr(about[1:3]).encode()).hexdigest()[:32]}.npz"
+    with suppress(Exception):  # no such file, or a damaged one, for which numpy and zipfile have no common class
+        with np.load(path, allow_pickle=False) as content:
+            described, samples, several_lines, *notes = json.loads(str(content["about"]))
+            if described == about:
+                incomplete, lost = ([Note(*note) for note in kind] for kind in notes)
+                return ShardIndex(content["places"], state, Findings(samples, several_lines, incomplete, lost))
+    start = time.perf_counter()
+    index = _read_index(shard, expected)
+    if time.perf_counter() - start > _KEPT_FROM_SECONDS:
+        noted = np.array(json.dumps([about, *vars(index.findings).values()]))
+        with suppress(OSError):  # without a cache directory that can be written to, the shard is read again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_files({path: lambda file: _write(file, about=noted, places=index.places)})
+    return index
+
+
+def _read_index(shard: str, expected: int | None) -> ShardIndex:
+    """Reads the headers and captions of a shard.
+
+    Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
+    """
+    findings = Findings()
+    with open(shard, "rb") as file:
+        state = state_of(file.fileno())
+        rows = [
+            (members.offset, *members.place[parts.image], *members.place[parts.text], parts.text == "json")
+            for members, parts in _complete_samples(file, shard, expected, findings)
+        ]
+    return ShardIndex(np.array(rows, PLACE), state, findings)
+
+
+def _write(path: Path, **arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

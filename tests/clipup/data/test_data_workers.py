@@ -1,0 +1,221 @@
+"""Data workers: killed ones, hanging ones and those of a killed parent end, and what is said about it is one line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from picture_samples import epoch_of, load, preprocess
+from torch.utils.data import DataLoader, Dataset
+
+from clipup.cli import reporting_errors
+from clipup.data import processes, shards
+from clipup.data.loaders import eval_samples
+from clipup.data.processes import LostWorker, _prepare_worker, each
+
+MAIN = os.getpid()
+QUICK = 3
+"""Items that are read before one that takes minutes."""
+
+
+@pytest.fixture(autouse=True)
+def before_the_first_data_loader(monkeypatch):
+    """Torch's handler of ended processes comes with the first data loader of a process."""
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.fixture
+def no_more_children():
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) <= before
+
+
+def batches(kind, source, transform):
+    if kind == "evaluation":
+        return eval_samples(source, transform).batches(2, workers=1)
+    return load(kind, source, 2, 1, transform=transform).dataloader
+
+
+def killed(image):
+    """A transform that does not survive its fifth picture in a worker."""
+    if image.getpixel((0, 0))[0] == 5 and os.getpid() != MAIN:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return preprocess(image)
+
+
+@pytest.mark.parametrize("kind", ["cached webdataset", "streamed", "evaluation"])
+def test_a_killed_data_worker_is_an_error_in_one_line(pictures, kind, capsys):
+    source = pictures.source(kind)
+    assert reporting_errors("clipup", lambda: list(batches(kind, source, killed))) == 2
+    error = capsys.readouterr().err
+    assert "a data worker has ended" in error and error.count("\n") == 1
+
+
+def test_a_data_worker_that_is_killed_while_a_batch_is_used_is_noticed_when_the_next_one_is_read(pictures):
+    read = iter(batches("webdataset", pictures.shards(), preprocess))
+    next(read)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # torch would interrupt this
+    with pytest.raises(LostWorker):
+        list(read)
+
+
+SMALL_SHARED_MEMORY = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"', "sh")
+READS = """
+import sys, test_data_workers
+from clipup.data.processes import LostWorker
+try:
+    list(test_data_workers.batches(*sys.argv[1:], test_data_workers.large))
+except LostWorker as error:
+    print(error)
+"""
+
+
+def large(image):
+    return torch.zeros(3, 512, 512)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed", "evaluation"])
+def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures, kind):
+    if subprocess.run([*SMALL_SHARED_MEMORY, "true"], check=False).returncode:
+        pytest.skip("needs a mount namespace")
+    program = [*SMALL_SHARED_MEMORY, sys.executable, "-c", READS, kind, pictures.source(kind)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "/dev/shm" in done.stdout and "--shm-size" in done.stdout, done.stderr
+
+
+def test_a_bus_error_of_a_data_worker_names_shared_memory(pictures):
+    with pytest.raises(LostWorker, match="/dev/shm"):
+        list(batches("evaluation", pictures.shards(), lambda image: os.kill(os.getpid(), signal.SIGBUS)))
+
+
+class Hangs(Dataset):
+    """Numbers; reading those from the fourth on takes minutes."""
+
+    def __len__(self) -> int:
+        return 4 * QUICK
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(600 if index >= QUICK else 0)
+        return index
+
+
+@pytest.mark.parametrize("when", ["at exit", "when an iteration is left"])
+def test_workers_that_hang_are_killed_together(monkeypatch, when):
+    monkeypatch.setattr(processes, "_SECONDS_TO_END", 0.5)
+    iterator = iter(DataLoader(Hangs(), batch_size=QUICK, num_workers=4, worker_init_fn=_prepare_worker))
+    next(iterator)
+    processes.detect_lost_workers_when_reading()
+    time.sleep(0.5)  # until all of them hang
+    workers, start = iterator._workers, time.monotonic()
+    if when == "at exit":
+        processes._kill_daemons()
+    else:
+        processes._end_workers_of(iterator)
+    assert time.monotonic() - start < 2
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+
+
+def test_workers_end_with_an_error_and_the_data_can_be_read_again(pictures, no_more_children):
+    repaired = pictures.folder / "repaired"
+    change = lambda image: preprocess(image) if repaired.exists() else image  # noqa: E731
+    data = load("csv", pictures.csv(), workers=1, transform=change).dataloader
+    with pytest.raises(TypeError) as kept:
+        list(data)
+    assert kept.value and no_more_children()
+    repaired.touch()
+    assert len(list(data)) == len(data)
+    del kept, data  # without waiting for the garbage collector
+    assert no_more_children()
+
+
+def test_workers_of_an_evaluation_end_when_reading_is_left_early_or_by_an_error(pictures, no_more_children):
+    source = pictures.shards(count=4, shards=1)
+    left = eval_samples(source, preprocess).batches(1, workers=2)
+    next(left)
+    left.close()
+    assert no_more_children()
+    with pytest.raises(TypeError) as kept:
+        list(eval_samples(source, lambda image: image).batches(1, workers=2))
+    assert kept.value and no_more_children()
+
+
+STALLS = """
+import os, subprocess
+from clipup.data.processes import each
+
+def stalls(number):
+    print("reads", flush=True)
+    subprocess.run(["sleep", "600"])
+
+list(each(stalls, range(4), 2))
+"""
+
+
+def test_workers_that_read_end_with_a_killed_parent_and_without_a_word():
+    run = subprocess.Popen([sys.executable, "-c", STALLS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert [run.stdout.readline() for _ in range(2)] == ["reads\n", "reads\n"]
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.communicate(timeout=30) == ("", "")  # until nobody holds its output any more
+
+
+LEAVES = """
+import sys
+sys.path[:0] = {path!r}
+from picture_samples import load
+batches = iter(load("csv", {source!r}, workers=1).dataloader)
+next(batches)
+itself = [batches]
+itself.append(itself)  # freed by the garbage collector alone, after the program's exit functions
+"""
+
+
+def test_a_program_ends_while_its_data_workers_are_alive(pictures):
+    program = LEAVES.format(path=sys.path, source=pictures.csv())
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stderr == ""
+
+
+def at_seven(number):
+    if number == 7:
+        raise KeyError("seven")
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_map_over_items_has_their_order_and_raises_their_errors(workers, no_more_children):
+    assert list(each(abs, range(-40, 40), workers)) == [abs(number) for number in range(-40, 40)]
+    with pytest.raises(KeyError, match="seven"):
+        list(each(at_seven, range(20), workers))
+    assert no_more_children()
+
+
+def test_a_killed_indexing_process_is_named(pictures, monkeypatch, no_more_children):
+    monkeypatch.setattr(shards, "_read_index", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(LostWorker):
+        load("webdataset", pictures.shards(), workers=2)
+    assert no_more_children()
+
+
+def test_memory_that_runs_out_in_a_data_worker_is_said_in_one_line(pictures):
+    def exhausted(image):
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="^no room$"):
+        epoch_of(load("csv", pictures.csv(), workers=1, transform=exhausted))
+    with pytest.raises(MemoryError, match="^no room$"):
+        list(batches("evaluation", pictures.csv(), exhausted))
