@@ -99,31 +99,25 @@ RULES = [
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 when loss, gradients or weights are not finite, 3 when another rank was lost, 130 after Ctrl-C,
+    """Returns 0, 1 when loss, gradients or weights are not finite, 130 after Ctrl-C,
     SIGTERM or SIGHUP (with a checkpoint to continue from). Of torchrun's ranks, one prints the reason."""
     options = _parse(argv)
     if options.logs is None:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
-    from ..train import RankLost, TrainingInterrupted, train
-    from ..train.ranks.distributed import failure_is_reported
-    from ..train.ranks.rank_watch import EXIT_CODE
-    from ..train.signals import program_ends_with_the_run
+    from ..train import TrainingInterrupted, train
+    from ..train.ranks.distributed import ElsewhereRaised
 
     try:
-        with program_ends_with_the_run():
-            result = train(options)
+        result = train(options)
     except FloatingPointError as error:
         _say(error)
         return _DIVERGED
-    except RankLost as error:
-        _say(error)
-        return EXIT_CODE
     except TrainingInterrupted as stopped:
         _say(stopped)
         return _INTERRUPTED
-    except (Exception, KeyboardInterrupt):
-        if failure_is_reported():
+    except Exception as error:
+        if isinstance(error.__cause__, ElsewhereRaised):
             return _REFUSED
         raise
     if Launched.from_environment().rank != 0:
@@ -189,7 +183,6 @@ def _key_values() -> tyro.constructors.ConstructorRegistry:
 
 
 def _say(error: BaseException) -> None:
-    from ..train.ranks.distributed import failure_is_reported
-
-    if not failure_is_reported():
+    """Prints what all ranks raise, once."""
+    if Launched.from_environment().rank == 0:
         say(f"clipup train: {in_one_line(str(error))}")

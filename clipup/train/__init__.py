@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .log.results import Every, TrainingInterrupted, TrainResult
     from .loop import Trainer
     from .options import TrainOptions
-    from .ranks.rank_watch import RankLost
     from .run import train
 
 # Imported on first access: the options alone need no torch.
@@ -41,7 +40,6 @@ _LAZY = {
     "NonFiniteGradients": "finite",
     "NonFiniteLoss": "finite",
     "NonFiniteWeights": "finite",
-    "RankLost": "ranks.rank_watch",
     "TrainOptions": "options",
     "TrainResult": "log.results",
     "Trainer": "loop",
@@ -54,7 +52,6 @@ __all__ = [
     "NonFiniteGradients",
     "NonFiniteLoss",
     "NonFiniteWeights",
-    "RankLost",
     "TrainOptions",
     "TrainResult",
     "Trainer",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..evaluate.retrieval import NonFiniteFeatures
-from . import rng
+from .checkpoints import rng
 from .checkpoints.run_state import Clock, RunState
 from .finite import FiniteGuard
 from .ranks.distributed import Ranks
@@ -66,7 +66,6 @@ class Evaluations:
         """On all ranks when it is shared, or when no rank has all weights. Otherwise on rank 0, and the others wait as
         long as it takes."""
         numbers = None
-        self._ranks.doing("evaluating", self._state.step)
         share_batch_statistics(self._model, self._ranks)
         if self._ranks.first or shared or self._sharded:
             with rng.preserved(self._ranks.device):
@@ -74,6 +73,6 @@ class Evaluations:
             self._model.train()
             if self._ranks.first and numbers is not None:
                 self._reports.evaluation(numbers)
-        self._ranks.barrier()
+        self._ranks.first_does(lambda: None)  # the others wait
         self._clock.restart()
         return numbers

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..precision import Precision
-from . import optimizer_upcycling, rng
-from .checkpoints import open_clip_format
-from .checkpoints.run_checkpoints import RunCheckpoints
+from . import optimizer_upcycling
+from .checkpoints import open_clip_format, rng
+from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_directory import RunDirectory
 from .checkpoints.run_state import Clock, Length, RunState
 from .evaluations import Evaluations
@@ -76,7 +76,7 @@ class Trainer:
         self._continues = False
         self._lost: LostWorker | None = None
         self.clock = Clock(self.state)
-        self.checkpoints = RunCheckpoints(
+        self.checkpoints = Checkpointer(
             *(options, built, self.train_step, self.state, self.guard, ranks, directory),
             *(data.steps, data.order, unsharded),
         )
@@ -116,7 +116,6 @@ class Trainer:
         self.reports = Reports(
             *(self.options, self.model, self.state, self.length, self.ranks, self.directory, self._continues)
         )
-        how_to_continue = self.checkpoints.how_to_continue
         try:
             place = self.model, self.state, self.clock
             self.evaluations = Evaluations(
@@ -127,8 +126,7 @@ class Trainer:
             lines = self.data.promise(), self.utilization.note, "" if self.options.skip_scheduler else rises
             for line in filter(None, lines):
                 self.reports.log.info("%s", line)
-            self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
-            with self.ranks.rank_lost_explained(), lost_workers_explained(how_to_continue):
+            with lost_workers_explained(self.checkpoints.how_to_continue):
                 self._train()
                 skipped = self.data.skipped(self.ranks.gather)
         except BaseException as error:
@@ -155,7 +153,6 @@ class Trainer:
         if self._start is not None and self.directory is not None:
             self._save(open_clip_format.LATEST)
             self.checkpoints.wait()
-            self.ranks.first_does(partial(self.directory.begins_from, None))
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
         elif self.state.epoch and self.state.step_of_epoch == 0:
@@ -194,7 +191,6 @@ class Trainer:
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
         """The next step's batches, None at the end of the epoch and where the run should end."""
-        self.ranks.doing("reading data", self.state.step + 1)
         drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
         with self.clock.timed("data"), drawing:
             batches = self._unless_asked(lost_workers_named()(partial(next, steps, None)))
@@ -219,7 +215,6 @@ class Trainer:
 
     def _end_if_asked(self) -> None:
         """Ends the run if a rank was asked to stop or has lost a data worker. All ranks are between the same steps."""
-        self.ranks.doing("computing the step", self.state.step + 1, timed=True)
         if self.ranks.any(self.stop.received or self._lost is not None):
             self._interrupt()
 
@@ -316,8 +311,7 @@ class Trainer:
             raise lost
         assert latest is not None  # without a directory signals are left alone
         raise TrainingInterrupted(
-            f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, "
-            f"{self.checkpoints.command_to_continue()}",
+            f"stopped after step {self.state.step} of {self.length.steps}. {self.checkpoints.how_to_continue()}",
             latest,
         )
 

@@ -31,25 +31,22 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
         ValueError: it is the state of another model, or not of an AdamW.
     """
     found = optimizer["by_name"] if "by_name" in optimizer else _by_name(model, optimizer)
-    state: OptimizerState = {}
-    for name, _ in model.named_parameters():
-        values = found.get(name)
-        if values:  # else a parameter that never had a gradient
-            if not all(key in values for key in ("step", *_MOMENTS)):
-                raise ValueError(f"the optimizer of {source} is not an AdamW: it holds {', '.join(values)}")
-            state[name] = values
+    state = {name: found[name] for name, _ in model.named_parameters() if found.get(name)}  # others had no gradient
+    for values in state.values():
+        if not values.keys() >= {"step", *_MOMENTS}:
+            raise ValueError(f"the optimizer of {source} is not an AdamW: it holds {', '.join(values)}")
     return state
 
 
 def _by_name(model: nn.Module, optimizer: dict[str, Any]) -> OptimizerState:
     """A state dict's state by the names of the parameters. Raises ``ValueError`` if it is of another model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
-    held = [group["params"] for group in optimizer["param_groups"]]
-    if all("param_names" in group for group in optimizer["param_groups"]):
-        wanted = [group["param_names"] for group in optimizer["param_groups"]]
-    pairs = [pair for group in zip(wanted, held, strict=True) for pair in zip(*group, strict=True)]
-    return {name: optimizer["state"].get(index, {}) for name, index in pairs}
+    found = {}
+    for own, group in zip(parameter_groups(model, 0.0), optimizer["param_groups"], strict=True):
+        in_order = group.get("param_names") or [names[parameter] for parameter in own["params"]]
+        for name, index in zip(in_order, group["params"], strict=True):
+            found[name] = optimizer["state"].get(index, {})
+    return found
 
 
 def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:

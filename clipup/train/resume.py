@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import open_clip_format
-from .checkpoints.run_directory import RunDirectory, load_together
+from .checkpoints import open_clip_format, sharded
+from .checkpoints.run_directory import RunDirectory
 from .options import TrainOptions
 from .ranks.distributed import Ranks
 
@@ -41,35 +41,43 @@ _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 
 def find_checkpoint(
     options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
-) -> tuple[open_clip_format.Newest | None, list[str]]:
-    """The checkpoint to continue from, or that of another run to begin from, and notes on the choice for the log."""
-    wanted = options.resume
-    if wanted is None:
-        return None, []
+) -> tuple[open_clip_format.Newest | None, Path | None, list[str]]:
+    """The checkpoint to continue from; its path, if the run begins from it because it is of another run; and notes on
+    the choice for the log. A collective."""
+    if options.resume is None:
+        return None, None, []
     if directory is None:
-        return open_clip_format.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
-    start = ranks.first_does(directory.begun_from) if wanted == "latest" else None
-    if start is not None:
-        begun = f"the run was begun from {start} and has no checkpoint of its own yet: begins from it again"
-        return open_clip_format.Newest(start, load_together(start, ranks), []), [begun]
-    found = directory.resumed_from(wanted, ranks)
-    if found is None:
-        return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
-    notes = [f"resumed from {found.path}, because a checkpoint cannot be used: {why}" for why in found.passed_over]
-    return found, notes
+        path = Path(options.resume)
+        return open_clip_format.Newest(path, _load_together(path, ranks)), None, []
+    if options.resume == "latest" and not ranks.first_does(directory.begun_from):
+        listed = ranks.first_does(lambda: open_clip_format.in_order(directory.checkpoints))
+        found = open_clip_format.newest(directory.checkpoints, lambda path: _load_together(path, ranks), listed)
+        if found is None:
+            return None, None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
+        why = [f"resumed from {found.path}, because a checkpoint cannot be used: {each}" for each in found.passed_over]
+        return found, None, why
+    path, notes = Path(options.resume), []
+    if options.resume == "latest":
+        path = ranks.first_does(directory.begun_from)
+        notes = [f"the run was begun from {path} and has no checkpoint of its own yet: begins from it again"]
+    start = None if ranks.first_does(lambda: directory.holds(path)) else path
+    return open_clip_format.Newest(path, _load_together(path, ranks)), start, notes
 
 
-def start_of_run(found: open_clip_format.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Path | None:
-    """The checkpoint that a run begins from, if that is of another run. In a directory without a run this is noted at
-    once: to build a model and its data can take minutes. Whatever then fails, the note stays; alone, it does not keep
-    another run from starting there."""
-    if directory is None:
-        return None
-    start = None
-    if found is not None and not ranks.first_does(lambda: directory.holds(found.path)):
-        start = found.path
-    ranks.first_does(lambda: None if directory.holds_a_run() else directory.begins_from(start))
-    return start
+def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
+    """A checkpoint on all ranks, or the error of one on all. Of a sharded checkpoint each rank checks some of the
+    files, and the state is without tensors."""
+    state: dict[str, Any] = {}
+
+    def load() -> None:
+        if path.is_dir():
+            index = sharded.check(path, ranks.rank, ranks.world_size)
+            state.update(sharded.read_state(path) | index.configs)
+        else:
+            state.update(open_clip_format.load(path))
+
+    ranks.each_does(load)
+    return state
 
 
 def conditions(
@@ -132,16 +140,14 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
         ValueError: the checkpoint is from within an epoch, and the rest of it would repeat some samples and leave out
             others.
     """
-    if "conditions" not in state or not _within_epoch(state):
+    was = state.get("conditions")
+    if was is None or not 0 < state["step_of_epoch"] < was["steps_of_epoch"]:
         return
-    was = state["conditions"]
-    indexed = was["order"] is not None and now["order"] is not None
+    keys: tuple[str, ...] = SEQUENCE
+    if was["order"] is None or now["order"] is None:
+        keys += (*BATCH, *DATA, *(("workers",) if now["options"]["train_data"] is not None else ()))
     changed = _changed(was, now)
-    causes = [changed[key] for key in SEQUENCE if key in changed]
-    if not indexed:
-        from_files = now["options"]["train_data"] is not None
-        keys = (*BATCH, *DATA, *(["workers"] if from_files else []))
-        causes += [changed[key] for key in keys if key in changed]
+    causes = [changed[key] for key in keys if key in changed]
     if not causes and any(was[key] != now[key] for key in ("order", "steps_of_epoch")):
         what = f"{was['steps_of_epoch']} steps of {was['order']} -> {now['steps_of_epoch']} of {now['order']}"
         causes = [changed[key] for key in (*BATCH, *DATA) if key in changed] or [f"other training data ({what})"]
@@ -156,15 +162,10 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
 
 def _changed(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Changed options and ``world_size`` by name, as text."""
-    before, after = ({**one["options"], "world_size": one["world_size"]} for one in (was, now))
+    before, after = ({**each["options"], "world_size": each["world_size"]} for each in (was, now))
     return {
         key: f"{key} {before[key]!r} -> {after[key]!r}" for key in after if key in before and before[key] != after[key]
     }
-
-
-def _within_epoch(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two epochs."""
-    return 0 < state["step_of_epoch"] < state["conditions"]["steps_of_epoch"]
 
 
 def _values(options: TrainOptions) -> dict[str, Any]:

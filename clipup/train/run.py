@@ -13,7 +13,8 @@ from torch import nn
 from clipup_kernels.self_check import check_once
 
 from ..precision import token_dtype
-from . import resume, rng
+from . import resume
+from .checkpoints import rng
 from .checkpoints.run_directory import RunDirectory, run_name
 from .checkpoints.run_state import Length
 from .log.recorder import LOG
@@ -53,7 +54,7 @@ def train(
         ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
         NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
         ChildProcessError: a data worker was killed.
-        RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
+        ConnectionError: another rank died, failed, or has kept this one waiting for ``options.dist_timeout``.
         OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
         TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint. Without ``options.logs`` it is
             KeyboardInterrupt, at once.
@@ -63,12 +64,11 @@ def train(
         precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
-        checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
+        checkpoint, start, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
             if options.warmup is None:
                 options = replace(options, warmup=resume.warmup_of(checkpoint.state))
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
-        start = resume.start_of_run(checkpoint, directory, ranks)
         rng.seed_everything(options.seed)
         built = build_model(options, ranks, precision, model, preprocess, tokenizer, checkpoint is not None)
         first_epoch = checkpoint.state["epoch"] if checkpoint else 0
@@ -95,8 +95,7 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
     if options.logs is None:
         yield None
         return
-    directory = RunDirectory(Path(options.logs) / ranks.of_first(run_name(options)))
+    directory = RunDirectory(Path(options.logs) / ranks.first_does(lambda: run_name(options)))
     with ExitStack() as held:
-        ranks.first_does(lambda: held.enter_context(directory.locked()))
-        ranks.first_does(lambda: directory.check(options))
+        ranks.first_does(lambda: held.enter_context(directory.locked(options)))
         yield directory

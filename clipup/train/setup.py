@@ -21,12 +21,12 @@ from ..moe.config import MoEConfig
 from ..precision import Precision
 from ..upcycling.upcycle import upcycle
 from .checkpoints import open_clip_format
+from .checkpoints.rng import preserved
 from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
 from .ranks import parallel
 from .ranks.distributed import Ranks
-from .rng import preserved
 from .trained_parts import lock_parts
 
 _PROBES = ("a photo of a cat", "Zwei rote Äpfel, 3 & 14!", "日本の猫", "unbelievable arrow left " * 40)
@@ -180,7 +180,6 @@ def _resume_dense(
         ValueError: the run trained another model than the one that is given, or with another tokenizer.
     """
     state = open_clip_format.load(path)
-    open_clip_format.check_optimizer(state, path)
     open_clip_format.check_configs(model, state, tokenizer_files, path)
     open_clip_format.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))

@@ -7,26 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
 process group, send it to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
-
-_program_ends = False
-
-
-@contextmanager
-def program_ends_with_the_run() -> Iterator[None]:
-    """Inside, a repeated SIGTERM or SIGHUP is ignored after a ``StopRequest`` is left, too: the run has been saved, and
-    the program is about to exit."""
-    global _program_ends
-    _program_ends = True
-    try:
-        yield
-    finally:
-        _program_ends = False
 
 
 class StopWaiting(BaseException):
@@ -47,27 +33,19 @@ class StopRequest:
         self._waits = False
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
-        self._terminated = 0.0
+        self._first = 0.0
+        """When the first signal came."""
 
     def __enter__(self) -> StopRequest:
-        if self._enabled:
-            handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
-            if hasattr(signal, "SIGHUP"):
-                handlers[signal.SIGHUP] = self._terminate
-            for number, handler in handlers.items():
-                before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None: of another language, and could not be restored
-                    self._before[number] = before
-                    signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if self._enabled else ():
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                self._before[number] = before
+                signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        ends = self.received and _program_ends
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            if number != signal.SIGINT and ends:
-                continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
 
     @contextmanager
@@ -81,20 +59,13 @@ class StopRequest:
         finally:
             self._waits = False
 
-    def _receive(self) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGINT or time.monotonic() - self._first > REPEAT_SECONDS
+        if self.received and again:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self._first = self._first or time.monotonic()
         self.received = True
         if self._waits:
             self._waits = False
             raise StopWaiting
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, self._before[signal.SIGINT])
-        self._receive()
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        self._terminated = self._terminated or now
-        if now - self._terminated > REPEAT_SECONDS:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)
-        self._receive()

@@ -15,6 +15,7 @@ from ..moe.layer import aux_loss
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
+from .checkpoints.rng import set_torch_state, torch_state
 from .forward import SCALES, forward
 from .log.step_record import Layers, mean_routing, routing_of
 from .objectives import Batch, Objective
@@ -26,7 +27,6 @@ from .ranks.parallel import (
     unwrapped,
     without_gradient_sync,
 )
-from .rng import set_torch_state, torch_state
 
 LOGIT_SCALE_MAX = math.log(100)
 """The logarithm of the logit scale is kept between 0 and log(100), as in CLIP."""

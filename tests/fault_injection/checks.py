@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipup.models.state_dicts import read_pickle
-from clipup.train.checkpoints import sharded_checkpoints
+from clipup.train.checkpoints import sharded
 
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")
@@ -27,7 +27,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint, a file or a sharded one, whose checksums are all correct, else None."""
     if path.is_dir():
         try:
-            return sharded_checkpoints.load(path)
+            return sharded.load(path)
         except (OSError, ValueError):
             return None
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tiny_parallel import DROPLESS, newest, resume_all, run
 
-from clipup.train.checkpoints import dcp_storage
+from clipup.train.checkpoints import sharded as sharded_checkpoints
 
 SPREAD = {
     "replicated": {},
@@ -31,7 +31,7 @@ def sharded(spreads: dict[str, Any]) -> dict[str, Any]:
 
 def stuck(out: Path, options: dict[str, Any]) -> None:
     """A checkpoint after each step. The threads stop in the middle of the third, and make the file OUT/half-NAME."""
-    sum_of, count = dcp_storage.sum_of, iter(range(100))
+    sum_of, count = sharded_checkpoints.sum_of, iter(range(100))
 
     def half(path: Path) -> Any:
         if next(count) == 2:
@@ -40,7 +40,7 @@ def stuck(out: Path, options: dict[str, Any]) -> None:
             time.sleep(600)
         return sum_of(path)
 
-    dcp_storage.sum_of = half
+    sharded_checkpoints.sum_of = half
     run(out, "killed", DROPLESS, save_every_n_steps=1, lr_scheduler="const", fsdp_checkpoint="sharded", **options)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,20 +55,18 @@ class RunState:
         """
         resume.check_position(checkpoint, conditions, source)
         steps_of_epoch = conditions["steps_of_epoch"]
-        other_length = checkpoint.get("conditions", conditions)["steps_of_epoch"] != steps_of_epoch
-        self.epoch = checkpoint["epoch"]
-        self.step = checkpoint.get("step", self.epoch * steps_of_epoch)
-        self.step_of_epoch = checkpoint.get("step_of_epoch", 0)
-        self.steps_before = checkpoint.get("steps_before", 0)
         samples_of_step = options.batch_size * options.accum_freq * ranks.world_size
-        self.samples_seen = checkpoint.get("samples_seen", self.step * samples_of_step)
-        self.seconds = checkpoint.get("seconds", 0.0)
-        self.validated = dict(checkpoint.get("validated", {})) if resume.measured_alike(checkpoint, conditions) else {}
+        step = checkpoint["epoch"] * steps_of_epoch
+        of_open_clip = {"step": step, "samples_seen": step * samples_of_step}
+        for name, value in (of_open_clip | checkpoint).items():
+            if name in _SAVED and name != "finished":
+                setattr(self, name, value)
         self.evaluations = checkpoint.get("evaluations")
-        if other_length:
+        if not resume.measured_alike(checkpoint, conditions):
+            self.validated = {}
+        if checkpoint.get("conditions", conditions)["steps_of_epoch"] != steps_of_epoch:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
             self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
-        self.skipped_samples = checkpoint.get("skipped_samples", self.skipped_samples)
 
     def numbers_now(self, validation: str) -> dict[str, Any] | None:
         """The numbers of a validation, if it was done at the current step; on rank 0."""
@@ -76,17 +75,10 @@ class RunState:
 
     def for_checkpoint(self) -> dict[str, Any]:
         """The entries of a checkpoint, without the number of evaluations."""
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "step_of_epoch": self.step_of_epoch,
-            "steps_before": self.steps_before,
-            "samples_seen": self.samples_seen,
-            "seconds": self.seconds,
-            "finished": self.finished,
-            "validated": dict(self.validated),
-            "skipped_samples": self.skipped_samples,
-        }
+        return copy.deepcopy({name: getattr(self, name) for name in _SAVED})
+
+
+_SAVED = [each.name for each in fields(RunState) if each.name != "evaluations"]
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class ProcessOptions(OptionGroup):
     dist_backend: str | None = None
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
     dist_timeout: float = 1800.0
-    """With several ranks: seconds without a heartbeat from a rank, or within one step, after which the run ends.
-    Evaluations and checkpoints may take longer."""
+    """With several ranks: seconds that a rank waits for the others within a step before the run ends. Evaluations and
+    checkpoints may take longer."""
 
     def check(self) -> None:
         timeout = self.dist_timeout

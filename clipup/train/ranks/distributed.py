@@ -1,11 +1,16 @@
-"""Process ranks and the collectives the trainer needs: data parallelism under torchrun, or a single process."""
+"""The ranks of a run and what they tell each other: several processes under torchrun, or a single one.
+
+Two groups connect the ranks. The computing group, torch's default one, has ``options.dist_timeout``: a rank that waits
+longer in it fails, because another one is frozen or gone. In the control group ranks wait for hours: for rank 0, which
+saves and evaluates, and for each other's part of an evaluation. torchrun ends the other ranks of a node when one fails.
+"""
 
 from __future__ import annotations
 
 import atexit
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,10 +22,14 @@ from torch import Tensor
 from ...precision import check_device
 from ..options import TrainOptions
 from .launched import DISTRIBUTED, Launched, first_set
-from .rank_watch import Activity, RankLost, RankWatch
 
-_NO_TIMEOUT = timedelta(days=365)
-"""For the process groups: ``RankWatch`` ends a run whose ranks wait in vain."""
+_CONTROL_TIMEOUT = timedelta(hours=4)
+_BACKENDS = {"nccl": "cpu:gloo,cuda:nccl"}
+"""The computing group also takes tensors on the CPU."""
+
+
+class ElsewhereRaised(Exception):
+    """The cause of an error that another rank has raised, and reports."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     control: Any = None
-    """A gloo group for control messages, so they never wait for a GPU."""
-    watch: RankWatch | None = None
+    """A gloo group for messages, so they never wait for a GPU."""
 
     @property
     def several(self) -> bool:
@@ -43,26 +51,12 @@ class Ranks:
         """Whether this is rank 0, which logs and saves."""
         return self.rank == 0
 
-    def doing(self, what: str, step: int, timed: bool = False) -> None:
-        """Tells the other ranks. ``timed``: all ranks should finish it within options.dist_timeout."""
-        if self.watch is not None:
-            self.watch.doing(Activity(step, what, timed))
-
-    def rank_lost_explained(self) -> AbstractContextManager:
-        """Inside, the loss of another rank is raised as RankLost."""
-        return nullcontext() if self.watch is None else self.watch.explained()
-
-    def on_loss(self, advice: Callable[[], str], log: Callable[[str], object]) -> None:
-        """How the message about a lost rank ends, and where it goes besides stderr."""
-        if self.watch is not None:
-            self.watch.advice, self.watch.log = advice, log
-
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Whether the flag is set on any rank. All ranks ask within ``options.dist_timeout``."""
         if not self.several:
             return flag
         votes = torch.tensor(int(flag))
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -73,103 +67,78 @@ class Ranks:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
+        """Every rank's value, on every rank. Waits for all of them, for hours."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all ranks, however long it takes."""
-        self.gather(None)
-
-    def of_first(self, value: Any) -> Any:
-        """Rank 0's value."""
-        if not self.several:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
-
     def first_does(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 acts while the others wait, however long it takes. Every rank gets what the action returns, or the
-        OSError, ValueError or ImportError that it raises."""
-        result, failure = None, None
-        if self.first:
-            try:
-                result = action()
-            except (OSError, ValueError, ImportError) as error:
-                failure = error
-        result, failure = self.of_first((result, failure))
-        if failure is not None:
-            raise failure
-        return result
+        """Rank 0 acts while the others wait. Every rank gets what the action returns, or its OSError, ValueError or
+        ImportError."""
+        done = [_outcome(action) if self.first else None]
+        if self.several:
+            dist.broadcast_object_list(done, src=0, group=self.control)
+        return self._result(0, done[0])
+
+    def each_does(self, action: Callable[[], Any]) -> list[Any]:
+        """What the action returns on every rank, or the first such error on all of them."""
+        return [self._result(rank, done) for rank, done in enumerate(self.gather(_outcome(action)))]
+
+    def _result(self, rank: int, outcome: Any) -> Any:
+        result, error = outcome
+        if error is None:
+            return result
+        if rank == self.rank:
+            raise error
+        raise error from ElsewhereRaised(f"on rank {rank}")
+
+
+def _outcome(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return action(), None
+    except (OSError, ValueError, ImportError) as error:
+        return None, error
 
 
 @contextmanager
 def joined(options: TrainOptions) -> Iterator[Ranks]:
-    """The ranks that torchrun started, watching each other. The processes stay connected until they end: to disconnect
-    and connect again, for a second run, would be a race with ranks that are still disconnecting.
+    """The ranks that torchrun started. The processes stay connected until they end, for further runs.
 
     Raises:
         ValueError: there is no such device.
-        RankLost: another rank did not start, died, froze or failed.
+        ConnectionError: another rank did not start, died, failed, or has kept this one waiting for too long.
     """
+    device = check_device(options.device)
     if first_set(DISTRIBUTED, 1) <= 1:
-        yield Ranks(torch.device(check_device(options.device)))
+        yield Ranks(torch.device(device))
         return
-    watch, store = _meet(options.dist_timeout)
-    with watch.run(options.dist_timeout):
-        yield _connect(check_device(options.device), options.dist_backend, watch, store)
+    try:
+        yield _connected(device, options.dist_backend, timedelta(seconds=options.dist_timeout))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            f"another rank is lost, whose own message comes first if it has one ({error}). The last checkpoint is "
+            "whole; continue with --resume latest"
+        ) from error
 
 
-def unlimited_group() -> dist.ProcessGroup:
-    """Another gloo group of all ranks, for a thread that meets those of the other ranks. A collective."""
-    return dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
-
-
-def failure_is_reported() -> bool:
-    """Whether another rank was first to report the failure of the last run, and prints its message."""
-    return bool(_met) and _met[0][0].reported
-
-
-_met: list[tuple[RankWatch, dist.Store]] = []
-"""This process's watch and rendezvous store, once it has met the other ranks."""
-
-
-def _meet(timeout: float) -> tuple[RankWatch, dist.Store]:
-    if not _met:
-        _, rank, world_size = Launched.from_environment()
-        try:
-            store, rank, world_size = next(
-                dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
-            )
-        except dist.DistError as error:
-            reason = " ".join(str(error).split())
-            raise RankLost(
-                f"rank {rank} of {world_size} has not met the others within {timeout:g} s ({reason}); start all of "
-                "them, or set a longer --dist-timeout"
-            ) from error
-        watch = RankWatch(dist.PrefixStore("clipup", store.clone()), rank, world_size, timeout)
-        atexit.register(watch.stop)
-        _met.append((watch, store))
-    return _met[0]
+def waiting_group() -> dist.ProcessGroup:
+    """Another gloo group of all ranks, with hours to wait in it. A collective."""
+    return dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
 
 
 @functools.cache
-def _connect(device: str, backend: str | None, watch: RankWatch, store: dist.Store) -> Ranks:
+def _connected(device: str, backend: str | None, timeout: timedelta) -> Ranks:
+    local_rank, rank, world_size = Launched.from_environment()
     target = torch.device(device)
     if target.type == "cuda":
-        target = torch.device("cuda", Launched.from_environment().local_rank)
+        target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
-    backend = backend or ("nccl" if target.type == "cuda" else "gloo")
-    rank, world_size = watch.rank, watch.world_size
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_NO_TIMEOUT)
-    atexit.register(_leave, watch)
-    return Ranks(target, rank, world_size, unlimited_group(), watch)
-
-
-def _leave(watch: RankWatch) -> None:
-    if not watch.failed:  # after a failure it could wait for ranks that are gone
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        backend = backend or ("nccl" if target.type == "cuda" else "gloo")
+        dist.init_process_group(_BACKENDS.get(backend, backend), rank=rank, world_size=world_size, timeout=timeout)
+        atexit.register(dist.destroy_process_group)
+    return Ranks(target, rank, world_size, waiting_group())

@@ -7,12 +7,9 @@ import json
 import pytest
 import torch
 from rank_processes import ranks
-from tiny_parallel import DROPLESS, model, run, run_all
+from tiny_parallel import DROPLESS, run, run_all
 
-from clipup.train import TrainOptions
 from clipup.train.checkpoints.open_clip_format import load
-from clipup.train.ranks import parallel
-from clipup.train.ranks.distributed import Ranks
 
 BY_POSITION = {"priority": True}
 """A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""
@@ -132,11 +129,3 @@ def all_runs(tmp_path_factory):
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4) for name in cases_of(count)[0]])
 def test_any_spread_over_two_or_four_ranks_does_what_one_process_does(all_runs, count, name):
     compare(all_runs[count], count, name)
-
-
-@pytest.mark.parametrize("precision", ["amp", "bf16"])
-@pytest.mark.parametrize("how", [{"fsdp": True}, {"ep": 2}])
-def test_precisions_that_cannot_be_sharded_are_refused_by_name(precision, how):
-    two_ranks = Ranks(torch.device("cpu"), world_size=2)
-    with pytest.raises(ValueError, match=f"precision '{precision}'"):
-        parallel.check(model(DROPLESS), TrainOptions(**how), two_ranks, precision)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipup.cli import main
-from clipup.train.checkpoints import dcp_storage, open_clip_format
+from clipup.train.checkpoints import open_clip_format, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 LATER = list(range(4, 10))
@@ -47,7 +47,7 @@ def test_stopped_while_it_saves_its_first_checkpoint_it_begins_there_again(run, 
 
     with monkeypatch.context() as patched, pytest.raises(type(error)):
         patched.setattr(open_clip_format, "write_pickle", fail)
-        patched.setattr(dcp_storage, "save", fail)
+        patched.setattr(sharded, "write", fail)
         patched.chdir(once.directory)
         run(fsdp_checkpoint=kind, resume=os.path.relpath(start), name="other")
 
@@ -83,23 +83,6 @@ def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, first, mo
         assert [record["step"] for record in run(resume="latest", name="other").history] == list(range(1, 10))
 
 
-def test_a_run_that_is_killed_while_its_model_is_built_begins_there_or_leaves_its_name_free(run, first, monkeypatch):
-    once, start = first()
-
-    def kill(*_):
-        raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("clipup.train.run.build_model", kill)
-        run(resume=start, name="other")
-
-    assert_is_rest_of(run(resume="latest", name="other"), once)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("clipup.train.run.build_model", kill)
-        run(resume=start, name="third")
-    assert run(name="third", epochs=1).steps == 3
-
-
 def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):
     seen = []
 
@@ -114,11 +97,3 @@ def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeyp
     assert "--force has no effect with --resume latest" in capsys.readouterr().err
     assert main([*command, "logs/a/checkpoints/epoch_1.pt"]) == 2
     assert [(one.force, one.resume) for one in seen] == [(True, "logs/a/checkpoints/epoch_1.pt")]
-
-
-def test_force_does_not_discard_the_run_whose_checkpoint_is_asked_for(run):
-    checkpoint = run().directory / "checkpoints" / "epoch_latest.pt"
-
-    with pytest.raises(ValueError, match="force discards the run in"):
-        run(resume=str(checkpoint), force=True)
-    assert checkpoint.is_file()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import zipfile
-
 import pytest
 import torch
 
@@ -112,27 +108,3 @@ def test_metrics_with_a_damaged_line_lose_only_that_line(run):
     resumed = run(steps=6, resume="latest")
 
     assert [record["step"] for record in resumed.history] == [1, 3, 4, 5, 6]
-
-
-def test_no_run_goes_on_from_weights_alone(run, make_model, pairs, options):
-    latest = run().directory / "checkpoints" / "epoch_latest.pt"
-    state = torch.load(latest, weights_only=True)
-    torch.save({**state, "optimizer": {}}, latest)
-    changes = {"moe": True, "resume_dense": str(latest), "name": "sparse"}
-    for start in ({"resume": str(latest), "steps": 9}, changes):
-        with pytest.raises(
-            ValueError, match="epoch_latest.pt holds no state of an optimizer to go on with; start from"
-        ):
-            train(options(**start), model=make_model(), loader=pairs())
-
-
-def test_an_input_output_error_within_a_file_names_the_checkpoint(run, monkeypatch):
-    run()
-
-    def fails(self, *args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
-
-    with pytest.raises(OSError, match="epoch_.*pt could not be read: .*Input/output error"):
-        run(resume="latest")

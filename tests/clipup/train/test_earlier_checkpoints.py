@@ -47,22 +47,6 @@ def test_another_run_goes_on_from_an_earlier_checkpoint_as_the_first_one_did(run
     assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
 
 
-@KINDS
-def test_a_later_checkpoint_on_a_disk_that_is_away_is_neither_passed_over_nor_replaced(run, kind, tmp_path):
-    directory = run(fsdp_checkpoint=kind, save_most_recent=False).directory
-    last, away = of_epoch(directory, 3, kind), tmp_path / "away"
-    if kind == "full":
-        (directory / "checkpoints" / "epoch_latest.pt").unlink()
-    last.rename(away)
-    last.symlink_to(tmp_path / "nowhere")
-
-    for resume in (str(of_epoch(directory, 2, kind)), "latest"):
-        with pytest.raises(FileNotFoundError, match="epoch_3"):
-            run(fsdp_checkpoint=kind, resume=resume)
-
-    assert last.is_symlink()
-
-
 def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):
     once = run(save_frequency=2, epochs=3)  # keeps epoch 2
     folder = once.directory / "checkpoints"

@@ -62,7 +62,7 @@ def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, 
     class Killed(BaseException):
         pass
 
-    link, links = open_clip_format._link_or_copy, []
+    link, links = open_clip_format.shutil.copyfile, []
 
     def kill(*paths):
         links.append(paths)
@@ -71,7 +71,7 @@ def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, 
         link(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(open_clip_format, "_link_or_copy", kill)
+        patch.setattr(open_clip_format.shutil, "copyfile", kill)
         with pytest.raises(Killed):
             run(steps=6)
 

@@ -43,21 +43,6 @@ def test_numbers_of_other_data_are_not_taken_for_its_own(validated, csv_data, tm
     assert last["gallery"] == 8
 
 
-@pytest.mark.parametrize("resume", ["latest", None, "path"])
-@pytest.mark.parametrize("what", ["link", "file"])
-def test_checkpoints_on_a_disk_that_is_away_are_not_replaced(run, tmp_path, resume, what):
-    directory = run().directory
-    before = {path.name for path in directory.iterdir()}
-    place = directory / "checkpoints"
-    place.rename(tmp_path / "away")
-    place.symlink_to(tmp_path / "gone") if what == "link" else place.write_text("")
-
-    with pytest.raises(OSError, match="checkpoints is a .*, and should be a directory; nothing was changed"):
-        run(resume=str(place / "epoch_2.pt") if resume == "path" else resume, force=resume is None)
-
-    assert {path.name for path in directory.iterdir()} == before
-
-
 def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
     copied = {"remote_sync": f"file://{tmp_path}/there", "remote_sync_protocol": "fsspec"}
     directory = run(**copied).directory

@@ -1,4 +1,4 @@
-"""The random number generators of a process: seeding, saving, restoring."""
+"""The random number generators of a process: seeding, and putting them back."""
 
 from __future__ import annotations
 
@@ -29,25 +29,20 @@ def torch_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def set_torch_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def get_state(device: torch.device) -> dict[str, Any]:
-    """The state of all generators, as values that ``torch.load(weights_only=True)`` reads."""
-    of_numpy = np.random.get_state()
-    assert isinstance(of_numpy, tuple)  # a dict only of other generators than NumPy's default
-    name, keys, position, has_gauss, cached = of_numpy
-    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
-    return {"python": random.getstate(), "numpy": numpy_state, **torch_state(device)}
+def get_state(device: torch.device) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """The state of all generators."""
+    return random.getstate(), np.random.get_state(), torch_state(device)
 
 
-def set_state(state: dict[str, Any], device: torch.device) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    set_torch_state(state, device)
+def set_state(state: tuple[Any, Any, dict[str, torch.Tensor]], device: torch.device) -> None:
+    of_python, of_numpy, of_torch = state
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    set_torch_state(of_torch, device)
 
 
 class Stream:
