@@ -17,7 +17,6 @@ VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_wid
 TEXT = {"context_length": 4, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 GLOBAL_BATCH = 8
 MODELS = {
-    "dense": None,
     "sparse": {"capacity_factor": None, "router_noise": 0.0},
     "noisy": {"router_noise": 1.0, "capacity_factor": 1.0},
 }
@@ -56,10 +55,8 @@ def run(folder: Path, name: str, kind: str, steps: int, changes: dict[str, Any] 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(0)
     clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
-    moe = MODELS[kind]
-    if moe is not None:
-        config = {"num_experts": 4, "balance_weight": 0.0, "importance_weight": 0.0, "load_weight": 0.0} | moe
-        clipup.upcycle(clip, clipup.MoEConfig(**config), inplace=True)
+    config = {"num_experts": 4, "balance_weight": 0.0, "importance_weight": 0.0, "load_weight": 0.0} | MODELS[kind]
+    clipup.upcycle(clip, clipup.MoEConfig(**config), inplace=True)
     noted = folder / f"{name}-rank_{rank}.txt"
     encode = clip.encode_image
 

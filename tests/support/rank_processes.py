@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -41,13 +40,6 @@ class RankProcess:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def child_with(self, variable: str) -> int:
-        """The process id of the child in whose environment this stands."""
-        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            if f"\0{variable}\0" in Path(f"/proc/{child}/environ").read_text():
-                return int(child)
-        raise AssertionError(f"no child has {variable}")
-
 
 @contextlib.contextmanager
 def ranks(
@@ -59,9 +51,7 @@ def ranks(
         directory: for what they write to stderr.
         program: a function of a module; what it returns is the exit code.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = []
     try:
@@ -91,18 +81,36 @@ def _rank(stderr: Path, variables: dict[str, str], program: Callable[..., Any], 
 
 
 @contextlib.contextmanager
-def torchrun(directory: Path, *program: object) -> Iterator[RankProcess]:
-    """Two ranks under torchrun, whose process it is."""
+def torchrun(directory: Path, *program: object, nodes: int = 1) -> Iterator[list[RankProcess]]:
+    """The launchers of two ranks, on one node or on two."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--shutdown-timeout=10"]
-    command = [sys.executable, *options, *map(str, program)]
-    with open(directory / "stderr", "wb") as stderr:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    options = [f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}", "--rdzv-backend=c10d", "--shutdown-timeout=10"]
+    options += [f"--rdzv-endpoint=127.0.0.1:{_free_port()}", "--rdzv-id=run"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, program)]
+    started = []
     try:
-        yield RankProcess(process, process.pid, directory / "stderr", process.poll)
+        for node in range(nodes):
+            path = directory / f"stderr-{node}"
+            with open(path, "wb") as stderr:
+                process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+            started.append(RankProcess(process, process.pid, path, process.poll))
+        yield started
     finally:
-        process.terminate()
-        process.wait()
+        for each in started:
+            each._process.terminate()
+            each._process.wait()
+
+
+def children(processes: Sequence[RankProcess]) -> list[int]:
+    """The processes that launchers have started."""
+    lists = [Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() for process in processes]
+    return [int(child) for of_launcher in lists for child in of_launcher]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def wait_for_lines(path: Path, lines: int, processes: Sequence[RankProcess] = (), timeout: float = 120) -> None:
@@ -113,13 +121,3 @@ def wait_for_lines(path: Path, lines: int, processes: Sequence[RankProcess] = ()
             assert process.poll() is None, process.error
         assert time.monotonic() < deadline, f"{path} has not got {lines} lines"
         time.sleep(0.02)
-
-
-def freeze(*processes: RankProcess) -> None:
-    for process in processes:
-        process.send(signal.SIGSTOP)
-
-
-def wake(*processes: RankProcess) -> None:
-    for process in processes:
-        process.send(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""Runs of several ranks with sharded checkpoints, resumed, damaged, or stuck while they write."""
+"""Runs of several ranks with sharded checkpoints: resumed, damaged, or stuck while they write."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from tiny_parallel import DROPLESS, newest, resume_all, run
 
 from clipup.train.checkpoints import sharded as sharded_checkpoints
 
-SPREAD = {
-    "replicated": {},
-    "fsdp": {"fsdp": True},
-    "ep": {"ep": 2},
-    "fsdp and ep": {"fsdp": True, "ep": 2},
-}
+LAST = "fsdp and ep"
+SPREAD = {"replicated": {}, "fsdp": {"fsdp": True}, "ep": {"ep": 2}, LAST: {"fsdp": True, "ep": 2}}
 FOUR = {
     "hybrid and ep": {"fsdp": True, "fsdp_replicas": 2, "ep": 2},
     "fsdp and ep of 4": {"fsdp": True, "ep": 4},
 }
 SHARDED = {"fsdp_checkpoint": "sharded"}
+THEN = {"replicated": "fsdp", "fsdp": LAST, "ep": "replicated", LAST: "ep", "full": LAST}
+"""Which layout continues which other one."""
 
 
 def sharded(spreads: dict[str, Any]) -> dict[str, Any]:
     return {name: {**how, **SHARDED} for name, how in spreads.items()}
+
+
+def continued(out: Path, name: str, options: dict[str, Any]) -> None:
+    """Resumes a run."""
+    run(out, name, DROPLESS, lr_scheduler="const", resume="latest", **SHARDED, **options)
 
 
 def stuck(out: Path, options: dict[str, Any]) -> None:
@@ -41,50 +44,35 @@ def stuck(out: Path, options: dict[str, Any]) -> None:
         return sum_of(path)
 
     sharded_checkpoints.sum_of = half
-    run(out, "killed", DROPLESS, save_every_n_steps=1, lr_scheduler="const", fsdp_checkpoint="sharded", **options)
+    run(out, "killed", DROPLESS, save_every_n_steps=1, lr_scheduler="const", **SHARDED, **options)
 
 
-def damaged(out: Path, name: str, options: dict[str, Any]) -> None:
+def damaged(out: Path) -> None:
     """Damages a file of the newest checkpoint, and resumes."""
-    run(out, name, DROPLESS, lr_scheduler="const", fsdp_checkpoint="sharded", **options)
+    run(out, "damaged", DROPLESS, lr_scheduler="const", **SHARDED, **SPREAD[LAST])
     if os.environ["RANK"] == "0":
-        path = max(newest(out / name).glob("*.safetensors"))
+        path = max(newest(out / "damaged").glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     torch.distributed.barrier()
-    run(out, name, DROPLESS, lr_scheduler="const", fsdp_checkpoint="sharded", resume="latest", **options)
-
-
-def continued(out: Path, name: str, options: dict[str, Any]) -> None:
-    """Resumes a run."""
-    run(out, name, DROPLESS, lr_scheduler="const", fsdp_checkpoint="sharded", resume="latest", **options)
+    continued(out, "damaged", SPREAD[LAST])
 
 
 def of_two(out: Path) -> None:
-    """What two ranks do in the quick tests."""
+    """Every layout is continued by itself and by another one."""
     spreads = sharded(SPREAD)
-    last = "fsdp and ep"
-    run(out, f"{last}, whole", DROPLESS, lr_scheduler="const", **spreads[last])
-    resume_all(out, {last: spreads[last]}, {name: spreads[name] for name in (last, "replicated")})
-    resume_all(out, {"one process": {}, "one process, full": {}}, {last: spreads[last]})
-    damaged(out, "damaged", SPREAD[last])
-
-
-def of_two_more(out: Path) -> None:
-    """What two ranks do in the slow tests."""
-    spreads = sharded(SPREAD)
-    for name in ("replicated", "fsdp", "ep"):
-        run(out, f"{name}, whole", DROPLESS, lr_scheduler="const", **spreads[name])
-    resume_all(out, {name: spreads[name] for name in ("replicated", "fsdp", "ep")}, spreads)
-    resume_all(out, {"full": SPREAD["fsdp and ep"]}, spreads)
-    lamb = {**spreads["replicated"], "opt": "timm/lamb"}
-    run(out, "lamb, whole", DROPLESS, lr_scheduler="const", **lamb)
-    resume_all(out, {"lamb": lamb}, {"lamb": lamb})
-
-
-def of_four(place: Path) -> None:
-    """What four ranks do."""
-    spreads = sharded(FOUR)
-    resume_all(place, dict.fromkeys(SPREAD, {}), spreads)
-    resume_all(place, spreads, spreads)
     for name, how in spreads.items():
-        run(place, f"{name}, whole", DROPLESS, lr_scheduler="const", **how)
+        run(out, f"{name}, whole", DROPLESS, lr_scheduler="const", **how)
+    for name, then in THEN.items():
+        before = spreads.get(name, SPREAD[LAST])
+        resume_all(out, {name: before}, {each: spreads[each] for each in {name, then} if each in spreads})
+    resume_all(out, {"one process": {}}, {LAST: spreads[LAST]})
+    damaged(out)
+
+
+def of_four(out: Path) -> None:
+    """Four ranks continue what two began, and each other."""
+    spreads = sharded(FOUR)
+    first, second = spreads
+    resume_all(out, {"fsdp": {}, LAST: {}, second: spreads[second]}, {first: spreads[first]})
+    resume_all(out, {first: spreads[first]}, spreads)
+    run(out, f"{first}, whole", DROPLESS, lr_scheduler="const", **spreads[first])

@@ -23,8 +23,15 @@ DROPLESS = {"capacity_factor": None, "loss_scope": "global_batch"}
 """Sparse layers whose outputs and losses do not depend on how a step is divided."""
 
 
-def model(moe: dict[str, Any] | None, siglip: bool = False) -> torch.nn.Module:
+def model(moe: dict[str, Any] | None, siglip: bool = False, coca: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
+    if coca:
+        multimodal = {**TEXT, "attn_pooler_heads": 2}
+        text, vision = {**TEXT, "embed_cls": True, "output_tokens": True}, {**VISION, "output_tokens": True}
+        pool = {"attentional_pool": True, "attn_pooler_heads": 2}
+        coca = open_clip.CoCa(32, multimodal_cfg=multimodal, text_cfg=text, vision_cfg={**vision, **pool})
+        torch.nn.init.normal_(coca.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
+        return coca
     bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if siglip else {}
     clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True, **bias)
     if moe is None:
@@ -32,12 +39,15 @@ def model(moe: dict[str, Any] | None, siglip: bool = False) -> torch.nn.Module:
     return clipup.upcycle(clip, clipup.MoEConfig.clip_up(**{"num_experts": 4, **moe}), inplace=True)
 
 
-def batches(accum_freq: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's part of the global batches, in as many pieces as are accumulated."""
+def batches(accum_freq: int = 1, repeated: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's part of the global batches, in as many pieces as are accumulated. repeated: every text is twice in
+    a global batch."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(BATCHES, GLOBAL_BATCH, 3, 16, 16, generator=generator)
     texts = torch.randint(1, 64, (BATCHES, GLOBAL_BATCH, 8), generator=generator)
+    if repeated:
+        texts[:, GLOBAL_BATCH // 2 :] = texts[:, : GLOBAL_BATCH // 2]
     size = GLOBAL_BATCH // ranks // accum_freq
     starts = range(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks, size)
     return [(images[i, s : s + size], texts[i, s : s + size]) for i in range(BATCHES) for s in starts]
@@ -48,7 +58,8 @@ def run(out: Path, name: str, moe: dict[str, Any] | None = None, **options: Any)
     # Adam divides tiny gradients by their size: with a small eps rounding would decide their sign
     usual: dict[str, Any] = {"warmup": 0, "lr": 1e-3, "eps": 1e-3, "device": "cpu", "steps": 4}
     chosen = TrainOptions(logs=str(out), name=name, **(usual | options))
-    return train(chosen, model=model(moe, chosen.siglip), loader=batches(chosen.accum_freq))
+    clip = model(moe, chosen.siglip, coca=chosen.coca_contrastive_loss_weight == 0)
+    return train(chosen, model=clip, loader=batches(chosen.accum_freq, chosen.multi_positive))
 
 
 def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -159,6 +160,8 @@ class _Sharding:
         self.dense = init_device_mesh(kind, dense, mesh_dim_names=("replicas", "shards"))
         names = ("replicas", "shards", _EP)
         self.experts = init_device_mesh(kind, (replicas, shards, options.ep), mesh_dim_names=names)
+        for group in (*self.dense.get_all_groups(), *self.experts.get_all_groups()):  # theirs would be torch's default
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=options.dist_timeout), group)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if options.fsdp_offload_cpu else OffloadPolicy()
         self.policies: dict[str, Any] = {
             "reshard_after_forward": not options.fsdp_no_reshard_after_forward,

@@ -1,11 +1,10 @@
-"""Runs that skip, resume, finish and are refused, under torchrun: ``ddp_resume.py OUT`` writes OUT/rank_R.json."""
+"""Runs of two ranks that skip, resume, finish and are refused; each writes what it saw to OUT/rank_R.json."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import open_clip
@@ -15,6 +14,7 @@ from clipup.train import NonFiniteGradients, TrainOptions, TrainResult, train
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+BATCH_NORMS = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
 BATCH, BATCHES = 4, 2
 
 
@@ -23,8 +23,10 @@ def run(out: Path, bad_on: int | None = None, bad: int = 1, **changes: object) -
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
-    batches = [(torch.randn(BATCH, 3, 16, 16) + rank, torch.randint(1, 64, (BATCH, 8))) for _ in range(BATCHES)]
+    vision = BATCH_NORMS if changes.get("name") == "batch norms" else VISION
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT, output_dict=True)
+    size = vision["image_size"]
+    batches = [(torch.randn(BATCH, 3, size, size) + rank, torch.randint(1, 64, (BATCH, 8))) for _ in range(BATCHES)]
     usual = {
         "device": "cpu",
         "logs": str(out),
@@ -73,8 +75,6 @@ def main(out: Path) -> None:
         run(out, name="on", epochs=2, resume=str(out / "on" / "checkpoints" / "epoch_1.pt"))
     except FileExistsError as error:
         found["back"] = str(error)
+    normed = run(out, name="batch norms", steps=2).model.state_dict()
+    found["statistics"] = [float(value.sum()) for name, value in normed.items() if "running_mean" in name]
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

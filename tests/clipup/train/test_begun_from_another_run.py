@@ -1,9 +1,8 @@
-"""A run that is begun from a checkpoint of another one and stopped before it has its own begins from there again under
-``--resume latest``, and never from random weights."""
+"""A run goes on from its newest checkpoint. From an earlier one another run begins, and until it has a checkpoint of
+its own it begins there again under ``--resume latest``, never from random weights."""
 
 from __future__ import annotations
 
-import errno
 import os
 
 import pytest
@@ -13,56 +12,50 @@ from clipup.cli import main
 from clipup.train.checkpoints import open_clip_format, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
-LATER = list(range(4, 10))
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.fixture
-def first(run):
-    """The run "run", and a checkpoint of it after the first of three epochs."""
+def killed(*args, **kwargs):
+    raise Killed
 
-    def first(kind="full"):
-        once = run(fsdp_checkpoint=kind)
-        return once, str(once.directory / "checkpoints" / ("epoch_1.pt" if kind == "full" else "epoch_1"))
 
-    return first
+def tree(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def assert_is_rest_of(resumed, once):
-    assert [record["step"] for record in resumed.history] == LATER
+    assert [record["step"] for record in resumed.history] == list(range(4, 10))
     for name, value in once.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 @KINDS
-@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["kill", "full"])
-def test_stopped_while_it_saves_its_first_checkpoint_it_begins_there_again(run, first, monkeypatch, kind, error):
-    once, start = first(kind)
+def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from_it(run, monkeypatch, kind):
+    once = run(fsdp_checkpoint=kind)
+    before = tree(once.directory)
+    start = str(once.directory / "checkpoints" / ("epoch_1.pt" if kind == "full" else "epoch_1"))
 
-    def fail(*args, **kwargs):
-        raise error
-
-    with monkeypatch.context() as patched, pytest.raises(type(error)):
-        patched.setattr(open_clip_format, "write_pickle", fail)
-        patched.setattr(sharded, "write", fail)
+    with pytest.raises(FileExistsError, match="its run has gone on: epoch_.* at step 9"):
+        run(fsdp_checkpoint=kind, resume=start)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(open_clip_format if kind == "full" else sharded, "write_pickle", killed)
         patched.chdir(once.directory)
         run(fsdp_checkpoint=kind, resume=os.path.relpath(start), name="other")
-
     with pytest.raises(FileExistsError, match="already holds a run.*--resume latest"):
         run(fsdp_checkpoint=kind, resume=start, name="other")
+
     assert_is_rest_of(run(fsdp_checkpoint=kind, resume="latest", name="other"), once)
-    os.rename(start, f"{start}.away")  # from here on it has its own
+    assert tree(once.directory) == before
     assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
 
 
-@pytest.mark.parametrize("deleted", range(3))
-@pytest.mark.parametrize("from_another", [True, False])
-def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, first, monkeypatch, deleted, from_another):
-    once, start = first()
-    former = run(name="other", epochs=2, lr=5e-4)
+@pytest.mark.parametrize(("deleted", "from_another"), [(0, True), (1, True), (1, False)])
+def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, monkeypatch, deleted, from_another):
+    once, former = run(), run(name="other", epochs=2)
+    start = str(once.directory / "checkpoints" / "epoch_1.pt")
     delete, left = open_clip_format.delete, iter(range(deleted))
 
     def delete_some(path):
@@ -74,26 +67,23 @@ def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, first, mo
         patched.setattr(open_clip_format, "delete", delete_some)
         run(name="other", force=True, resume=start if from_another else None)
 
+    after = run(resume="latest", name="other", epochs=3 if deleted else 2)
     if not deleted:  # the former run is whole, and continued
-        after = run(resume="latest", name="other", epochs=2, lr=5e-4)
         assert after.already_finished and after.steps == former.steps
     elif from_another:
-        assert_is_rest_of(run(resume="latest", name="other"), once)
+        assert_is_rest_of(after, once)
     else:
-        assert [record["step"] for record in run(resume="latest", name="other").history] == list(range(1, 10))
+        assert [record["step"] for record in after.history] == list(range(1, 10))
 
 
-def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):
-    seen = []
-
-    def stop(options):
-        seen.append(options)
-        raise ValueError("not trained")
-
-    monkeypatch.setattr("clipup.train.run.train", stop)
-    command = ["train", "--model", "ViT-B-32", "--name", "b", "--force", "--resume"]
-
-    assert main([*command, "latest"]) == 2
+def test_a_run_is_not_discarded_and_continued_at_once(capsys):
+    assert main(["train", "--model", "ViT-B-32", "--name", "b", "--force", "--resume", "latest"]) == 2
     assert "--force has no effect with --resume latest" in capsys.readouterr().err
-    assert main([*command, "logs/a/checkpoints/epoch_1.pt"]) == 2
-    assert [(one.force, one.resume) for one in seen] == [(True, "logs/a/checkpoints/epoch_1.pt")]
+
+
+def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):
+    folder = run(save_frequency=2, epochs=3).directory / "checkpoints"  # keeps epoch 2
+
+    run(resume="latest", epochs=4, save_frequency=1, delete_previous_checkpoint=True)
+
+    assert {path.name for path in folder.iterdir()} == {"epoch_2.pt", "epoch_4.pt", "epoch_latest.pt"}

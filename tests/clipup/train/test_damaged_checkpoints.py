@@ -1,21 +1,17 @@
-"""Damaged or unreadable checkpoints are reported by name, and never cause a silent start from the beginning."""
+"""Damaged checkpoints of either kind are reported by name, and never cause a silent start from the beginning; nothing
+in them is executed."""
 
 from __future__ import annotations
 
+import pickle
+import re
+import shutil
+
 import pytest
 import torch
+from strangers import MakesFile
 
-from clipup.train import train
-
-
-@pytest.fixture
-def run(make_model, pairs, options):
-    """Six steps in two epochs: epoch_1.pt, epoch_2.pt and epoch_latest.pt."""
-
-    def run(**changes):
-        return train(options(**changes), model=make_model(), loader=pairs())
-
-    return run
+from clipup.cli import main
 
 
 def truncated(content):
@@ -27,7 +23,6 @@ def zeroed(content):
 
 
 def one_bit_flipped(content):
-    """In the middle, where the tensors are."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
@@ -39,72 +34,103 @@ def marked_as_folder(content):
     return content[: entry + 38] + bytes([content[entry + 38] | 0x10]) + content[entry + 39 :]
 
 
-DAMAGES = [truncated, zeroed, one_bit_flipped, marked_as_folder, lambda content: b""]
-IDS = ["truncated", "zeroed", "one bit", "folder bit", "empty"]
+def emptied(content):
+    return b""
 
 
-def damage(path, how):
-    """Writes a new file, so that other names of the same bytes stay whole."""
+def removed(content):
+    return None
+
+
+DAMAGES = [
+    *(("epoch_2.pt", how) for how in (truncated, zeroed, one_bit_flipped, marked_as_folder, emptied)),
+    *(("epoch_2/*.safetensors", how) for how in (truncated, one_bit_flipped, removed)),
+    *(("epoch_2/index.json", how) for how in (one_bit_flipped, removed)),
+    *(("epoch_2/state.pt", how) for how in (one_bit_flipped, removed)),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Directories of finished runs by kind, made once."""
+    return tmp_path_factory.mktemp("finished"), {}
+
+
+@pytest.fixture
+def run_of(run, finished, tmp_path):
+    """A run of two epochs of a kind, whose files may be damaged."""
+    place, made = finished
+
+    def run_of(kind, **changes):
+        return run(**{"epochs": 2, "fsdp_checkpoint": kind, **changes})
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = run_of(kind).model.state_dict()
+            shutil.copytree(tmp_path / "logs" / "run", place / kind)
+            (place / kind / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)  # the same as epoch_2.pt
+        shutil.rmtree(tmp_path / "logs" / "run", ignore_errors=True)
+        shutil.copytree(place / kind, tmp_path / "logs" / "run")
+        return tmp_path / "logs" / "run", made[kind]
+
+    run_of.make = make
+    return run_of
+
+
+@pytest.mark.parametrize(("files", "how"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run_of, files, how, caplog):
+    kind = "full" if files.endswith("2.pt") else "sharded"
+    directory, weights = run_of.make(kind)
+    [path] = (directory / "checkpoints").glob(files)
     content = how(path.read_bytes())
     path.unlink()
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
 
+    with pytest.raises(ValueError, match="epoch_2"):
+        run_of(kind, resume=str(directory / "checkpoints" / files.partition("/")[0]))
+    resumed = run_of(kind, resume="latest")
 
-@pytest.mark.parametrize("how", DAMAGES, ids=IDS)
-def test_a_damaged_checkpoint_is_detected_and_an_older_one_is_used_and_named(run, how, caplog):
-    first = run()
-    folder = first.directory / "checkpoints"
-    for name in ("epoch_latest.pt", "epoch_2.pt"):
-        damage(folder / name, how)
-
-    with pytest.raises(ValueError, match="epoch_latest.pt"):
-        run(resume=str(folder / "epoch_latest.pt"))
-    resumed = run(resume="latest")
-
-    said = [line for line in (first.directory / "out.log").read_text().splitlines() if "resumed from" in line]
-    assert all("epoch_1.pt, because a checkpoint cannot be used" in line for line in said)
-    assert any("epoch_2.pt" in line for line in said) and any("epoch_latest.pt" in line for line in said)
-    assert "epoch_1.pt, because a checkpoint cannot be used" in caplog.text
+    said = "epoch_1(.pt)?, because a checkpoint cannot be used: .*epoch_2"
+    assert re.search(said, caplog.text)
     assert [record["step"] for record in resumed.history] == [1, 2, 3, 4, 5, 6]
-    for name, value in first.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in weights.items())
 
 
-def test_resume_is_refused_when_there_are_checkpoints_and_none_can_be_used(run):
-    directory = run().directory
-    for path in (directory / "checkpoints").iterdir():
-        damage(path, truncated)
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_resume_is_refused_when_there_are_checkpoints_and_none_can_be_used(run_of, kind):
+    directory, _ = run_of.make(kind)
+    for path in (directory / "checkpoints").rglob("*.pt"):
+        path.write_bytes(truncated(path.read_bytes()))
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
-    with pytest.raises(ValueError, match="none can be used: .*epoch_1.pt"):
-        run(resume="latest")
+    with pytest.raises(ValueError, match="none can be used: .*epoch_1"):
+        run_of(kind, resume="latest")
 
-    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert {path: content for path, content in after.items() if path.name != "out.log"} == {
+        path: content for path, content in before.items() if path.name != "out.log"
+    }
 
 
-def test_a_file_that_cannot_be_read_now_is_neither_damaged_nor_missing(run):
-    directory = run().directory
-    latest = directory / "checkpoints" / "epoch_latest.pt"
-    latest.unlink()
-    latest.symlink_to(latest)  # reading it is an OSError, as on a file system that does not answer
-    before = (directory / "metrics.jsonl").read_bytes()
+@pytest.mark.parametrize("file", ["epoch_2/state.pt", "epoch_2/more.safetensors", "epoch_2/index.json", "epoch_2.pt"])
+def test_nothing_in_a_checkpoint_is_executed(run_of, tmp_path, file, capsys):
+    kind = "full" if file.endswith("2.pt") else "sharded"
+    directory, _ = run_of.make(kind)
+    (directory / "checkpoints" / file).write_bytes(pickle.dumps({"epoch": 1, "x": MakesFile(tmp_path / "executed")}))
+    path = directory / "checkpoints" / file.partition("/")[0]
 
-    with pytest.raises(OSError, match="epoch_latest.pt"):
-        run(resume="latest")
-    latest.unlink()
-    latest.symlink_to("/nowhere/epoch_latest.pt")  # on a disk that is not mounted
-    with pytest.raises(OSError, match="epoch_latest.pt"):
-        run(resume="latest")
+    with pytest.raises(ValueError, match="epoch_2"):
+        run_of(kind, resume=str(path))
+    main(["convert", str(path), str(tmp_path / "converted")])
 
-    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "executed").exists()
 
 
 def test_metrics_with_a_damaged_line_lose_only_that_line(run):
-    directory = run(steps=4).directory
+    directory = run(epochs=1).directory
     path = directory / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([lines[0], b"\xff" + lines[1], *lines[2:]]) + b'\n{"step": 5, "lo')
+    path.write_bytes(b"\n".join([lines[0], b"\xff" + lines[1], lines[2]]) + b'\n{"step": 5, "lo')
 
-    resumed = run(steps=6, resume="latest")
-
-    assert [record["step"] for record in resumed.history] == [1, 3, 4, 5, 6]
+    assert [record["step"] for record in run(epochs=2, resume="latest").history] == [1, 3, 4, 5, 6]

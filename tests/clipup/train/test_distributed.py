@@ -1,67 +1,44 @@
-"""Two processes under torchrun."""
+"""Two ranks skip, resume, finish and refuse alike."""
 
 from __future__ import annotations
 
 import json
-import os
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
+import ddp_resume
 import pytest
-import torch
+from rank_processes import ranks
 
 from clipup.train.checkpoints.open_clip_format import load
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("ddp_run.py")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The directory that two gloo processes wrote."""
-    out = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, out]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("resumed")
+    with ranks(out, ddp_resume.main, out) as processes:
+        for process in processes:
+            code, error = process.ended(300)
+            assert code == 0, error
     return out
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_ranks_skip_resume_finish_and_refuse_alike(out):
+    seen = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [found["skipped"] for found in seen] == [[0, 1, 1], []]  # rank 0 alone has records
+    assert seen[0]["statistics"] == seen[1]["statistics"]
+    for found in seen:
+        assert found["finite"] and found["idle"] and found["same"]
+        assert "is nan at step 2" in found["stopped"] and "epoch_latest.pt, are finite" in found["stopped"]
+        assert "none can be used" in found["refused latest"]
+        assert "epoch_latest.pt is damaged" in found["refused epoch_latest"]
+        assert "its run has gone on: epoch_latest.pt was written at step 4" in found["back"]
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive", "balanced", "locked", "caption_alone"])
-def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, tmp_path, kind):
-    runpy.run_path(str(SCRIPT))["run"](tmp_path, kind)
+def test_another_number_of_ranks_is_refused_within_an_epoch_and_accepted_at_its_end(out):
+    with pytest.raises(ValueError, match=r"within epoch 3, after step 1 of 2; with world_size 2 -> 1 the rest"):
+        ddp_resume.run(out, name="run", steps=8, resume="latest")
+    start = str(out / "run" / "checkpoints" / "epoch_2.pt")
+    other = ddp_resume.run(out, name="other", steps=8, resume=start)
 
-    contrastive = [
-        [record["contrastive"] for record in metrics(out / "logs" / f"{kind}-{ranks}")]
-        for out, ranks in ((two_ranks, 2), (tmp_path, 1))
-    ]
-    assert contrastive[0] == pytest.approx(contrastive[1], rel=1e-4)
-    alone = torch.load(tmp_path / f"{kind}-1-rank_0.pt")
-    for name, value in torch.load(two_ranks / f"{kind}-2-rank_0.pt").items():
-        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("kind", ["dense", "siglip", "sparse", "balanced", "locked", "caption_alone", "batch_norm"])
-def test_two_ranks_end_with_the_same_weights(two_ranks, kind):
-    first, second = (torch.load(two_ranks / f"{kind}-2-rank_{rank}.pt") for rank in range(2))
-
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-def test_only_rank_0_writes_metrics_and_checkpoints(two_ranks):
-    run = two_ranks / "logs" / "sparse-2"
-
-    records = metrics(run)
-    checkpoint = load(run / "checkpoints" / "epoch_latest.pt")
-
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert all(sum(layer["load"]) == pytest.approx(1) for layer in records[-1]["layers"].values())
-    trained = torch.load(two_ranks / "sparse-2-rank_1.pt")
-    assert all(torch.equal(value, trained[name]) for name, value in checkpoint["state_dict"].items())
+    assert load(other.directory / "checkpoints" / "epoch_latest.pt")["samples_seen"] == 4 * 8 + 4 * 4

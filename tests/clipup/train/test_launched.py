@@ -13,12 +13,11 @@ VARIABLES = [
 ]
 
 
-@pytest.mark.parametrize("first", range(len(VARIABLES)))
-@pytest.mark.parametrize("count", [0, 1, 3, len(VARIABLES)])
-def test_it_equals_open_clip_trains(monkeypatch, first, count):
-    for variable in VARIABLES:
+@pytest.mark.parametrize("present", [VARIABLES[start:] for start in (0, 3, 6, 9, 12)])
+def test_it_equals_open_clip_trains(monkeypatch, present):
+    for number, variable in enumerate(VARIABLES):
         monkeypatch.delenv(variable, raising=False)
-    for number in range(count):
-        monkeypatch.setenv((VARIABLES * 2)[first + number], str(number + 1))
+        if variable in present:
+            monkeypatch.setenv(variable, str(number))
 
     assert Launched.from_environment() == world_info_from_env()

@@ -1,28 +1,50 @@
-"""Requests to stop, in processes of their own: what is not handled kills them."""
+"""Requests to stop: the first ends a run after its step, a second one at once; an ignored one stays ignored."""
+
+from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from clipup.train import Every, TrainingInterrupted
+from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.signals import StopRequest
 
 
-IGNORED = """
-import signal
-from clipup.train import signals
-signal.signal(signal.{name}, signal.SIG_IGN)
-with signals.StopRequest() as stop:
-    signal.raise_signal(signal.{name})
-print("received" if stop.received else "went on")
-"""
+def sending(step, *numbers):
+    return [Every(step, lambda model: [os.kill(os.getpid(), number) for number in numbers] and None)]
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])  # under nohup, and in the background of a script
-def test_a_signal_that_is_ignored_stays_ignored(name):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    program = IGNORED.format(name=name)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "went on\n", done.stderr
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell's background jobs ignore it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("numbers", [("SIGINT",), ("SIGTERM",), ("SIGHUP",), ("SIGTERM",) * 3, ("SIGINT", "SIGTERM")])
+def test_a_signal_ends_the_step_saves_and_says_how_to_continue(run, numbers):
+    """torchrun sends a second SIGTERM to ranks that already have it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="after step 2 of 9.*--name run --resume latest") as stopped:
+        run(sending(2, *(getattr(signal, name) for name in numbers)))
+
+    assert load(stopped.value.checkpoint)["step"] == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_stops_at_once(run):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(sending(1, signal.SIGINT, signal.SIGINT))
+
+    assert not isinstance(stopped.value, TrainingInterrupted)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop.received and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
