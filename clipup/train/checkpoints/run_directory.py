@@ -15,7 +15,7 @@ LOGS/NAME/.lock                   while a process writes there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -95,8 +95,10 @@ class RunDirectory:
         path = self.root / _OPTIONS
         if open_clip_format.all_in(self.checkpoints) or not path.exists():
             return None
-        start = checks.read_json(path)["resume"]
-        return None if start in (None, "latest") else Path(start)
+        with suppress(ValueError):  # damaged, in a run without checkpoints
+            start = checks.read_json(path)["resume"]
+            return None if start in (None, "latest") else Path(start)
+        return None
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""

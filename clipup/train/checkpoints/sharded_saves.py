@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...atomic_files import make_aside, remove_aside
+from ...models.shard_files import FileSum
 from ..log.recorder import LOG
 from ..ranks.distributed import Ranks, waiting_group
 from . import sharded
@@ -98,14 +99,15 @@ class ShardedSaves:
             raise failure
 
     def _write(self, staged: Any, aside: Path, target: Path, state: dict[str, Any]) -> None:
+        def finish(files: dict[str, FileSum]) -> None:
+            sharded.complete(aside, target, files, self.configs, state)
+
         try:
-            sharded.write(
-                *(staged, aside, self._group),
-                lambda files: sharded.complete(aside, target, files, self.configs, state),
-            )
+            sharded.write(staged, aside, self._group, finish)
         except OSError as error:
             self._failure = not_written(target, error)
-            LOG.warning("%s", self._failure)
+            if self.ranks.first:
+                LOG.warning("%s", self._failure)
         except BaseException as error:  # ranks may still write
             self._failure = error
             return
