@@ -71,8 +71,9 @@ def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
 
     def load() -> None:
         if path.is_dir():
-            index = sharded.check(path, ranks.rank, ranks.world_size)
-            state.update(sharded.read_state(path) | index.configs)
+            with open_clip_format.errors_named(path):
+                index = sharded.check(path, ranks.rank, ranks.world_size)
+                state.update(sharded.read_state(path) | index.configs)
         else:
             state.update(open_clip_format.load(path))
 

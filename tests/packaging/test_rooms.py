@@ -26,7 +26,6 @@ INSIDE_FUNCTIONS = {
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",
-    "clipup.train.checkpoints.sharded_saves -> clipup.train.checkpoints.dcp_storage": "slow to import",
 }
 """Imports of our own inside functions, and what each spares. Commands import what needs torch when their options are
 known to be right (``tests/clipup/cli/test_commands.py``)."""

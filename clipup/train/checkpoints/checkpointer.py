@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ...atomic_files import make_aside, remove_aside
 from ...models import model_card, model_names, saving, tokenizers
+from ...models.shard_files import FileSum
 from ...models.state_dicts import check_fit
 from .. import resume
 from ..finite import FiniteGuard
@@ -19,14 +22,16 @@ from ..log.results import TrainingInterrupted
 from ..optim import load_optimizer_state, optimizer_state
 from ..options import TrainOptions
 from ..ranks import whole_state
-from ..ranks.distributed import Ranks
+from ..ranks.distributed import Ranks, waiting_group
 from ..setup import Built
 from ..step import TrainStep
 from ..validations import RETRIEVAL, ZERO_SHOT
 from . import open_clip_format, sharded
 from .run_directory import RunDirectory
 from .run_state import RunState
-from .sharded_saves import ShardedSaves
+
+_VOTE_SECONDS = 0.5
+"""How often ranks that wait for a checkpoint tell each other that they do. A frozen rank does not."""
 
 
 class Checkpointer:
@@ -59,10 +64,15 @@ class Checkpointer:
         self.directory = directory
         self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
-        self._saves: ShardedSaves | None = None
-        if options.fsdp_checkpoint == "sharded" and directory is not None:
-            tensors = built.model, train_step.optimizer
-            self._saves = ShardedSaves(directory.checkpoints, *tensors, ranks, self._configs(), self._saved)
+        self._sharded = options.fsdp_checkpoint == "sharded" and directory is not None
+        self._whole: tuple[Path, int] | None = None
+        """The last sharded checkpoint that is whole, and its step."""
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if self._sharded:
+            self._names = sharded.parameter_names(built.model)
+            self._group = waiting_group() if ranks.several else None
+            self._stager = _stager(ranks.device.type == "cuda")
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -79,8 +89,8 @@ class Checkpointer:
             check_fit(model, sharded.shapes(source), str(source))
             moments = optimizer if same_optimizer else None
             sharded.restore(model, moments, checkpoint["optimizer"], source, self.ranks.control)
-            if self._saves is not None and source.parent.resolve() == self._saves.folder.resolve():
-                self._saves.last = source, self.state.step
+            if self.directory is not None and source.parent.resolve() == self.directory.checkpoints.resolve():
+                self._whole = source, self.state.step
         else:
             open_clip_format.restore(model, checkpoint["state_dict"], source)
             if same_optimizer:
@@ -113,9 +123,9 @@ class Checkpointer:
             return None
         self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
         self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer, self.ranks)
-        if self._saves is not None:
+        if self._sharded:
             name = f"step_{self.state.step}" if names[0] == open_clip_format.LATEST else Path(names[0]).stem
-            return self._saves.save(name, self._state(recorder))
+            return self._save_sharded(self.directory.checkpoints / name, self._state(recorder))
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
         optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
@@ -124,10 +134,63 @@ class Checkpointer:
         self._saved(paths[-1])
         return paths[-1]
 
+    def _save_sharded(self, target: Path, state: dict[str, Any]) -> Path:
+        """Starts to write a sharded checkpoint, after the one before is whole. Returns its path.
+
+        Each rank copies its share of the tensors into the CPU's memory, and a thread writes the copy. If the checkpoint
+        before is of the same step, its tensors are the same, and only the state is replaced.
+        """
+        self.wait()
+        optimizer = self.train_step.optimizer
+        state = {**state, "optimizer": sharded.optimizer_values(optimizer, self._names)}
+        last, step = self._whole or (target, -1)
+        if step == state["step"]:
+            target = self.ranks.first_does(lambda: _renewed(last, target, state))
+            self._whole = target, step
+            self._saved(target)
+            return target
+        aside = self.ranks.first_does(lambda: make_aside(target.parent))
+        tensors = sharded.own_tensors(self.built.model, optimizer, self._names, self.ranks.first)
+        arguments = self._stager.stage(tensors), aside, target, state
+        self._thread = threading.Thread(target=self._write, args=arguments, name="clipup checkpoint", daemon=True)
+        self._thread.start()
+        return target
+
+    def _write(self, staged: Any, aside: Path, target: Path, state: dict[str, Any]) -> None:
+        """In a thread, which meets those of the other ranks in a group of their own. It does not keep the process from
+        ending, as that of DCP's ``async_save`` does: one that waits for a frozen rank would."""
+
+        def finish(files: dict[str, FileSum]) -> None:
+            sharded.complete(aside, target, files, self._configs(), state)
+
+        try:
+            sharded.write(staged, aside, self._group, finish)
+        except OSError as error:
+            self._failure = open_clip_format.not_written(target, error)
+            if self.ranks.first:
+                LOG.warning("%s", self._failure)
+        except BaseException as error:  # ranks may still write
+            self._failure = error
+            return
+        else:
+            self._whole = target, state["step"]
+            self._saved(target)
+        if self.ranks.first:
+            remove_aside(aside)
+
     def wait(self) -> None:
-        """Until the checkpoint that is being written is whole. A failure is raised on every rank."""
-        if self._saves is not None:
-            self._saves.wait()
+        """Until the checkpoint that is being written is whole. A collective.
+
+        Raises:
+            OSError: it could not be written.
+            RuntimeError: another rank was lost.
+        """
+        while self._sharded and self.ranks.any(self._thread is not None and self._thread.is_alive()):
+            if self._thread is not None:
+                self._thread.join(_VOTE_SECONDS)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def end(self, error: BaseException) -> None:
         """When an error ends the run: waits, unless it is impatience or other ranks may not come to the end."""
@@ -141,7 +204,7 @@ class Checkpointer:
         """Takes note of a checkpoint that is whole, and deletes those that it replaces."""
         self.guard.last_checkpoint = path
         limit = self.options.save_total_limit
-        if self.ranks.first and (self._saves is not None or limit is not None):
+        if self.ranks.first and (self._sharded or limit is not None):
             try:
                 open_clip_format.prune(path, limit)
             except OSError as error:
@@ -210,3 +273,21 @@ class Checkpointer:
             return "There is no checkpoint yet"
         name = shlex.quote(self.directory.root.name)
         return f"The last checkpoint is {last}; to continue, run the same command with --name {name} --resume latest"
+
+
+def _stager(cuda: bool) -> Any:
+    """Copies tensors into the CPU's memory, which it keeps for the next ones."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+    )
+
+
+def _renewed(path: Path, target: Path, state: dict[str, Any]) -> Path:
+    """Replaces the state of a sharded checkpoint. One that was named by its step may get another name. Returns its
+    path."""
+    sharded.write_state(path, state)
+    return path if path == target or path.name.startswith("epoch") else sharded.rename(path, target)
