@@ -99,8 +99,8 @@ RULES = [
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 when loss, gradients or weights are not finite, 130 after Ctrl-C,
-    SIGTERM or SIGHUP (with a checkpoint to continue from). Of torchrun's ranks, one prints the reason."""
+    """Returns 0, 1 when loss, gradients or weights are not finite, 130 after Ctrl-C, SIGTERM or SIGHUP (with a
+    checkpoint to continue from)."""
     options = _parse(argv)
     if options.logs is None:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")

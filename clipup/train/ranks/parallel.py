@@ -69,6 +69,12 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
                 raise ValueError(
                     f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
                 )
+            shards = ranks.world_size // parts if options.fsdp else 1
+            if layer.d_model % shards or layer.d_hidden % shards:
+                raise ValueError(
+                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are "
+                    f"{layer.d_hidden} and {layer.d_model}; use more fsdp_replicas or ep"
+                )
 
 
 def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:

@@ -65,16 +65,10 @@ def main(out: Path) -> None:
     for path in (out / "diverging" / "checkpoints").glob("*.pt") if int(os.environ["RANK"]) == 0 else ():
         path.write_bytes(path.read_bytes()[:1000])
     torch.distributed.barrier()
-    for resume in ("latest", str(out / "diverging" / "checkpoints" / "epoch_latest.pt")):
-        try:
-            run(out, name="diverging", steps=6, resume=resume)
-        except ValueError as error:
-            found[f"refused {Path(resume).stem}"] = str(error)
-    run(out, name="on", epochs=2)
     try:
-        run(out, name="on", epochs=2, resume=str(out / "on" / "checkpoints" / "epoch_1.pt"))
-    except FileExistsError as error:
-        found["back"] = str(error)
+        run(out, name="diverging", steps=6, resume="latest")
+    except ValueError as error:
+        found["refused"] = str(error)
     normed = run(out, name="batch norms", steps=2).model.state_dict()
     found["statistics"] = [float(value.sum()) for name, value in normed.items() if "running_mean" in name]
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))

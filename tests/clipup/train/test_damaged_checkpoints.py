@@ -125,12 +125,3 @@ def test_nothing_in_a_checkpoint_is_executed(run_of, tmp_path, file, capsys):
     main(["convert", str(path), str(tmp_path / "converted")])
 
     assert not (tmp_path / "executed").exists()
-
-
-def test_metrics_with_a_damaged_line_lose_only_that_line(run):
-    directory = run(epochs=1).directory
-    path = directory / "metrics.jsonl"
-    lines = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([lines[0], b"\xff" + lines[1], lines[2]]) + b'\n{"step": 5, "lo')
-
-    assert [record["step"] for record in run(epochs=2, resume="latest").history] == [1, 3, 4, 5, 6]

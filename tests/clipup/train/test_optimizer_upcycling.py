@@ -117,15 +117,3 @@ def test_optimizers_of_other_kinds_or_models_are_refused(make_model, dense_run):
     del optimizer["state"][optimizer["param_groups"][1]["params"][0]]["exp_avg"]
     with pytest.raises(ValueError, match="run.pt is not an AdamW"):
         named_state(make_model(), optimizer, "run.pt")
-
-
-def test_weights_of_another_activation_or_tokenizer_are_not_upcycled(named_model, options, pairs):
-    run = train(options(model=named_model, name="dense", steps=1, force_quick_gelu=True), loader=pairs())
-    path = run.directory / "checkpoints" / "epoch_latest.pt"
-    sparse = {"model": named_model, "name": "sparse", "steps": 1, "moe": True, "resume_dense": str(path)}
-
-    with pytest.raises(ValueError, match=r"epoch_latest.pt was trained as another model"):
-        train(options(**sparse), loader=pairs())
-    torch.save(load(path) | {"tokenizer_files": {"vocab.txt": ""}}, path)
-    with pytest.raises(ValueError, match="was trained with another tokenizer"):
-        train(options(**sparse, force_quick_gelu=True), loader=pairs())
