@@ -1,7 +1,10 @@
-"""A short run of two ranks with something wrong."""
+"""Short runs of two ranks with something wrong."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,38 +12,88 @@ from typing import Any
 import open_clip
 import torch
 
-from clipup.train import Every, TrainOptions, train
+from clipup.train import Every, NonFiniteGradients, TrainOptions, TrainResult, train
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+BATCH_NORMS = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 
 
-class Batches:
-    """Eight batches; the fault of rank 1 is in front of the fourth."""
+def run(
+    out: Path,
+    batches: int = 2,
+    bad: tuple[int, int] | None = None,
+    slow: int | None = None,
+    callbacks: Any = (),
+    **changes: Any,
+) -> TrainResult:
+    """Trains on batches of this rank.
 
-    def __init__(self, fault: str) -> None:
-        self.fault = fault
-
-    def __len__(self) -> int:
-        return 8
-
-    def __iter__(self) -> Any:
-        rank = torch.distributed.get_rank()
-        for number in range(8):
-            if number == 3 and rank == 1 and self.fault == "slow_data":
-                time.sleep(60)
-            yield torch.randn(4, 3, 16, 16), torch.randint(1, 64, (4, 8))
-
-
-def main(out: Path, fault: str, timeout: float) -> None:
+    Args:
+        bad: a rank, and the number of its batch whose images are NaN.
+        slow: the number of the batch for which rank 1 waits a minute.
+    """
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
-    options = TrainOptions(
-        device="cpu", logs=str(out), name="run", steps=8, warmup=0, save_every_n_steps=1, dist_timeout=timeout
-    )
+    vision = BATCH_NORMS if changes.get("name") == "batch norms" else VISION
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT, output_dict=True)
+    size = vision["image_size"]
+    pairs = [(torch.randn(4, 3, size, size) + rank, torch.randint(1, 64, (4, 8))) for _ in range(batches)]
+
+    class Batches(list):
+        served = 0
+
+        def __iter__(self) -> Any:
+            for images, texts in super().__iter__():
+                if slow == self.served and rank == 1:
+                    time.sleep(60)
+                spoilt = bad == (rank, self.served)
+                self.served += 1
+                yield images * math.nan if spoilt else images, texts
+
+    usual = {"device": "cpu", "logs": str(out), "name": "run", "warmup": 0, "lr": 1e-3, "lr_scheduler": "const"}
+    options = TrainOptions(**(usual | {"max_nonfinite_steps": 1} | changes))
+    return train(options, model=model, loader=Batches(pairs), callbacks=callbacks)
+
+
+def stalling(out: Path) -> None:
+    """The data of rank 1 stall in the fourth step."""
+    run(out, batches=8, slow=3, steps=8, save_every_n_steps=1, dist_timeout=60.0)
+
+
+def evaluating(out: Path, timeout: float) -> None:
+    """Rank 0 evaluates for longer than the ranks wait within a step."""
 
     def evaluate(model: Any) -> dict[str, float]:
-        time.sleep(1.5 * timeout if fault == "slow_evaluation" else 0)
+        time.sleep(1.5 * timeout)
         return {"score": 1.0}
 
-    train(options, model=model, loader=Batches(fault), callbacks=[Every(4, evaluate)])
+    run(out, batches=8, steps=8, dist_timeout=timeout, callbacks=[Every(4, evaluate)])
+
+
+def resumed(out: Path) -> None:
+    """Runs that skip, resume, finish and are refused; each rank writes what it saw to OUT/rank_R.json."""
+    first = run(out, name="run", steps=3, bad=(1, 1))
+    found: dict[str, Any] = {"skipped": [record["skipped_steps"] for record in first.history]}
+    found["finite"] = all(bool(value.isfinite().all()) for value in first.model.state_dict().values())
+    found["idle"] = run(out, steps=3, resume="latest").already_finished
+    second = run(out, steps=5, resume="latest")
+    whole = run(out, name="whole", steps=5, bad=(1, 1))
+    parameters = zip(second.model.parameters(), whole.model.parameters(), strict=True)
+    found["same"] = all(torch.equal(one, other) for one, other in parameters)
+    diverging = {"name": "diverging", "steps": 6, "save_every_n_steps": 1, "max_nonfinite_steps": 0}
+    try:
+        run(out, bad=(1, 1), **diverging)
+    except NonFiniteGradients as error:
+        found["stopped"] = str(error)
+    for path in (out / "diverging" / "checkpoints").glob("*.pt") if os.environ["RANK"] == "0" else ():
+        path.write_bytes(path.read_bytes()[:1000])
+    torch.distributed.barrier()
+    try:
+        run(out, resume="latest", **diverging)
+    except ValueError as error:
+        found["refused"] = str(error)
+    normed = run(out, name="batch norms", steps=2).model.state_dict()
+    found["statistics"] = [float(value.sum()) for name, value in normed.items() if "running_mean" in name]
+    (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -83,8 +83,7 @@ class Checkpointer:
         model, optimizer = self.built.model, self.train_step.optimizer
         self._check_function(checkpoint, source)
         self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
-        trained_by = checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw")
-        same_optimizer = trained_by == self.options.opt
+        same_optimizer = checkpoint.get("conditions", self.conditions)["options"]["opt"] == self.options.opt
         if source.is_dir():
             check_fit(model, sharded.shapes(source), str(source))
             moments = optimizer if same_optimizer else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import ddp_resume
+import faulty_run
 import pytest
 from rank_processes import ranks
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("resumed")
-    with ranks(out, ddp_resume.main, out) as processes:
+    with ranks(out, faulty_run.resumed, out) as processes:
         for process in processes:
             code, error = process.ended(300)
             assert code == 0, error
@@ -35,8 +35,8 @@ def test_ranks_skip_resume_finish_and_refuse_alike(out):
 
 def test_another_number_of_ranks_is_refused_within_an_epoch_and_accepted_at_its_end(out):
     with pytest.raises(ValueError, match=r"within epoch 3, after step 1 of 2; with world_size 2 -> 1 the rest"):
-        ddp_resume.run(out, name="run", steps=8, resume="latest")
+        faulty_run.run(out, name="run", steps=8, resume="latest")
     start = str(out / "run" / "checkpoints" / "epoch_2.pt")
-    other = ddp_resume.run(out, name="other", steps=8, resume=start)
+    other = faulty_run.run(out, name="other", steps=8, resume=start)
 
     assert load(other.directory / "checkpoints" / "epoch_latest.pt")["samples_seen"] == 4 * 8 + 4 * 4

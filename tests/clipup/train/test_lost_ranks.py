@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from faulty_run import main as faulty
+from faulty_run import evaluating, stalling
 from rank_processes import children, ranks, torchrun, wait_for_lines
 
 import clipup
@@ -66,7 +66,7 @@ def test_torchrun_ends_the_other_ranks(command, tmp_path, run, nodes):
 
 @pytest.mark.slow
 def test_ranks_stop_at_a_sigterm_while_the_data_of_one_of_them_stall(tmp_path):
-    with ranks(tmp_path, faulty, tmp_path, "slow_data", 60) as processes:
+    with ranks(tmp_path, stalling, tmp_path) as processes:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, processes)
         time.sleep(1)
         for process in processes:
@@ -79,7 +79,7 @@ def test_ranks_stop_at_a_sigterm_while_the_data_of_one_of_them_stall(tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_by_rank_0_may_take_longer_than_the_timeout(tmp_path):
-    with ranks(tmp_path, faulty, tmp_path, "slow_evaluation", 4) as processes:
+    with ranks(tmp_path, evaluating, tmp_path, 4) as processes:
         ended = [process.ended() for process in processes]
 
     assert [code for code, _ in ended] == [0, 0], ended
