@@ -26,6 +26,11 @@ class NoEffect(NamedTuple):
     """Completes "--flag has no effect ...": "without --moe"."""
 
 
+FSDP_RULE = NoEffect(
+    ("fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"),
+    lambda options: not options.fsdp,
+    "without --fsdp",
+)
 ON_SPARSE = NoEffect(MOE_FLAGS, lambda options: True, "on a model that is already sparse")
 
 

@@ -13,7 +13,7 @@ import tyro
 from ..checks import check
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+from .flags import FSDP_RULE, MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Plan
@@ -168,6 +168,7 @@ class Options:
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
     *moe_rules(lambda options: options.moe_cfg),
+    FSDP_RULE,
     NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
     NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
     NoEffect(("local_loss", "gather_with_grad", "loss_chunk_size"), lambda options: options.siglip, "with --siglip"),
@@ -185,7 +186,7 @@ def main(argv: list[str]) -> int:
     from ..moe.layer import moe_layers
     from ..plan import Subject, plan, propose
     from ..plan.report import as_json, as_text
-    from ..train.trained_parts import lock_parts
+    from ..train.optim import lock_parts
 
     cluster = options.cluster()
     trained = options.train_options()

@@ -12,10 +12,9 @@ import tyro
 from ..data.options import is_csv
 from ..moe.config import MoEConfig
 from ..train.options import GROUPS, TrainOptions
-from ..train.options.key_values import KeyValues
 from ..train.ranks.launched import Launched
 from . import open_clip_flags, say
-from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle, refuse_unknown_models
+from .flags import FSDP_RULE, MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle, refuse_unknown_models
 from .logs import FLAG_OF, in_one_line
 from .outputs import check_directory
 
@@ -60,18 +59,28 @@ RULES = [
         lambda options: options.imagenet_val is None and options.imagenet_v2 is None,
         "without --imagenet-val or --imagenet-v2",
     ),
+    NoEffect(("momentum",), lambda options: not options.opt.startswith("timm/"), "without --opt timm/NAME"),
+    NoEffect(("fused",), lambda options: options.opt != "adamw", "without --opt adamw"),
     NoEffect(
-        ("lr_cooldown_end", "lr_cooldown_power"),
+        ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"),
         lambda options: options.lr_scheduler != "const-cooldown",
         "without --lr-scheduler const-cooldown",
     ),
     NoEffect(("loss_chunk_size",), lambda options: options.distill_model is not None, "with --distill-model"),
     NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
+    NoEffect(("local_loss", "gather_with_grad"), lambda options: options.siglip, "with --siglip"),
+    NoEffect(("distill_pretrained",), lambda options: options.distill_model is None, "without --distill-model"),
     NoEffect(
-        ("local_loss", "gather_with_grad"),
-        lambda options: options.siglip,
-        "with --siglip",
+        ("torchcompile_backend", "torchcompile_mode"),
+        lambda options: not options.torchcompile,
+        "without --torchcompile",
     ),
+    NoEffect(
+        ("torchcompile_mode",),
+        lambda options: options.torchcompile_backend not in (None, "inductor"),
+        "without the backend inductor",
+    ),
+    FSDP_RULE,
     NoEffect(
         ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
         lambda options: not options.lock_image,
@@ -126,12 +135,11 @@ def main(argv: list[str]) -> int:
         text = f"the run in {result.directory} was already finished at step {result.steps}; nothing was changed. "
         print(f"{text}To continue training set more --steps or --epochs")
         return 0
-    losses = [record["loss"] for record in result.history if record["loss"] is not None]
-    last = f", last loss {losses[-1]:.4f}" if losses else ""
-    skipped = result.history[-1]["skipped_steps"] if result.history else 0
-    last += f", {skipped} steps not applied because their gradient was not finite" if skipped else ""
-    last += f", {result.skipped} samples skipped" if result.skipped else ""
-    print(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}")
+    last = result.history[-1] if result.history else {}
+    text = "" if last.get("loss") is None else f", last loss {last['loss']:.4f}"
+    counts = {"steps not applied": last.get("skipped_steps"), "samples skipped": result.skipped}
+    text += "".join(f", {count} {what}" for what, count in counts.items() if count)
+    print(f"{result.steps} steps in {result.seconds:.0f} s of training{text}; see {result.directory}")
     return 0
 
 
@@ -157,7 +165,7 @@ def _options(argv: list[str]) -> TrainOptions:
         SystemExit: --help, or what is no option.
     """
     open_clip_flags.refuse(argv, FLAGS)
-    groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,), registry=_key_values())
+    groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))
     FLAG_OF["cache"] = "--cache-data"
     values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
     for name, group in GROUPS.items():
@@ -166,20 +174,6 @@ def _options(argv: list[str]) -> TrainOptions:
     refuse_unknown_models(options)
     refuse_idle(argv, options, RULES)
     return options
-
-
-def _key_values() -> tyro.constructors.ConstructorRegistry:
-    """How tyro reads an option that is a mapping: KEY=VALUE KEY=VALUE, as open_clip_train does."""
-    registry = tyro.constructors.ConstructorRegistry()
-    spec = tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY=VALUE ...]",
-        instance_from_str=KeyValues.parse,
-        is_instance=lambda value: isinstance(value, KeyValues),
-        str_from_instance=KeyValues.texts,
-    )
-    registry.primitive_rule(lambda info: spec if info.type is KeyValues else None)
-    return registry
 
 
 def _say(error: BaseException) -> None:

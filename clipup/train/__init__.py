@@ -7,7 +7,7 @@ A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``
 ``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;
 ``logit_scale`` (the factor); ``images_per_second`` of all ranks; ``batch_time``, ``data_time`` and ``step_time``, rank
 0's mean seconds per step since the record before, those in which it waited for data and those in which it computed;
-``mfu``, the share of a GPU's peak if that is known (``clipup.train.log.utilization``); ``seconds`` (in training);
+``mfu``, the share of a GPU's peak if that is known (``clipup.train.cards``); ``seconds`` (in training);
 ``skipped_steps`` (so far: steps whose gradient was not finite; they are not applied, and such a loss is None in the
 record). For a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under
 ``layers`` each of them for every layer with its ``load`` (share per expert). With accumulation they are means over the
@@ -29,21 +29,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
-    from .log.results import Every, TrainingInterrupted, TrainResult
+    from .log.records import Every, TrainingInterrupted, TrainResult
     from .loop import Trainer
     from .options import TrainOptions
     from .run import train
 
 # Imported on first access: the options alone need no torch.
 _LAZY = {
-    "Every": "log.results",
+    "Every": "log.records",
     "NonFiniteGradients": "finite",
     "NonFiniteLoss": "finite",
     "NonFiniteWeights": "finite",
     "TrainOptions": "options",
-    "TrainResult": "log.results",
+    "TrainResult": "log.records",
     "Trainer": "loop",
-    "TrainingInterrupted": "log.results",
+    "TrainingInterrupted": "log.records",
     "train": "run",
 }
 

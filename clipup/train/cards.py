@@ -1,11 +1,17 @@
-"""GPUs that plans and records know by name, with the constants of their vendor's data sheets.
+"""GPUs that plans and records know by name, with constants from data sheets; the pairs per second at a GPU's peak.
 
 A data sheet is an upper bound: what a run reaches of it is ``mfu`` for products, and is not known for links.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..clip.flops import count
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,23 @@ def card(name: str) -> Card:
     return CARDS[name]
 
 
-def card_of(device_name: str) -> Card | None:
-    """The card that CUDA gives this name, in this form and with this memory; None if it is not known."""
-    return next((each for each in CARDS.values() if each.device_name == device_name), None)
+def pairs_per_second_at_peak(model: nn.Module, device: torch.device, world_size: int) -> float | None:
+    """Pairs per second of all ranks with which training would reach the GPUs' peak, the denominator of MFU (PaLM,
+    arXiv 2204.02311, appendix B); None if it is not known.
+
+    FLOPs are those of both towers, as if no token were dropped and every text as long as the context, three times: a
+    backward pass has the products of two forward passes. What is computed again is not counted.
+
+    Args:
+        model: before it is sharded.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    card = next((card for card in CARDS.values() if card.device_name == name), None)
+    if card is None:
+        return None
+    try:
+        counts = count(model)
+    except Exception as error:  # a model that can be trained and not be counted is trained
+        logging.getLogger("clipup.train").warning("mfu is not logged, the FLOPs cannot be counted: %r", error)
+        return None
+    return world_size * card.tflops * 1e3 / (3 * (counts.image_gflops + counts.text_gflops))

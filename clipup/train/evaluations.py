@@ -1,78 +1,80 @@
-"""Evaluations along the way: on the validation data, and by the callbacks of the caller."""
+"""What a run measures on data of its own: retrieval on ``val_data``, zero-shot accuracy on ImageNet.
+
+All ranks share each of them, through the code of ``clipup eval``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..evaluate.retrieval import NonFiniteFeatures
-from .checkpoints import rng
-from .checkpoints.run_state import Clock, RunState
-from .finite import FiniteGuard
+from ..data.loaders import load_eval_samples
+from ..evaluate.datasets import ClassificationSet, imagenet, imagenet_v2
+from ..evaluate.retrieval import evaluate_retrieval
+from ..evaluate.shares import Share
+from ..evaluate.zero_shot import zero_shot, zero_shot_classifier
+from ..precision import Precision
+from .options import TrainOptions
 from .ranks.distributed import Ranks
-from .ranks.parallel import share_batch_statistics
-from .reports import Reports
-from .validations import Validation
+from .setup import Built
 
+RETRIEVAL, ZERO_SHOT = "retrieval", "zero_shot"
+_READERS = {"imagenet_val": imagenet, "imagenet_v2": imagenet_v2}
+"""The options that name data to classify, and what reads them."""
 Evaluation = Callable[[nn.Module], dict[str, Any] | None]
 """A function of the model (not wrapped) that returns numbers to record, or None."""
 
 
-class Evaluations:
-    """Runs evaluations so that they leave generators, modes and the clock as they were."""
+class Validation(NamedTuple):
+    """A measurement that is repeated."""
 
-    def __init__(
-        self,
-        validations: Sequence[Validation],
-        model: nn.Module,
-        state: RunState,
-        clock: Clock,
-        guard: FiniteGuard,
-        ranks: Ranks,
-        reports: Reports,
-        sharded: bool,
-    ) -> None:
-        """validations: measurements that all ranks share. sharded: whether no rank has all weights of the model."""
-        self._validations, self._model, self._sharded = validations, model, sharded
-        self._state, self._clock, self._guard, self._ranks, self._reports = state, clock, guard, ranks, reports
+    name: str
+    every: int
+    """Epochs between two of them; 0 measures at the end of the run only."""
+    measure: Evaluation
+    """All ranks call it; rank 0 gets the numbers."""
 
-    def validate_epoch(self) -> None:
-        """At an epoch's end, the validations that are due then."""
-        for validation in self._validations:
-            if self._state.epoch and validation.every and self._state.epoch % validation.every == 0:
-                self._validate(validation)
 
-    def validate(self) -> None:
-        """All validations, except those that were done at this step."""
-        for validation in self._validations:
-            self._validate(validation)
+def build_validations(options: TrainOptions, built: Built, precision: Precision, ranks: Ranks) -> list[Validation]:
+    """Those that the options ask for; their data are found now, and read when they are measured."""
+    share = Share(ranks.rank, ranks.world_size, ranks.gather, in_step=options.is_sharded)
+    common: dict[str, Any] = {"batch_size": options.batch_size, "precision": precision, "share": share}
+    validations = []
+    if options.val_data is not None:
+        measure = _retrieval(options, built, common, ranks.first)
+        validations.append(Validation(RETRIEVAL, options.val_frequency, measure))
+    if any(getattr(options, name) is not None for name in _READERS):
+        measure = _zero_shot(options, built, common, ranks.first)
+        validations.append(Validation(ZERO_SHOT, options.zeroshot_frequency, measure))
+    return validations
 
-    def _validate(self, validation: Validation) -> None:
-        """
-        Raises:
-            NonFiniteWeights: a feature is NaN or infinite.
-        """
-        step = self._state.step
-        if self._state.validated.get(validation.name, (-1,))[0] == step:
-            return
-        try:
-            self._state.validated[validation.name] = step, self.run(validation.measure, shared=True)
-        except NonFiniteFeatures as error:
-            raise self._guard.diverged(f"{error} (evaluation at step {step})") from error
 
-    def run(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
-        """On all ranks when it is shared, or when no rank has all weights. Otherwise on rank 0, and the others wait as
-        long as it takes."""
-        numbers = None
-        share_batch_statistics(self._model, self._ranks)
-        if self._ranks.first or shared or self._sharded:
-            with rng.preserved(self._ranks.device):
-                numbers = evaluation(self._model)
-            self._model.train()
-            if self._ranks.first and numbers is not None:
-                self._reports.evaluation(numbers)
-        self._ranks.first_does(lambda: None)  # the others wait
-        self._clock.restart()
+def _retrieval(options: TrainOptions, built: Built, common: dict[str, Any], shown: bool) -> Evaluation:
+    preprocess, tokenizer = built.reader(training=False)
+    samples = load_eval_samples(str(options.val_data), preprocess, options.val_data_options(), "val_data")
+    samples = samples.only(common["share"].part(samples.samples, options.batch_size))
+    kind: dict[str, Any] = {"by": "group", "multi_positive": options.multi_positive}
+    return lambda model: evaluate_retrieval(model, samples, tokenizer, show_progress=shown, **kind, **common)
+
+
+def _zero_shot(options: TrainOptions, built: Built, common: dict[str, Any], shown: bool) -> Evaluation:
+    preprocess, tokenizer = built.reader(training=False)
+    paths = {name: getattr(options, name) for name in _READERS}
+    sets = {name: _READERS[name](path) for name, path in paths.items() if path is not None}
+
+    def measure(model: nn.Module) -> dict[str, Any]:
+        classes, templates = next((each.classes, each.templates) for each in sets.values())
+        classifier = zero_shot_classifier(model, classes, tokenizer, templates, **common)
+        numbers = {}
+        for name, whole in sets.items():
+            part: Any = common["share"].part(whole.images, options.batch_size)
+            mine = ClassificationSet(part, classes, templates)
+            images = mine.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
+            numbers[name] = zero_shot(
+                model, images, classes, tokenizer, classifier=classifier, show_progress=shown, **common
+            )
         return numbers
+
+    return measure

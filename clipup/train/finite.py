@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .log.records import LOG
 from .ranks.distributed import Ranks
 from .ranks.parallel import shard_of
 from .step import StepLosses, TrainStep
@@ -31,43 +32,27 @@ class NonFiniteWeights(FloatingPointError):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; None if all are finite. Of a DTensor
-    only this rank's part is looked at. Synchronizes with each device once.
+    """The name of the first tensor with a value that is not finite; None if all are finite. Of a DTensor only this
+    rank's part is looked at.
 
     A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
     """
-    floating = {
-        name: part.detach()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and (part := shard_of(tensor)).numel()
-    }
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in floating.values():
-        by_device.setdefault(tensor.device, []).append(tensor)
-    finite = (
-        torch.stack([largest.isfinite() for largest in torch._foreach_norm(together, math.inf)]).all()
-        for together in by_device.values()
-    )
-    if all(map(bool, finite)):
-        return None
-    return next((name for name, tensor in floating.items() if not (tensor.isfinite().all() or _is_mask(tensor))), None)
-
-
-def _is_mask(tensor: Tensor) -> bool:
-    return bool(((tensor == 0) | (tensor == -math.inf)).all())
+    for name, tensor in tensors.items():
+        part = shard_of(tensor).detach()
+        if part.is_floating_point() and part.numel() and not torch.linalg.vector_norm(part, math.inf).isfinite():
+            if not ((part == 0) | (part == -math.inf)).all():
+                return name
+    return None
 
 
 def tensors_of(weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of a model's and an optimizer's state dict, by the names that messages use."""
-    named = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    return named | dict(_moments(optimizer))
-
-
-def _moments(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for index, values in optimizer.get("state", {}).items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                yield f"the optimizer's {key} of parameter {index}", value
+    moments = {
+        f"the optimizer's {key} of parameter {index}": value
+        for index, values in optimizer.get("state", {}).items()
+        for key, value in values.items()
+    }
+    return {name: value for name, value in {**weights, **moments}.items() if isinstance(value, Tensor)}
 
 
 class FiniteGuard:
@@ -82,7 +67,7 @@ class FiniteGuard:
         """Sum of the losses of applied steps since the last check; it is not finite if one of them was not."""
         self.last_checkpoint: Path | None = None
 
-    def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks, log: logging.Logger) -> None:
+    def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks) -> None:
         """Counts a step. All ranks call this, and all have the same gradient.
 
         In float16 the gradient scaler finds its scale through steps that overflow. They do not count as consecutive as
@@ -97,16 +82,13 @@ class FiniteGuard:
             return
         self.skipped += 1
         scale = 0.0 if done.scaler is None else done.scaler.get_scale()
-        searching_scale = scale >= 1 and not ranks.any(not math.isfinite(float(losses.total)))
-        if searching_scale and ranks.first:
-            log.info("step %d not applied: its gradient overflowed float16; the scale is %g from now on", step, scale)
-        if searching_scale:
-            return
-        self.in_row += 1
+        searching_scale = scale >= 1 and not ranks.any(not math.isfinite(losses.total))
+        self.in_row += not searching_scale
         norm = float(done.gradient_norm)
         if ranks.first:
-            counts = self.in_row, self.skipped
-            log.warning("step %d not applied: its gradient norm is %s (%d in a row, %d in all)", step, norm, *counts)
+            level = logging.INFO if searching_scale else logging.WARNING
+            text = "step %d not applied: its gradient norm is %s (%d in a row, %d in all)"
+            LOG.log(level, text, step, norm, self.in_row, self.skipped)
         if self.in_row > self.most_in_row:
             raise NonFiniteGradients(
                 f"the gradient norm is {norm} at step {step}, the last of {self.in_row} steps in a row that were not "
@@ -123,24 +105,22 @@ class FiniteGuard:
             NonFiniteLoss: it is not finite.
         """
         if not math.isfinite(loss_since_check):
-            raise NonFiniteLoss(
-                f"the loss is {loss_since_check} at step {step} or became so since the step logged before; "
-                f"{self._ending()}"
-            )
+            raise NonFiniteLoss(f"a loss since the step logged before is not finite at step {step}; {self._ending()}")
         self.loss_since_check = torch.zeros_like(self.loss_since_check)
 
     def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         """Raises NonFiniteWeights on all ranks if weights or the optimizer's state hold values that are not finite."""
         own = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
-        broken = next(filter(None, ranks.gather(own)), None)
-        if broken is not None:
-            raise self.diverged(f"{broken} holds values that are not finite at step {step}, so it was not saved")
+        for name in filter(None, ranks.gather(own)):
+            raise self.diverged(f"{name} holds values that are not finite at step {step}, so it was not saved")
 
     def diverged(self, what: str) -> NonFiniteWeights:
         """The error with this message, and with the checkpoint to continue from."""
         return NonFiniteWeights(f"{what}; {self._ending()}")
 
     def _ending(self) -> str:
-        if self.last_checkpoint is None:
-            return f"there is no checkpoint yet. {_ADVICE}"
-        return f"all values in the last checkpoint, {self.last_checkpoint}, are finite. {_ADVICE}"
+        last = self.last_checkpoint
+        which = (
+            "there is no checkpoint yet" if last is None else f"all values in the last checkpoint, {last}, are finite"
+        )
+        return f"{which}. {_ADVICE}"

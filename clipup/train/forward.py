@@ -1,4 +1,4 @@
-"""The forward pass of a training step: a model's output by name, with texts shuffled where capacity goes by position.
+"""The forward pass of a step: a model's output by name, shuffled texts where capacity goes by position, attention.
 
 Under a capacity an expert's slots go to tokens by their position in the batch, so which tokens are dropped depends on a
 sample's row. If the image and the text of a pair were in the same row, both towers could tell the row from what was
@@ -8,15 +8,22 @@ texts, and none of that transfers to evaluation. So the text tower gets the text
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..moe.layer import moe_layers
+from ..precision import Precision
 
 SCALES = ("logit_scale", "logit_bias")
 """Outputs with one value for the whole batch; the others have one row per pair."""
+SHORT = 64
+"""Sequence length up to which plain matrix products beat the flash kernel in bfloat16 on a CPU, forward and backward
+(with a mask also longer ones; docs/performance_log.md)."""
 
 
 def named_output(output: Any) -> dict[str, Tensor]:
@@ -47,3 +54,21 @@ def _with_labels(output: dict[str, Tensor], texts: Tensor) -> dict[str, Tensor]:
     if "logits" in output and "labels" not in output:
         output |= {"logits": output["logits"][:, :-1], "labels": texts[:, 1:]}
     return output
+
+
+def attention_kernel(model: nn.Module, device: torch.device, precision: Precision) -> AbstractContextManager:
+    """The context for a step, including its backward pass, which may recompute the forward.
+
+    In bfloat16 the backward pass of torch's flash kernel for CPUs takes two to four times as long as plain matrix
+    products when sequences are short. In all other cases the choice is torch's own.
+    """
+    if device.type == "cpu" and precision in ("amp_bf16", "bf16") and _longest_sequence(model) <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def _longest_sequence(model: nn.Module) -> float:
+    """The longer sequence length of a CLIP's two towers; infinite if it is unknown."""
+    grid = getattr(getattr(model, "visual", None), "grid_size", None)
+    text = getattr(model, "context_length", None)
+    return math.inf if grid is None or text is None else max(math.prod(grid) + 1, text)

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
+from ..evaluate.retrieval import NonFiniteFeatures
 from ..precision import Precision
 from . import optimizer_upcycling
+from .cards import pairs_per_second_at_peak
 from .checkpoints import open_clip_format, rng
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_directory import RunDirectory
 from .checkpoints.run_state import Clock, Length, RunState
-from .evaluations import Evaluations
+from .evaluations import Evaluation, build_validations
 from .finite import FiniteGuard
-from .log.recorder import KINDS, Record
-from .log.results import Every, TrainingInterrupted, TrainResult
-from .log.step_record import step_record
-from .log.utilization import Utilization, peak_tflops
+from .log.records import KINDS, LOG, Every, Record, TrainingInterrupted, TrainResult
 from .optim import base_lr, create_optimizer, schedule
 from .options import TrainOptions
 from .ranks import parallel
@@ -29,8 +28,7 @@ from .reports import Reports, check_reports
 from .setup import Built
 from .signals import StopRequest, StopWaiting
 from .step import Batch, StepLosses, TrainStep
-from .training_data import Epochs, lost_workers_explained
-from .validations import build_validations
+from .training_data import Epochs
 
 _Result = TypeVar("_Result")
 
@@ -59,15 +57,20 @@ class Trainer:
         self.directory = directory
         self.callbacks = callbacks
         self.validations = build_validations(options, built, precision, ranks)
-        self.utilization = Utilization(self.model, ranks.world_size, peak_tflops(ranks.device))
+        self.pairs_at_peak = pairs_per_second_at_peak(self.model, ranks.device, ranks.world_size)
         unsharded = parallel.unsharded_form(self.model, options)
         wrapped = parallel.wrapped(self.model, options, ranks, precision)
         self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
-            *(wrapped, built.objective, self.optimizer, ranks.device, precision),
-            *(options.grad_clip_norm, ranks.world_size),
+            wrapped,
+            built.objective,
+            self.optimizer,
+            ranks.device,
+            precision=precision,
+            grad_clip_norm=options.grad_clip_norm,
+            world_size=ranks.world_size,
             seed_batch=self._seed_batch,
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
@@ -77,8 +80,16 @@ class Trainer:
         self._lost: LostWorker | None = None
         self.clock = Clock(self.state)
         self.checkpoints = Checkpointer(
-            *(options, built, self.train_step, self.state, self.guard, ranks, directory),
-            *(data.steps, data.order, unsharded),
+            options=options,
+            built=built,
+            train_step=self.train_step,
+            state=self.state,
+            guard=self.guard,
+            ranks=ranks,
+            directory=directory,
+            steps_of_epoch=data.steps,
+            order=data.order,
+            unsharded=unsharded,
         )
         self._plan()
 
@@ -114,24 +125,26 @@ class Trainer:
             self.ranks.first_does(partial(check_reports, self.options, self.directory, self._continues))
             self.ranks.first_does(partial(self.directory.prepare, self.options, self._start))
         self.reports = Reports(
-            *(self.options, self.model, self.state, self.length, self.ranks, self.directory, self._continues)
+            self.options,
+            self.model,
+            state=self.state,
+            length=self.length,
+            ranks=self.ranks,
+            directory=self.directory,
+            continues=self._continues,
         )
         try:
-            place = self.model, self.state, self.clock
-            self.evaluations = Evaluations(
-                self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
-            )
             self.reports.start(notes)
-            rises = f"the learning rate rises to {self.options.lr:g} over {self.options.warmup} steps (--warmup)"
-            lines = self.data.promise(), self.utilization.note, "" if self.options.skip_scheduler else rises
-            for line in filter(None, lines):
-                self.reports.log.info("%s", line)
-            with lost_workers_explained(self.checkpoints.how_to_continue):
-                self._train()
-                skipped = self.data.skipped(self.ranks.gather)
+            LOG.info("%s", self.data.promise())
+            if not self.options.skip_scheduler:
+                LOG.info("the learning rate rises to %g over %d steps (--warmup)", self.options.lr, self.options.warmup)
+            self._train()
+            skipped = self.data.skipped(self.ranks.gather)
         except BaseException as error:
             self.checkpoints.end(error)
             self.reports.failure(error)
+            if isinstance(error, LostWorker):
+                raise LostWorker(f"{error}. {self.checkpoints.how_to_continue()}") from error
             raise
         finally:
             self.data.close()
@@ -140,10 +153,16 @@ class Trainer:
         return self._result(records, skipped=skipped)
 
     def _result(self, records: dict[str, list[Record]], **more: Any) -> TrainResult:
-        metrics, evaluations, warnings = (records.get(kind, []) for kind in KINDS)
-        root = self.directory.root if self.directory else None
-        done = self.model, self.state.step, self.state.seconds
-        return TrainResult(*done, metrics, evaluations, root, warnings, **more)
+        return TrainResult(
+            model=self.model,
+            steps=self.state.step,
+            seconds=self.state.seconds,
+            history=records.get("metrics", []),
+            evaluations=records.get("evaluations", []),
+            directory=self.directory.root if self.directory else None,
+            warnings=records.get("warnings", []),
+            **more,
+        )
 
     def _train(self) -> None:
         """From the position of the run to its end, with what a killed run left undone after its last checkpoint.
@@ -231,14 +250,14 @@ class Trainer:
         samples = sum(len(images) for images, _ in batches) * self.ranks.world_size
         state.samples_seen += samples
         self.clock.count(samples)
-        self.guard.count(state.step, self.train_step, losses, self.ranks, self.reports.log)
+        self.guard.count(state.step, self.train_step, losses, self.ranks)
         if logged:
             self._log(losses)
         self.clock.step_done()
-        self.reports.console.step(state.epoch)
+        self.reports.step()
         for callback in self.callbacks:
             if state.step % callback.steps == 0 or last:
-                self.evaluations.run(callback.function)
+                self._evaluate(callback.function)
         due = options.save_every_n_steps and state.step % options.save_every_n_steps == 0
         if due and not self.ranks.any(self.stop.received):  # else the run ends, and saves then
             self._save(open_clip_format.LATEST)
@@ -250,22 +269,14 @@ class Trainer:
         rng.seed_everything(self.options.seed, self.state.step, number, _STEP)
 
     def _log(self, losses: StepLosses) -> None:
-        scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
-        numbers = step_record(scalars, losses.routing, self.ranks)
-        self.guard.check_loss(self.state.step, numbers.pop("since"))
+        """Every number of metrics.jsonl: those of ``StepLosses`` from the device, and what this process knows."""
+        numbers = losses.record(self.ranks, since_check=self.guard.loss_since_check)
+        self.guard.check_loss(self.state.step, numbers.pop("since_check"))
         layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
         times = self.clock.logged()
-        record = {
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "lr": base_lr(self.optimizer),
-            **numbers,
-            **times,
-            **self.utilization.of(times["images_per_second"]),
-            "skipped_steps": self.guard.skipped,
-            **layers,
-        }
-        self.reports.step(record)
+        mfu = {} if self.pairs_at_peak is None else {"mfu": times["images_per_second"] / self.pairs_at_peak}
+        place = {"step": self.state.step, "epoch": self.state.epoch, "lr": base_lr(self.optimizer)}
+        self.reports.metrics({**place, **numbers, **times, **mfu, "skipped_steps": self.guard.skipped, **layers})
 
     def _end_epoch(self) -> None:
         """Saves first, so that unreadable data, for training or validation, do not cost the epoch."""
@@ -273,7 +284,7 @@ class Trainer:
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
         skipped = self.data.skipped(self.ranks.gather)
-        self.reports.log.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
+        LOG.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
         names = [open_clip_format.epoch_name(epoch)] if every and epoch % every == 0 else []
         if self.options.save_most_recent:
@@ -284,18 +295,49 @@ class Trainer:
 
     def _after_epoch(self) -> None:
         """What comes after an epoch's checkpoint; a run that was killed before its end does it when it resumes."""
-        self._validate(self.evaluations.validate_epoch)
+        self._validate(at_end=False)
         epoch, every = self.state.epoch, self.options.save_frequency
         if self.options.delete_previous_checkpoint and every and epoch % every == 0:
             self.checkpoints.delete_kept(epoch - every, successor=epoch)
 
-    def _validate(self, validate: Callable[[], None]) -> None:
-        """One process may leave it at any point; several ranks finish it together."""
+    def _validate(self, at_end: bool) -> None:
+        """The validations that are due at an epoch's end, or at the end of the run all, except those that were done at
+        this step. One process may leave it at any point; several ranks finish it together."""
         if self.ranks.several:
-            validate()
+            self._measure(at_end)
             return
-        self._unless_asked(validate)
+        self._unless_asked(partial(self._measure, at_end))
         self._end_if_asked()
+
+    def _measure(self, at_end: bool) -> None:
+        """
+        Raises:
+            NonFiniteWeights: a feature is NaN or infinite.
+        """
+        step, epoch = self.state.step, self.state.epoch
+        for validation in self.validations:
+            due = at_end or epoch and validation.every and epoch % validation.every == 0
+            if not due or self.state.validated.get(validation.name, (-1,))[0] == step:
+                continue
+            try:
+                self.state.validated[validation.name] = step, self._evaluate(validation.measure, shared=True)
+            except NonFiniteFeatures as error:
+                raise self.guard.diverged(f"{error} (evaluation at step {step})") from error
+
+    def _evaluate(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
+        """Leaves generators, modes and the clock as they were. On all ranks when it is shared, or when no rank has all
+        weights. Otherwise on rank 0, and the others wait as long as it takes."""
+        numbers = None
+        parallel.share_batch_statistics(self.model, self.ranks)
+        if self.ranks.first or shared or self.options.is_sharded:
+            with rng.preserved(self.ranks.device):
+                numbers = evaluation(self.model)
+            self.model.train()
+            if self.ranks.first and numbers is not None:
+                self.reports.evaluation(numbers)
+        self.ranks.first_does(lambda: None)  # the others wait
+        self.clock.restart()
+        return numbers
 
     def _save(self, *names: str) -> Path | None:
         if self.directory is not None:
@@ -319,7 +361,7 @@ class Trainer:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""
         self.guard.check_weights(self.state.step, self.model, self.optimizer, self.ranks)
         parallel.share_batch_statistics(self.model, self.ranks)
-        self._validate(self.evaluations.validate)
+        self._validate(at_end=True)
         try:
             self.checkpoints.save_model()
         except OSError:

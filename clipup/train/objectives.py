@@ -16,10 +16,11 @@ from open_clip.coca_model import CoCa
 from open_clip.loss import DistillClipLoss
 from torch import Tensor, nn
 
+from ..clip import inputs
+from ..models import factory, model_names
 from ..precision import Precision
 from .chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss, MultiPositiveClipLoss
 from .forward import drops_by_position, named_output
-from .teacher import create_teacher
 
 if TYPE_CHECKING:
     from .options import TrainOptions
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 Batch = tuple[Tensor, Tensor]
 """Images [B, 3, H, W] and texts [B, L]."""
 _FEATURES = ("image_features", "text_features")
+_EQUAL_IN_TEACHER = {
+    "image size": inputs.image_size,
+    "normalization of images": inputs.image_normalization,
+    "text length": inputs.text_length,
+    "vocabulary size": inputs.vocabulary_size,
+}
+"""What teacher and student must have in common, because both get the same batches."""
 
 
 class Objective:
@@ -39,10 +47,8 @@ class Objective:
     """Outputs of the model that it needs, with one row per pair."""
     model_arguments: ClassVar[dict[str, float]] = {}
     """Arguments of open_clip's models that a model with random weights should be created with."""
-
-    @classmethod
-    def check_model(cls, model: nn.Module) -> None:
-        """Raises ValueError when the model cannot be trained with this objective."""
+    takes_bias: ClassVar[tuple[bool, ...]] = (False, True)
+    """Whether it can train a model without, and with a logit_bias."""
 
     @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
@@ -86,20 +92,13 @@ class SigmoidObjective(Objective):
     """SigLIP's loss: a binary decision for every image and text (arXiv 2303.15343)."""
 
     option = "siglip"
+    takes_bias = (True,)
     model_arguments = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
     """Section 3.2 of the paper."""
 
     def __init__(self, chunk_size: int | None = None, rank: int = 0, world_size: int = 1) -> None:
         """chunk_size: rows of the logits that are computed at once."""
         self.loss = ChunkedSigLipLoss(chunk_size, rank=rank, world_size=world_size)
-
-    @classmethod
-    def check_model(cls, model: nn.Module) -> None:
-        if not _has_bias(model):
-            raise ValueError(
-                "siglip needs a model with a logit_bias, which this one lacks; train a model with random weights by "
-                f"name, or create it with {', '.join(f'{k}={v:.4g}' for k, v in cls.model_arguments.items())}"
-            )
 
     @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
@@ -114,13 +113,10 @@ class MultiPositiveObjective(ContrastiveObjective):
     """CLIP's loss in which pairs with equal captions are not negatives of each other (``MultiPositiveClipLoss``)."""
 
     option = "multi_positive"
+    takes_bias = (False,)
 
     def __init__(self, chunk_size: int | None = None, **gathering: Any) -> None:
         self.loss = MultiPositiveClipLoss(chunk_size, **gathering)
-
-    @classmethod
-    def check_model(cls, model: nn.Module) -> None:
-        _refuse_bias(model, cls.option)
 
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         return {"texts": torch.cat([texts for _, texts in batches])}
@@ -140,6 +136,7 @@ class DistillationObjective(Objective):
     """
 
     option = "distill_model"
+    takes_bias = (False,)
 
     def __init__(self, teacher: nn.Module, multi_positive: bool = False, **gathering: Any) -> None:
         """teacher: takes the same batches as the model; frozen and in evaluation mode."""
@@ -148,13 +145,8 @@ class DistillationObjective(Objective):
         self.over_distinct = MultiPositiveClipLoss(**gathering) if multi_positive else None
 
     @classmethod
-    def check_model(cls, model: nn.Module) -> None:
-        _refuse_bias(model, cls.option)
-
-    @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
-        assert options.distill_model is not None  # it selects this objective
-        teacher = create_teacher(options.distill_model, options.distill_pretrained, model, ranks.device, precision)
+        teacher = _create_teacher(options, model, ranks.device, precision)
         return cls(teacher, options.multi_positive, **_gathering(options, ranks))
 
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -176,6 +168,7 @@ class CoCaObjective(Objective):
     """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, eq. 4). The model selects it."""
 
     own_options = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
+    takes_bias = (False,)
     per_pair = (*_FEATURES, "logits", "labels")
     """The decoder's logits [B, L, V] and the next tokens [B, L] beside the features."""
 
@@ -192,20 +185,15 @@ class CoCaObjective(Objective):
         self.pad_id, self.caption_weight, self.contrastive_weight = pad_id, caption_weight, contrastive_weight
 
     @classmethod
-    def check_model(cls, model: nn.Module) -> None:
-        if _has_bias(model):
-            raise ValueError("a CoCa's contrastive loss has no bias; create the model without init_logit_bias")
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
+        assert isinstance(model, CoCa)
         if drops_by_position(model):
             raise ValueError(
                 "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled "
                 "against the images, which training needs where an expert's slots go by position; assign slots by "
                 "probability (with --moe: --priority) or set no capacity factor (--capacity-factor None)"
             )
-
-    @classmethod
-    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
-        weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
-        assert isinstance(model, CoCa)
         return cls(model.pad_id, *weights, options.loss_chunk_size, **_gathering(options, ranks))
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,37 +222,48 @@ def create_objective(options: TrainOptions, model: nn.Module, ranks: Ranks, prec
     """
     objective = selected(options)
     if isinstance(model, CoCa):
-        if objective is not ContrastiveObjective:
+        if objective.option:
             raise ValueError(
                 f"{objective.option} has no captioning loss, which a CoCa's decoder learns from; leave it out"
             )
         objective = CoCaObjective
     else:
-        _refuse_coca_options(options)
-    objective.check_model(model)
+        for field in dataclasses.fields(options):
+            if field.name in CoCaObjective.own_options and getattr(options, field.name) != field.default:
+                raise ValueError(f"{field.name} has no effect on a model without a decoder, which only a CoCa has")
+    has_bias = getattr(model, "logit_bias", None) is not None
+    if has_bias not in objective.takes_bias:
+        arguments = ", ".join(f"{name}={value:.4g}" for name, value in SigmoidObjective.model_arguments.items())
+        raise ValueError(
+            f"{objective.option or 'the loss of a CoCa'} {'has no' if has_bias else 'needs a'} logit_bias, and this "
+            f"model {'has one' if has_bias else 'none'}. Random weights are created as the loss needs it; "
+            f"others have a bias if they are created with {arguments}"
+        )
     return objective.create(options, model, ranks, precision)
 
 
-def _refuse_coca_options(options: TrainOptions) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    for name in CoCaObjective.own_options:
-        if getattr(options, name) != defaults[name]:
-            raise ValueError(f"{name} has no effect on a model without a decoder, which only a CoCa has; leave it out")
+def _create_teacher(options: TrainOptions, student: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """The model that the options select, in evaluation mode and frozen.
+
+    Raises:
+        ValueError: it would have random weights, or takes other images or texts than the student.
+    """
+    name, pretrained = str(options.distill_model), options.distill_pretrained
+    model_names.refuse_random_weights("distill_pretrained", name, pretrained)
+    teacher, *_ = factory.create_model_and_transforms(
+        name, pretrained, precision=precision, device=device, output_dict=True
+    )
+    for what, of in _EQUAL_IN_TEACHER.items():
+        theirs, ours = of(teacher), of(student)
+        if theirs != ours and None not in (theirs, ours):
+            raise ValueError(
+                f"distill_model={name!r} has {what} {theirs}, the model that it teaches has {ours}, and both get the "
+                "same batches; choose a teacher that matches the model"
+            )
+    return teacher.eval().requires_grad_(False)
 
 
 def _gathering(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     """How open_clip's softmax losses gather the features of several ranks."""
     settings = {"local_loss": options.local_loss, "gather_with_grad": options.gather_with_grad}
     return {**settings, "rank": ranks.rank, "world_size": ranks.world_size}
-
-
-def _has_bias(model: nn.Module) -> bool:
-    return getattr(model, "logit_bias", None) is not None
-
-
-def _refuse_bias(model: nn.Module, option: str) -> None:
-    if _has_bias(model):
-        raise ValueError(
-            f"{option} selects a softmax loss without a logit_bias, which this model has; leave {option} out, or "
-            "create the model without init_logit_bias"
-        )

@@ -1,4 +1,5 @@
-"""Optimizers over open_clip's parameter groups, their state by parameter name, and open_clip_train's schedules."""
+"""What is trained and how: locked parameters, optimizers over open_clip's parameter groups, their state by parameter
+name, and open_clip_train's schedules."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 
 import timm.optim
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from ..checks import check
 from ..clip.layer_groups import layer_groups
+from ..clip.towers import tower_module
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
 from .options import TrainOptions
@@ -25,6 +27,62 @@ _OF_A_RUN = ("param_names", "lr_scale", *PLACE)
 """Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
 
+def lock_parts(model: nn.Module, options: TrainOptions) -> None:
+    """Sets ``requires_grad`` of the model's parameters as the options say.
+
+    Raises:
+        ValueError: more groups should stay unlocked than a tower has, or ``train_only`` is set for a dense model.
+    """
+    if options.lock_image:
+        _lock(model, "image", options.lock_image_unlocked_groups, "lock_image_unlocked_groups")
+        if options.lock_image_freeze_bn_stats:
+            _keep_statistics(tower_module(model, "image")[1])
+    if options.lock_text:
+        keep_norms = not options.lock_text_freeze_layer_norm and isinstance(
+            tower_module(model, "text")[1], HFTextEncoder
+        )
+        _lock(model, "text", options.lock_text_unlocked_layers, "lock_text_unlocked_layers", keep_norms)
+    if options.train_only != "all":
+        _lock_all_but(model, options.train_only)
+
+
+def _lock(model: nn.Module, tower: str, unlocked: int, option: str, keep_norms: bool = False) -> None:
+    groups = layer_groups(model, tower)
+    if unlocked >= len(groups):
+        raise ValueError(
+            f"{option}={unlocked} leaves nothing of the {tower} tower locked, which has {len(groups)} groups (one: it "
+            "can only be locked as a whole); unlock fewer, or do not lock it"
+        )
+    for group in groups[: len(groups) - unlocked]:
+        for name, parameter in group.items():
+            if not (keep_norms and "LayerNorm" in name.split(".")):
+                parameter.requires_grad_(False)
+
+
+def _lock_all_but(model: nn.Module, trained: str) -> None:
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"train_only={trained!r} needs a sparse model, and this one is dense; make it sparse with moe")
+    routers = {parameter for layer in layers.values() for parameter in layer.router.parameters()}
+    experts = {parameter for layer in layers.values() for parameter in layer.parameters()} - routers
+    wanted = {"routers": routers, "experts": experts, "sparse_layers": routers | experts}[trained]
+    for parameter in set(model.parameters()) - wanted:
+        parameter.requires_grad_(False)
+
+
+def _keep_statistics(tower: nn.Module) -> None:
+    """Lets batch norms whose parameters are locked run in evaluation mode, also while the model trains."""
+    for module in tower.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _evaluate(module: nn.Module, inputs: Any) -> None:
+    module.eval()
+
+
 def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
     """The optimizer that the options select, over the model's trainable parameters in groups (``groups_of``).
 
@@ -35,38 +93,25 @@ def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Opt
     trained = [parameter for group in groups for parameter in group["params"]]
     if not trained:
         raise ValueError("no parameter of the model has requires_grad=True, so there is nothing to train")
+    settings: dict[str, Any] = {"lr": options.lr, "eps": options.eps}
     if options.opt.startswith("timm/"):
-        optimizer = _timm_optimizer(groups, options)
+        settings |= {"weight_decay": options.wd, "momentum": options.momentum}
+        settings["betas"] = None if options.beta1 is None else (options.beta1, options.beta2)
+        settings = {name: value for name, value in settings.items() if value is not None} | options.opt_kwargs
+        name = options.opt.removeprefix("timm/")
+        optimizer = timm.optim.create_optimizer_v2(groups, name, **settings)
     else:
-        settings: dict[str, Any] = {"lr": options.lr, "betas": betas(options), "eps": _EPS}
-        settings |= {} if options.eps is None else {"eps": options.eps}
-        kind: Any = torch.optim.NAdam
+        betas = zip((options.beta1, options.beta2), _BETAS, strict=True)
+        settings["betas"] = tuple(default if given is None else given for given, default in betas)
+        settings["eps"] = _EPS if options.eps is None else options.eps
         if options.opt == "adamw":
-            kind = torch.optim.AdamW
-            settings["fused"] = trained[0].device.type == "cuda" if options.fused is None else options.fused
+            fused = trained[0].device.type == "cuda" if options.fused is None else options.fused
+            optimizer = torch.optim.AdamW(groups, **{**settings, "fused": fused, **options.opt_kwargs})
         else:
             settings["decoupled_weight_decay"] = True
-        optimizer = kind(groups, **{**settings, **options.opt_kwargs})
+            optimizer = torch.optim.NAdam(groups, **{**settings, **options.opt_kwargs})
     _set_lr(optimizer, options.lr)
     return optimizer
-
-
-def betas(options: TrainOptions) -> tuple[float, float]:
-    """Those of AdamW and NAdamW, where the defaults are CLIP's."""
-    first, second = _BETAS
-    return first if options.beta1 is None else options.beta1, second if options.beta2 is None else options.beta2
-
-
-def _timm_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.wd}
-    settings |= {} if options.beta1 is None else {"betas": (options.beta1, options.beta2)}
-    settings |= {} if options.eps is None else {"eps": options.eps}
-    settings |= {} if options.momentum is None else {"momentum": options.momentum}
-    name = options.opt.removeprefix("timm/")
-    check("opt", options.opt, name in timm.optim.list_optimizers(), "adamw, nadamw or timm/NAME of timm.optim")
-    if timm.optim.get_optimizer_info(name).second_order:
-        raise ValueError(f"opt {options.opt!r} needs second derivatives, which the ops of sparse layers do not have")
-    return timm.optim.create_optimizer_v2(groups, name, **{**settings, **options.opt_kwargs})
 
 
 def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
@@ -219,24 +264,3 @@ def base_lr(optimizer: torch.optim.Optimizer) -> float:
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def schedule_warnings(options: TrainOptions, total_steps: int, steps_of_epoch: int) -> list[str]:
-    """Lines for the log if the run is too short for its warm-up or its cooldown."""
-    if options.skip_scheduler:
-        return []
-    lines = []
-    warmup = warmup_steps(options, total_steps)
-    if warmup > total_steps:
-        reached = total_steps / warmup
-        lines.append(
-            f"a warm-up of {warmup} steps is longer than this run of {total_steps}: the learning rate "
-            f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set a smaller --warmup"
-        )
-    cooldown = (options.epochs_cooldown or 0) * steps_of_epoch
-    if options.epochs_cooldown and cooldown > total_steps - warmup:
-        lines.append(
-            f"a cooldown of {cooldown} steps is longer than what this run of {total_steps} has after its warm-up: the "
-            "learning rate drops when it begins; set a smaller --epochs-cooldown"
-        )
-    return lines

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
+from ..progress import Progress
 from .checkpoints.remote_sync import RemoteSync
 from .checkpoints.run_directory import RunDirectory
 from .checkpoints.run_state import Length, RunState
-from .log.console import Console
-from .log.recorder import LOG, Record, Recorder
+from .log.records import LOG, Record, Recorder, create_trackers, named_numbers, tracker_module
 from .log.routing_collapse import CollapseWatch, warning
-from .log.trackers import check_trackers, create_trackers
 from .options import TrainOptions
 from .ranks.distributed import Ranks
 
@@ -30,7 +29,8 @@ def check_reports(options: TrainOptions, directory: RunDirectory, continues: boo
         FileExistsError: it does not, and the copy there has checkpoints.
         ImportError: a package of ``report_to`` is not installed.
     """
-    check_trackers(options)
+    for name in sorted(options.trackers()):
+        tracker_module(name)
     sync = _remote_sync(options, directory.root, report=LOG.warning)
     if sync is not None and not continues and sync.holds("checkpoints"):
         raise FileExistsError(
@@ -47,7 +47,11 @@ def _remote_sync(options: TrainOptions, root: Path, report: Callable[[str], obje
 
 
 class Reports:
-    """The recorder, the console and the watch for collapsed routers of a run. Only rank 0 writes and shows."""
+    """The records, the console and the watch for collapsed routers of a run. Only rank 0 writes and shows.
+
+    The console has a progress bar on a terminal; elsewhere a line after the first step, occasional lines, and one after
+    the last.
+    """
 
     def __init__(
         self,
@@ -59,58 +63,66 @@ class Reports:
         directory: RunDirectory | None,
         continues: bool,
     ) -> None:
+        """continues: whether the run continues from a checkpoint of its own."""
         root = directory.root if directory and ranks.first else None
         trackers = [] if root is None else create_trackers(options, root, state.step, continues)
         self.recorder = Recorder(root, trackers, state.step, state.evaluations)
-        self.console = Console(length.steps, state.step, shown=ranks.first)
         self._sync = None if root is None else _remote_sync(options, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
         self._state, self._length, self._ranks, self._directory = state, length, ranks, directory
-
-    def _warn(self, text: str) -> None:
-        self.log.warning("%s", text)
-        self.console.say(f"warning: {text}")
-
-    @property
-    def log(self) -> logging.Logger:
-        return self.recorder.log
+        self._progress = Progress("training", "steps", length.steps, state.step, ranks.first, line_at_once=True)
+        self._logged: Record = {}
 
     def start(self, notes: Sequence[str]) -> None:
         """``notes``: what the log says first."""
-        for note in notes if self._directory else ():
-            self.log.warning("%s", note)
+        for note in notes:
+            self.recorder.say(logging.WARNING, note)
         ranks = f"{self._ranks.world_size} rank{'s' if self._ranks.several else ''}"
         begin = f"from step {self._state.step} to step {self._length.steps} on {self._ranks.device}, {ranks}"
-        if self._state.step > self._length.steps:
-            begin = f"is at step {self._state.step}, after the {self._length.steps} steps asked for"
-        self.log.info("%s; %d samples seen", begin, self._state.samples_seen)
+        LOG.info("%s; %d samples seen", begin, self._state.samples_seen)
         if self._sync is not None:
             self._sync.start()
-        self.console.say(f"training {begin}{f'; {self._directory.root}' if self._directory else ''}")
+        self._progress.write(f"training {begin}{f'; {self._directory.root}' if self._directory else ''}")
 
-    def step(self, record: Record) -> None:
+    def step(self) -> None:
+        """Counts a step on the console."""
+        detail, record = f"epoch {self._state.epoch}", self._logged
+        if record:
+            at = "" if record["step"] == self._state.step else f" at step {record['step']}"
+            detail += f", loss {record['loss']:.4f}{at}, lr {record['lr']:.3g}"
+            detail += f", {record['images_per_second']:.0f} images/s"
+        self._progress.update(1, detail)
+
+    def metrics(self, record: Record) -> None:
         """A logged step."""
         if not self._ranks.first:
             return
-        self.recorder.step(record)
-        self.console.logged(record)
-        if collapsed := self._collapse.observe(record):
-            text = warning(collapsed)
-            self.recorder.warning(text, collapsed)
-            self.console.say(f"warning: {text}")
+        self.recorder.add("metrics", record)
+        self._logged = record
+        collapsed = self._collapse.observe(record)
+        for of_layer in collapsed:
+            self.recorder.add("warnings", of_layer)
+        if collapsed:
+            self._warn(warning(collapsed))
 
     def evaluation(self, numbers: Record) -> None:
-        """Adds the position of the run to the numbers."""
+        """Adds the position of the run to the numbers. The console leaves out those of splits."""
         place = {"step": self._state.step, "epoch": self._state.epoch, "seconds": self._state.seconds}
-        record = {**place, **numbers}
-        self.recorder.evaluation(record)
-        self.console.evaluation(record)
+        self.recorder.add("evaluations", {**place, **numbers})
+        shown = named_numbers("", {key: value for key, value in numbers.items() if key != "splits"})
+        text = ", ".join(f"{name.removeprefix('/')} {value:.4g}" for name, value in shown.items())
+        self._progress.write(f"evaluation at step {self._state.step}: {text}")
+
+    def _warn(self, text: str) -> None:
+        self.recorder.say(logging.WARNING, text)
+        self._progress.write(f"warning: {text}")
 
     def failure(self, error: BaseException) -> None:
-        self.recorder.failure(f"{type(error).__name__}: {error}")
+        """Why the run ends early. The console gets it from the caller of the run."""
+        self.recorder.say(logging.ERROR, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._sync is not None:
             self._sync.close()
-        self.console.close()
+        self._progress.close()
         self.recorder.close()

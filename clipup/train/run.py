@@ -17,10 +17,9 @@ from . import resume
 from .checkpoints import rng
 from .checkpoints.run_directory import RunDirectory, run_name
 from .checkpoints.run_state import Length
-from .log.recorder import LOG
-from .log.results import Every, TrainResult
+from .log.records import LOG, Every, TrainResult
 from .loop import Trainer
-from .optim import schedule_warnings, warmup_steps
+from .optim import warmup_steps
 from .options import TrainOptions
 from .ranks.distributed import Ranks, joined
 from .setup import build_loader, build_model, check_complete
@@ -82,7 +81,6 @@ def train(
             trainer.restore(checkpoint.state, checkpoint.path, start)
             if trainer.state.finished:
                 return trainer.result_before()
-        notes += schedule_warnings(options, trainer.length.steps, data.steps)
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +20,14 @@ from ..precision import Precision
 from ..upcycling.upcycle import upcycle
 from .checkpoints import open_clip_format
 from .checkpoints.rng import preserved
+from .log.records import LOG
 from .objectives import Objective, create_objective, selected
+from .optim import lock_parts
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
 from .ranks import parallel
 from .ranks.distributed import Ranks
-from .trained_parts import lock_parts
 
-_PROBES = ("a photo of a cat", "Zwei rote Äpfel, 3 & 14!", "日本の猫", "unbelievable arrow left " * 40)
-"""Texts by which two tokenizers are compared."""
-LOG = logging.getLogger("clipup.train")
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -53,6 +49,19 @@ class Built(NamedTuple):
     tokenizer_files: dict[str, bytes] | None = None
     """Of the model's tokenizer as the run began, which checkpoints and the trained model bring; None like
     ``model_cfg``."""
+
+    def reader(self, training: bool) -> tuple[Transform, Tokenizer]:
+        """The transform and the tokenizer that data are read with.
+
+        Raises:
+            ValueError: one of them is None.
+        """
+        preprocess = self.preprocess_train if training else self.preprocess_val
+        if preprocess is None or self.tokenizer is None:
+            raise ValueError(
+                "preprocess and tokenizer are missing: pass those of the model too, to read data with them"
+            )
+        return preprocess, self.tokenizer
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
@@ -93,11 +102,10 @@ def build_model(
         resumed: whether weights and moments come from a checkpoint of the run.
     """
     given_tokenizer = tokenizer
-    train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
-    passed_in = model is not None
+    transforms: tuple[Any, ...] = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
-        model, model_cfg, transforms, tokenizer, name = _create(options, ranks.device, precision, tokenizer)
-        train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
+        model, model_cfg, own_transforms, tokenizer, name = _create(options, ranks.device, precision, tokenizer)
+        transforms = tuple(given or own for given, own in zip(transforms, own_transforms, strict=True))
     else:
         unused = ", ".join(_factory_arguments(options))
         if unused:
@@ -108,13 +116,14 @@ def build_model(
     tokenizer_files = None
     if model_cfg is not None:
         model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
-        if passed_in:
-            _check_is_named(model, model_cfg, str(name))
-        else:
-            architecture.check_describes(model, model_cfg, getattr(model, "moe_config", None))
-        tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
-        if given_tokenizer is not None:
-            tokenizer_files = _files_of_given(given_tokenizer, model_cfg, tokenizer_files)
+        found = architecture.differences(model, model_cfg, getattr(model, "moe_config", None))
+        if found:
+            raise ValueError(
+                f"model: it is another than {name!r}, as which it would be saved: {listed(found)}. Give the name of "
+                "the model that is trained, or leave model out of the options (then no model directory is saved; "
+                "to resume a run with model, add resume_with_changes)"
+            )
+        tokenizer_files = _tokenizer_files(given_tokenizer, model_cfg, str(name))
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
         optimizer_state = _resume_dense(model, options.resume_dense, options, tokenizer_files)
@@ -129,46 +138,32 @@ def build_model(
         clip.set_grad_checkpointing()
     if options.torchcompile:
         model.compile(backend=options.torchcompile_backend or "inductor", mode=options.torchcompile_mode)
-    transforms = train_transform, val_transform
-    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files)
+    return Built(
+        model,
+        objective,
+        preprocess_train=transforms[0],
+        preprocess_val=transforms[1],
+        tokenizer=tokenizer,
+        model_cfg=model_cfg,
+        optimizer_state=optimizer_state,
+        tokenizer_files=tokenizer_files,
+    )
 
 
-def _files_of_given(tokenizer: Any, model_cfg: dict[str, Any], files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files to save of a tokenizer that was passed in. One with other tokens than the model's is not saved, which
-    is a warning, unless both are of words.
+def _tokenizer_files(given: Any, model_cfg: dict[str, Any], name: str) -> dict[str, bytes]:
+    """The files to save of the model's tokenizer.
 
     Args:
-        files: of the model's tokenizer by its name.
+        given: a tokenizer that was passed in. Its words are saved; another one is not, which is a warning.
     """
     text_cfg = model_cfg["text_cfg"]
-    if isinstance(tokenizer, word_tokenizer.WordTokenizer) and word_tokenizer.uses_words(text_cfg):
-        text = files[word_tokenizer.FILE_NAME].decode("utf-8")
-        if text.split() != list(tokenizer.words):
-            text = "\n".join(tokenizer.words) + "\n"
+    if isinstance(given, word_tokenizer.WordTokenizer) and word_tokenizer.uses_words(text_cfg):
+        text = "\n".join(given.words) + "\n"
         word_tokenizer.from_text(text, text_cfg)
         return {word_tokenizer.FILE_NAME: text.encode("utf-8")}
-    with suppress(ImportError, OSError, ValueError):  # not on this machine, where nothing needs it
-        given, own = (one(list(_PROBES)) for one in (tokenizer, tokenizers.from_files(model_cfg, files)))
-        if not torch.equal(torch.as_tensor(given), own):
-            LOG.warning("the tokenizer that is passed in gives other tokens than the saved one; keep its files")
-    return files
-
-
-def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> None:
-    """
-    Raises:
-        ValueError: a model that was passed in is another one than that of the name.
-    """
-    way = (
-        "leave model out of the options (nothing is then saved as a model directory); to resume a run with model, add "
-        "resume_with_changes"
-    )
-    found = architecture.differences(model, model_cfg, getattr(model, "moe_config", None))
-    if found:
-        raise ValueError(
-            f"model: the one that is passed in is another than {name!r}, as which it would be saved: "
-            f"{listed(found)}. Give the name of the model that is passed in, or {way}"
-        )
+    if given is not None:
+        LOG.warning("the tokenizer that is passed in is not saved; keep its files, unless it is that of %s", name)
+    return tokenizers.files_of(text_cfg, tokenizers.source_directory(name))
 
 
 def _resume_dense(
@@ -217,7 +212,7 @@ def _factory_arguments(options: TrainOptions) -> dict[str, Any]:
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
     """The loader of ``options.train_data``."""
-    preprocess, tokenizer = both(built.preprocess_train, built.tokenizer)
+    preprocess, tokenizer = built.reader(training=True)
     return load_train_data(
         options.data_options(),
         preprocess,
@@ -226,13 +221,3 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
         rank=ranks.rank,
         epoch=epoch,
     )
-
-
-def both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
-    """
-    Raises:
-        ValueError: one of them is None.
-    """
-    if preprocess is None or tokenizer is None:
-        raise ValueError("preprocess and tokenizer are missing: pass those of the model too, to read data with them")
-    return preprocess, tokenizer

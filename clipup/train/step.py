@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..moe.global_batch import StepCounting
 from ..moe.layer import aux_loss
+from ..moe.metrics import moe_metrics
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
-from .attention import attention_kernel
 from .checkpoints.rng import set_torch_state, torch_state
-from .forward import SCALES, forward
-from .log.step_record import Layers, mean_routing, routing_of
+from .forward import SCALES, attention_kernel, forward
 from .objectives import Batch, Objective
+from .ranks.distributed import Ranks
 from .ranks.parallel import (
     batch_statistics,
     clip_gradients,
@@ -30,6 +30,8 @@ from .ranks.parallel import (
 
 LOGIT_SCALE_MAX = math.log(100)
 """The logarithm of the logit scale is kept between 0 and log(100), as in CLIP."""
+Layers = dict[str, dict[str, Tensor]]
+"""Metrics by layer and name."""
 
 
 class StepLosses(NamedTuple):
@@ -52,6 +54,37 @@ class StepLosses(NamedTuple):
     def scalars(self) -> dict[str, Tensor]:
         """All of them by name."""
         return {**self.terms, "aux": self.aux, "logit_scale": self.logit_scale}
+
+    def record(self, ranks: Ranks, **more: Tensor) -> dict[str, Any]:
+        """All numbers of the step as Python's, means over ranks, read from the device in one transfer.
+
+        Args:
+            more: further 0-d tensors by name.
+
+        Returns:
+            ``loss`` and the other scalars by name and, for a sparse model, the means of the layers' scalars over the
+            layers, and under ``layers`` all metrics of each layer.
+        """
+        scalars = {"loss": self.total, **self.scalars(), **more}
+        tensors = [*scalars.values(), *(tensor for values in self.routing.values() for tensor in values.values())]
+        flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
+        numbers = iter(ranks.mean(flat).tolist())
+
+        def read(tensors: dict[str, Tensor]) -> dict[str, Any]:
+            """Floats, and lists of vectors'."""
+            return {
+                name: [next(numbers) for _ in tensor] if tensor.dim() else next(numbers)
+                for name, tensor in tensors.items()
+            }
+
+        record = read(scalars)
+        layers = {name: read(values) for name, values in self.routing.items()}
+        if layers:
+            for key, value in next(iter(layers.values())).items():
+                if isinstance(value, float):
+                    record[key] = sum(values[key] for values in layers.values()) / len(layers)
+            record["layers"] = layers
+        return record
 
 
 class TrainStep:
@@ -101,25 +134,25 @@ class TrainStep:
         self._measure_routing = False
 
     def __call__(self, batches: Sequence[Batch], measure_routing: bool = False) -> StepLosses:
+        """measure_routing: whether the losses have the sparse layers' metrics."""
         self._measure_routing = measure_routing
         self.optimizer.zero_grad()
         statistics = [buffer.clone() for buffer in self._statistics]
         on_device = [self._to_device(*batch) for batch in batches]
         with attention_kernel(self.module, self.device, self.precision):
-            losses = self._plain(on_device) if len(on_device) == 1 else self._accumulated(on_device)
+            losses = self._plain(*on_device) if len(on_device) == 1 else self._accumulated(on_device)
         self.applied = self._update()
         if not self.applied:
             self._undo_forward(statistics)
         return losses
 
-    def _plain(self, batches: Sequence[Batch]) -> StepLosses:
-        targets = self._targets(batches)
+    def _plain(self, batch: Batch) -> StepLosses:
+        targets = self._targets([batch])
         self.seed_batch(0)
         with autocast(self.precision, self.device):
-            output = forward(self.model, *batches[0])
+            output = forward(self.model, *batch)
             terms = self.objective.terms(output, targets)
-        aux = aux_loss(self.module)
-        return self._backward(terms, aux, output)
+        return self._backward(terms, aux_loss(self.module), output)
 
     def _accumulated(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
@@ -138,7 +171,11 @@ class TrainStep:
                 with nullcontext() if last else without_gradient_sync(self.model):
                     done.append(self._one_of(batch, cached, index, targets, last))
         terms = {name: torch.stack([losses.terms[name] for losses in done]).mean() for name in done[0].terms}
-        aux, routing = torch.stack([losses.aux for losses in done]).sum(), mean_routing([each.routing for each in done])
+        aux = torch.stack([losses.aux for losses in done]).sum()
+        routing = {
+            name: {key: torch.stack([losses.routing[name][key] for losses in done]).mean(0) for key in values}
+            for name, values in done[0].routing.items()
+        }
         return StepLosses(terms, aux, done[-1].logit_scale, routing)
 
     def _one_of(
@@ -157,8 +194,7 @@ class TrainStep:
             whole = {name: torch.cat([part[name] for part in parts]) for name in self.objective.per_pair}
             scales = {name: output[name] for name in SCALES if name in output}
             terms = self.objective.terms({**whole, **(scales if last else _detached(scales))}, targets)
-        aux = aux_loss(self.module) / len(cached)
-        return self._backward(terms, aux, output)
+        return self._backward(terms, aux_loss(self.module) / len(cached), output)
 
     @torch.no_grad()
     def _targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -169,7 +205,9 @@ class TrainStep:
         """The backward pass of one batch, and what there is to say of it."""
         loss = sum(terms.values()) + aux
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        routing = routing_of(self.module) if self._measure_routing else {}
+        routing = moe_metrics(self.module) if self._measure_routing else {}
+        for values in routing.values():
+            del values["expert_indices"]  # of every token
         return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach(), routing)
 
     def _update(self) -> bool:

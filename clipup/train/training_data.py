@@ -1,13 +1,12 @@
-"""Training data as steps, and how a run continues that has lost a data worker."""
+"""Training data as the steps of a run, and what could not be read of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from ..data.options import DataOptions
-from ..data.processes import LostWorker, end_workers
+from ..data.processes import end_workers
 from ..data.train_data import TrainData
 from .objectives import Batch
 
@@ -29,9 +28,9 @@ class Epochs:
         start."""
         self.streamed = self.order is None and isinstance(loader, TrainData)
         self._batches = getattr(loader, "dataloader", loader)
+        self._skips = getattr(loader, "skips", None)
         self._accum_freq = accum_freq
-        count = getattr(self._batches, "num_batches", None)
-        count = len(self._batches) if count is None else count
+        count = self._batches.num_batches if hasattr(self._batches, "num_batches") else len(self._batches)
         self.steps = count // accum_freq
         """Steps of an epoch."""
         if self.steps == 0:
@@ -79,7 +78,7 @@ class Epochs:
                 yield group
                 group = []
 
-    def promise(self) -> str | None:
+    def promise(self) -> str:
         """What the order of samples depends on, for the log."""
         if self.order is not None:
             return (
@@ -91,19 +90,18 @@ class Epochs:
                 "training data: streamed; the order of samples also depends on the numbers of ranks and workers, and a "
                 "resume within an epoch reads the epoch again up to its step"
             )
-        return None
+        return "training data: of the caller's loader"
 
     def for_checkpoint(self, gather: Callable[[Any], list[Any]]) -> dict[str, dict[str, int]]:
         """What no rank could read, as it is counted: ``all`` so far, and those of the current ``epoch``."""
-        skips = getattr(self._info, "skips", None)
-        mine = {} if skips is None else skips.samples, getattr(self._batches, "skipped_in_pass", {})
+        mine = getattr(self._skips, "samples", {}), getattr(self._batches, "skipped_in_pass", {})
         of_run, of_epoch = zip(*gather(mine), strict=True)
         return {"all": _union(of_run), "epoch": _union(of_epoch)}
 
     def restore(self, skipped: dict[str, dict[str, int]], within_epoch: bool) -> None:
         """Counts what was skipped before the run was resumed."""
-        if hasattr(self._info, "skips"):
-            self._info.skips.restore(skipped["all"])
+        if self._skips is not None:
+            self._skips.restore(skipped["all"])
         if within_epoch and hasattr(self._batches, "restore"):
             self._batches.restore(skipped["epoch"])
 
@@ -113,8 +111,7 @@ class Epochs:
         Args:
             gather: returns every rank's value on every rank.
         """
-        skips = getattr(self._info, "skips", None)
-        return sum(_union(gather({} if skips is None else skips.samples)).values())
+        return sum(_union(gather(getattr(self._skips, "samples", {}))).values())
 
     def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
@@ -126,7 +123,7 @@ class Epochs:
         counts = getattr(self._batches, "pass_counts", None)
         if counts is None:
             return
-        skips = self._info.skips
+        skips = self._skips
         parts, names, first = zip(*gather((*counts, skips.first)), strict=True)
         skips.first = next(filter(None, (skips.first, *first)), "")
         skips.check(sum(parts), sum(_union(names).values()))
@@ -140,12 +137,3 @@ class Epochs:
 
 def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:
     return {name: count for one in of_ranks for name, count in one.items()}
-
-
-@contextmanager
-def lost_workers_explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, the error of a lost data worker ends with the advice on how to continue."""
-    try:
-        yield
-    except LostWorker as error:
-        raise LostWorker(f"{error}. {advice()}") from error

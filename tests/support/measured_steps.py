@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipup.precision import autocast
 from clipup.train import TrainOptions
 from clipup.train.objectives import create_objective
-from clipup.train.optim import create_optimizer
+from clipup.train.optim import create_optimizer, lock_parts
 from clipup.train.ranks import parallel
 from clipup.train.ranks.distributed import joined
 from clipup.train.step import TrainStep
-from clipup.train.trained_parts import lock_parts
 
 _COLLECTIVES = {
     "allreduce_": "all_reduce",

@@ -16,16 +16,15 @@ from ...models import model_card, model_names, saving, tokenizers
 from ...models.shard_files import FileSum
 from ...models.state_dicts import check_fit
 from .. import resume
+from ..evaluations import RETRIEVAL, ZERO_SHOT
 from ..finite import FiniteGuard
-from ..log.recorder import LOG, Recorder
-from ..log.results import TrainingInterrupted
+from ..log.records import LOG, Recorder, TrainingInterrupted
 from ..optim import load_optimizer_state, optimizer_state
 from ..options import TrainOptions
 from ..ranks import whole_state
 from ..ranks.distributed import Ranks, waiting_group
 from ..setup import Built
 from ..step import TrainStep
-from ..validations import RETRIEVAL, ZERO_SHOT
 from . import open_clip_format, sharded
 from .run_directory import RunDirectory
 from .run_state import RunState

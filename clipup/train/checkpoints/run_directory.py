@@ -23,7 +23,7 @@ from pathlib import Path
 from ... import checks
 from ...atomic_files import remove_abandoned, replace_files
 from ...locks import LOCK_FILE, exclusive
-from ..log.recorder import KINDS, Record, read_records
+from ..log.records import KINDS, Record, read_records
 from ..options import TrainOptions
 from . import open_clip_format
 

@@ -1,1 +1,1 @@
-"""What a run reports while it trains: records, console, trackers, routing collapse, utilization."""
+"""What a run records: metrics, evaluations, warnings and collapsed routers."""

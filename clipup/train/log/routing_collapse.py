@@ -17,13 +17,12 @@ more with four times the learning rate and a fifth of the balance loss; 3.5 coun
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 from torch import nn
 
 from ...moe.config import MoEConfig
 from ...moe.layer import moe_layers
-from .recorder import Record
+from .records import Record
 
 _STEPS, _RECORDS = 100, 10
 """What an average is over: at least so many steps, and at least so many logged ones."""
@@ -32,44 +31,36 @@ _DROPPED = 0.6
 _DEAD_LOAD, _DEAD = 0.01, 0.25
 
 
-class _Observed(NamedTuple):
-    step: int
-    layers: dict[str, Record]
-
-
 class CollapseWatch:
     """Finds the collapsed layers in the records of a run, each layer once."""
 
     def __init__(self, model: nn.Module, known: list[Record]) -> None:
         """known: what was reported before the run was resumed."""
-        self._configs = {name: layer.config for name, layer in moe_layers(model).items()}
-        self._reported = {record["layer"] for record in known}
-        self._recent: deque[_Observed] = deque()
-        self._first_step: int | None = None
+        reported = {record["layer"] for record in known}
+        self._configs = {name: layer.config for name, layer in moe_layers(model).items() if name not in reported}
+        self._recent: deque[Record] = deque()
 
     def observe(self, record: Record) -> list[Record]:
         """A record for each layer that is found collapsed at this logged step for the first time: ``step``, ``layer``,
         ``experts``, ``top_k``, and the averages ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
-        if "layers" not in record:
-            return []
-        step = record["step"]
-        self._first_step = step if self._first_step is None else self._first_step
-        self._recent.append(_Observed(step, record["layers"]))
-        while len(self._recent) > _RECORDS and self._recent[0].step <= step - _STEPS:
+        self._recent.append(record)
+        last = record["step"] - _STEPS + 1
+        while len(self._recent) > _RECORDS and self._recent[1]["step"] <= last:
             self._recent.popleft()
-        if len(self._recent) < _RECORDS or step - self._first_step < _STEPS - 1:
+        if len(self._recent) < _RECORDS or self._recent[0]["step"] > last:
             return []
         found = []
-        for name, config in self._configs.items():
-            if name not in self._reported and name in record["layers"]:
-                state = self._state(name, config)
-                if _has_collapsed(state, config):
-                    self._reported.add(name)
-                    found.append({"step": step, "layer": name, **state})
+        for name, config in [*self._configs.items()]:
+            if name not in record["layers"]:  # it does not run in this step
+                continue
+            averages = self._averages(name, config)
+            if _has_collapsed(averages, config):
+                del self._configs[name]
+                found.append({"step": record["step"], "layer": name, **averages})
         return found
 
-    def _state(self, name: str, config: MoEConfig) -> Record:
-        layers = [observed.layers[name] for observed in self._recent if name in observed.layers]
+    def _averages(self, name: str, config: MoEConfig) -> Record:
+        layers = [record["layers"][name] for record in self._recent if name in record["layers"]]
         load = [sum(shares) / len(layers) for shares in zip(*(layer["load"] for layer in layers), strict=True)]
         return {
             "experts": config.num_experts,
@@ -81,33 +72,26 @@ class CollapseWatch:
         }
 
 
-def _has_collapsed(state: Record, config: MoEConfig) -> bool:
-    if config.num_experts == config.top_k or sum(state["load"]) == 0:
+def _has_collapsed(averages: Record, config: MoEConfig) -> bool:
+    if config.num_experts == config.top_k or sum(averages["load"]) == 0:
         return False
     spare = config.num_experts - config.top_k
     room = 1.0 if config.capacity_factor is None else min(1.0, config.capacity_factor)
     return (
-        state["effective_experts"] <= config.top_k + _USED * spare
-        or state["dropped"] >= 1 - room + _DROPPED * room
-        or state["dead_experts"] >= _DEAD * config.num_experts
+        averages["effective_experts"] <= config.top_k + _USED * spare
+        or averages["dropped"] >= 1 - room + _DROPPED * room
+        or averages["dead_experts"] >= _DEAD * config.num_experts
     )
 
 
 def warning(found: list[Record]) -> str:
     """One message about all layers that were found at a step."""
-    return (
-        f"routing has collapsed at step {found[0]['step']} in {'; '.join(map(_described, found))}. Experts without "
-        "tokens learn nothing. Lower lr, or raise balance_weight; docs/faq.md says what counts as collapsed"
+    layers = "; ".join(
+        "{layer} ({effective_experts:.1f} of {experts} experts are used, {dead_experts} get next to nothing, "
+        "{dropped:.0%} of the choices are dropped)".format(**record)
+        for record in found
     )
-
-
-def _described(state: Record) -> str:
-    busiest, taken = 0, 0.0
-    for share in sorted(state["load"], reverse=True):
-        busiest, taken = busiest + 1, taken + share
-        if taken >= 0.8:
-            break
     return (
-        f"{state['layer']} ({busiest} of {state['experts']} experts get {taken:.0%} of the tokens' choices, "
-        f"{state['dead_experts']} get next to none, {state['dropped']:.0%} of the choices are dropped)"
+        f"routing has collapsed at step {found[0]['step']} in {layers}. Experts without tokens learn nothing. "
+        "Lower lr, or raise balance_weight; docs/faq.md says what counts as collapsed"
     )

@@ -13,14 +13,17 @@ from typing import Any, cast, get_type_hints
 from ...moe.config import MoEConfig
 from ...precision import Precision
 from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
-from .group import OptionGroup
-from .loss import LossOptions
-from .model import ModelOptions
+from .model import LossOptions, ModelOptions, TrainedPartsOptions
 from .optimization import OptimizationOptions
-from .parallel import ParallelOptions
-from .running import ProcessOptions, RemoteSyncOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
-from .trained_parts import TrainedPartsOptions
-from .values import conform
+from .running import (
+    ParallelOptions,
+    ProcessOptions,
+    RemoteSyncOptions,
+    ReportingOptions,
+    RunDirectoryOptions,
+    SpeedOptions,
+)
+from .values import OptionGroup, conform
 
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,
@@ -74,9 +77,10 @@ class TrainOptions(
             setattr(self, option.name, value)
         for group in GROUPS.values():
             group.check(self)
-        if self.resume_dense is not None and self.opt != "adamw":
+        if self.resume_dense is not None and (not self.moe or self.opt != "adamw" or self.pretrained is not None):
             raise ValueError(
-                f"resume_dense carries over AdamW's moments, which opt {self.opt!r} does not have; use adamw"
+                "resume_dense starts a sparse model from a dense run's weights and AdamW's moments: it needs moe and "
+                "opt adamw, and no pretrained. To continue the dense run use resume"
             )
 
     def precision_on(self, device_type: str) -> Precision:

@@ -6,11 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...checks import check
 from ...data.options import DataOptions, SourceOptions
 from ...precision import default_workers
-from .group import OptionGroup
-from .key_values import KeyValues
+from .values import KeyValues, OptionGroup
 
 
 @dataclass(kw_only=True)
@@ -51,11 +49,7 @@ class TrainingDataOptions(OptionGroup):
     """Data loader processes per rank."""
 
     def check(self) -> None:
-        samples = self.train_num_samples
-        check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
-        check("workers", self.workers, self.workers >= 0, "0 or more")
-        check("data_retries", self.data_retries, self.data_retries >= 0, "0 (no further try) or more")
-        self.val_data_options()  # checks its fields
+        self.data_options()  # checks them
 
     def data_options(self) -> DataOptions:
         """How the training data are read."""
@@ -72,7 +66,7 @@ class TrainingDataOptions(OptionGroup):
 class ImageTransformOptions(OptionGroup):
     """How images become the model's input; None keeps what belongs to the weights."""
 
-    aug_cfg: KeyValues = field(default_factory=KeyValues)
+    aug_cfg: KeyValues = field(default_factory=dict)
     """Augmentations in training, KEY=VALUE: fields of open_clip's AugmentationCfg, such as scale="(0.4, 1.0)"
     color_jitter=0.4 use_timm=True."""
     image_mean: tuple[float, ...] | None = None
@@ -85,29 +79,13 @@ class ImageTransformOptions(OptionGroup):
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
     """How images get the model's shape in evaluation: crop what exceeds it, pad what is short of it, or distort."""
 
-    def check(self) -> None:
-        if self.aug_cfg:
-            from open_clip.transform import AugmentationCfg  # seconds, which --help must not wait for
-
-            known = [field.name for field in dataclasses.fields(AugmentationCfg)]
-        for key in self.aug_cfg:
-            check("a key of aug_cfg", key, key in known, f"one of {', '.join(known)}")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            check(name, values, values is None or len(values) in (1, 3), "one value or three")
-        check("image_std", self.image_std, all(value > 0 for value in self.image_std or ()), "positive")
-
     def transform_arguments(self) -> dict[str, Any]:
         """The arguments of open_clip's factory about transforms that differ from its defaults."""
-        values: dict[str, Any] = {}
-        for name in ("image_mean", "image_std"):
-            given = getattr(self, name)
-            if given is not None:
-                values[name] = tuple(given) * (3 // len(given))
-        for name in ("image_interpolation", "image_resize_mode"):
-            if getattr(self, name) is not None:
-                values[name] = getattr(self, name)
-        return {**values, **({"aug_cfg": dict(self.aug_cfg)} if self.aug_cfg else {})}
+        names = ("image_mean", "image_std", "image_interpolation", "image_resize_mode", "aug_cfg")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, {})}
+        for name in {"image_mean", "image_std"} & values.keys():
+            values[name] *= 3 // len(values[name])
+        return values
 
 
 @dataclass(kw_only=True)
@@ -128,5 +106,4 @@ class EvaluationOptions(OptionGroup):
     """Epochs between two evaluations on ImageNet; 0 evaluates at the end only."""
 
     def check(self) -> None:
-        for name in ("val_frequency", "zeroshot_frequency"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        self.at_least(0, "val_frequency", "zeroshot_frequency")

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...checks import check
-from .group import OptionGroup
-from .key_values import KeyValues
+from .values import KeyValues, OptionGroup
 
 
 @dataclass(kw_only=True)
@@ -34,7 +33,7 @@ class OptimizationOptions(OptionGroup):
     """Added to the denominator. None: 1e-6, for an optimizer of timm its own default."""
     momentum: float | None = None
     """Momentum, for the optimizers of timm that have one."""
-    opt_kwargs: KeyValues = field(default_factory=KeyValues)
+    opt_kwargs: KeyValues = field(default_factory=dict)
     """Further arguments of the optimizer, KEY=VALUE KEY=VALUE."""
     fused: bool | None = None
     """Update all parameters in one kernel, with adamw. None: on CUDA."""
@@ -69,46 +68,11 @@ class OptimizationOptions(OptionGroup):
     """Seed of weights, data order and noise."""
 
     def check(self) -> None:
-        for name in ("batch_size", "accum_freq", "epochs"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end"):
-            value = getattr(self, name)
-            check(name, value, value is None or value >= 0, "0 or more")
-        check("steps", self.steps, self.steps is None or self.steps >= 1, "at least 1")
-        check("lr", self.lr, self.lr > 0, "a positive number")
-        largest = self.grad_clip_norm
-        check("grad_clip_norm", largest, largest is None or largest > 0, "positive, or None")
-        for name in ("beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            check(name, value, value is None or 0 <= value < 1, "in [0, 1)")
-        check("eps", self.eps, self.eps is None or self.eps >= 0, "0 or more")
-        for name in ("image_layer_decay", "text_layer_decay"):
-            value = getattr(self, name)
-            check(name, value, value is None or 0 < value <= 1, "in (0, 1]")
-        scale = self.moe_lr_scale
-        check("moe_lr_scale", scale, scale > 0, "a positive number")
-        check("lr_cooldown_power", self.lr_cooldown_power, self.lr_cooldown_power > 0, "positive")
-        self._check_optimizer()
-        self._check_cooldown()
-
-    def _check_optimizer(self) -> None:
+        self.at_least(0, "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end")
+        self.at_least(1, "epochs", "steps", "epochs_cooldown")
+        self.positive("lr", "moe_lr_scale", "lr_cooldown_power", "grad_clip_norm")
+        self.positive("image_layer_decay", "text_layer_decay")
         known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
         check("opt", self.opt, known, "adamw, nadamw or timm/NAME")
-        if not self.opt.startswith("timm/"):
-            check("momentum", self.momentum, self.momentum is None, f"left out: {self.opt} has none")
-        elif (self.beta1 is None) != (self.beta2 is None):
-            raise ValueError(
-                f"beta1={self.beta1} and beta2={self.beta2}: set both, or none to keep those of {self.opt}"
-            )
-        if self.fused:
-            check("fused", self.fused, self.opt == "adamw", f"left out: it is for opt adamw, not for {self.opt}")
-
-    def _check_cooldown(self) -> None:
-        if self.lr_scheduler == "const-cooldown":
-            epochs = self.epochs_cooldown
-            check("epochs_cooldown", epochs, epochs is not None and epochs >= 1, "at least 1 with const-cooldown")
-        elif self.epochs_cooldown is not None:
-            raise ValueError(
-                f"epochs_cooldown={self.epochs_cooldown} has no effect with lr_scheduler {self.lr_scheduler!r}; use "
-                "const-cooldown"
-            )
+        if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
+            raise ValueError("epochs_cooldown is missing, which lr_scheduler const-cooldown needs")

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ...checks import check
-from ...precision import Precision
-from .group import OptionGroup
-
-_SAME_PRECISION = {"amp_bfloat16": "amp_bf16"}
-"""Second names that open_clip has."""
+from .values import OptionGroup
 
 
 @dataclass(kw_only=True)
 class SpeedOptions(OptionGroup):
     """Precision, memory and speed of a step."""
 
-    precision: str | None = None
+    precision: Literal["fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16"] | None = None
     """fp32, amp (float16 autocast), amp_bf16 or amp_bfloat16 (bfloat16 autocast) or bf16 (the model itself). None: amp
     on CUDA, amp_bf16 there with fsdp or ep; else fp32."""
     grad_checkpointing: bool = False
@@ -34,15 +30,8 @@ class SpeedOptions(OptionGroup):
     """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
-        self.precision = _SAME_PRECISION.get(self.precision or "", self.precision)
-        known = get_args(Precision)
-        check("precision", self.precision, self.precision in (None, *known), f"one of {', '.join(known)}")
-        backend, mode = self.torchcompile_backend, self.torchcompile_mode
-        if not self.torchcompile:
-            for name in ("torchcompile_backend", "torchcompile_mode"):
-                check(name, getattr(self, name), getattr(self, name) is None, "left out without torchcompile")
-        if mode is not None:
-            check("torchcompile_mode", mode, backend in (None, "inductor"), "left out: it is for the backend inductor")
+        if self.precision == "amp_bfloat16":  # open_clip's second name
+            self.precision = "amp_bf16"
 
 
 @dataclass(kw_only=True)
@@ -56,8 +45,32 @@ class ProcessOptions(OptionGroup):
     checkpoints may take longer."""
 
     def check(self) -> None:
-        timeout = self.dist_timeout
-        check("dist_timeout", timeout, timeout > 0, "a positive number of seconds")
+        self.positive("dist_timeout")
+
+
+@dataclass(kw_only=True)
+class ParallelOptions(OptionGroup):
+    """How several ranks divide a model (docs/distributed.md)."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the ranks (FSDP2) instead of replicating them (DDP)."""
+    fsdp_replicas: int = 1
+    """Copies of a model sharded with fsdp: the ranks form that many groups, and each group holds a whole one (HSDP)."""
+    fsdp_no_reshard_after_forward: bool = False
+    """Keep a block's gathered weights from its forward to its backward pass: less communication, more memory."""
+    fsdp_offload_cpu: bool = False
+    """Keep the shards of weights, gradients and optimizer state in the CPU's memory."""
+    ep: int = 1
+    """Expert parallelism: ranks over which each layer's experts are divided; tokens travel to the ranks of their
+    experts. It divides the number of experts and of ranks."""
+
+    def check(self) -> None:
+        self.at_least(1, "fsdp_replicas", "ep")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no rank has all weights, so that all ranks must run the same forward passes."""
+        return self.fsdp or self.ep > 1
 
 
 @dataclass(kw_only=True)
@@ -93,14 +106,10 @@ class RunDirectoryOptions(OptionGroup):
     """Delete the previous epoch_K.pt once the next one is written and validated."""
 
     def check(self) -> None:
-        for name in ("save_frequency", "save_every_n_steps"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        limit = self.save_total_limit
-        check("save_total_limit", limit, limit is None or limit >= 1, "at least 1, or None")
-        if self.name is not None:
-            name = self.name
-            is_name = Path(name).name == name and name != ".." and "\0" not in name
-            check("name", name, is_name, "the name of a directory, without separators")
+        self.at_least(0, "save_frequency", "save_every_n_steps")
+        self.at_least(1, "save_total_limit")
+        is_name = self.name is None or Path(self.name).name == self.name != ".."
+        check("name", self.name, is_name, "the name of a directory, without separators")
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name to find the checkpoints")
 
@@ -117,8 +126,7 @@ class RemoteSyncOptions(OptionGroup):
     """s3 runs `aws s3 sync`; fsspec copies the files that have changed through that package."""
 
     def check(self) -> None:
-        every = self.remote_sync_frequency
-        check("remote_sync_frequency", every, every > 0, "a positive number of seconds")
+        self.positive("remote_sync_frequency")
 
 
 @dataclass(kw_only=True)
@@ -136,14 +144,10 @@ class ReportingOptions(OptionGroup):
     """Notes on the run for wandb."""
 
     def check(self) -> None:
-        every = self.log_every_n_steps
-        check("log_every_n_steps", every, every >= 1, "at least 1")
-        names = self.report_to.split(",") if self.report_to else []
-        known = ("tensorboard", "wandb", "trackio", "all")
-        expected = f"some of {', '.join(known)}, separated by commas"
-        check("report_to", self.report_to, all(name.strip() in known for name in names), expected)
-        if {"wandb", "trackio"} <= self.trackers():
-            raise ValueError(f"report_to={self.report_to!r}: wandb and trackio record the same; name one of them")
+        self.at_least(1, "log_every_n_steps")
+        known = {"tensorboard", "wandb", "trackio"}
+        expected = f"some of {', '.join(sorted(known))}, all, separated by commas"
+        check("report_to", self.report_to, self.trackers() <= known, expected)
 
     def trackers(self) -> set[str]:
         """The programs of ``report_to``."""

@@ -1,54 +1,83 @@
-"""The values that options take, by their annotations."""
+"""What groups of options are made of: checks of ranges and types, and mappings."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import os
-import types
-import typing
-from typing import Any, Literal, Union
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from ...checks import check, without_numpy
+from typeguard import TypeCheckError, check_type
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ...checks import check, shown, without_numpy
+
+
+@dataclass(kw_only=True)
+class OptionGroup:
+    """Options about one thing. Its class docstring is shown above them in ``clipup train --help``."""
+
+    def check(self) -> None:
+        """Raises ValueError, naming the option, for values that are out of range or do not go together."""
+
+    def at_least(self, least: int, *names: str) -> None:
+        """Refuses smaller and infinite values of these options; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            check(name, value, value is None or least <= value < math.inf, f"at least {least}, and finite")
+
+    def positive(self, *names: str) -> None:
+        """Refuses values of 0, below and infinite; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            check(name, value, value is None or 0 < value < math.inf, "positive, and finite")
+
+
+def key_values(texts: Iterable[str]) -> dict[str, Any]:
+    """From ``KEY=VALUE`` texts. A value that is a Python literal, such as ``(0.9, 1.0)``, becomes that; any other
+    remains a string.
+
+    Raises:
+        ValueError: a text without "=".
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"expected KEY=VALUE, got {text!r}")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+    return values
+
+
+KeyValues = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=key_values,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={of_key}" for key, of_key in value.items()],
+    ),
+]
+"""A mapping, on the command line written KEY=VALUE KEY=VALUE, as open_clip_train does."""
 
 
 def conform(name: str, value: Any, hint: Any) -> Any:
-    """The value of an option, as its annotation has it: numbers and arrays of numpy as Python's, paths as strings, and
-    for a tuple also a list, or one number in place of several.
+    """The value of an option: numbers and arrays of numpy as Python's, paths as strings, lists as tuples.
 
     Raises:
-        TypeError, ValueError: it is of another type, none of the choices, or a number that is not finite.
+        TypeError: it is not of the annotated type, or none of its choices.
     """
     value = without_numpy(value)
-    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, list):
-        value = tuple(value)
-    if isinstance(value, int | float) and any(typing.get_args(one)[1:] == (...,) for one in alternatives):
-        value = (value,)
-    if not any(_fits(value, one) for one in alternatives):
-        choices = [one for one in alternatives if typing.get_origin(one) is Literal]
-        error = ValueError if choices and isinstance(value, str) else TypeError
-        check(name, value, False, " or ".join(map(_described, alternatives)), error)
-    for number in value if isinstance(value, tuple) else (value,):
-        check(name, value, not isinstance(number, float) or math.isfinite(number), "finite")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        kind, *others = typing.get_args(hint)
-        right_length = others == [...] or isinstance(value, tuple) and len(value) == 1 + len(others)
-        return isinstance(value, tuple) and right_length and all(_fits(one, kind) for one in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else dict if issubclass(hint, dict) else hint)
-
-
-def _described(hint: Any) -> str:
-    choices = typing.get_args(hint)
-    return (
-        f"one of {', '.join(choices)}" if typing.get_origin(hint) is Literal else getattr(hint, "__name__", str(hint))
-    )
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        return check_type(value, hint)
+    except TypeCheckError as error:
+        raise TypeError(f"{name} must be {inspect.formatannotation(hint)}, got {shown(value)}") from error

@@ -15,7 +15,7 @@ from clipup.plan.activations import saved_bytes
 from clipup.plan.memory import expert_parallel_bytes
 from clipup.plan.traffic import traffic
 from clipup.train import TrainOptions
-from clipup.train.trained_parts import lock_parts
+from clipup.train.optim import lock_parts
 
 SPREAD = {
     "replicated": {},

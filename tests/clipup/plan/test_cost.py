@@ -9,7 +9,7 @@ from clipup.plan.cost import bandwidth
 from clipup.plan.memory import expert_parallel_bytes
 from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
-from clipup.train.trained_parts import lock_parts
+from clipup.train.optim import lock_parts
 
 H100, PLAIN = CARDS["h100"], Rates(link_efficiency=1.0)
 

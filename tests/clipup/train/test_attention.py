@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipup.train.attention import SHORT, attention_kernel
+from clipup.train.forward import SHORT, attention_kernel
 from clipup.train.objectives import ContrastiveObjective
 from clipup.train.step import TrainStep
 

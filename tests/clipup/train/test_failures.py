@@ -17,7 +17,7 @@ import torch
 import clipup
 from clipup.train import Every, train
 from clipup.train.checkpoints.open_clip_format import load
-from clipup.train.log.recorder import LOG
+from clipup.train.log.records import LOG
 
 
 @pytest.fixture

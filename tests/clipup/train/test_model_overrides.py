@@ -108,5 +108,5 @@ def test_they_are_refused_for_a_model_that_is_passed_in(make_model, pairs, optio
 
 
 def test_a_model_that_is_passed_in_is_that_of_the_name(named_model, make_model, pairs, options):
-    with pytest.raises(ValueError, match="model: the one that is passed in is another than 'tiny'"):
+    with pytest.raises(ValueError, match="model: it is another than 'tiny'"):
         train(options(model=named_model), model=make_model(quick_gelu=True), loader=pairs())

@@ -67,8 +67,7 @@ def test_defaults_of_the_betas_are_clips_for_adamw_and_timms_own_for_timm(make_m
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"opt": "timm/adamm"}, "opt"),
-        ({"opt": "timm/adahessian"}, "second derivatives"),
+        ({"opt": "timm/adamm"}, "adamm"),
         ({"wd_exclude": ("router",)}, "wd_exclude"),
         ({"moe_lr_scale": 2.0}, "moe_lr_scale"),
     ],

@@ -66,8 +66,8 @@ def test_two_of_eight_experts_with_all_tokens_are_reported_once_in_console_log_f
     log = [line for line in (result.directory / "out.log").read_text().splitlines() if "| WARNING | routing" in line]
     file = [json.loads(line) for line in (result.directory / "warnings.jsonl").read_text().splitlines()]
     assert len(lines) == len(log) == 1
-    assert f"routing has collapsed at step 100 in {LAYERS[0]} (2 of 8 experts get 100% of the tokens'" in lines[0]
-    assert re.search(rf"6 get next to none, 7\d% of the choices are dropped\); {LAYERS[1]} \(2 of 8", lines[0])
+    assert f"routing has collapsed at step 100 in {LAYERS[0]} (2.0 of 8 experts are used, 6 get" in lines[0]
+    assert re.search(rf"7\d% of the choices are dropped\); {LAYERS[1]} \(2.0 of 8", lines[0])
     assert lines[0].removeprefix("warning: ") == log[0].split(" | WARNING | ")[1]
     assert [record["layer"] for record in file] == LAYERS and file == first.warnings == result.warnings
     assert [file[0][name] for name in ("step", "experts", "top_k", "dead_experts")] == [100, 8, 2, 6]

@@ -61,7 +61,6 @@ def test_inductor_compiles_a_sparse_step(compare):
     [
         ("nothing", {"torchcompile_backend": "nothing"}),
         ("fastest", {"torchcompile_mode": "fastest"}),
-        ("torchcompile_mode", {"torchcompile_backend": "eager", "torchcompile_mode": "default"}),
     ],
 )
 def test_backends_and_modes_that_do_not_exist_are_refused(make_model, pairs, options, name, changes):

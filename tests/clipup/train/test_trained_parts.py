@@ -11,7 +11,7 @@ from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
 from clipup.train import train
-from clipup.train.trained_parts import lock_parts
+from clipup.train.optim import lock_parts
 
 SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}

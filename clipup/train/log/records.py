@@ -1,0 +1,215 @@
+"""The records of a run: as JSON lines or in memory, in words, and for trackers; what a run returns, and calls."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ...atomic_files import replace_files
+from ...extras import needed_for
+from ..options import TrainOptions
+
+LOG = logging.getLogger("clipup.train")
+_DATA_LOG = logging.getLogger("clipup.data")
+"""What is skipped and read again, which the console shows too."""
+Record = dict[str, Any]
+KINDS = ("metrics", "evaluations", "warnings")
+"""Kinds of records; each has a file KIND.jsonl."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP ended the run; ``checkpoint`` is the one to resume from."""
+
+    def __init__(self, message: str, checkpoint: Path) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+class Every(NamedTuple):
+    """Calls a function after every ``steps`` steps and after the last one, on rank 0.
+
+    The function takes the model (not wrapped) and returns numbers to record, or None. It does not change the run: its
+    random numbers do not count, and neither does its time.
+    """
+
+    steps: int
+    function: Callable[[nn.Module], dict[str, Any] | None]
+
+
+class TrainResult(NamedTuple):
+    """The result of a run."""
+
+    model: nn.Module
+    """In evaluation mode."""
+    steps: int
+    """Optimizer steps done, those before a resume included."""
+    seconds: float
+    """Time in training, without evaluations and checkpoints."""
+    history: list[Record]
+    """A record per logged step, as ``clipup.train`` describes it; on rank 0."""
+    evaluations: list[Record]
+    directory: Path | None
+    warnings: list[Record]
+    """A record per layer whose routing has collapsed (``clipup.train.log.routing_collapse``); on rank 0."""
+    skipped: int = 0
+    """Samples of the training data that could not be read, each once."""
+    already_finished: bool = False
+    """Whether a resumed run was finished before, so that nothing was done or written."""
+
+
+class Tracker(NamedTuple):
+    """A program that records the numbers of a run too."""
+
+    log: Callable[..., object]
+    """Takes numbers by name, such as train/loss, and ``step``."""
+    close: Callable[[], object]
+
+
+class Recorder:
+    """Takes the records of a run: into the files of its directory, or into memory where there is none."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        trackers: Sequence[Tracker] = (),
+        steps_done: int = 0,
+        evaluations_done: int | None = None,
+    ) -> None:
+        """``trackers`` get the numbers too. ``steps_done``, ``evaluations_done``: those at the checkpoint that the run
+        continues from; later records are removed from the files. None keeps all evaluations up to the step."""
+        self._memory: dict[str, list[Record]] = {kind: [] for kind in KINDS}
+        self._directory, self._trackers = directory, trackers
+        if directory is None:
+            return
+        for kind in KINDS:
+            _keep(directory / f"{kind}.jsonl", steps_done, evaluations_done if kind == "evaluations" else None)
+        self._handler = logging.FileHandler(directory / "out.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self._log_before = LOG.level, LOG.propagate
+        LOG.setLevel(logging.INFO)
+        LOG.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
+        for log in (LOG, _DATA_LOG):
+            log.addHandler(self._handler)
+
+    def add(self, kind: str, record: Record) -> None:
+        """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None."""
+        record = _without_nonfinite(record)
+        if self._directory is None:
+            self._memory[kind].append(record)
+        else:
+            with open(self._directory / f"{kind}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if kind != "warnings":
+            words = (f"{key} {_short(value)}" for key, value in record.items() if key != "layers")
+            LOG.info("%s: %s", kind, " ".join(words))
+            numbers = named_numbers("train" if kind == "metrics" else "val", record)
+            for tracker in self._trackers:
+                tracker.log(numbers, step=record["step"])
+
+    def say(self, level: int, text: str) -> None:
+        """A line for the log of the run alone: the console gets it in another way."""
+        if self._directory is not None:
+            LOG.log(level, "%s", text)
+
+    def records(self, kind: str) -> list[Record]:
+        """All records of the run, including those before a resume."""
+        return self._memory[kind] if self._directory is None else read_records(self._directory / f"{kind}.jsonl")
+
+    def close(self) -> None:
+        if self._directory is not None:
+            level, LOG.propagate = self._log_before
+            LOG.setLevel(level)
+            for log in (LOG, _DATA_LOG):
+                log.removeHandler(self._handler)
+            self._handler.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records in a file. A line that a kill has cut off is left out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _keep(path: Path, steps_done: int, most: int | None) -> None:
+    """Removes the records of later steps, and those after the first ``most``."""
+    if path.is_file():
+        kept = [record for record in read_records(path) if record["step"] <= steps_done][:most]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def named_numbers(prefix: str, value: Any) -> dict[str, float]:
+    """The numbers of a nested record by their paths."""
+    if isinstance(value, int | float):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    return {path: number for key, of_key in items for path, number in named_numbers(f"{prefix}/{key}", of_key).items()}
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def tracker_module(name: str) -> Any:
+    """
+    Raises:
+        ImportError: the package of this tracker of ``report_to`` is not installed.
+    """
+    in_torch = name == "tensorboard"
+    with needed_for(f"report_to={name!r}", "train" if in_torch else name):
+        return importlib.import_module("torch.utils.tensorboard" if in_torch else name)
+
+
+def create_trackers(options: TrainOptions, directory: Path, steps_done: int, continues: bool) -> list[Tracker]:
+    """Those of ``report_to``.
+
+    Args:
+        directory: of the run. steps_done: those before a resume. continues: whether the run continues from a
+            checkpoint of its own.
+    """
+    run = {"project": options.wandb_project_name, "name": directory.name, "config": json.loads(options.to_json())}
+    trackers = []
+    for name in sorted(options.trackers()):
+        module = tracker_module(name)
+        if name == "tensorboard":
+            writer = module.SummaryWriter(str(directory / name), purge_step=steps_done + 1)
+            trackers.append(Tracker(_scalar_log(writer), writer.close))
+            continue
+        if name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
+            place = {"id": directory.name, "dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
+            module.init(**run, **place, notes=options.wandb_notes, resume="allow")
+        else:  # into its local database
+            module.init(**run, resume="allow" if continues else "never")
+        trackers.append(Tracker(module.log, module.finish))
+    return trackers
+
+
+def _scalar_log(writer: Any) -> Callable[..., None]:
+    def log(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return log
