@@ -28,7 +28,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
+    from .finite import NonFiniteGradients, NonFiniteWeights
     from .log.records import Every, TrainingInterrupted, TrainResult
     from .loop import Trainer
     from .options import TrainOptions
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _LAZY = {
     "Every": "log.records",
     "NonFiniteGradients": "finite",
-    "NonFiniteLoss": "finite",
     "NonFiniteWeights": "finite",
     "TrainOptions": "options",
     "TrainResult": "log.records",
@@ -50,7 +49,6 @@ _LAZY = {
 __all__ = [
     "Every",
     "NonFiniteGradients",
-    "NonFiniteLoss",
     "NonFiniteWeights",
     "TrainOptions",
     "TrainResult",

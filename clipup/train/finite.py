@@ -19,10 +19,6 @@ from .step import StepLosses, TrainStep
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
 
 
-class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; no checkpoint has been written since."""
-
-
 class NonFiniteGradients(FloatingPointError):
     """The gradient was NaN or infinite in too many consecutive steps; none of them was applied."""
 
@@ -56,15 +52,16 @@ def tensors_of(weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict
 
 
 class FiniteGuard:
-    """Checks the losses, gradients and weights of a run, and counts the steps that were not applied."""
+    """Checks the gradients and weights of a run, and counts the steps that were not applied.
 
-    def __init__(self, most_in_row: int, device: torch.device) -> None:
+    A loss that is not finite has a gradient that is not, so its step is not applied.
+    """
+
+    def __init__(self, most_in_row: int) -> None:
         self.most_in_row = most_in_row
         self.skipped = 0
         """Steps that were not applied."""
         self.in_row = 0
-        self.loss_since_check = torch.zeros((), device=device)
-        """Sum of the losses of applied steps since the last check; it is not finite if one of them was not."""
         self.last_checkpoint: Path | None = None
 
     def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks) -> None:
@@ -78,7 +75,6 @@ class FiniteGuard:
         """
         if done.applied:
             self.in_row = 0
-            self.loss_since_check = self.loss_since_check + losses.total
             return
         self.skipped += 1
         scale = 0.0 if done.scaler is None else done.scaler.get_scale()
@@ -94,19 +90,6 @@ class FiniteGuard:
                 f"the gradient norm is {norm} at step {step}, the last of {self.in_row} steps in a row that were not "
                 f"applied, more than max_nonfinite_steps={self.most_in_row}; {self._ending()}"
             )
-
-    def check_loss(self, step: int, loss_since_check: float) -> None:
-        """Ends the run if a loss was NaN or infinite, before anything is saved.
-
-        Args:
-            loss_since_check: the attribute's value, read from the device.
-
-        Raises:
-            NonFiniteLoss: it is not finite.
-        """
-        if not math.isfinite(loss_since_check):
-            raise NonFiniteLoss(f"a loss since the step logged before is not finite at step {step}; {self._ending()}")
-        self.loss_since_check = torch.zeros_like(self.loss_since_check)
 
     def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         """Raises NonFiniteWeights on all ranks if weights or the optimizer's state hold values that are not finite."""

@@ -51,7 +51,7 @@ def train(
         FileExistsError: the directory of the run holds another run, or newer checkpoints than the one to resume from.
         DirectoryInUse: another process writes into it.
         ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
-        NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
+        NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
         ChildProcessError: a data worker was killed.
         ConnectionError: another rank died, failed, or has kept this one waiting for ``options.dist_timeout``.
         OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.

@@ -55,17 +55,14 @@ class StepLosses(NamedTuple):
         """All of them by name."""
         return {**self.terms, "aux": self.aux, "logit_scale": self.logit_scale}
 
-    def record(self, ranks: Ranks, **more: Tensor) -> dict[str, Any]:
+    def record(self, ranks: Ranks) -> dict[str, Any]:
         """All numbers of the step as Python's, means over ranks, read from the device in one transfer.
-
-        Args:
-            more: further 0-d tensors by name.
 
         Returns:
             ``loss`` and the other scalars by name and, for a sparse model, the means of the layers' scalars over the
             layers, and under ``layers`` all metrics of each layer.
         """
-        scalars = {"loss": self.total, **self.scalars(), **more}
+        scalars = {"loss": self.total, **self.scalars()}
         tensors = [*scalars.values(), *(tensor for values in self.routing.values() for tensor in values.values())]
         flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
         numbers = iter(ranks.mean(flat).tolist())

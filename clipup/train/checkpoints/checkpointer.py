@@ -119,7 +119,6 @@ class Checkpointer:
         """
         if self.directory is None or not names:
             return None
-        self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
         self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer, self.ranks)
         if self._sharded:
             name = f"step_{self.state.step}" if names[0] == open_clip_format.LATEST else Path(names[0]).stem

@@ -1,26 +1,35 @@
-"""An epoch is saved before it is validated, and a resumed run validates an epoch that the stopped one did not."""
+"""Evaluations along the way: retrieval, zero-shot accuracy on ImageNet, and what a killed run leaves of them."""
 
 from __future__ import annotations
+
+import json
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
+import clipup
+from clipup.evaluate import zero_shot
+from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
 from clipup.train.checkpoints.open_clip_format import load
 from clipup.train.loop import Trainer
 
+COLOURS = ["red", "green", "blue", "white"]
+PREPROCESS, TOKENIZER = open_clip.image_transform(16, is_train=False), open_clip.SimpleTokenizer(context_length=8)
+
 
 @pytest.fixture
-def run(make_model, pairs, options, csv_data):
-    """Nine steps, three an epoch, validated after each."""
+def run(make_model, pairs, options):
+    """Nine steps, three an epoch."""
 
     def run(callbacks=(), **changes):
         return train(
-            options(**{"steps": None, "epochs": 3, "val_data": csv_data, **changes}),
-            model=make_model(),
-            preprocess=open_clip.image_transform(16, is_train=False),
-            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            options(**{"steps": None, "epochs": 3, "workers": 0, "batch_size": 4, **changes}),
+            model=make_model(clipup.MoEConfig(num_experts=2)),
+            preprocess=PREPROCESS,
+            tokenizer=TOKENIZER,
             loader=pairs(),
             callbacks=callbacks,
         )
@@ -32,43 +41,41 @@ def without_times(records):
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
-def assert_same_run(one, other):
-    assert without_times(one.evaluations) == without_times(other.evaluations)
+def assert_same_weights(one, other):
     assert [record["loss"] for record in one.history] == [record["loss"] for record in other.history]
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
 
 
-def test_validation_data_that_break_do_not_cost_the_epoch(run, pictures, tmp_path):
-    whole = run(name="whole")
+def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, pictures, tmp_path):
+    whole = run(name="whole", val_data=csv_data)
     contents = {path: path.read_bytes() for path in pictures}
 
     def break_pictures(model):
         for path in pictures:
             path.write_bytes(b"no picture")
 
-    with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
-        run(callbacks=[Every(5, break_pictures)], delete_previous_checkpoint=True)
+    with pytest.raises(ValueError, match="max_skipped"):
+        run(callbacks=[Every(5, break_pictures)], val_data=csv_data, delete_previous_checkpoint=True)
     folder = tmp_path / "logs" / "run" / "checkpoints"
     saved = load(folder / "epoch_2.pt")
     assert (saved["epoch"], saved["step"], saved["step_of_epoch"]) == (2, 6, 0)
     assert load(folder / "epoch_latest.pt")["step"] == 6
     assert (folder / "epoch_1.pt").is_file()  # until the epoch after it is validated
 
-    with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
-        run(resume="latest")
     for path, content in contents.items():
         path.write_bytes(content)
-    resumed = run(resume="latest", delete_previous_checkpoint=True)
+    resumed = run(resume="latest", val_data=csv_data, delete_previous_checkpoint=True)
 
     assert [record["step"] for record in resumed.evaluations] == [3, 6, 9]
-    assert_same_run(whole, resumed)
+    assert without_times(whole.evaluations) == without_times(resumed.evaluations)
+    assert_same_weights(whole, resumed)
     assert {path.name for path in folder.iterdir()} == {"epoch_3.pt", "epoch_latest.pt"}
 
 
 @pytest.mark.parametrize("epoch, validated", [(1, False), (3, True)])
-def test_a_run_killed_around_a_validation_is_validated_once(run, monkeypatch, epoch, validated):
-    whole = run(name="whole")
+def test_a_run_killed_around_a_validation_is_validated_once(run, csv_data, monkeypatch, epoch, validated):
+    whole = run(name="whole", val_data=csv_data)
     validate = Trainer._validate
 
     def killed(trainer, at_end):
@@ -80,7 +87,52 @@ def test_a_run_killed_around_a_validation_is_validated_once(run, monkeypatch, ep
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_validate", killed)
         with pytest.raises(SystemExit):
-            run()
+            run(val_data=csv_data)
     torch.rand(5)
 
-    assert_same_run(whole, run(resume="latest"))
+    resumed = run(resume="latest", val_data=csv_data)
+    assert without_times(whole.evaluations) == without_times(resumed.evaluations)
+    assert_same_weights(whole, resumed)
+
+
+@pytest.fixture
+def images(monkeypatch, tmp_path):
+    """ImageNet with four classes and two prompts: a validation set in its layout, and one in that of ImageNet-V2."""
+    monkeypatch.setattr(open_clip, "IMAGENET_CLASSNAMES", COLOURS)
+    monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", [lambda c: f"colour {c}", lambda c: f"number {c}"])
+    for number, colour in enumerate(COLOURS):
+        for folder, count in ((f"val/n{number:08d}", 1 + number), (f"v2/{number}", min(2, 1 + number))):
+            (tmp_path / folder).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (20, 20), colour).save(tmp_path / folder / f"{index}.png")
+    return {"imagenet_val": str(tmp_path / "val"), "imagenet_v2": str(tmp_path / "v2")}
+
+
+def test_accuracy_is_measured_every_n_epochs_and_at_the_end_as_clipup_eval_measures_it(run, images):
+    result = run(**images, zeroshot_frequency=2)
+
+    records = [json.loads(line) for line in (result.directory / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [6, 9]
+    assert [records[1][name]["images"] for name in ("imagenet_val", "imagenet_v2")] == [10, 7]
+    found = imagenet(images["imagenet_val"])
+    samples = found.samples(PREPROCESS)
+    alone = zero_shot(result.model, samples, found.classes, TOKENIZER, templates=found.templates, batch_size=4)
+    assert records[1]["imagenet_val"] == alone
+    assert_same_weights(run(name="without"), result)
+
+
+def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_data, images):
+    settings = {"model": named_model, "train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 1}
+    result = train(options(**settings, **images))
+
+    card = (result.directory / "model" / "README.md").read_text()
+    top1 = result.evaluations[-1]["imagenet_v2"]["top1"]
+    assert "val: 10 images, 4 classes | zero-shot top-1" in card
+    assert f"v2: 7 images, 4 classes | zero-shot top-1 | {100 * top1:.2f} |" in card
+
+
+def test_a_directory_that_is_not_imagenet_is_refused_before_training(run, tmp_path):
+    seen = []
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(callbacks=[Every(1, seen.append)], imagenet_val=str(tmp_path / "nowhere"))
+    assert seen == []

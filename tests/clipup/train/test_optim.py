@@ -1,32 +1,119 @@
-"""Which parameters decay, and the learning rate schedules."""
+"""Optimizers by name, groups of parameters, layer decay, schedules, locked parts, and all of it on resume."""
 
 from __future__ import annotations
 
+import open_clip
 import open_clip_train.scheduler
 import pytest
+import timm.optim
 import torch
+from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
-from clipup import parameter_groups
-from clipup.train.optim import schedule
+from clipup.train import train
+from clipup.train.optim import (
+    base_lr,
+    create_optimizer,
+    groups_of,
+    load_optimizer_state,
+    lock_parts,
+    optimizer_state,
+    schedule,
+)
+
+SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 
 
-def test_matrices_decay_and_norms_biases_and_the_logit_scale_do_not(make_model):
-    model = make_model(clipup.MoEConfig(num_experts=4), init_logit_bias=-10)
-
-    free, decayed = parameter_groups(model, 0.2)
-
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    free_names = {names[id(parameter)] for parameter in free["params"]}
-    decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
-    assert (free["weight_decay"], decayed["weight_decay"]) == (0.0, 0.2)
-    assert free_names | decayed_names == set(names.values()) and not free_names & decayed_names
-    assert {"logit_scale", "logit_bias", "ln_final.weight", "visual.ln_post.bias"} <= free_names
-    assert {"token_embedding.weight", "visual.proj", "transformer.resblocks.0.mlp.c_fc.weight"} <= decayed_names
+def named_groups(model, options):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [({names[one] for one in group["params"]}, group) for group in groups_of(model, options)]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "const", "const-cooldown"])
-@pytest.mark.parametrize("warmup", [0, 7])
+def by_name(groups, key):
+    return {name: group.get(key) for names, group in groups for name in names}
+
+
+@pytest.mark.parametrize("opt", ["nadamw", "timm/sgd", "timm/adamp"])
+def test_optimizers_of_torch_and_timm_train_and_resume_bitwise(make_model, pairs, options, opt):
+    settings = {"opt": opt, "lr": 1e-3, "save_every_n_steps": 2, "wd_exclude": ("*router*",), "steps": 4}
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    whole = train(options(name="whole", **settings), model=make_model(SPARSE), loader=pairs())
+    with pytest.raises(KeyboardInterrupt):
+        train(options(**settings), model=make_model(SPARSE), loader=pairs(), callbacks=[clipup.train.Every(3, stop)])
+    resumed = train(options(resume="latest", **settings), model=make_model(SPARSE, seed=1), loader=pairs())
+
+    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_optimizers_get_the_groups_the_given_arguments_and_clips_or_their_own_defaults(make_model, options):
+    model = make_model(SPARSE)
+    given = {"wd": 0.3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-4, "opt_kwargs": {"rectify": False}}
+    optimizer = create_optimizer(model, options(opt="timm/adabelief", **given))
+
+    free, decayed = optimizer.param_groups
+    assert isinstance(optimizer, timm.optim.AdaBelief) and not optimizer.defaults["rectify"]
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.3)
+    assert decayed["betas"] == (0.8, 0.9) and decayed["eps"] == 1e-4
+    assert create_optimizer(model, options(opt="timm/sgd", momentum=0.7)).param_groups[0]["momentum"] == 0.7
+    for opt, betas in (("adamw", (0.9, 0.98)), ("nadamw", (0.9, 0.98)), ("timm/lion", (0.9, 0.99))):
+        assert create_optimizer(model, options(opt=opt)).defaults["betas"] == betas
+    adamw = create_optimizer(model, options(beta1=0.5, opt_kwargs={"amsgrad": True})).defaults
+    assert (adamw["betas"], adamw["eps"], adamw["amsgrad"]) == ((0.5, 0.98), 1e-6, True)
+
+
+def test_matrices_decay_and_norms_biases_scales_and_what_patterns_exclude_do_not(make_model, options):
+    model = make_model(SPARSE, init_logit_bias=-10)
+    (free, _), (decayed, _) = named_groups(model, options(wd_exclude=("*.router.weight", "*positional_embedding")))
+    usual = named_groups(model, options())[1][0]
+
+    assert {name.rpartition(".resblocks.")[2] or name for name in usual - decayed} == {
+        "1.mlp.router.weight",
+        "positional_embedding",
+        "visual.positional_embedding",
+    }
+    assert free | decayed == set(dict(model.named_parameters()))
+    assert {"logit_scale", "logit_bias", "ln_final.weight", "visual.ln_post.bias"} <= free
+    assert {"token_embedding.weight", "visual.proj", "transformer.resblocks.0.mlp.c_fc.weight"} <= decayed
+
+
+def test_learning_rates_fall_with_the_depth_of_a_tower_and_may_differ_for_routers_and_experts(make_model, options):
+    model = make_model(SPARSE)
+    groups = named_groups(model, options(image_layer_decay=0.5, text_layer_decay=0.1, moe_lr_scale=4.0, lr=1.0))
+    scale = by_name(groups, "lr_scale")
+
+    assert scale["logit_scale"] == scale["visual.proj"] == scale["text_projection"] == 1
+    assert scale["visual.ln_post.weight"] == 0.5 and scale["visual.transformer.resblocks.1.mlp.in_weight"] == 4 * 0.5
+    assert scale["visual.transformer.resblocks.0.mlp.c_fc.weight"] == 0.25 and scale["visual.conv1.weight"] == 0.125
+    assert scale["transformer.resblocks.1.mlp.router.weight"] == pytest.approx(4 * 0.1)
+    assert scale["token_embedding.weight"] == pytest.approx(1e-3)
+    assert by_name(groups, "weight_decay") == by_name(named_groups(model, options()), "weight_decay")
+    order = [group["lr_scale"] for _, group in groups]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize(("before", "now"), [(10.0, 1.0), (1.0, 0.1)])
+def test_another_scale_on_resume_is_the_only_one_from_then_on(make_model, options, before, now):
+    model, chosen = make_model(SPARSE), options(moe_lr_scale=now, warmup=0, lr_scheduler="const")
+    state = optimizer_state(create_optimizer(model, options(moe_lr_scale=before)), model)
+    optimizer = create_optimizer(model, chosen)
+
+    load_optimizer_state(optimizer, model, state)
+    schedule(chosen, optimizer, 6, 6)(3)
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[one]: group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    assert rates["visual.proj"] == base_lr(optimizer) == pytest.approx(1e-3)
+    assert rates["visual.transformer.resblocks.1.mlp.router.weight"] == pytest.approx(1e-3 * now)
+
+
+@pytest.mark.parametrize("kind, warmup", [("cosine", 7), ("const", 0), ("const-cooldown", 7)])
 def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
     ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0) for _ in range(2))
     cooldown = {"epochs_cooldown": 2, "lr_cooldown_end": 1e-5, "lr_cooldown_power": 1.5} if "cooldown" in kind else {}
@@ -40,3 +127,91 @@ def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
         set_lr(step)
         set_theirs(step)
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+
+
+def changed(before, model):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+PARTS = {"in_weight", "in_bias", "out_weight", "out_bias"}
+ROUTERS, EXPERTS = {"router.weight", "router.selection_bias"}, PARTS | {f"shared.{part}" for part in PARTS}
+
+
+@pytest.mark.parametrize(
+    "train_only, parts", [("routers", ROUTERS), ("experts", EXPERTS), ("sparse_layers", ROUTERS | EXPERTS)]
+)
+def test_training_can_be_of_routers_or_experts_alone(make_model, pairs, options, train_only, parts):
+    model = make_model(SPARSE.replace(towers=("text",), shared_expert=True))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    train(options(logs=None, steps=2, warmup=0, train_only=train_only), model=model, loader=pairs())
+
+    assert {name.partition(".mlp.")[2] for name in changed(before, model)} == parts
+
+
+def test_a_locked_image_tower_keeps_its_experts_routers_and_selection_biases(make_model, pairs, options):
+    model = make_model(SPARSE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    train(options(logs=None, steps=2, warmup=0, lock_image=True, accum_freq=2), model=model, loader=pairs())
+
+    assert changed(before, model) == {name for name in before if not name.startswith("visual.")} - {"attn_mask"}
+
+
+@pytest.mark.parametrize("custom, unlocked", [(False, 0), (True, 1), (False, 2), (True, 3)])
+def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unlocked):
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "custom_text": custom}
+    ours, theirs = (build(config) for _ in "ab")
+    counts = {"lock_image_unlocked_groups": unlocked, "lock_text_unlocked_layers": unlocked}
+
+    lock_parts(ours, options(lock_image=True, lock_text=True, **counts))
+    theirs.lock_image_tower(unlocked)
+    theirs.lock_text_tower(unlocked)
+
+    assert trained(ours) == trained(theirs) < set(dict(ours.named_parameters()))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_frozen(options, tmp_path, freeze):
+    model = build(hugging_face_cfg(bert_config("Bert"), tmp_path))
+
+    lock_parts(model, options(lock_text=True, lock_text_unlocked_layers=1, lock_text_freeze_layer_norm=freeze))
+
+    text = {name for name in trained(model) if name.startswith("text.")}
+    head = {name for name in text if name.startswith(("text.proj.", "text.transformer.pooler."))}
+    assert head and all("LayerNorm" in name for name in text - head) and bool(text - head) == (not freeze)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, freeze):
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = [(torch.randn(4, 3, 32, 32), texts[:4]) for _, texts in pairs()]
+
+    train(options(logs=None, steps=2, lock_image=True, lock_image_freeze_bn_stats=freeze), model=model, loader=loader)
+
+    image = {name for name in changed(before, model) if name.startswith("visual.")}
+    assert (image == set()) == freeze and all("running_" in name or "tracked" in name for name in image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"opt": "timm/adamm"}, "adamm"),
+        ({"wd_exclude": ("router",)}, "wd_exclude"),
+        ({"moe_lr_scale": 2.0}, "moe_lr_scale"),
+        ({"train_only": "routers"}, "train_only"),
+        ({"lock_image": True, "lock_image_unlocked_groups": 4}, "lock_image_unlocked_groups=4"),
+        ({"lock_text": True, "lock_text_unlocked_layers": 9}, "lock_text_unlocked_layers=9"),
+    ],
+)
+def test_optimizers_and_locks_that_a_dense_model_cannot_have_are_refused_by_name(make_model, options, changes, name):
+    model, chosen = make_model(), options(**changes)
+    with pytest.raises(ValueError, match=name):
+        lock_parts(model, chosen)
+        create_optimizer(model, chosen)

@@ -10,21 +10,20 @@ import torch
 
 import clipup
 from clipup.train import Every, train
+from clipup.train.forward import forward
 
 DROPLESS = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3)
+SIGMOID = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
 
 
-@pytest.mark.parametrize("moe", [None, clipup.MoEConfig.clip_up(num_experts=4)], ids=["dense", "sparse"])
-@pytest.mark.parametrize("siglip", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("moe, siglip", [(None, True), (clipup.MoEConfig.clip_up(num_experts=4), False)])
 def test_training_lowers_the_loss(make_model, pairs, options, moe, siglip):
-    bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10} if siglip else {}
-    model = make_model(moe, **bias)
+    model = make_model(moe, **SIGMOID if siglip else {})
 
-    result = train(options(logs=None, steps=40, lr=3e-3, siglip=siglip), model=model, loader=pairs(batch_size=24))
+    result = train(options(logs=None, steps=30, lr=3e-3, siglip=siglip), model=model, loader=pairs(batch_size=24))
 
     losses = [record["contrastive"] for record in result.history]
-    assert len(losses) == result.steps == 40
-    assert losses[-1] < 0.5 * losses[0]
+    assert len(losses) == result.steps == 30 and losses[-1] < 0.6 * losses[0]
 
 
 def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options):
@@ -32,11 +31,9 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
 
     result = train(options(), model=model, loader=pairs())
 
-    lines = (result.directory / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
     assert records == result.history
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]
+    assert [(record["step"], record["epoch"]) for record in records] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     for record in records:
         assert record["loss"] == pytest.approx(record["contrastive"] + record["aux"], rel=1e-5)
         assert record["aux"] == pytest.approx(2 * (0.01 * record["balance"] + 1e-4 * record["z"]), rel=1e-4)
@@ -44,73 +41,44 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
         assert record["images_per_second"] > 0 and record["seconds"] > 0
         assert 0 <= record["data_time"] < record["batch_time"]
         assert 0 < record["step_time"] < record["batch_time"] and "mfu" not in record
-        assert 0 <= record["dropped"] < 1 and 0 < record["router_entropy"] <= math.log(4) + 1e-5
         assert set(record["layers"]) == set(clipup.moe_layers(model))
-        for layer in record["layers"].values():
-            assert sum(layer["load"]) == pytest.approx(1) and len(layer["load"]) == 4
-            assert {"balance", "z", "dropped", "router_entropy"} < set(layer)
+        assert all(sum(layer["load"]) == pytest.approx(1) for layer in record["layers"].values())
     assert "step 6" in (result.directory / "out.log").read_text()
 
 
-def test_nothing_is_learned_from_unrelated_images_and_texts_under_a_small_capacity(make_model, options):
-    # were slots given by the place in the batch to both towers alike, pairs could be told by what they lack: 2.4 nats
-    class Unrelated:
-        def __len__(self):
-            return 1000
+@pytest.mark.parametrize("settings, shuffled", [({"capacity_factor": 0.5}, True), ({}, False)])
+def test_texts_are_shuffled_where_capacity_goes_by_position_and_outputs_are_not(make_model, pairs, settings, shuffled):
+    model, data, seen = make_model(clipup.MoEConfig(num_experts=2, top_k=1, **settings)), pairs(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model.eval()  # without drops
 
-        def __iter__(self):
-            texts = torch.tensor([[0] * 6 + [49407, 0]] * 16)
-            for _ in range(1000):
-                texts[:, :6] = torch.randint(1, 1000, (16, 6))
-                yield torch.randn(16, 3, 16, 16), texts.clone()
+    output, expected = forward(model, data.images, data.texts), model(data.images, data.texts)
 
-    scarce = clipup.MoEConfig(num_experts=2, top_k=1, capacity_factor=0.5, blocks=(0, 1))
-    settings = options(logs=None, steps=100, lr=5e-3, lr_scheduler="const", warmup=10)
-
-    result = train(settings, model=make_model(scarce), loader=Unrelated())
-
-    last = [record["contrastive"] for record in result.history[-20:]]
-    assert sum(last) / 20 == pytest.approx(math.log(16), abs=0.05)
+    torch.testing.assert_close(output, expected)
+    assert torch.equal(seen[0], data.texts) != shuffled
 
 
-@pytest.mark.parametrize("moe", [None, DROPLESS], ids=["dense", "sparse"])
-def test_gradient_checkpointing_changes_no_loss(make_model, pairs, options, moe):
+def test_checkpointing_changes_no_loss_and_autocast_follows_float32(make_model, pairs, options):
     def losses(**changes):
-        result = train(options(logs=None, **changes), model=make_model(moe), loader=pairs())
-        return [(record["contrastive"], record["aux"]) for record in result.history]
+        settings = options(logs=None, steps=20, **changes)
+        return [record["loss"] for record in train(settings, model=make_model(DROPLESS), loader=pairs()).history]
 
-    assert torch.tensor(losses(grad_checkpointing=True)) == pytest.approx(torch.tensor(losses()), rel=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["amp_bf16", "amp"])
-def test_autocast_follows_float32(make_model, pairs, options, precision):
-    def losses(precision):
-        result = train(options(logs=None, steps=20, precision=precision), model=make_model(DROPLESS), loader=pairs())
-        return [record["loss"] for record in result.history]
-
-    half, full = losses(precision), losses("fp32")
-    assert half[0] == pytest.approx(full[0], rel=0.01)
-    assert half[-1] < 0.8 * half[0]  # float16 skips steps until the gradient's scale fits
-
-
-def test_learning_rate_warms_up_and_falls_along_a_cosine(make_model, pairs, options):
-    result = train(options(logs=None, steps=10, warmup=4, lr=1e-3), model=make_model(), loader=pairs())
-
-    rates = [record["lr"] for record in result.history]
-    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
-    assert rates[4:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    full = losses()
+    assert losses(grad_checkpointing=True) == pytest.approx(full, rel=1e-5)
+    for precision in ("amp_bf16", "amp"):
+        half = losses(precision=precision)
+        assert half[0] == pytest.approx(full[0], rel=0.01)
+        assert half[-1] < 0.8 * half[0]  # float16 skips steps until the gradient's scale fits
 
 
 def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(make_model, pairs, options):
     usual = {"warmup": None, "lr_scheduler": "const", "lr": 1e-3}
-    first = train(options(steps=20, **usual), model=make_model(), loader=pairs())
+    first = train(options(steps=20, **usual), model=make_model(), loader=pairs(pairs=4, batch_size=2))
 
     assert [record["lr"] for record in first.history][:3] == pytest.approx([0.5e-3, 1e-3, 1e-3])
     assert "over 2 steps" in (first.directory / "out.log").read_text()
-    train(options(steps=40, resume="latest", **usual), model=make_model(), loader=pairs())
+    train(options(steps=22, resume="latest", **usual), model=make_model(), loader=pairs(pairs=4, batch_size=2))
     assert json.loads((first.directory / "options.json").read_text())["warmup"] == 2
-    shortest = train(options(steps=3, name="short", **usual), model=make_model(), loader=pairs())
-    assert [record["lr"] for record in shortest.history] == pytest.approx([1e-3] * 3)
 
 
 @pytest.mark.parametrize("start, kept", [(math.log(100) + 1, math.log(100)), (-1.0, 0.0)])
@@ -122,16 +90,16 @@ def test_the_logit_scale_is_kept_between_1_and_100(make_model, pairs, options, s
     assert model.logit_scale.item() == pytest.approx(kept, abs=1e-5)
 
 
-def test_the_losses_of_the_layers_reach_their_routers(make_model, pairs, options):
-    def router_moves(**weights):
-        # with one normalised choice the task gives a router no gradient at all
-        model = make_model(clipup.MoEConfig(num_experts=4, top_k=1, **weights))
-        before = {name: layer.router.weight.clone() for name, layer in clipup.moe_layers(model).items()}
-        train(options(logs=None, steps=2, wd=0.0), model=model, loader=pairs())
-        return [not torch.equal(layer.router.weight, before[name]) for name, layer in clipup.moe_layers(model).items()]
+@pytest.mark.parametrize("weights, moves", [({"balance_weight": 0.01}, True), ({"z_weight": 0.01}, True), ({}, False)])
+def test_the_losses_of_the_layers_reach_their_routers(make_model, pairs, options, weights, moves):
+    # with one normalized choice the task gives a router no gradient at all
+    model = make_model(clipup.MoEConfig(num_experts=4, top_k=1, **weights))
+    before = {name: layer.router.weight.clone() for name, layer in clipup.moe_layers(model).items()}
 
-    assert router_moves(balance_weight=0.01) == router_moves(z_weight=0.01) == [True, True]
-    assert router_moves() == [False, False]
+    train(options(logs=None, steps=2, wd=0.0), model=model, loader=pairs())
+
+    for name, layer in clipup.moe_layers(model).items():
+        assert torch.equal(layer.router.weight, before[name]) != moves
 
 
 def test_gradients_are_clipped_to_the_norm(make_model, pairs, options):
@@ -157,43 +125,13 @@ def test_callbacks_see_the_model_at_their_steps_and_at_the_end_and_do_not_change
         return {"scale": seen[-1]}
 
     noisy = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)  # in training mode alone
-    plain = train(options(logs=None, steps=7), model=make_model(noisy), loader=pairs())
-    looked = train(options(steps=7), model=make_model(noisy), loader=pairs(), callbacks=[Every(2, look)])
+    plain = train(options(logs=None, steps=5), model=make_model(noisy), loader=pairs())
+    looked = train(options(steps=5), model=make_model(noisy), loader=pairs(), callbacks=[Every(2, look)])
 
-    assert [record["step"] for record in looked.evaluations] == [2, 4, 6, 7]
+    assert [record["step"] for record in looked.evaluations] == [2, 4, 5]
     assert [record["scale"] for record in looked.evaluations] == seen
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, looked.model.state_dict()[name]), name
-
-
-def test_the_trained_model_is_saved_and_loads(model_directory, pairs, options):
-    result = train(options(model=str(model_directory), moe=True, steps=2), loader=pairs())
-
-    saved, _, _ = clipup.create_model_and_transforms(str(result.directory / "model"))
-    assert saved.moe_config == clipup.MoEConfig.clip_up(towers=("image", "text"))
-    for name, value in result.model.state_dict().items():
-        assert torch.equal(value, saved.state_dict()[name]), name
-
-
-def test_a_model_with_random_weights_gets_the_sigmoid_losss_bias_and_keeps_it_when_saved(named_model, pairs, options):
-    result = train(options(model=named_model, siglip=True, steps=1), loader=pairs())
-
-    saved, _, _ = clipup.create_model_and_transforms(str(result.directory / "model"))
-    assert torch.equal(saved.logit_bias, result.model.logit_bias)
-    assert saved.logit_bias.item() == pytest.approx(-10, abs=0.01)
-
-
-def test_tensorboard_has_the_metrics(make_model, pairs, options):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = train(options(report_to="tensorboard"), model=make_model(DROPLESS), loader=pairs())
-
-    events = EventAccumulator(str(result.directory / "tensorboard"))
-    events.Reload()
-    loss = [event.value for event in events.Scalars("train/loss")]
-    assert loss == pytest.approx([record["loss"] for record in result.history])
-    layer = next(iter(clipup.moe_layers(result.model)))
-    assert len(events.Scalars(f"train/layers/{layer}/load/3")) == 6
 
 
 @pytest.mark.parametrize(
@@ -202,16 +140,11 @@ def test_tensorboard_has_the_metrics(make_model, pairs, options):
         ({}, "train_data is missing"),
         ({"train_data": "nowhere.csv"}, "nowhere.csv"),
         ({"siglip": True, "train_data": "nowhere.csv"}, "logit_bias"),
-        ({"device": "cuda", "train_data": "nowhere.csv"}, "no CUDA GPU"),
+        ({"device": "mps", "train_data": "nowhere.csv"}, "device"),
     ],
 )
 def test_a_run_that_cannot_start_is_refused_and_leaves_no_directory(model_directory, options, changes, message):
-    if changes.get("device") == "cuda" and torch.cuda.is_available():
-        changes = {**changes, "device": "cpu"}
-        message = "nowhere.csv"
-    settings = options(model=str(model_directory), **changes)
-
     with pytest.raises((ValueError, OSError), match=message):
-        train(settings)
+        train(options(model=str(model_directory), **changes))
 
     assert not (model_directory.parent / "logs").exists()
