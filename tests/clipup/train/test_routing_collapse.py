@@ -11,7 +11,7 @@ from torch import nn
 import clipup
 from clipup.moe.layer import moe_layers
 from clipup.train import train
-from clipup.train.log.routing_collapse import CollapseWatch
+from clipup.train.log import routing_collapse
 
 CONFIG = clipup.MoEConfig(num_experts=8, top_k=2, capacity_factor=1.0)
 HALF_THE_ROOM = CONFIG.replace(capacity_factor=0.5)
@@ -41,7 +41,7 @@ def found(make_model):
     """Where the first layer is reported in these records."""
 
     def found(logged, config=CONFIG, known=()):
-        watch = CollapseWatch(make_model(config), list(known))
+        watch = routing_collapse.CollapseWatch(make_model(config), list(known))
         reports = [report for record in logged for report in watch.observe(record)]
         assert {report["layer"] for report in reports} <= {LAYERS[0]}
         return [report["step"] for report in reports]
@@ -54,24 +54,26 @@ def two_take(share):
 
 
 def test_two_of_eight_experts_with_all_tokens_are_reported_once_in_console_log_file_and_result(
-    make_model, pairs, options, capsys
+    make_model, pairs, options, capsys, monkeypatch
 ):
+    monkeypatch.setattr(routing_collapse, "_STEPS", 10)
+
     def run(**changes):
         usual = {"lr": 1e-9, "wd": 0.0, "save_frequency": 0}  # the routers stay as they are
-        loader = pairs(batch_size=2, pairs=240)
+        loader = pairs(batch_size=4, pairs=240)
         return train(options(**usual, **changes), model=collapsed(make_model(CONFIG)), loader=loader)
 
-    first = run(steps=101)
+    first = run(steps=11)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    result = run(steps=102, resume="latest")
+    result = run(steps=12, resume="latest")
 
     log = [line for line in (result.directory / "out.log").read_text().splitlines() if "| WARNING | routing" in line]
     file = [json.loads(line) for line in (result.directory / "warnings.jsonl").read_text().splitlines()]
     assert len(lines) == len(log) == 1
-    assert f"at step 100 in {LAYERS[0]} (2.0 of 8 experts are used" in lines[0] and f"; {LAYERS[1]} (2.0" in lines[0]
+    assert f"at step 10 in {LAYERS[0]} (2.0 of 8 experts are used" in lines[0] and f"; {LAYERS[1]} (2.0" in lines[0]
     assert lines[0].removeprefix("warning: ") == log[0].split(" | WARNING | ")[1]
     assert [record["layer"] for record in file] == LAYERS and file == first.warnings == result.warnings
-    assert [file[0][name] for name in ("step", "experts", "top_k", "dead_experts")] == [100, 8, 2, 6]
+    assert [file[0][name] for name in ("step", "experts", "top_k", "dead_experts")] == [10, 8, 2, 6]
     assert file[0]["effective_experts"] == pytest.approx(2) and file[0]["dropped"] == pytest.approx(0.75, abs=0.06)
 
 
