@@ -16,7 +16,7 @@ from charts import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clipup.inspection.figures.axes import spread
+from clipup.inspection.figures.charts import spread
 
 PANEL, GAP, HEAD, FOOT, LEFT = 260, 56, 76, 40, 44  # px
 LABEL_GAP = 13  # px between neighbouring labels

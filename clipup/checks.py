@@ -106,14 +106,6 @@ def plain_weights(name: str, model: Any) -> None:
 def module(name: str, value: object) -> None:
     from torch import nn
 
-    if isinstance(value, nn.Module):
-        return
-    advice = ""
-    if isinstance(value, str):
-        hub_name = "/" in value and ":" not in value and not Path(value).is_dir()
-        ours = f"{name}, _, preprocess = clipup.create_model_and_transforms({value!r})"
-        theirs = f"{name} = transformers.AutoModel.from_pretrained({value!r})"
-        advice = f"; create it first: {theirs if hub_name else ours}"
-    elif isinstance(value, list | tuple):
-        advice = "; pass one model at a time"
-    raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}{advice}")
+    if not isinstance(value, nn.Module):
+        hint = "; create it first with clipup.create_model_and_transforms" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}{hint}")

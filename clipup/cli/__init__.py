@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 from .logs import in_one_line
 
@@ -32,6 +33,8 @@ COMMANDS = {
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Environment variables of OpenMP runtimes: how waiting threads wait. The first is how often they look for work."""
 _SPINS = "20000"
+"""Set before torch is loaded, unless the environment says how its threads wait: they sleep after a short spin. A thread
+that has lost its core to another program makes all others wait, and those that spin keep it from one."""
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable: 1 shows full tracebacks instead of one-line errors."""
 
@@ -52,26 +55,16 @@ def _run(argv: list[str]) -> int:
         return 0 if argv else _BAD_INPUT
     command, *options = argv
     if command == "--version":
-        return _print_version()
+        from clipup_kernels import __version__  # imports torch
+
+        print(f"clipup {__version__}")
+        return 0
     if command not in COMMANDS:
         raise ValueError(_unknown("command", command, COMMANDS))
-    _sleep_soon()
-    code: int = importlib.import_module(f"{__name__}.{command.replace('-', '_')}").main(options)
-    return code
-
-
-def _sleep_soon() -> None:
-    """Before torch is loaded, has its waiting threads sleep after a short spin, unless the environment says how they
-    wait. A thread that has lost its core to another program makes all others wait; those that spin keep it from one."""
     if not any(name in os.environ for name in WAITING):
         os.environ[WAITING[0]] = _SPINS
-
-
-def _print_version() -> int:
-    from clipup_kernels import __version__  # imports torch
-
-    print(f"clipup {__version__}")
-    return 0
+    code: int = importlib.import_module(f"{__name__}.{command.replace('-', '_')}").main(options)
+    return code
 
 
 def reporting_errors(program: str, function: Callable[[], int]) -> int:
@@ -80,7 +73,6 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
     Args:
         program: prefix of the line.
     """
-    _open_closed_streams()
     try:
         return _all_written(program, _code_of(program, function))
     except SystemExit as stop:  # argparse's, after its help or its error
@@ -95,8 +87,8 @@ def _code_of(program: str, function: Callable[[], int]) -> int:
         return _BROKEN_PIPE
     except _USER_ERRORS as error:
         return _report(program, str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a plain RuntimeError
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
             raise
         return _report(program, f"out of memory: {error}")
     except KeyboardInterrupt:
@@ -107,57 +99,25 @@ def _code_of(program: str, function: Callable[[], int]) -> int:
 def _all_written(program: str, code: Any) -> Any:
     """The exit code of a program that prints no more: another one than 0 if stdout does not take what it printed."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = code or _BROKEN_PIPE
+        print(end="", flush=True)
     except OSError as error:
-        code = code or _report(program, f"could not write to stdout: {error}")
-    for stream in (sys.stdout, sys.stderr):
-        _discard_unwritten(stream)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not isinstance(error, BrokenPipeError):
+            return code or _report(program, f"could not write to stdout: {error}")
+        return code or _BROKEN_PIPE
     return code
 
 
 def _report(program: str, message: str) -> int:
     """Prints the current exception, as one line or with its traceback."""
-    if os.environ.get(DEBUG) == "1":
-        message = traceback.format_exc()
-    else:
-        message = f"{program}: {in_one_line(message)}"
-    say(message)
+    say(traceback.format_exc() if os.environ.get(DEBUG) == "1" else f"{program}: {in_one_line(message)}")
     return _BAD_INPUT
-
-
-def _discard_unwritten(stream: TextIO) -> None:
-    """What a stream could not write would be written again when Python ends, and fail again."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
     """Prints to stderr, if it takes anything: the exit code says what happened too."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def _open_closed_streams() -> None:
-    """Gives stdin, stdout and stderr that were closed to nothing, here and in the programs that are started. Otherwise
-    the next files that are opened would get their descriptors, and what is printed would land in these."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-            os.set_inheritable(opened, True)
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, where torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def run_subcommand(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:

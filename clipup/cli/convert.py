@@ -8,10 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from .. import atomic_files
-from ..locks import LOCK_FILE, exclusive
 from .flags import parse
-from .outputs import check_directory
+from .outputs import empty_directory
 
 
 @dataclass
@@ -45,13 +43,7 @@ def main(argv: list[str]) -> int:
             f"checkpoint: {path} is not the directory of a sharded checkpoint; expected epoch_K or step_N in the "
             "checkpoints/ of a run, or a file epoch_K.pt there"
         )
-    if options.out.exists() and not options.out.is_dir():
-        raise FileExistsError(f"{options.out} is a file; choose another directory")
-    check_directory("out", options.out)
-    with exclusive(options.out / LOCK_FILE, options.out, "wait for it to end, or choose another directory"):
-        atomic_files.remove_abandoned(options.out, locked=True)
-        if {file.name for file in options.out.iterdir()} - {LOCK_FILE}:
-            raise FileExistsError(f"{options.out} is not empty; choose another directory")
+    with empty_directory(options.out):
         weights = read_weights(path)
         broken = not_finite(weights.state_dict)
         if broken is not None:

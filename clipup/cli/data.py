@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,8 @@ class Pictograms:
 
         start = time.perf_counter()
         dataset = build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
-        _print_head(self, dataset, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        print(f"{dataset['name']} in {self.out} ({seconds:.0f} s), {self.size} x {self.size} pixels:")
         for name, split in dataset["splits"].items():
             shards = len(split["shards"])
             groups = ", ".join(f"{count:,} {group}" for group, count in split["images_by_group"].items())
@@ -47,14 +47,8 @@ class Pictograms:
                 f"  {name:<9}{split['images']:>7,} images ({groups}) of {split['concepts']:,} concepts, "
                 f"{split['captions']:,} captions, {shards} shard{'s' * (shards != 1)}"
             )
-        if dataset["skipped"]:
-            print(f"{len(dataset['skipped'])} drawings could not be read; dataset.json names them", file=sys.stderr)
         print("authors and licences: see LICENSES.md in that directory")
         return 0
-
-
-def _print_head(command: Pictograms, dataset: dict, seconds: float) -> None:
-    print(f"{dataset['name']} in {command.out} ({seconds:.0f} s), {command.size} x {command.size} pixels:")
 
 
 COMMANDS = {"pictograms": Pictograms}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +16,6 @@ from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ..upcycling.diagnose import BlockReport, TowerReport
 
 
 @dataclass
@@ -38,18 +35,11 @@ class Options:
     """Print JSON instead of tables."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: an option has a value that is refused, or two contradict each other.
-        """
-        if (self.model is None) == (self.device is None):
-            raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
-
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
-    options.check()
+    if (options.model is None) == (options.device is None):
+        raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
     if options.model is None:
         return check_kernels(options)
     from ..models import factory
@@ -123,50 +113,34 @@ def _count(model: nn.Module) -> int:
 
 def text(findings: dict[str, Any]) -> str:
     """The findings as text: a table per tower, parameters, and a suggestion if upcycling is refused."""
-    from ..upcycling.diagnose import BlockReport, TowerReport
-
-    lines = []
-    for tower in findings["towers"]:
-        blocks = [BlockReport(**block) for block in tower["blocks"]]
-        lines += [*_tower(TowerReport(tower["tower"], blocks, tower["refused"])), ""]
+    lines = [line for tower in findings["towers"] for line in (*_tower(tower), "")]
     dense, sparse, active = (findings[name] for name in ("params", "sparse_params", "active_params"))
     after = "" if sparse is None else f"{sparse / 1e6:.1f} M sparse, {active / 1e6:.1f} M active per token"
     if sparse == dense:
-        return "\n".join([*lines, f"already sparse; parameters: {after}"])
-    if findings["upcycles"]:
-        return "\n".join([*lines, f"upcycle accepts it; parameters: {dense / 1e6:.1f} M dense, {after}"])
-    lines.append(f"upcycle refuses it; parameters: {dense / 1e6:.1f} M dense")
-    if findings["suggestion"]:
-        lines.append(f"suggestion: {findings['suggestion']}; parameters then: {after}")
+        lines.append(f"already sparse; parameters: {after}")
+    elif findings["upcycles"]:
+        lines.append(f"upcycle accepts it; parameters: {dense / 1e6:.1f} M dense, {after}")
+    else:
+        lines.append(f"upcycle refuses it; parameters: {dense / 1e6:.1f} M dense")
+        lines += [f"suggestion: {findings['suggestion']}; parameters then: {after}"] * bool(findings["suggestion"])
     return "\n".join(lines)
 
 
-def _tower(report: TowerReport) -> list[str]:
-
-    lines = [f"{report.tower} tower: {len(report.blocks)} blocks"]
-    if report.blocks:
-        rows = [("blocks", "class", "MLP", "widths", "activation", "status"), *_rows(report.blocks)]
-        lines += _table(rows)
-    if report.refused:
-        lines.append(f"  refused: {report.refused}")
-    return lines
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def _rows(blocks: list[BlockReport]) -> Iterable[tuple[str, ...]]:
-    """One row per group of identical blocks."""
-    groups: dict[BlockReport, list[int]] = {}
-    for index, block in enumerate(blocks):
-        groups.setdefault(dataclasses.replace(block, name=""), []).append(index)
-    for block, indices in groups.items():
-        extras = ["gated"] * block.gated + [f"{block.norm} norm"] * (block.norm is not None)
-        mlp = "not read" if block.mlp is None else ", ".join([block.mlp, *extras])
-        widths = "" if block.d_model is None else f"{block.d_model}, {block.d_hidden}"
-        yield _range_text(indices), block.block, mlp, widths, block.activation or "", block.status
+def _tower(report: dict[str, Any]) -> list[str]:
+    """A row per group of identical blocks."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, block in enumerate(report["blocks"]):
+        extras = ["gated"] * block["gated"] + [f"{block['norm']} norm"] * (block["norm"] is not None)
+        mlp = "not read" if block["mlp"] is None else ", ".join([block["mlp"], *extras])
+        widths = "" if block["d_model"] is None else f"{block['d_model']}, {block['d_hidden']}"
+        row = (block["block"], mlp, widths, block["activation"] or "", block["status"])
+        groups.setdefault(row, []).append(index)
+    rows = [(_range_text(indices), *row) for row, indices in groups.items()]
+    table = [("blocks", "class", "MLP", "widths", "activation", "status"), *rows] if rows else []
+    longest = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{report['tower']} tower: {len(report['blocks'])} blocks"]
+    lines += ["  " + "  ".join(map(str.ljust, row, longest)).rstrip() for row in table]
+    return [*lines, f"  refused: {report['refused']}"] if report["refused"] else lines
 
 
 def _range_text(indices: list[int]) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..atomic_files import replace_files
 from ..data.options import SourceOptions, is_csv
 from ..models import known_models
 from ..precision import Precision, check_device, default_workers, token_dtype
 from ..progress import printable
-from .flags import NoEffect, check_int8, parse
+from .flags import NoEffect, at_least, check_int8, parse
 from .logs import errors_only
-from .outputs import check_file
+from .outputs import check_file, write_text
 
 if TYPE_CHECKING:
     from ..evaluate import datasets
@@ -89,78 +88,31 @@ class Options:
             raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
         if (self.dataset is None) != (self.root is None):
             raise ValueError("a benchmark needs both --dataset and --root")
-        if self.dataset is not None and (self.val_data is not None or self.classes is not None):
-            raise ValueError("--dataset names the data already; drop --val-data, --classes and --images")
         if (self.classes is None) != (self.images is None):
             raise ValueError("classification needs both --classes and --images")
-        for name in ("captions_per_image", "annotations"):
-            if self.dataset is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} applies to benchmarks only; pass --dataset and --root, or drop it")
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, 0, "workers")
+        at_least(self, 1, "batch_size", "captions_per_image")
         self.device = check_device(self.device)
         check_int8(self.int8, self.precision, self.device)
-        if self.captions_per_image is not None and self.captions_per_image < 1:
-            raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
 
-@dataclass(frozen=True)
-class _Benchmark:
-    """What ``--dataset`` names: its reader, and what can be measured on it."""
-
-    read: Callable[[Any, Options, str, list[str]], datasets.DataSet]
-    """The data set from ``clipup.evaluate.datasets``, the options, ``--root`` and the lines of ``--templates``."""
-    retrieval: bool = False
-    classification: bool = False
-    annotations: bool = False
-    """Whether ``--annotations`` names its caption file."""
-    of_any_data: bool = False
-    """Whether ``--root`` decides what is measured, so that results name it."""
-
-
-_BENCHMARKS = {
-    "coco": _Benchmark(
-        lambda datasets, options, root, _: datasets.coco(root, options.split, options.annotations),
-        retrieval=True,
-        annotations=True,
-    ),
-    "flickr30k": _Benchmark(
-        lambda datasets, options, root, _: datasets.flickr30k(root, options.split, options.annotations),
-        retrieval=True,
-        annotations=True,
-    ),
-    "imagenet": _Benchmark(
-        lambda datasets, options, root, _: datasets.imagenet(root, options.split), classification=True
-    ),
-    "imagenet-v2": _Benchmark(
-        lambda datasets, options, root, _: datasets.imagenet_v2(root), classification=True, of_any_data=True
-    ),
-    "webdataset": _Benchmark(  # the task is only known from its files
-        lambda datasets, options, root, templates: datasets.webdataset(root, options.split, templates),
-        retrieval=True,
-        classification=True,
-        of_any_data=True,
-    ),
-    "csv": _Benchmark(
-        lambda datasets, options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
-        retrieval=True,
-        of_any_data=True,
-    ),
+_RETRIEVAL = ("coco", "flickr30k", "csv", "webdataset")
+_CLASSIFICATION = ("imagenet", "imagenet-v2", "webdataset")  # the task of a webdataset is only known from its files
+_WITH_ANNOTATIONS = ("coco", "flickr30k")
+_OF_ANY_DATA = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
+_BENCHMARKS: dict[str, Callable[[Any, Options, str, list[str]], datasets.DataSet]] = {
+    "coco": lambda datasets, options, root, _: datasets.coco(root, options.split, options.annotations),
+    "flickr30k": lambda datasets, options, root, _: datasets.flickr30k(root, options.split, options.annotations),
+    "imagenet": lambda datasets, options, root, _: datasets.imagenet(root, options.split),
+    "imagenet-v2": lambda datasets, options, root, _: datasets.imagenet_v2(root),
+    "webdataset": lambda datasets, options, root, templates: datasets.webdataset(root, options.split, templates),
+    "csv": lambda datasets, options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
 }
+"""Readers of what ``--dataset`` names: of the module, the options, ``--root`` and the lines of ``--templates``."""
 
 
 def _reads_csv(options: Options) -> bool:
     return options.dataset == "csv" or is_csv(options.val_data, options.source.dataset_type)
-
-
-def _has_retrieval(options: Options) -> bool:
-    """Whether retrieval may be measured."""
-    return options.val_data is not None or (options.dataset is not None and _BENCHMARKS[options.dataset].retrieval)
-
-
-def _has_classification(options: Options) -> bool:
-    return options.classes is not None or (options.dataset is not None and _BENCHMARKS[options.dataset].classification)
 
 
 def _is_one_split(options: Options) -> bool:
@@ -174,19 +126,21 @@ RULES = [
     NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
     NoEffect(("split",), _is_one_split, "on imagenet-v2, or on files named by --root, which are one split"),
     NoEffect(("max_skipped",), lambda options: options.val_data is None, "without --val-data: nothing is skipped"),
+    NoEffect(("val_data", "classes", "images"), lambda options: options.dataset is not None, "with --dataset"),
+    NoEffect(("captions_per_image",), lambda options: options.dataset is None, "without --dataset"),
     NoEffect(
         ("annotations",),
-        lambda options: options.dataset is not None and not _BENCHMARKS[options.dataset].annotations,
-        f"on another --dataset than {' and '.join(name for name, one in _BENCHMARKS.items() if one.annotations)}",
+        lambda options: options.dataset not in _WITH_ANNOTATIONS,
+        f"without --dataset {' or '.join(_WITH_ANNOTATIONS)}",
     ),
     NoEffect(
         ("captions_per_image", "by", "multi_positive"),
-        lambda options: not _has_retrieval(options),
+        lambda options: options.val_data is None and options.dataset not in _RETRIEVAL,
         "without data for retrieval (--val-data)",
     ),
     NoEffect(
         ("templates",),
-        lambda options: not _has_classification(options),
+        lambda options: options.classes is None and options.dataset not in _CLASSIFICATION,
         "without classes (--classes and --images)",
     ),
     NoEffect(("dataset_type",), lambda options: options.val_data is None, "without --val-data"),
@@ -228,8 +182,7 @@ def main(argv: list[str]) -> int:
         return 0
     print(table(results))
     if options.out is not None:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        replace_files({Path(options.out): lambda path: path.write_text(text, encoding="utf-8")})
+        write_text(Path(options.out), text)
     return 0
 
 
@@ -262,18 +215,19 @@ def evaluate(options: Options) -> dict[str, Any]:
     results: dict[str, Any] = {"model": options.model, "precision": precision}
     if options.dataset is not None:
         results["dataset"] = options.dataset
-        if _BENCHMARKS[options.dataset].of_any_data:
+        if options.dataset in _OF_ANY_DATA:
             results["root"] = options.root
         if not _is_one_split(options):
             results["split"] = options.split
     results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
-    if own is not None:
-        own.preprocess = preprocess
     samples = own
+    if samples is not None:
+        samples.preprocess = preprocess
     if isinstance(found, datasets.RetrievalSet):
         samples = found.samples(preprocess, options.source.max_image_pixels)
     if samples is not None:
-        triples = _one_by_one(samples.batches(options.batch_size, options.workers))
+        batches = samples.batches(options.batch_size, options.workers)
+        triples = (triple for batch in batches for triple in zip(*batch, strict=True))
         recall = evaluate_retrieval(
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
@@ -294,7 +248,7 @@ def _find(options: Options) -> datasets.DataSet | None:
     templates = [] if options.templates is None else read_lines(options.templates)
     found: datasets.DataSet
     if options.dataset is not None and options.root is not None:
-        found = _BENCHMARKS[options.dataset].read(datasets, options, options.root, templates)
+        found = _BENCHMARKS[options.dataset](datasets, options, options.root, templates)
     elif options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
@@ -305,12 +259,6 @@ def _find(options: Options) -> datasets.DataSet | None:
         return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
     kept = slice(options.captions_per_image)
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
-
-
-def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """The samples of batches, which data loader workers have read."""
-    for batch in batches:
-        yield from zip(*batch, strict=True)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -38,8 +38,6 @@ def main(argv: list[str]) -> int:
     from ..models.exporting import SUFFIX, save_encoders
     from ..models.factory import create_model_and_transforms
 
-    if options.out.exists() and not options.out.is_dir():
-        raise FileExistsError(f"{options.out} is a file; choose another directory")
     model_names.refuse_random_weights("pretrained", options.model, options.pretrained)
     check_directory("out", options.out)
     there = sorted(path.name for path in options.out.glob(f"*{SUFFIX}"))

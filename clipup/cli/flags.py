@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
+from ..checks import check
 from ..models import known_models
 from ..moe.config import MoEConfig
 from .logs import FLAG_OF
@@ -77,11 +78,12 @@ def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> 
     Raises:
         ValueError: a flag has no effect according to one of the rules.
     """
-    given = _given(argv)
+    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    given = {flag[2:].replace("-", "_").removeprefix("no_"): flag for flag in flags}  # by the fields that they set
     for rule in rules:
-        flags = [given[name] for name in rule.names if name in given]
-        if flags and rule.idle(parsed):
-            raise ValueError(f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect {rule.why}")
+        idle = [given[name] for name in rule.names if name in given]
+        if idle and rule.idle(parsed):
+            raise ValueError(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {rule.why}")
 
 
 def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
@@ -107,6 +109,16 @@ def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
     ]
 
 
+def at_least(options: Any, least: int, *names: str) -> None:
+    """
+    Raises:
+        ValueError: an option, unless it is None, is smaller.
+    """
+    for name in names:
+        value = getattr(options, name)
+        check(name, value, value is None or value >= least, f"at least {least}")
+
+
 def check_int8(int8: bool, precision: str, device: str) -> None:
     """Refuses int8 weights where there are none."""
     if int8 and (precision not in ("fp32", "bf16") or device != "cpu"):
@@ -114,9 +126,3 @@ def check_int8(int8: bool, precision: str, device: str) -> None:
             f"int8 needs precision fp32 or bf16 and device cpu, got {precision} and {device}; pass "
             "--precision bf16 --device cpu"
         )
-
-
-def _given(argv: Sequence[str]) -> dict[str, str]:
-    """The flags on a command line as they were written, by the name of the field that they set."""
-    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
-    return {flag[2:].replace("-", "_").removeprefix("no_"): flag for flag in flags}

@@ -63,16 +63,13 @@ def main(argv: list[str]) -> int:
 
 def table(counts: dict[str, TowerCounts]) -> str:
     """A text table with a row per model and, for two models, the ratio of the second to the first."""
+    rows = {name: (image, text, image + text, *params) for name, (image, text, *params) in counts.items()}
     lines = [f"{'':<6}{'image GFLOP':>12}{'text GFLOP':>12}{'both':>9}{'params':>11}{'active':>11}"]
-    for name, row in counts.items():
-        lines.append(
-            f"{name:<6}{_gflop(row.image_gflops):>12}{_gflop(row.text_gflops):>12}{_gflop(_both(row)):>9}"
-            f"{row.params / 1e6:>9.1f} M{row.active_params / 1e6:>9.1f} M"
-        )
-    if len(counts) == 2:
-        first, second = counts.values()
-        image, text, params, active = (b / a for a, b in zip(first, second, strict=True))
-        both = _both(second) / _both(first)
+    for name, (image, text, both, params, active) in rows.items():
+        gflops = f"{_gflop(image):>12}{_gflop(text):>12}{_gflop(both):>9}"
+        lines.append(f"{name:<6}{gflops}{params / 1e6:>9.1f} M{active / 1e6:>9.1f} M")
+    if len(rows) == 2:
+        image, text, both, params, active = (b / a for a, b in zip(*rows.values(), strict=True))
         lines.append(f"{'ratio':<6}{image:>12.2f}{text:>12.2f}{both:>9.2f}{params:>11.2f}{active:>11.2f}")
     return "\n".join(lines)
 
@@ -80,7 +77,3 @@ def table(counts: dict[str, TowerCounts]) -> str:
 def _gflop(value: float) -> str:
     """Two decimals; three significant digits below 1."""
     return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
-
-
-def _both(counts: TowerCounts) -> float:
-    return counts.image_gflops + counts.text_gflops

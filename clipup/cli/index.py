@@ -10,10 +10,9 @@ from typing import Annotated
 import tyro
 
 from ..precision import Precision, check_device, default_workers
-from ..progress import progress
-from .flags import check_int8, parse
+from ..progress import printable, progress
+from .flags import at_least, check_int8, parse
 from .logs import errors_only
-from .outputs import printable
 
 
 @dataclass
@@ -52,9 +51,8 @@ class Options:
         """
         self.device = check_device(self.device)
         check_int8(self.int8, self.precision, self.device)
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, 0, "workers")
+        at_least(self, 1, "batch_size")
 
 
 @errors_only()

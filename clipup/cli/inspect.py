@@ -6,22 +6,20 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ..atomic_files import replace_files
 from ..data.images import upright
 from ..models import known_models
 from ..precision import check_device
 from ..progress import progress
-from .flags import parse
+from .flags import at_least, parse
 from .logs import errors_only
-from .outputs import check_file
+from .outputs import check_file, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
     from ..data.samples import Sample
 
@@ -65,21 +63,21 @@ class Options:
             raise ValueError("nothing to inspect: pass --images, --captions or both")
         if self.dense_pretrained is not None and self.dense is None:
             raise ValueError("dense_pretrained has no effect without --dense, the model whose weights it gives")
-        for name, least in (("max_images", 1), ("shown", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, 0, "shown")
+        at_least(self, 1, "max_images", "batch_size")
 
 
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
     options.check()
-    path = options.run_or_model
-    if not Path(path.removeprefix(known_models.LOCAL_PREFIX)).is_dir():
+    path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
+    if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
     from ..inference.accelerate import for_inference
     from ..inspection.expert_report import inspect_experts
-    from ..models import factory, model_names
+    from ..models import factory, model_names, tokenizers
+    from .runs import model_of
 
     if options.dense is not None:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
@@ -87,14 +85,15 @@ def main(argv: list[str]) -> int:
     check_file("out", options.out)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
-    model, preprocess, tokenizer = load(path, device)
-    model = for_inference(model)
+    with model_of(f"{known_models.LOCAL_PREFIX}{path}") as name:
+        model, _, preprocess = factory.create_model_and_transforms(name, device=device)
+        tokenizer = tokenizers.get_tokenizer(name)
     dense = None
     if options.dense is not None:
         dense = factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=device)[0]
     skipped: dict[str, str] = {}
     seen = inspect_experts(
-        model,
+        for_inference(model),
         progress(_readable(records, skipped), "routing images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
@@ -103,27 +102,11 @@ def main(argv: list[str]) -> int:
         name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
-    seen = dataclasses.replace(seen, skipped=skipped)
-    page = seen.page(options.shown)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_files({options.out: lambda path: path.write_text(page, encoding="utf-8")})
+    page = dataclasses.replace(seen, skipped=skipped).page(options.shown)
+    write_text(options.out, page)
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
     print(f"{len(seen.pictures)} images and {len(seen.captions)} captions{left_out}: {options.out}")
     return 0
-
-
-def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
-    """The model that a model's or a run's directory stands for, its transform of images, and its tokenizer.
-
-    Raises:
-        FileNotFoundError: there is neither a model nor a checkpoint in it.
-    """
-    from ..models import factory, tokenizers
-    from .runs import model_of
-
-    with model_of(f"{known_models.LOCAL_PREFIX}{path.removeprefix(known_models.LOCAL_PREFIX)}") as name:
-        model, _, preprocess = factory.create_model_and_transforms(name, device=device)
-        return model, preprocess, tokenizers.get_tokenizer(name)
 
 
 def find_images(source: str) -> list[Sample]:
@@ -137,8 +120,6 @@ def find_images(source: str) -> list[Sample]:
 
     if ".tar" in Path(source).name:
         return list(eval_samples(source, preprocess=None).samples)
-    if not Path(source).is_dir():
-        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images, or .tar shards")
     return image_files(source)
 
 

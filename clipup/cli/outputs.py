@@ -1,9 +1,14 @@
-"""Checks of output paths before a command starts its work."""
+"""Where a command writes: checked before it starts its work, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..atomic_files import remove_abandoned, replace_files
+from ..locks import LOCK_FILE, exclusive
 
 
 def check_file(argument: str, path: str | Path) -> None:
@@ -28,9 +33,21 @@ def check_directory(argument: str, path: str | Path) -> None:
         raise PermissionError(f"{argument}: no permission to write to {existing}; choose another directory")
 
 
-def printable(text: str) -> str:
-    """Text from a file or its name for a terminal: what is not printable is escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
-        for letter in text
-    )
+@contextmanager
+def empty_directory(path: Path) -> Iterator[None]:
+    """Holds the lock of a directory that is empty, or is created; an empty one is removed again.
+
+    Raises:
+        OSError: it cannot be written to, is not empty, or another process writes to it.
+    """
+    check_directory("out", path)
+    with exclusive(path / LOCK_FILE, path, "wait for it to end, or choose another directory"):
+        remove_abandoned(path, locked=True)
+        if {file.name for file in path.iterdir()} - {LOCK_FILE}:
+            raise FileExistsError(f"{path} is not empty; choose another directory")
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: lambda file: file.write_text(text, encoding="utf-8")})

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ..checks import check
+from ..checks import positive_number
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from .flags import FSDP_RULE, MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+from .flags import FSDP_RULE, MOE_FLAGS, ON_SPARSE, NoEffect, at_least, moe_rules, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Plan
@@ -122,15 +121,10 @@ class Options:
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
-        for name in ("gpus", "batch", "gpus_per_node", "samples", "epochs", "train_num_samples", "caption_tokens"):
-            value = getattr(self, name)
-            check(name, value, value is None or value >= 1, "at least 1")
-        for name in (*_OF_CARD, "images_per_second", "price"):
-            value = getattr(self, name)
-            check(name, value, value is None or 0 < value < math.inf, "positive and finite")
-        for name in ("mfu", "link_efficiency"):
-            check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        check("reserve", self.reserve, 0 <= self.reserve < math.inf, "0 or more, and finite")
+        at_least(self, 1, "samples", "epochs", "train_num_samples")
+        for name in _OF_CARD:
+            if getattr(self, name) is not None:
+                positive_number(name, getattr(self, name))
         if self.samples is not None and self.epochs is not None:
             raise ValueError("samples and epochs both say how long the run is; use one")
         if (self.epochs is None) != (self.train_num_samples is None):

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from ..atomic_files import replace_files
 from ..precision import check_device
-from .flags import parse
+from ..progress import printable
+from .flags import at_least, parse
 from .logs import errors_only
-from .outputs import check_file, printable
+from .outputs import check_file, write_text
 
 
 @dataclass
@@ -41,12 +41,7 @@ class Options:
         """
         if not self.texts or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank")
-        try:
-            "".join(self.texts).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"texts: expected UTF-8 ({error.reason})") from error
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+        at_least(self, 1, "count")
 
 
 @errors_only()
@@ -75,8 +70,6 @@ def main(argv: list[str]) -> int:
         for result in results:
             print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
-        options.page.parent.mkdir(parents=True, exist_ok=True)
-        page = results_page(found)
-        replace_files({options.page: lambda path: path.write_text(page, encoding="utf-8")})
+        write_text(options.page, results_page(found))
         print(f"page: {options.page}")
     return 0

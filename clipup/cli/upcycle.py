@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .. import atomic_files
 from ..data.options import DataOptions, is_csv
-from ..locks import LOCK_FILE, exclusive
 from ..models import known_models
 from ..moe.config import MoEConfig
 from ..progress import progress
 from .flags import NoEffect, moe_rules, parse
 from .logs import FLAG_OF
-from .outputs import check_directory
+from .outputs import empty_directory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,14 +75,7 @@ RULES = [
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup upcycle", RULES)
-    if options.out.exists() and not options.out.is_dir():
-        raise FileExistsError(f"{options.out} is a file; choose another directory")
-    check_directory("out", options.out)
-    advice = "wait for it to end, or choose another directory"
-    with exclusive(options.out / LOCK_FILE, options.out, advice):
-        atomic_files.remove_abandoned(options.out, locked=True)
-        if {path.name for path in options.out.iterdir()} - {LOCK_FILE}:
-            raise FileExistsError(f"{options.out} is not empty; choose another directory")
+    with empty_directory(options.out):
         run(options)
     return 0
 
@@ -137,11 +128,12 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
 
     assert options.calibrate_data is not None
     FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
+    samples = options.calibrate_steps * options.calibrate_batch_size
     data = DataOptions(
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,
         seed=options.seed,
-        train_num_samples=_num_samples(options),
+        train_num_samples=None if is_csv(options.calibrate_data) else samples,  # shards may have no sizes.json
         allow_pipe=options.allow_pipe,
     )
     tokenizer = CheckedTokenizer(tokenizers.get_tokenizer(options.model), dense).check()
@@ -153,21 +145,10 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
         print(f"{name}: relative squared error {values[0]:.1e} before, {values[-1]:.1e} in the last batch")
 
 
-def _num_samples(options: Options) -> int | None:
-    """Samples per epoch: for shards as many as calibration needs, since they may have no ``sizes.json``."""
-    return None if is_csv(options.calibrate_data) else options.calibrate_steps * options.calibrate_batch_size
-
-
 def _batches(loader: TrainData) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of repeated epochs, until an epoch has none."""
-    for epoch in count(1):
+    for epoch in count(1) if loader.dataloader.num_batches else ():
         loader.set_epoch(epoch)
-        empty = True
-        for batch in loader.dataloader:
-            empty = False
-            yield batch
-        if empty:
-            return
+        yield from loader.dataloader
 
 
 def check_step0(difference: float, config: MoEConfig) -> float:

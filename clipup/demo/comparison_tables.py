@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluate.retrieval import RECALL_AT
 from ..inspection.figures import svg
-from ..inspection.figures.format import chance, column, count, dig, number, percent, points, ratio
+from ..inspection.figures.format import chance, column, count, percent, points
 from ..inspection.figures.tables import Column, Table, as_text
 from .verdict import WAYS, verdict
 
@@ -23,6 +23,13 @@ RATIO = "CLIP-UP / dense continued"
 VERSUS = "CLIP-UP vs. continued"
 _ROW_CLASSES = {"Chance": "chance", DIFFERENCE: "difference", VERSUS: "difference"}
 
+_COSTS = (
+    ("training", "steps", "steps", 1),
+    ("training", "seconds", "seconds", 1),
+    ("parameters, M", "all", "params", 1e6),
+    ("parameters, M", "active", "active_params", 1e6),
+    ("GFLOPs", "per pair", "gflops_per_pair", 1),
+)
 _TARGETS = {"text_to_image": "to image", "image_to_text": "to text"}
 _TERMINAL = str.maketrans({"→": "to", "−": "-", "–": "-", "×": "x", "\u00a0": " "})
 _TEXT_WIDTH = 100
@@ -31,72 +38,45 @@ _TEXT_WIDTH = 100
 def comparison_table(report: Mapping[str, Any]) -> str:
     """All comparisons and the verdict as ASCII text for the terminal, at most 100 characters wide."""
     parts = [f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report))]
-    others = splits(report)
-    if others.columns:
-        parts += ["", "Other splits, R@1 in %", as_text(others)]
-    difference = step0(report)
-    sentences = [*([difference] if difference else []), *_flat(verdict(report))]
-    parts += ["", *(textwrap.fill(sentence, _TEXT_WIDTH) for sentence in sentences)]
+    parts += ["", "Other splits, R@1 in %", as_text(splits(report)), ""]
+    found = verdict(report)
+    parts += [textwrap.fill(sentence, _TEXT_WIDTH) for sentence in (step0(report), found.sentence, *found.notes)]
     return "\n".join(parts).translate(_TERMINAL).encode("ascii", "replace").decode("ascii")
 
 
 def heading(report: Mapping[str, Any]) -> str:
     """Gallery size and chance level of the main comparison."""
-    images, captions = (count(dig(report, "data", key)) for key in ("test_images", "test_captions"))
-    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_R@1'))}\u00a0%"
+    images, captions = (count(report["data"][key]) for key in ("test_images", "test_captions"))
+    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(report['chance_R@1'])}\u00a0%"
 
 
-def step0(report: Mapping[str, Any]) -> str | None:
-    """The sentence about the change made by upcycling before the first step; None without the number."""
-    found = number(dig(report, "upcycled_step0", "max_feature_difference"))
-    if found is None:
-        return None
-    return (
-        f"Upcycling changed the normalized features by at most {found:.1e} before the first step: "
-        "the two models compute the same function there."
-        if found <= 1e-4
-        else f"Upcycling changed the normalized features by up to {found:.1e} before the first step, "
-        "which is more than rounding (1e-4)."
-    )
+def step0(report: Mapping[str, Any]) -> str:
+    """The sentence about the change made by upcycling before the first step."""
+    difference = report["upcycled_step0"]["max_feature_difference"]
+    changed = f"Upcycling changed the normalized features by at most {difference:.1e} before the first step"
+    if difference <= 1e-4:
+        return f"{changed}: the two models compute the same function there."
+    return f"{changed}, which is more than rounding (1e-4)."
 
 
 def quality(report: Mapping[str, Any]) -> Table:
     """Recall of every arm on the held-out renderings in percent, with chance above and the difference below."""
-    columns = []
+    arms, columns = [report[arm] for arm, _ in ARMS], []
     for way, name in WAYS:
         for k in RECALL_AT:
-            values = [number(dig(report, arm, f"{way}_R@{k}")) for arm, _ in ARMS]
-            above = chance(dig(report, "chance_R@1")) if k == 1 else ""
-            cells = (above, *map(percent, values), points(_lead(values)))
-            columns.append(Column(f"{name}, %", f"R@{k}", cells))
-    rows = ("Chance", *(name for _, name in ARMS), DIFFERENCE)
-    return Table(rows, tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
+            above = chance(report["chance_R@1"]) if k == 1 else ""
+            columns.append(_recalls(f"{name}, %", f"R@{k}", arms, f"{way}_R@{k}", above))
+    return Table(("Chance", *(name for _, name in ARMS), DIFFERENCE), tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
 
 
 def cost(report: Mapping[str, Any]) -> Table:
     """Cost of every arm: its own steps and seconds, parameters, FLOPs; with the ratio below."""
-
-    def of(key: str, scale: float = 1.0) -> list[float | None]:
-        values = [number(dig(report, arm, key)) for arm, _ in ARMS]
-        return [None if value is None else value / scale for value in values]
-
-    def one(group: str, label: str, values: list[float | None], write: Callable[[list], list[str]]) -> Column:
-        return Column(group, label, (*write(values), ratio(values[3], values[2])))
-
-    def whole(values: list) -> list[str]:
-        return [count(value) for value in values]
-
-    return Table(
-        (*(name for _, name in ARMS), RATIO),
-        (
-            one("training", "steps", of("steps"), whole),
-            one("training", "seconds", of("seconds"), whole),
-            one("parameters, M", "all", of("params", 1e6), column),
-            one("parameters, M", "active", of("active_params", 1e6), column),
-            one("GFLOPs", "per pair", of("gflops_per_pair"), column),
-        ),
-        frozenset({2, 3}),
-    )
+    columns = []
+    for group, label, key, scale in _COSTS:
+        values = [report[arm][key] / scale for arm, _ in ARMS]
+        written = list(map(count, values)) if group == "training" else column(values)
+        columns.append(Column(group, label, (*written, f"×{values[3] / values[2]:.2f}")))
+    return Table((*(name for _, name in ARMS), RATIO), tuple(columns), frozenset({2, 3}))
 
 
 def overview(report: Mapping[str, Any]) -> Table:
@@ -107,28 +87,16 @@ def overview(report: Mapping[str, Any]) -> Table:
 
 
 def splits(report: Mapping[str, Any]) -> Table:
-    """R@1 of every arm on the other splits; without columns if the report has none."""
-    names: dict[str, None] = {}
-    for arm, _ in ARMS:
-        found = dig(report, arm, "splits")
-        names |= dict.fromkeys(found if isinstance(found, Mapping) else ())
+    """R@1 of every arm on the other splits."""
     columns = []
-    for split in names:
-        about: Any = next((found for arm, _ in reversed(ARMS) if (found := dig(report, arm, "splits", split))), {})
-        group = f"{svg.shorten(split, 40)}, gallery {count(dig(about, 'gallery'))}"
-        for way, _ in WAYS:
-            values = [number(dig(report, arm, "splits", split, f"{way}_R@1")) for arm, _ in ARMS]
-            cells = (chance(dig(about, "chance_R@1")), *map(percent, values), points(_lead(values)))
-            columns.append(Column(group, _TARGETS[way], cells))
-    rows = ("Chance", *(name for _, name in ARMS), DIFFERENCE)
-    return Table(rows, tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
+    for split, about in report["clip_up"]["splits"].items():
+        group = f"{svg.shorten(split, 40)}, gallery {count(about['gallery'])}"
+        arms = [report[arm]["splits"][split] for arm, _ in ARMS]
+        for way, label in _TARGETS.items():
+            columns.append(_recalls(group, label, arms, f"{way}_R@1", chance(about["chance_R@1"])))
+    return Table(("Chance", *(name for _, name in ARMS), DIFFERENCE), tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
 
 
-def _lead(values: Sequence[float | None]) -> float | None:
-    """CLIP-UP minus the dense baseline; values in the order of ARMS."""
-    continued, clip_up = values[2], values[3]
-    return None if continued is None or clip_up is None else clip_up - continued
-
-
-def _flat(found: Any) -> list[str]:
-    return [found.sentence, *found.notes]
+def _recalls(group: str, label: str, arms: Sequence[Mapping[str, Any]], key: str, above: str) -> Column:
+    values = [arm[key] for arm in arms]
+    return Column(group, label, (above, *map(percent, values), points(values[3] - values[2])))

@@ -43,7 +43,7 @@ def retrieval_examples(
     """The captions that retrieve their image with the largest margin, and those with the smallest.
 
     Returns:
-        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (from 1), "retrieved" (5 images), "model"}
+        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (from 1), "retrieved" (5 images)}
     """
     images = encode_images(model, [image for image, _, _ in samples], batch_size=256)
     captions = [texts[0] for _, texts, _ in samples]
@@ -62,7 +62,6 @@ def retrieval_examples(
                 "target": pictures[i],
                 "rank": int(rank[i]),
                 "retrieved": [pictures[j] for j in scores[i].topk(5).indices.tolist()],
-                "model": "clip_up",
             }
             for i in rows
         ]

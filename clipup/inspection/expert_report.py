@@ -10,7 +10,7 @@ Path("report.html").write_text(seen.page(), encoding="utf-8")
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from clipup_kernels import backend_info
 
 from ..clip.inputs import CheckedTokenizer
-from ..moe.layer import moe_layers
 from .expert_similarity import Similarity, in_words, model_similarity
 from .figures import expert_cards, svg
 from .figures.charts import imbalance
@@ -33,7 +32,7 @@ from .figures.svg import Figure
 from .figures.tables import Column, Table, as_html
 from .figures.token_strip import token_strip
 from .page import layer_title, template
-from .routing_trace import NO_SPARSE_LAYERS, LayerRouting, route_images, route_texts
+from .routing_trace import LayerRouting, route_images, route_texts
 from .token_words import Piece, expert_words, pieces
 
 _MAP_WIDTH, _CELL_WITH_NUMBER = 144, 14  # px
@@ -70,7 +69,7 @@ class ExpertReport:
 
     def table(self) -> Figure:
         """The table of layers: load, entropy and similarity of their experts."""
-        return Figure(as_html(self.overview(), "Load, entropy and similarity of every sparse layer"))
+        return as_html(self.overview(), "Load, entropy and similarity of every sparse layer")
 
     def overview(self) -> Table:
         """The cells of ``table``, formatted."""
@@ -145,7 +144,27 @@ class ExpertReport:
 
     def page(self, shown: int = 6) -> str:
         """All of it as one HTML page (write it as UTF-8), with the first ``shown`` images and captions."""
-        return render_experts(self, shown)
+        has_maps = any(layer.grid is not None for layer in self.of_tower("image").values())
+        captions = self.captions[:shown] if self.of_tower("text") else []
+        page = template("experts.html.j2").render(
+            name=self.name,
+            statements=statements(self),
+            images=len(self.pictures),
+            captions=len(self.captions),
+            table=self.table(),
+            narrow_maps=sum(layer.grid is not None for layer in self.layers.values()) <= _NARROW,
+            has_dense=any(one.first_to_dense is not None for one in self.similarities.values()),
+            loads=[self.load(name) for name in self.layers],
+            legend=expert_legend(max((one.num_experts for one in self.layers.values()), default=0)),
+            maps=[self.routing(index) for index in range(min(shown, len(self.pictures)))] if has_maps else [],
+            tokens=[self.tokens(index) for index in range(len(captions))],
+            similarities=[self.similarity(name) for name in self.similarities],
+            cards=[(self.title(name), layer.tower, self.cards(name)) for name, layer in self.layers.items()],
+            skipped=list(self.skipped.items())[:_MOST_SKIPPED],
+            skipped_count=len(self.skipped),
+            version=backend_info()["version"],
+        )
+        return svg.clean(page)
 
     def __repr__(self) -> str:
         return f"<ExpertReport of {self.name}: {len(self.pictures)} images, {len(self.captions)} captions>"
@@ -189,27 +208,15 @@ def inspect_experts(
         The report, whose methods draw the figures and the page.
 
     Raises:
-        TypeError: ``model`` or ``dense`` is not a module.
-        ValueError: the model has no sparse layers; neither images nor captions; images without preprocess or captions
-            without tokenizer; ``dense`` is sparse or has another architecture.
+        ValueError: the model has no sparse layers; neither images nor captions; ``dense`` is sparse or has another
+            architecture.
     """
-    if not moe_layers(model):
-        raise ValueError(NO_SPARSE_LAYERS)
     similarities = model_similarity(model, dense)
-    captions = list(captions)
-    kept: list[Image.Image] = []
-    if preprocess is not None:
-        layers = route_images(model, _prepared(images, preprocess, kept), batch_size)
-    elif next(iter(images), None) is not None:
-        raise ValueError("images need preprocess, the model's transform from image to tensor")
-    else:
-        layers = {}
+    captions, kept, split = list(captions), [], []
+    layers = route_images(model, _prepared(images, preprocess, kept), batch_size)
     if not kept and not captions:
         raise ValueError("there is nothing to inspect: images and captions are both empty")
-    split: list[list[Piece]] = []
     if captions:
-        if tokenizer is None:
-            raise ValueError("captions need tokenizer, from clipup.get_tokenizer")
         tokens = CheckedTokenizer(tokenizer, model)(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
         layers |= route_texts(model, tokens, batch_size)
@@ -260,49 +267,13 @@ def _decimals(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if math.isfinite(value) else MISSING
 
 
-def render_experts(report: ExpertReport, shown: int = 6) -> str:
-    """The page as a string, to be written as UTF-8, with all text escaped.
-
-    Args:
-        report: the result of ``inspect_experts``.
-        shown: number of images and captions, the first ones, to show with their routing.
-
-    Raises:
-        ValueError: ``shown`` is negative.
-    """
-    if shown < 0:
-        raise ValueError(f"shown must be 0 or more images and captions, got {shown}")
-    has_maps = any(layer.grid is not None for layer in report.of_tower("image").values())
-    captions = report.captions[:shown] if report.of_tower("text") else []
-    page = template("experts.html.j2").render(
-        name=report.name,
-        statements=statements(report),
-        images=len(report.pictures),
-        captions=len(report.captions),
-        table=report.table(),
-        narrow_maps=sum(layer.grid is not None for layer in report.layers.values()) <= _NARROW,
-        has_dense=any(one.first_to_dense is not None for one in report.similarities.values()),
-        loads=[report.load(name) for name in report.layers],
-        legend=expert_legend(max((one.num_experts for one in report.layers.values()), default=0)),
-        maps=[report.routing(index) for index in range(min(shown, len(report.pictures)))] if has_maps else [],
-        tokens=[report.tokens(index) for index in range(len(captions))],
-        similarities=[report.similarity(name) for name in report.similarities],
-        cards=[(report.title(name), layer.tower, report.cards(name)) for name, layer in report.layers.items()],
-        skipped=list(report.skipped.items())[:_MOST_SKIPPED],
-        skipped_count=len(report.skipped),
-        version=backend_info()["version"],
-    )
-    return svg.clean(page)
-
-
 def statements(report: ExpertReport) -> list[str]:
     """The summary, in sentences: what was run, how similar the experts are, and whether all are used."""
     found = [
         f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
-        f"{_plural(len(report.captions), 'caption')}."
+        f"{_plural(len(report.captions), 'caption')}.",
+        " ".join(filter(None, (_similarity(report, tower) for tower in _TOWERS))),
     ]
-    similarities = [_similarity(report, tower) for tower in _TOWERS]
-    found.append(" ".join(sentence for sentence in similarities if sentence))
     if report.layers:
         busiest = max(report.layers, key=lambda name: imbalance(report.layers[name].load))
         unused = {name: int((layer.load == 0).sum()) for name, layer in report.layers.items()}
@@ -318,16 +289,14 @@ def statements(report: ExpertReport) -> list[str]:
 
 def _similarity(report: ExpertReport, tower: str) -> str:
     prefix = f"{tower.capitalize()} tower"
-    alike: Mapping[str, Similarity] = {
-        name: one for name, one in report.similarities.items() if report.title(name).startswith(prefix)
-    }
-    means = [one.first_mean for one in alike.values() if math.isfinite(one.first_mean)]
+    means = [one.first_mean for name, one in report.similarities.items() if report.title(name).startswith(prefix)]
+    means = [mean for mean in means if math.isfinite(mean)]
     if not means:
         return ""
     low, high = min(means), max(means)
-    lie = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-    least, most = in_words(low), in_words(high)
-    judged = f"are {most}" if least == most else f"range from {most} to {least}"
+    lie = " to ".join(dict.fromkeys((f"{low:.3f}", f"{high:.3f}")))
+    most, least = in_words(high), in_words(low)
+    judged = f"are {most}" if most == least else f"range from {most} to {least}"
     return f"The experts of the {tower} tower {judged}: mean cosine between two experts' first matrices {lie}."
 
 

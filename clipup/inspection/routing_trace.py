@@ -68,12 +68,9 @@ class LayerRouting:
         return float(_entropy(unmasked.mean(0))) if len(unmasked) else float("nan")
 
     def maps(self) -> np.ndarray:
-        """[N, rows, columns] first-choice expert of every patch.
-
-        Raises:
-            ValueError: the layer has no grid.
-        """
-        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self._known_grid())
+        """[N, rows, columns] first-choice expert of every patch of a layer with a grid."""
+        assert self.grid is not None
+        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self.grid)
 
     def strongest(self, expert: int, count: int) -> list[tuple[int, int]]:
         """(sample, token) of the ``count`` tokens that have this expert as their first choice with the largest
@@ -86,13 +83,9 @@ class LayerRouting:
         return [(int(sample), start + int(chosen[sample].argmax())) for sample in order if best[sample] >= 0]
 
     def patch_of(self, token: int) -> tuple[int, int]:
-        """Row and column of a patch, by its token index. Raises as ``maps``."""
-        return divmod(token - self._first_patch(), self._known_grid()[1])
-
-    def _known_grid(self) -> tuple[int, int]:
-        if self.grid is None:
-            raise ValueError("this layer's tokens are in no grid of patches, so there is no map of them")
-        return self.grid
+        """Row and column of a patch, by its token index."""
+        assert self.grid is not None
+        return divmod(token - self._first_patch(), self.grid[1])
 
     def _first_patch(self) -> int:
         return 0 if self.grid is None else self.expert_indices.shape[1] - self.grid[0] * self.grid[1]
@@ -136,22 +129,14 @@ def _route(
         raise ValueError(NO_SPARSE_LAYERS)
     with _recording(layers) as found, evaluating(model):
         for batch in batches:
-            _check_finite(f"the features of {tower}s", encode(batch))
+            if not encode(batch).isfinite().all():
+                raise ValueError(f"the features of {tower}s: NaN or infinity, so the model is broken")
     routings = {}
     for name in (name for name in layers if name in found):
         shape, experts, probabilities = zip(*found[name], strict=True)
-        for chosen, shares in zip(experts, probabilities, strict=True):
-            _check_finite(f"the router of {name}", torch.from_numpy(shares[chosen[..., 0] >= 0]))
         grid = _grid(model, shape[0]) if tower == "image" else None
-        routings[name] = LayerRouting(
-            tower, _joined(experts, -1, length), _joined(probabilities, 0, length), grid
-        )  # fmt: skip
+        routings[name] = LayerRouting(tower, _joined(experts, -1, length), _joined(probabilities, 0, length), grid)
     return routings
-
-
-def _check_finite(what: str, values: Tensor) -> None:
-    if not values.isfinite().all():
-        raise ValueError(f"{what}: NaN or infinity, so its routing means nothing: the model is broken")
 
 
 def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarray:
@@ -168,13 +153,9 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
     def hook_of(name: str) -> Callable:
         def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
             last, shape = layer.state.last_routing, tuple(output.shape[:-1])
-            expert_indices, probabilities = (
-                last.expert_indices,
-                log_scores(last.logits, layer.config.score_function).softmax(-1),
-            )
-            by_sample = [
-                values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (expert_indices, probabilities)
-            ]
+            probabilities = log_scores(last.logits, layer.config.score_function).softmax(-1)
+            both = (last.expert_indices, probabilities)
+            by_sample = [values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in both]
             found.setdefault(name, []).append((shape, *by_sample))
 
         return keep

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from ..checks import check, is_int, positive_number
+from ..checks import check, positive_number, width
 from ..train.cards import Card
 from ..train.options import TrainOptions
 from .subject import Subject
@@ -31,13 +31,10 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name in ("mfu", "link_efficiency"):
-            value = getattr(self, name)
-            positive_number(name, value)
-            check(name, value, value <= 1, "above 0 and at most 1")
+            check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         if self.images_per_second is not None:
             positive_number("images_per_second", self.images_per_second)
-        nodes = self.gpus_per_node
-        check("gpus_per_node", nodes, is_int(nodes) and nodes >= 1, "a positive int")
+        width("gpus_per_node", self.gpus_per_node)
 
 
 class StepTime(NamedTuple):
@@ -55,12 +52,10 @@ class StepTime(NamedTuple):
         return self.compute + self.update + self.exposed
 
     @property
-    def limit(self) -> Literal["compute", "communication", "optimizer"]:
+    def limit(self) -> str:
         """What takes the largest part of a step."""
-        largest = max(self.compute, self.exposed, self.update)
-        if largest == self.compute:
-            return "compute"
-        return "communication" if largest == self.exposed else "optimizer"
+        parts = {"compute": self.compute, "communication": self.exposed, "optimizer": self.update}
+        return max(parts, key=lambda name: parts[name])
 
 
 def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:

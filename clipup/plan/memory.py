@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from ..precision import Precision
 from ..train.chunked_losses import LOGITS_AT_ONCE
 from ..train.options import TrainOptions
 from .activations import LayerTokens
@@ -115,13 +116,11 @@ def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
 def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
     """Each sparse layer also keeps the rows that its experts received and the results that came back, with gates and
     places, if ranks receive equally many; while they travel, both ends have a buffer."""
-    found = subject.activations(options)
-    per_layer = {
-        layer.name: rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
-        for layer in found.layers
-    }
-    kept = [size for name, size in per_layer.items() if not found.is_silent(name)]
-    return (max(kept, default=0) if options.grad_checkpointing else sum(kept)) + max(per_layer.values())
+    sizes = [
+        rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
+        for layer in subject.activations(options).layers
+    ]
+    return (max(sizes) if options.grad_checkpointing else sum(sizes)) + max(sizes)
 
 
 def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
@@ -132,6 +131,14 @@ def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
     return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
 
 
+def bytes_per_logit(siglip: bool, precision: Precision) -> int:
+    """Bytes that the contrastive loss saves for each logit, an image compared with a text, of logits that are not
+    computed in chunks; the softmax loss has two, one per direction."""
+    if siglip:
+        return 6 if precision in ("amp", "amp_bf16") else 12
+    return 8
+
+
 def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     own = options.batch_size * options.accum_freq
     columns = own * gpus
@@ -140,8 +147,7 @@ def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     compared = own if options.siglip else columns
     chunked = at_once < rows and not options.siglip
     found = subject.activations(options)
-    per_logit = subject.per_logit[options.siglip]
-    held = per_logit * (at_once * columns / 2 if chunked else rows * columns)
+    held = bytes_per_logit(options.siglip, subject.precision) * (at_once * columns / 2 if chunked else rows * columns)
     features = 4 * columns * found.feature_width * found.feature_bytes
     working = 12 * at_once * compared
     return [

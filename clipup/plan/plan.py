@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .traffic import Transfer, traffic
 
 SPREAD = ("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "ep", "grad_checkpointing", "accum_freq")
 """The options that a proposal chooses."""
-_MOST_ACCUMULATED, _AS_SHORT = 64, 1.05
+_AS_SHORT = 1.05
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Cluster:
     """Of one GPU and hour."""
 
     def __post_init__(self) -> None:
-        checks.check("gpus", self.gpus, checks.is_int(self.gpus) and self.gpus >= 1, "a positive int")
+        checks.width("gpus", self.gpus)
         checks.number("reserve", self.reserve)
         checks.check("reserve", self.reserve, self.reserve >= 0, "0 or more")
         if self.price is not None:
@@ -94,13 +95,12 @@ def plan(
         ValueError: the batch cannot be divided among the ranks, captions are longer than the context, or ``clipup
             train`` would refuse the options.
     """
-    checks.check("batch", batch, checks.is_int(batch) and batch >= 1, "a positive int")
+    checks.width("batch", batch)
     if caption_tokens is not None:
-        checks.number("caption_tokens", caption_tokens)
         longest = text_length(subject.model)
         checks.check("caption_tokens", caption_tokens, 1 <= caption_tokens <= longest, f"1 to {longest}, the context")
     parts = cluster.gpus * options.accum_freq
-    if batch % parts or batch < parts:
+    if batch % parts:
         raise ValueError(
             f"batch must be a multiple of gpus * accum_freq = {cluster.gpus} * {options.accum_freq}, got {batch}"
         )
@@ -142,21 +142,13 @@ def propose(
 
 def _settings(subject: Subject, cluster: Cluster, batch: int) -> Iterator[dict[str, Any]]:
     gpus, node = cluster.gpus, cluster.rates.gpus_per_node
-    experts = subject.experts
-    divisors = [n for n in range(2, min(experts, gpus) + 1) if experts % n == 0 and gpus % n == 0]
-    accumulated = [n for n in (2**i for i in range(7)) if n <= _MOST_ACCUMULATED and batch % (gpus * n) == 0]
-    sharded: dict[str, Any] = {"fsdp": True}
-    spreads: list[dict[str, Any]] = [{"fsdp": False, "fsdp_replicas": 1, "fsdp_no_reshard_after_forward": False}]
-    if gpus > 1:
-        replicas = [1] + ([gpus // node] if gpus > node and gpus % node == 0 else [])
-        spreads += [
-            {**sharded, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept}
-            for count in replicas
-            for kept in (False, True)
-        ]
-    for spread in spreads:
-        offload = {} if spread["fsdp"] else {"fsdp_offload_cpu": False}
-        for ep in (1, *divisors):
-            for checkpointed in (False, True):
-                for count in accumulated:
-                    yield {**spread, **offload, "ep": ep, "grad_checkpointing": checkpointed, "accum_freq": count}
+    replicas = [1, gpus // node] if gpus > node and gpus % node == 0 else [1]
+    whole = dict.fromkeys(("fsdp", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"), False)
+    spreads: list[dict[str, Any]] = [{**whole, "fsdp_replicas": 1}]
+    for count, kept in product(replicas if gpus > 1 else [], (False, True)):
+        spreads.append({"fsdp": True, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept})
+    experts = max(1, subject.experts)
+    divisors = [n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0]
+    accumulated = [2**i for i in range(7) if batch % (gpus * 2**i) == 0]
+    for spread, ep, checkpointed, count in product(spreads, divisors, (False, True), accumulated):
+        yield {**spread, "ep": ep, "grad_checkpointing": checkpointed, "accum_freq": count}

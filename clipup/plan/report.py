@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .plan import Cluster, Plan
-from .traffic import Transfer
 
 _HOW = {
     "exact": "as a run holds it",
@@ -71,11 +70,11 @@ def _memory(made: Plan, cluster: Cluster) -> list[str]:
 def _traffic(made: Plan) -> list[str]:
     lines = ["traffic of a step and rank (payload: what the collectives are called with; sent: a model)"]
     lines.append(f"  {'':<20}{'payload':>12}{'sent':>12}{'time':>12}")
-    for kind, transfers in _by_kind(made.traffic).items():
+    for kind, seconds in made.time.by_kind.items():
+        transfers = [one for one in made.traffic if one.kind == kind]
         payload, wire = (sum(values) for values in zip(*((one.payload, one.wire) for one in transfers), strict=True))
         beside = "beside computation" if all(one.overlapped for one in transfers) else "waited for"
-        seconds = _seconds(made.time.by_kind[kind])
-        lines.append(f"  {kind:<20}{_gb(payload):>12}{_gb(wire):>12}{seconds:>12}  {beside}")
+        lines.append(f"  {kind:<20}{_gb(payload):>12}{_gb(wire):>12}{_seconds(seconds):>12}  {beside}")
     return lines if made.traffic else [lines[0], "  none"]
 
 
@@ -115,13 +114,6 @@ def _run(made: Plan, cluster: Cluster, length: Length) -> dict[str, Any]:
     hours = length.steps * made.time.total / 3600
     price = None if cluster.price is None else hours * cluster.gpus * cluster.price
     return {"hours": hours, "gpu_hours": hours * cluster.gpus, "price": price}
-
-
-def _by_kind(transfers: list[Transfer]) -> dict[str, list[Transfer]]:
-    kinds: dict[str, list[Transfer]] = {}
-    for transfer in transfers:
-        kinds.setdefault(transfer.kind, []).append(transfer)
-    return kinds
 
 
 def _row(name: str, value: str, note: str) -> str:

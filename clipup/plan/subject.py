@@ -17,7 +17,7 @@ from ..precision import Precision
 from ..train.objectives import SigmoidObjective
 from ..train.options import TrainOptions
 from ..upcycling.upcycle import upcycle
-from .activations import Activations, activations, bytes_per_logit
+from .activations import Activations, activations
 from .units import Unit, has_half_units, units
 
 
@@ -56,11 +56,6 @@ class Subject:
         return self._activations[half]
 
     @cached_property
-    def per_logit(self) -> dict[bool, float]:
-        """Saved bytes per logit of the softmax loss (False) and of the sigmoid loss (True)."""
-        return {siglip: bytes_per_logit(siglip, self.precision) for siglip in (False, True)}
-
-    @cached_property
     def counts(self) -> flops.TowerCounts:
         """FLOPs of one image and one text forward, and parameters."""
         return flops.count(self.model)
@@ -85,7 +80,5 @@ class Subject:
         """``units.units`` of the model, once for each way to spread it."""
         key = (options.fsdp, options.fsdp_replicas, options.ep, gpus)
         if key not in self._units:
-            found = self.activations(options)
-            apart = found.encoder_calls > 0
-            self._units[key] = units(self.model, options, gpus, self.precision, found.silent_blocks, apart)
+            self._units[key] = units(self.model, options, gpus, self.precision)
         return self._units[key]

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import open_clip
+
 from ..train.options import TrainOptions
 from .memory import rows_per_pair
 from .subject import Subject
 from .units import Unit
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "copy"]
+_ENCODERS_ARE_CALLED = open_clip.__version__.startswith("3.")
 _SHARE_SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 """Sent bytes of a collective among many ranks, as a multiple of its payload."""
 
@@ -50,11 +53,10 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
             whole context.
     """
     parts = subject.units(options, gpus)
-    encoder_calls = subject.activations(options).encoder_calls
-    found = [*_gradients(parts), *_gathers(parts, options, encoder_calls), *_rows(subject, options, caption_tokens)]
+    found = [*_gradients(parts), *_gathers(parts, options), *_rows(subject, options, caption_tokens)]
     found += [*_features(subject, options, gpus), *_small(subject, options, gpus, parts)]
     if options.fsdp_offload_cpu:
-        found += _offloaded(parts, options, encoder_calls)
+        found += _offloaded(parts, options)
     return [
         transfer for transfer in found if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
     ]
@@ -73,24 +75,22 @@ def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
             yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
 
 
-def _gathers(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> Iterator[Transfer]:
+def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     for unit in parts:
         if unit.shards > 1:
-            times = gathers_per_step(unit, options, encoder_calls)
+            times = gathers_per_step(unit, options)
             yield Transfer("parameters", "all_gather", times * unit.gathered_bytes, unit.shards, unit.stride, True)
 
 
-def gathers_per_step(unit: Unit, options: TrainOptions, encoder_calls: int) -> int:
-    """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. Where the
-    forward pass calls encoders, what belongs to no block is gathered for each of them, or for each pass if it stays
-    gathered. What has no backward pass, in a locked tower, is not gathered for it."""
+def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
+    """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. The forward
+    pass of open_clip 3 calls both encoders: what belongs to no block is gathered for each of them, or for each pass if
+    it stays gathered."""
     forward, backward = forward_passes(options), options.accum_freq
-    if not unit.backward:
-        return backward if options.fsdp_no_reshard_after_forward else forward
-    by_encoders = unit.kind == "root" and encoder_calls > 0
+    by_encoders = unit.kind == "root" and _ENCODERS_ARE_CALLED
     if options.fsdp_no_reshard_after_forward:
         return forward + backward if by_encoders else backward
-    return (encoder_calls if by_encoders else 1) * forward + backward
+    return (2 if by_encoders else 1) * forward + backward
 
 
 def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
@@ -98,13 +98,10 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
     backward pass repeats the forward's exchanges."""
     if options.ep == 1:
         return
-    found = subject.activations(options)
-    for layer in found.layers:
+    for layer in subject.activations(options).layers:
         config = subject.sparse[layer.name]
-        forward, backward = forward_passes(options), 0
-        if not found.is_silent(layer.name):
-            forward += options.accum_freq if options.grad_checkpointing else 0
-            backward = options.accum_freq
+        backward = options.accum_freq
+        forward = forward_passes(options) + (backward if options.grad_checkpointing else 0)
         rows = rows_per_pair(subject, layer) * options.batch_size
         if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
             rows *= min(1.0, caption_tokens / layer.per_pair)
@@ -141,8 +138,8 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
     yield Transfer("small gradients and counts", "all_reduce", size * (1 if once else 2), gpus)
 
 
-def _offloaded(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> Iterator[Transfer]:
+def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     """Shards go to the GPU before each gather, and their gradients come back."""
     for unit in parts:
-        there = gathers_per_step(unit, options, encoder_calls) * unit.shard_bytes
+        there = gathers_per_step(unit, options) * unit.shard_bytes
         yield Transfer("host", "copy", there + unit.trained_bytes, 1, overlapped=True)

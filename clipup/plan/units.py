@@ -6,7 +6,7 @@ The rules are those of ``clipup.train.ranks.parallel``; tests compare them with 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -38,20 +38,10 @@ class Parameter(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """Elements of one shard, as FSDP2 allocates it: the axis is divided into equal parts, rounded up."""
-        return self.numel if self.shards == 1 else self._rows * self.numel // self.shape[self.axis]
-
-    @property
-    def _rows(self) -> int:
-        return -(-self.shape[self.axis] // self.shards)
-
-    def held(self, shard: int) -> int:
-        """Elements of a shard without padding; the last ones may have fewer, or none."""
-        if self.shards == 1:
-            return self.numel
-        length = self.shape[self.axis]
-        rows = max(0, min(self._rows, length - shard * self._rows))
-        return rows * self.numel // length
+        """Elements of one shard, as FSDP2 allocates it: the axis is divided into equal parts, rounded up. The first
+        rank's are all used."""
+        length = self.shape[self.axis] if self.shards > 1 else 1
+        return -(-length // self.shards) * self.numel // length
 
 
 Kind = Literal["replicated", "unsharded", "root", "block", "experts", "shared", "router"]
@@ -72,8 +62,6 @@ class Unit(NamedTuple):
     """Ranks that hold the same shard."""
     in_half: bool = False
     """Whether the parameters, in float32, are gathered in bfloat16."""
-    backward: bool = True
-    """Whether they are gathered for a backward pass too."""
 
     @property
     def fsdp(self) -> bool:
@@ -109,12 +97,6 @@ class Unit(NamedTuple):
         """Of one shard, with padding."""
         return sum(parameter.padded * parameter.bytes_each for parameter in self.parameters)
 
-    def held_bytes(self, rank: int, trained: bool = False) -> int:
-        """Of a rank's shard, without padding; ``trained``: of its gradients."""
-        shard = rank // self.stride % self.shards
-        counted = self.trained if trained else self.parameters
-        return sum(parameter.held(shard) * parameter.bytes_each for parameter in counted)
-
 
 def has_half_units(options: TrainOptions, precision: Precision) -> bool:
     """Whether blocks and experts are gathered in bfloat16."""
@@ -135,15 +117,8 @@ def units(
     options: TrainOptions,
     gpus: int,
     precision: Precision,
-    silent: Collection[str] = (),
-    towers_apart: bool = True,
 ) -> list[Unit]:
-    """The units of a model, on any device.
-
-    Args:
-        silent: names of the blocks that have no backward pass.
-        towers_apart: FSDP2 sees a forward pass of each tower, as in open_clip 3, instead of one of the model.
-    """
+    """The units of a model, on any device."""
     if not options.is_sharded:
         parameters = tuple(_parameters(model.named_parameters(), 1))
         return [Unit("replicated", parameters, 1, 1, gpus)]
@@ -157,23 +132,16 @@ def units(
 
     half = has_half_units(options, precision)
 
-    blocks = [tower_blocks(model, tower) for tower in towers(model)]
-    passes = blocks if towers_apart else [{name: block for each in blocks for name, block in each.items()}]
-    of_silent = {id(module) for each in passes for module in _without_backward(each, silent, not towers_apart)}
-
     def add(kind: Kind, module: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
         taken.update(id(parameter) for _, parameter in named)
-        if not named:
-            return
         in_half = half and kind in _IN_HALF
-        backward = id(module) not in of_silent
         if kind == "experts":
             own = tuple(_parameters(named, shards, axis=1, divided=ep))
-            found.append(Unit(kind, own, shards, ep, replicas, in_half, backward))
-        else:
+            found.append(Unit(kind, own, shards, ep, replicas, in_half))
+        elif named:
             own = tuple(_parameters(named, dense_shards, longer_axis=kind == "block"))
-            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half, backward))
+            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half))
 
     if ep > 1 or half:
         for router in _routers(model):
@@ -188,18 +156,6 @@ def units(
             add("block", block)
     add("root", model)
     return found
-
-
-def _without_backward(blocks: dict[str, nn.Module], silent: Collection[str], whole_model: bool) -> Iterator[nn.Module]:
-    """Modules of the silent ones among the blocks of a forward pass, which are not gathered for a backward pass. The
-    last of them before a trained block, or before the end of the whole model's pass, is all the same: FSDP2 gathers it
-    while the backward pass of what follows runs."""
-    names = list(blocks)
-    for place, name in enumerate(names):
-        if name in silent:
-            last = place + 1 == len(names)
-            gathered_ahead = whole_model if last else names[place + 1] not in silent
-            yield from (module for module in blocks[name].modules() if not (gathered_ahead and module is blocks[name]))
 
 
 def _routers(model: nn.Module) -> list[Router]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from clipup.inspection.figures import svg
 from clipup.inspection.figures.charts import Series, line_chart
-from clipup.inspection.figures.format import percent_tick, short
+from clipup.inspection.figures.format import short
 
 from . import results
 from .results import Result
@@ -53,8 +53,7 @@ def _over_training(tables: Tables) -> dict[str, str]:
         "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
         "similarity": (alike, "Mean cosine between two experts of a layer", "step of the run", "cosine"),
     }
-    formats = {"recall": percent_tick}
-    return {name: _chart(*content, formats.get(name, short)) for name, content in figures.items()}
+    return {name: _chart(*content, percent=name == "recall") for name, content in figures.items()}
 
 
 def _over_starts(tables: Tables, arm: str = "clip_up") -> str:
@@ -76,7 +75,7 @@ def _over_starts(tables: Tables, arm: str = "clip_up") -> str:
         for other, found in leads.items()
     ]
     title = f"Lead of {label(arm)} in R@1, styles and names, with 95 % intervals over seeds"
-    return _chart(series, title, "steps of the start", "points", short, [(0, "no lead")])
+    return _chart(series, title, "steps of the start", "points", levels=[(0, "no lead")])
 
 
 def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
@@ -92,10 +91,10 @@ def _chart(
     title: str,
     x: str,
     y: str,
-    form: Callable[[float], str],
+    percent: bool = False,
     levels: Sequence[tuple[float, str]] = (),
 ) -> str:
-    drawn = line_chart(series, title, x, y, form, levels=levels, width=_WIDTH, height=_HEIGHT)
+    drawn = line_chart(series, title, x, y, percent=percent, levels=levels, width=_WIDTH, height=_HEIGHT)
     return svg.on_white(drawn, _WIDTH, _HEIGHT)
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from ...checks import check, width
 from ...data import shard_writer
 from ...data.processes import each
 from ...progress import progress as shown
@@ -30,7 +30,6 @@ from .sources import Concept, Rendering
 FORMAT = 2
 """Incremented when the same drawings, captions and options give a different data set."""
 
-_LOG = logging.getLogger(__name__)
 _RULES = {
     "test": "one rendering of a concept is held out, its other renderings are in training; drawings from the same "
     "source that differ from it only in skin tone are left out of training",
@@ -66,10 +65,8 @@ def build(
         ImportError: a package that carries drawings or names is missing.
         ValueError: an argument is out of range, or `out` holds something else (which stays as it is).
     """
-    if not isinstance(size, int) or not 8 <= size <= 512:
-        raise ValueError(f"size: got {size!r}, expected a number of pixels from 8 to 512")
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard: got {samples_per_shard}, expected at least 1")
+    check("size", size, 8 <= size <= 512, "8 to 512 pixels")
+    width("samples_per_shard", samples_per_shard)
     out = Path(out)
     versions = sources.versions()
     chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
@@ -95,10 +92,10 @@ def _build(
 ) -> dict:
     assigned = splits.assign(chosen)
     pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
-    images, skipped = _render(pairs, options["size"], processes, progress)
+    images = _render(pairs, options["size"], processes, progress)
     pairs, same = _one_picture_one_split(pairs, images)
     if not pairs["train"]:
-        raise ValueError("the training split is empty: no drawing could be read, or `only` selects none")
+        raise ValueError("the training split is empty: `only` selects none")
     with shard_writer.appearing_whole(out) as directory:
         written = {
             split: shard_writer.write_shards(directory, split, _samples(members, images), options["samples_per_shard"])
@@ -120,7 +117,6 @@ def _build(
                 "concepts_share": splits.CONCEPTS_SHARE,
             },
             "sources": credits,
-            "skipped": skipped,
             "left_out_same_picture": same,
         }
         (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
@@ -128,52 +124,32 @@ def _build(
     return dataset
 
 
-def _render(
-    pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool
-) -> tuple[dict[str, bytes], list[dict]]:
-    """All images by key, and the unreadable ones with the reason."""
+def _render(pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool) -> dict[str, bytes]:
+    """All images by key."""
     renderings = [rendering for members in pairs.values() for _, rendering in members]
-    images, skipped = {}, []
-    results = each(partial(_render_one, size=size), renderings, processes)
-    bar = shown(results, "drawing pictograms", "images", total=len(renderings), show=progress)
-    for rendering, (png, reason) in zip(renderings, bar, strict=True):
-        if png is None:
-            skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})
-        else:
-            images[rendering.key] = png
-    for entry in skipped:
-        _LOG.warning("skipped %s: %s cannot be read (%s)", entry["key"], entry["file"], entry["reason"])
-    return images, skipped
-
-
-def _render_one(rendering: Rendering, size: int) -> tuple[bytes | None, str]:
-    try:
-        return sources.render(rendering, size), ""
-    except (OSError, ValueError, SyntaxError) as error:  # PIL reports a broken PNG as SyntaxError
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    drawn = each(partial(sources.render, size=size), renderings, processes)
+    bar = shown(drawn, "drawing pictograms", "images", total=len(renderings), show=progress)
+    return {rendering.key: png for rendering, png in zip(renderings, bar, strict=True)}
 
 
 def _one_picture_one_split(
     pairs: dict[str, list[Pair]], images: dict[str, bytes]
 ) -> tuple[dict[str, list[Pair]], dict[str, int]]:
-    """Removes unreadable images, and images that a gallery already holds (a few drawings are equal in two weights or
-    for two emoji) from that gallery, the other one and training.
+    """Removes images that a gallery already holds (a few drawings are equal in two weights or for two emoji) from that
+    gallery, the other one and training.
 
-    Returns what is kept, and the number of images by split that were removed because a gallery holds them.
+    Returns what is kept, and the number of images by split that were removed.
     """
     galleries: set[bytes] = set()
-    kept: dict[str, list[Pair]] = {}
+    kept: dict[str, list[Pair]] = {split: [] for split in pairs}
     for split in ("test", "concepts", "train"):
-        kept[split] = []
         for concept, rendering in pairs[split]:
-            png = images.get(rendering.key)
-            if png is None or png in galleries:
-                continue
-            kept[split].append((concept, rendering))
+            png = images[rendering.key]
+            if png not in galleries:
+                kept[split].append((concept, rendering))
             if split != "train":
                 galleries.add(png)
-    readable = {split: sum(rendering.key in images for _, rendering in members) for split, members in pairs.items()}
-    return {split: kept[split] for split in pairs}, {split: readable[split] - len(kept[split]) for split in pairs}
+    return kept, {split: len(members) - len(kept[split]) for split, members in pairs.items()}
 
 
 def _samples(members: Iterable[Pair], images: dict[str, bytes]) -> list[shard_writer.Sample]:

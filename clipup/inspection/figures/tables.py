@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 
 from . import svg
+from .svg import Figure
 
 
 @dataclass(frozen=True)
@@ -30,72 +32,40 @@ class Table:
     strong: frozenset[int] = frozenset()
     classes: Mapping[str, str] = field(default_factory=dict)
 
-    def groups(self) -> list[tuple[str, int]]:
-        """Group headings in order, each with the number of columns it spans."""
-        spans: list[tuple[str, int]] = []
-        for one in self.columns:
-            if spans and spans[-1][0] == one.group:
-                spans[-1] = (one.group, spans[-1][1] + 1)
-            else:
-                spans.append((one.group, 1))
-        return spans
+    def groups(self) -> list[tuple[str, list[Column]]]:
+        """Group headings in order, each with its columns."""
+        return [(name, list(columns)) for name, columns in groupby(self.columns, key=lambda one: one.group)]
 
 
 def as_text(table: Table) -> str:
     """The table as text, cells right-aligned, groups above their columns."""
-    first = max(map(len, table.rows))
-    groups = table.groups()
-    widths = [max(len(one.label), *map(len, one.cells)) for one in table.columns]
-    position = 0
-    for group, size in groups:  # a heading wider than its columns widens the first one
-        taken = sum(widths[position : position + size]) + 2 * (size - 1)
-        widths[position] += max(0, len(group) - taken)
-        position += size
-    tops, position = [], 0
-    for group, size in groups:
-        tops.append(group.rjust(sum(widths[position : position + size]) + 2 * (size - 1)))
-        position += size
-    lines = [" " * first + "  " + "  ".join(tops), _text_row("", [one.label for one in table.columns], first, widths)]
-    lines.append("-" * len(lines[-1]))
-    lines += [
-        _text_row(name, [one.cells[index] for one in table.columns], first, widths)
-        for index, name in enumerate(table.rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    blocks = [_flush(["", "", *table.rows], str.ljust)]
+    for group, columns in table.groups():
+        cells = [_flush([one.label, *one.cells], str.rjust) for one in columns]
+        blocks.append(_flush([group, *map("  ".join, zip(*cells, strict=True))], str.rjust))
+    groups, labels, *rows = ["  ".join(line).rstrip() for line in zip(*blocks, strict=True)]
+    return "\n".join([groups, labels, "-" * len(labels), *rows])
 
 
-def as_html(table: Table, label: str) -> str:
+def as_html(table: Table, label: str) -> Figure:
     """The table as HTML, named ``label`` for screen readers; wide tables scroll sideways."""
-    heads = svg.element("td", "") + "".join(
-        svg.element("th", escape(group), colspan=size, scope="colgroup") for group, size in table.groups()
-    )
-    firsts = _first_of_group(table)
-    labels = svg.element("td", "") + "".join(
-        svg.element("th", escape(one.label), scope="col", class_="first" if index in firsts else None)
-        for index, one in enumerate(table.columns)
-    )
-    head = svg.element("thead", svg.element("tr", heads, class_="groups"), svg.element("tr", labels))
-    body = svg.element("tbody", *(_html_row(table, index, name, firsts) for index, name in enumerate(table.rows)))
-    whole = svg.element("table", head, body, aria_label=label)
-    return svg.element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label)
+    groups, labels, rows = [svg.element("td", "")], [svg.element("td", "")], [[] for _ in table.rows]
+    for group, columns in table.groups():
+        groups.append(svg.element("th", escape(group), colspan=len(columns), scope="colgroup"))
+        for place, one in enumerate(columns):
+            of_group = None if place else "first"
+            labels.append(svg.element("th", escape(one.label), scope="col", class_=of_group))
+            for row, cell in zip(rows, one.cells, strict=True):
+                row.append(svg.element("td", escape(cell), class_=of_group))
+    body = []
+    for index, (name, cells) in enumerate(zip(table.rows, rows, strict=True)):
+        kind = "strong" if index in table.strong else table.classes.get(name)
+        body.append(svg.element("tr", svg.element("th", escape(name), scope="row"), *cells, class_=kind))
+    head = svg.element("thead", svg.element("tr", *groups, class_="groups"), svg.element("tr", *labels))
+    whole = svg.element("table", head, svg.element("tbody", *body), aria_label=label)
+    return Figure(svg.element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label))
 
 
-def _html_row(table: Table, index: int, name: str, firsts: set[int]) -> str:
-    cells = "".join(
-        svg.element("td", escape(one.cells[index]), class_="first" if place in firsts else None)
-        for place, one in enumerate(table.columns)
-    )
-    kind = "strong" if index in table.strong else table.classes.get(name)
-    return svg.element("tr", svg.element("th", escape(name), scope="row"), cells, class_=kind)
-
-
-def _first_of_group(table: Table) -> set[int]:
-    places, position = set(), 0
-    for _, size in table.groups():
-        places.add(position)
-        position += size
-    return places
-
-
-def _text_row(name: str, cells: Iterable[str], first: int, widths: Sequence[int]) -> str:
-    return name.ljust(first) + "  " + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+def _flush(cells: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, cells))
+    return [justify(cell, width) for cell in cells]

@@ -24,11 +24,6 @@ def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figu
     others become tooltips. Padding and masked tokens (-1) are omitted. ``label`` is put in front.
     """
     choices = np.asarray(experts)
-    if len(choices) != len(caption) or not np.issubdtype(choices.dtype, np.integer):
-        raise ValueError(
-            f"experts is {choices.dtype} of shape {choices.shape}; it must be integers, one or more for each of "
-            f"{len(caption)} tokens"
-        )
     choices = choices[:, None] if choices.ndim == 1 else choices
     spans, before = [], None
     for piece, of_token in zip(caption, choices, strict=True):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tiny_clip import tiny_clip, tiny_config
-from tiny_families import HUGGING_FACE, TIMM, bert_config, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
 
 from clipup import MoEConfig, save_pretrained, upcycle
 from clipup.cli import main
@@ -113,12 +113,6 @@ def test_coca_has_three_towers(tmp_path, capsys):
     assert decoder["blocks"][1]["name"] == "text_decoder.cross_attn.0"
 
 
-def test_hugging_face_tower_is_read(tmp_path, capsys):
-    cfg = hugging_face_cfg(bert_config("Roberta"), tmp_path / "text")
-    assert main(["doctor", saved(build(cfg), cfg, tmp_path / "clip")]) == 0
-    assert "RobertaLayer" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE])
 def test_diagnosis_agrees_with_upcycle(name, tmp_path):
     is_timm = name in TIMM
@@ -144,18 +138,6 @@ def test_unsupported_block_is_refused_only_if_it_is_selected():
     assert refused.blocks[2].status == "refused" and refused.refused.startswith(
         "blocks.2: cannot read an MLP with activ"
     )
-
-
-def test_help_and_usage_list_doctor(capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor", "--help"])
-    assert "--capacity-factor" in capsys.readouterr().out
-    assert main([]) == 2 and "doctor" in capsys.readouterr().out
-
-
-def test_unknown_model_is_one_line(capsys):
-    assert main(["doctor", "no-such-model"]) == 2
-    assert capsys.readouterr().err.startswith("clipup doctor: 'no-such-model' is neither an open_clip model")
 
 
 @pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")

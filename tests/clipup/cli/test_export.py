@@ -12,7 +12,7 @@ import clipup
 from clipup import MoEConfig, upcycle
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
-from clipup.models.exporting import export_encoders, save_encoders
+from clipup.models.exporting import save_encoders
 
 
 @pytest.fixture(params=[pytest.param("dense", marks=pytest.mark.slow), "sparse"])
@@ -53,12 +53,6 @@ def test_programs_of_another_model_do_not_stay_beside_new_ones(tmp_path):
     images_only = upcycle(timm_model(next(iter(TIMM))), MoEConfig(towers=("image",), num_experts=4))
     assert set(save_encoders(images_only, tmp_path)) == {"image"}
     assert [path.name for path in tmp_path.iterdir()] == ["image.pt2"]
-
-
-def test_the_model_is_left_as_it_was():
-    model = tiny_clip().train()
-    export_encoders(model)
-    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
 
 
 LOADER = """

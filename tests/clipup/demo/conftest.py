@@ -33,6 +33,8 @@ def make_report(to_image=0.2433, to_text=0.2461):
         },
         "dense_continued": arm(0.231, 0.239, 400, 58.4, 843_521, 843_521, 0.01234),
         "clip_up": arm(to_image, to_text, 400, 78.0, 1_772_033, 1_013_345, 0.01633),
+        "options": {"seed": 0},
+        "moe_cfg": {"num_experts": 8, "blocks": {"image": [1, 3]}},
         "machine": {"processor": "Abacus-7", "threads": 2},
     }
 
@@ -57,7 +59,7 @@ def make_inputs(report, experts=8):
         return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
     def retrieval(rank):
-        shown = {"caption": "smiling cat", "target": picture(), "rank": rank, "model": "clip_up"}
+        shown = {"caption": "smiling cat", "target": picture(), "rank": rank}
         return {**shown, "retrieved": [picture() for _ in range(5)]}
 
     shares = rng.dirichlet(np.full(experts, 40.0), 400).tolist()
@@ -79,6 +81,7 @@ def make_inputs(report, experts=8):
         ],
         "retrievals": {"best": [retrieval(1)], "worst": [retrieval(871)]},
         "data_notes": {
+            "left_out": "drawings that are nearly one of the test split",
             "splits": {"test": {"images": 1012, "captions": 3988, "rule": "one rendering is held out"}},
             "licences": [
                 {"name": "Drawings", "licence": "CC-BY-4.0", "artist": "A. Painter", "url": "https://example.org/"}

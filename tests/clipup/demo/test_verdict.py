@@ -1,6 +1,3 @@
-import copy
-import re
-
 import pytest
 
 from clipup.demo.verdict import verdict
@@ -53,8 +50,6 @@ def test_a_lead_counts_from_two_standard_errors_on(make):
     assert "is ahead of" in verdict(report).sentence
     report["data"]["test_images"] = 192
     assert "level within the sampling error" in verdict(report).sentence
-    del report["data"]["test_images"]
-    assert "is ahead of" in verdict(report).sentence
 
 
 def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of(make):
@@ -63,36 +58,7 @@ def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of
     assert "+0.7 points of R@1 image → text (24.6 against 23.9 %)" in sentence
 
 
-def test_a_win_and_a_loss_are_told_in_the_same_words(make):
-    win, loss = (verdict(make.report(DENSE_TO_IMAGE + lead, DENSE_TO_TEXT + lead)) for lead in (0.06, -0.06))
-    without = [
-        re.sub(r"ahead of|behind", "", re.sub(r"[+−]?\d+\.\d", "0", " ".join([found.sentence, *found.notes])))
-        for found in (win, loss)
-    ]
-    assert without[0] == without[1]
-
-
-def test_one_seed_is_named_and_significance_is_not_claimed(report):
-    found = verdict(report)
-    assert "with one seed" in found.sentence
-    assert any(
-        "No claim of significance" in note and "below 3.8 points (2 standard errors)" in note for note in found.notes
-    )
-
-
-def test_more_compute_at_equal_steps_is_admitted(report):
-    assert any("1.32 times the FLOPs" in note for note in verdict(report).notes)
-
-
-def test_unequal_steps_are_admitted(report):
-    report["clip_up"]["steps"] = 800
-    assert verdict(report).sentence.startswith("At unequal steps (800 against 400)")
-
-
-@pytest.mark.parametrize("broken", [None, float("nan"), "?"])
-def test_there_is_no_verdict_without_the_numbers(report, broken):
-    report = copy.deepcopy(report)
-    report["clip_up"]["text_to_image_R@1"] = broken
-    assert verdict(report) == ("No verdict: text_to_image_R@1 of clip_up is not in the report.", ())
-    del report["clip_up"]
-    assert verdict(report).sentence.startswith("No verdict: text_to_image_R@1 of clip_up, image_to_text_R@1 of clip_up")
+def test_one_seed_and_unequal_compute_are_named_and_significance_is_not_claimed(report):
+    sentence, (sampling, compute) = verdict(report)
+    assert "with one seed" in sentence and "1.32 times the FLOPs" in compute
+    assert "No claim of significance" in sampling and "below 3.8 points (2 standard errors)" in sampling

