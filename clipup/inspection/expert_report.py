@@ -189,8 +189,8 @@ def inspect_experts(
     images: Iterable[Image.Image] = (),
     captions: Sequence[str] = (),
     *,
-    preprocess: Callable[[Image.Image], Tensor] | None = None,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    preprocess: Any = None,
+    tokenizer: Any = None,
     dense: nn.Module | None = None,
     name: str = "model",
     batch_size: int = 32,
@@ -212,7 +212,8 @@ def inspect_experts(
             architecture.
     """
     similarities = model_similarity(model, dense)
-    captions, kept, split = list(captions), [], []
+    captions, split = list(captions), []
+    kept: list[Image.Image] = []
     layers = route_images(model, _prepared(images, preprocess, kept), batch_size)
     if not kept and not captions:
         raise ValueError("there is nothing to inspect: images and captions are both empty")

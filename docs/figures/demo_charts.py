@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-CHARTS = ("Contrastive loss, the continuations alone", "R@1 text → image", "R@1 image → text", "Image tower, block 1")
+CHARTS = ("Contrastive loss, continued training", "R@1 text → image", "R@1 image → text", "Image tower, block 1")
 COLUMNS, GAP = 2, 24  # px
 
 

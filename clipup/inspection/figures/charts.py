@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _INK = "#010203"  # becomes the page's text color
 _SOFT, _RULE = _INK + "b0", _INK + "22"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipup",  # ids depend on content alone
     "text.parse_math": False,  # a dollar sign is a dollar sign
@@ -128,9 +128,9 @@ def line_chart(
                 x += step * (beside.index(one) - (len(beside) - 1) / 2)
                 look |= {"yerr": np.array(one.half_intervals, float), "elinewidth": 1.5, "capsize": 4}
             axes.errorbar(x, np.array(one.y, float), marker="o" if one.points else "", label=one.label, **look)
-        for x, label in marks:
-            axes.axvline(x, color=_SOFT, linewidth=1, linestyle=_dashes("2 3"))
-            axes.annotate(label, (x, 1), (6, 0), axes.get_xaxis_transform(), "offset points", color=_SOFT)
+        for mark, label in marks:
+            axes.axvline(mark, color=_SOFT, linewidth=1, linestyle=_dashes("2 3"))
+            axes.annotate(label, (mark, 1), (6, 0), axes.get_xaxis_transform(), "offset points", color=_SOFT)
         for y, label in levels:
             axes.axhline(y, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()
@@ -158,7 +158,8 @@ def load_chart(
     shares = np.array(loads, dtype=float)
     experts = shares.shape[1]
     groups = np.array_split(np.arange(len(shares)), min(len(shares), _MOST_POINTS))
-    x = [float(steps[0]), *(np.mean([float(steps[i]) for i in group]) for group in groups[1:-1]), float(steps[-1])]
+    x = [fmean(float(steps[i]) for i in group) for group in groups]
+    x[0], x[-1] = float(steps[0]), float(steps[-1])
     lines = np.stack([shares[group].mean(0) for group in groups])
     top = y_max or 1.06 * max(lines.max(), 1.5 / experts)
     imbalances = [imbalance(row) for row in shares]
@@ -168,7 +169,7 @@ def load_chart(
         order = lines[-1].argsort(kind="stable")
         places = spread(lines[-1, order].tolist(), 12 / (0.6 * height) * top, 0.0, top)
         for expert, place in zip(order.tolist(), places, strict=True):
-            look = {"color": expert_color(expert), "linestyle": _dashes(_expert_dash(expert))}
+            look: dict[str, Any] = {"color": expert_color(expert), "linestyle": _dashes(_expert_dash(expert))}
             axes.plot(x, lines[:, expert], linewidth=1.6, **look)
             end, leader = (x[-1], lines[-1, expert]), {"arrowstyle": "-", **look, "shrinkA": 0, "shrinkB": 1}
             beside = axes.get_yaxis_transform()
@@ -233,8 +234,8 @@ def _drawn(
         canvas.legend(lines, labels, loc="outside upper left", alignment="left", **head)
         canvas.savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     drawn = written.getvalue().replace(_INK, "currentColor")
-    for of_a_whole_page in (r".*?</style>\s*</defs>", r"</svg>", r'(?<=<g) id="[^"]*"', r" font-family: [^;]*;"):
-        drawn = re.sub(of_a_whole_page, "", drawn, flags=re.DOTALL)
+    start, end = drawn.index("</defs>") + len("</defs>"), drawn.rindex("</svg>")  # without rules for the whole page
+    drawn = re.sub(r'(?<=<g) id="[^"]*"| font-family: [^;]*;', "", drawn[start:end])
     return svg.picture(width, height, title, " ".join(drawn.split()), **{"xmlns:xlink": "http://www.w3.org/1999/xlink"})
 
 

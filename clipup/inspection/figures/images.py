@@ -98,7 +98,7 @@ def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name
 
 def expert_mark(expert: int) -> Figure:
     """A square in the expert's color, with its number."""
-    size = 20
+    size = 24
     place = (1, 1, size - 2, size - 2)
     outline = svg.element("rect", x=1, y=1, width=size - 2, height=size - 2, fill="none", stroke=expert_color(expert))
     parts = [svg.element("rect", width=size, height=size, fill="#fff"), _cell(expert, *place), outline]

@@ -47,27 +47,12 @@ def element(name: str, *children: str, **attributes: object) -> str:
     return f"<{name}{written}/>" if not children else f"<{name}{written}>{''.join(children)}</{name}>"
 
 
-def text(x: float, y: float, content: object, **attributes: object) -> str:
-    """An SVG text element in the text color of the page."""
-    return element("text", escape(clean(content)), **({"x": x, "y": y, "fill": "currentColor"} | attributes))
-
-
-def line(x1: float, y1: float, x2: float, y2: float, **attributes: object) -> str:
-    """An SVG line in the text color of the page."""
-    return element("line", **({"x1": x1, "y1": y1, "x2": x2, "y2": y2, "stroke": "currentColor"} | attributes))
-
-
-def title(content: object) -> str:
-    """The accessible name of a figure or a mark, which browsers show as a tooltip."""
-    return element("title", escape(clean(content)))
-
-
 def picture(width: float, height: float, name: str, *children: str, **attributes: object) -> Figure:
     """A whole inline SVG, scaled down in narrow columns."""
     return Figure(
         element(
             "svg",
-            title(name),
+            element("title", escape(clean(name))),
             *children,
             xmlns="http://www.w3.org/2000/svg",
             viewBox=f"0 0 {_value(width)} {_value(height)}",

@@ -49,7 +49,8 @@ def as_text(table: Table) -> str:
 
 def as_html(table: Table, label: str) -> Figure:
     """The table as HTML, named ``label`` for screen readers; wide tables scroll sideways."""
-    groups, labels, rows = [svg.element("td", "")], [svg.element("td", "")], [[] for _ in table.rows]
+    groups, labels = [svg.element("td", "")], [svg.element("td", "")]
+    rows: list[list[str]] = [[] for _ in table.rows]
     for group, columns in table.groups():
         groups.append(svg.element("th", escape(group), colspan=len(columns), scope="colgroup"))
         for place, one in enumerate(columns):

@@ -55,20 +55,6 @@ def test_moe_options_are_those_of_upcycle(dense, capsys):
     assert found["params"] < found["active_params"] < found["sparse_params"]
 
 
-def test_block_is_described_in_json(dense, capsys):
-    assert findings(capsys, dense)["towers"][1]["blocks"][3] == {
-        "name": "transformer.resblocks.3",
-        "block": "ResidualAttentionBlock",
-        "mlp": "Sequential",
-        "d_model": 32,
-        "d_hidden": 128,
-        "activation": "gelu",
-        "gated": False,
-        "norm": None,
-        "status": "sparse",
-    }
-
-
 def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
     cfg = {**tiny_config(), "vision_cfg": RESNET, "custom_text": False}
     directory = saved(build(cfg), cfg, tmp_path / "resnet")
@@ -82,12 +68,6 @@ def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
     fixed = findings(capsys, directory, "--towers", "text")
     assert fixed["upcycles"] and fixed["towers"][0]["refused"] is None
     assert fixed["sparse_params"] == found["sparse_params"]
-
-
-def test_missing_blocks_are_refused(dense, capsys):
-    found = findings(capsys, dense, "--blocks", "7")
-    assert [tower["refused"][:17] for tower in found["towers"]] == ["blocks names [7],"] * 2
-    assert not found["upcycles"] and found["suggestion"] is found["sparse_params"] is None
 
 
 def test_sparse_model_is_reported_as_already_sparse(tmp_path, capsys):
@@ -113,7 +93,7 @@ def test_coca_has_three_towers(tmp_path, capsys):
     assert decoder["blocks"][1]["name"] == "text_decoder.cross_attn.0"
 
 
-@pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE])
+@pytest.mark.parametrize("name", [*list(TIMM)[::4], *list(HUGGING_FACE)[::2]])
 def test_diagnosis_agrees_with_upcycle(name, tmp_path):
     is_timm = name in TIMM
     model = timm_model(name) if is_timm else build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))

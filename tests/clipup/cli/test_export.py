@@ -25,26 +25,22 @@ def directory(request, tmp_path):
 
 
 def test_both_encoders_are_written_and_take_any_batch(directory, tmp_path, capsys):
-    assert main(["export", str(directory), str(tmp_path / "programs")]) == 0
-
-    assert sorted(path.name for path in (tmp_path / "programs").iterdir()) == ["image.pt2", "text.pt2"]
-    assert "wrote" in capsys.readouterr().out
-    model, *_ = clipup.create_model_and_transforms(str(directory))
-    for count in (1, 2, 5):
-        for name, inputs in zip(("image", "text"), random_inputs(model, count), strict=True):
-            program = torch.export.load(tmp_path / "programs" / f"{name}.pt2").module()
-            torch.testing.assert_close(program(inputs), getattr(model, f"encode_{name}")(inputs))
-
-
-def test_programs_that_are_there_are_kept_unless_told_otherwise(directory, tmp_path, capsys):
     out = tmp_path / "programs"
     out.mkdir()
     (out / "image.pt2").write_text("mine")
     assert main(["export", str(directory), str(out)]) == 2
-    assert "holds image.pt2; pass --overwrite" in capsys.readouterr().err
+    assert "image.pt2; pass --overwrite" in capsys.readouterr().err
     assert (out / "image.pt2").read_text() == "mine"
+
     assert main(["export", str(directory), str(out), "--overwrite"]) == 0
-    torch.export.load(out / "image.pt2")
+
+    assert sorted(path.name for path in out.iterdir()) == ["image.pt2", "text.pt2"]
+    assert "wrote" in capsys.readouterr().out
+    model, *_ = clipup.create_model_and_transforms(str(directory))
+    for count in (1, 5):
+        for name, inputs in zip(("image", "text"), random_inputs(model, count), strict=True):
+            program = torch.export.load(out / f"{name}.pt2").module()
+            torch.testing.assert_close(program(inputs), getattr(model, f"encode_{name}")(inputs))
 
 
 def test_programs_of_another_model_do_not_stay_beside_new_ones(tmp_path):

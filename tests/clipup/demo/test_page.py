@@ -6,7 +6,7 @@ from html_page import Page, assert_stands_alone
 from PIL import Image
 
 from clipup.demo import comparison_tables
-from clipup.demo.page import render_demo
+from clipup.demo.page import _loss, render_demo
 from clipup.inspection.page import layer_title
 
 EVIL = "<script>alert('caption')</script>\"><img src=x onerror=alert(1)> \ud83d \x00"
@@ -15,7 +15,7 @@ EVIL = "<script>alert('caption')</script>\"><img src=x onerror=alert(1)> \ud83d 
 def test_the_page_has_every_number_and_stands_alone(inputs):
     html = render_demo(**inputs)
     page = Page(html)
-    assert html.startswith("<!doctype html>") and [tag for tag, _ in page.elements if tag == "h2"]
+    assert html.startswith("<!doctype html>") and html.count("upcycled</text>") == 3
     assert_stands_alone(html)
     for make in (comparison_tables.quality, comparison_tables.cost, comparison_tables.splits):
         for cell in (cell for one in make(inputs["report"]).columns for cell in one.cells):
@@ -26,13 +26,8 @@ def test_the_page_has_every_number_and_stands_alone(inputs):
     assert "Abacus-7" in page.text and "blocks.image 1, 3" in page.text
 
 
-@pytest.mark.parametrize("r1, standing", [(0.30, "ahead of"), (0.15, "behind")])
-def test_the_verdict_says_it_as_loudly_when_clip_up_is_worse(make, r1, standing):
-    html = render_demo(**make.inputs(make.report(r1, r1)))
-    assert re.search(rf'<p class="statement" id="verdict">[^<]*CLIP-UP is {standing} the dense baseline', html)
-
-
-def test_captions_and_names_may_hold_anything(inputs):
+def test_captions_and_names_may_hold_anything(make):
+    inputs = make.inputs(make.report(0.15, 0.15))
     inputs["report"]["data"]["name"] = EVIL
     for example in [*inputs["routing"], *inputs["retrievals"]["best"], *inputs["retrievals"]["worst"]]:
         example["caption"] = EVIL
@@ -42,26 +37,21 @@ def test_captions_and_names_may_hold_anything(inputs):
     assert not [tag for tag, attributes in page.elements if tag == "script" or "onerror" in attributes]
     assert page.text.count("<script>alert('caption')</script>") == 5
     html.encode("utf-8")
+    assert re.search(r'<p class="statement" id="verdict">[^<]*CLIP-UP is behind the dense baseline', html)
 
 
 def test_the_contrastive_loss_is_drawn_and_not_the_sum_with_the_auxiliary_losses(inputs):
-    before = render_demo(**inputs)
-    for record in inputs["curves"]["clip_up"]:
-        record["loss"] += 100
-    assert render_demo(**inputs) == before
-    for record in inputs["curves"]["clip_up"]:
-        record["contrastive"] += 1
-    assert render_demo(**inputs) != before
+    records = inputs["curves"]["clip_up"]
+    line = _loss("clip_up", records, 1)
+    assert (line.x[0], line.y[0]) == (601, records[0]["contrastive"]) and len(line.x) == 300
 
 
 def test_a_model_that_came_trained_has_no_curve_of_its_training(inputs):
-    whole = render_demo(**inputs)
     inputs["report"]["dense"]["steps"] = 0
     for records in (inputs["curves"], inputs["evaluations"]):
         del records["dense"]
     page = render_demo(**inputs)
-    assert whole.count("upcycled</text>") == 3 and "upcycled</text>" not in page
-    assert "A dense CLIP trained on other images" in page
+    assert "upcycled</text>" not in page and "A dense CLIP trained on other images" in page
 
 
 def test_a_page_stays_under_3_mb(make):

@@ -7,13 +7,10 @@ import torch
 from html_page import Page, assert_stands_alone
 from PIL import Image
 from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from clipup import save_pretrained
 from clipup.cli import main
-from clipup.inference.prepared_experts import PreparedMoE
 from clipup.inspection import expert_report
-from clipup.moe.layer import SparseMoE
 
 
 @pytest.fixture(scope="module")
@@ -75,30 +72,10 @@ def test_photos_stand_upright(model, tmp_path, monkeypatch):
     assert [image.size for image in shown] == [(32, 64)]
 
 
-def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path):
-    forms = set()
-
-    def note(module, args):
-        if isinstance(module, SparseMoE):
-            forms.add(type(module))
-
-    with register_module_forward_pre_hook(note):
-        made(tmp_path / "r.html", model, "--captions", captions)
-    assert forms == {PreparedMoE}
-
-
 def test_the_dense_model_is_compared_with(model, images, tmp_path):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     text = Page(made(tmp_path / "r.html", model, "--images", images, "--dense", tmp_path / "dense")).text
     assert "to the dense MLP" in text and "to dense: 0." in text
-
-
-def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model").symlink_to(model)
-    html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
-    of_model = made(tmp_path / "m.html", model, "--captions", captions)
-    assert "The experts of run" in html and html.replace("of run", "of tiny-moe") == of_model
 
 
 def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sparse_clip import CAPTIONS, CHOICES, EXPERTS, dense_clip, sparse_clip, tokenizer
 from tiny_clip import tiny_clip
-from tiny_families import TIMM, timm_model
+from tiny_families import timm_model
 
 from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.inspection import LayerRouting, route_images, route_texts
@@ -95,12 +95,6 @@ def test_numbers_of_a_layer_that_can_be_counted_by_hand():
     assert sure.token_entropy == 0 and sure.mean_entropy == pytest.approx(math.log(2))
 
 
-def test_nothing_that_took_part_has_no_entropy_and_no_load():
-    layer = routing([[[-1], [-1]]], [[[1.0, 0.0]] * 2])
-    assert layer.tokens == 0 and layer.load.tolist() == [0, 0]
-    assert math.isnan(layer.token_entropy) and math.isnan(layer.mean_entropy)
-
-
 def test_the_model_stays_as_it_was(model):
     model.train()
     model.visual.transformer.eval()
@@ -116,12 +110,6 @@ def test_the_model_stays_as_it_was(model):
     assert moe_metrics(model).keys() == last.keys()
     assert all(torch.equal(moe_metrics(model)[name]["expert_indices"], last[name]["expert_indices"]) for name in last)
     model.eval()
-
-
-def test_hooks_are_gone_when_the_model_fails(model):
-    with pytest.raises(RuntimeError):
-        route_images(model, images(1, side=8))
-    assert all(not module._forward_hooks for module in model.modules())
 
 
 def test_a_patch_on_the_map_is_the_patch_of_the_picture():
@@ -146,7 +134,7 @@ GRIDS = {"SwinTransformerBlock/Mlp": [(8, 8), (4, 4)], "SwinTransformerV2Block/M
 GRIDS["ConvNeXtBlock/Mlp"] = [(8, 8), (4, 4), (2, 2), (1, 1)]
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", ["Block/Mlp", *GRIDS])
 def test_patches_are_found_in_every_family_of_image_towers(name):
     model = upcycle(timm_model(name), MoEConfig(num_experts=2, towers=("image",)))
     routed = route_images(model, images(2, side=32))

@@ -66,7 +66,7 @@ def test_pieces_of_hugging_face_tokenizers(kind):
     assert words(found) == ["⟨CLS⟩", "a", "balloons", "balloons", "balloons", "is", "⟨SEP⟩", "", ""]
 
 
-@pytest.mark.parametrize("caption", ["two unbelievably red balloons", "grüße aus überlingen", "猫 on 🎈", "x"])
+@pytest.mark.parametrize("caption", ["two unbelievably red balloons", "猫 on 🎈 grüße"])
 def test_words_of_open_clips_tokenizer_are_those_of_the_caption(caption):
     tokenizer = open_clip.SimpleTokenizer(context_length=40)
     found = pieces(tokenizer, tokenizer(caption)[0])
@@ -80,11 +80,6 @@ def test_a_tokenizer_of_whole_words():
     tokenizer = WordTokenizer(["red", "cat"], context_length=6)
     found = pieces(tokenizer, tokenizer("Red zebra cat")[0].tolist())
     assert words(found) == ["⟨start⟩", "red", "?", "cat", "⟨end⟩", ""]
-
-
-def test_another_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="from clipup.get_tokenizer, got a object"):
-        pieces(object(), [1, 2])
 
 
 def routed(experts, num_experts):

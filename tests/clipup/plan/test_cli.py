@@ -50,24 +50,6 @@ def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
     assert planned(capsys, "--moe", "--memory-gb", "0.001")["proposed"] is None
 
 
-def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
-    plain, offloaded = (planned(capsys, "--fsdp", *more)["plan"] for more in ([], ["--fsdp-offload-cpu"]))
-    state = {part["name"]: part["bytes"] for part in plain["memory"]["parts"]}
-    names = ("parameters", "gradients", "optimizer (AdamW)")
-    assert offloaded["memory"]["host_bytes"] == sum(state[name] for name in names)
-    assert not {part["name"] for part in offloaded["memory"]["parts"]} & set(names)
-
-
-def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
-    plain, locked, both = (planned(capsys, *more)["plan"] for more in ([], ["--lock-text"], ["--fsdp", "--lock-text"]))
-    sizes = [{part["name"]: part["bytes"] for part in made["memory"]["parts"]} for made in (plain, locked, both)]
-    for name in ("gradients", "optimizer (AdamW)", "activations"):
-        assert sizes[1][name] < 0.7 * sizes[0][name], name
-    assert sizes[1]["parameters"] == sizes[0]["parameters"]
-    assert locked["flops"] < 0.8 * plain["flops"]
-    assert both["time"]["total"] > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -60,13 +60,26 @@ def test_without_local_loss_every_rank_compares_all_pairs(subject):
     assert all_pairs - alone == pytest.approx(logits * 7 / 8)
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_locked_tower_runs_forward_alone(subject, tower):
-    clip = tiny_parallel.model({})
-    lock_parts(clip, TrainOptions(**{f"lock_{tower}": True}))
-    counts, options = count(clip), TrainOptions(grad_checkpointing=True)
-    locked, plain = (plan(one, options, Cluster(8, H100), 256).flops for one in (Subject(clip), subject))
-    assert plain - locked == pytest.approx(3 * 32 * getattr(counts, f"{tower}_gflops") * 1e9)
+def sizes(made):
+    return {part.name: part.bytes for part in made.memory.parts}
+
+
+def test_a_locked_tower_runs_forward_alone_and_has_no_gradients(subject):
+    clip, options = tiny_parallel.model({}), TrainOptions(grad_checkpointing=True)
+    lock_parts(clip, TrainOptions(lock_text=True))
+    locked, plain = (plan(one, options, Cluster(8, H100), 256) for one in (Subject(clip), subject))
+    assert plain.flops - locked.flops == pytest.approx(3 * 32 * count(clip).text_gflops * 1e9)
+    for name in ("gradients", "optimizer (AdamW)", "activations"):
+        assert sizes(locked)[name] < 0.7 * sizes(plain)[name], name
+    assert sizes(locked)["parameters"] == sizes(plain)["parameters"]
+
+
+def test_offloaded_state_is_in_the_memory_of_the_host(subject):
+    options = [TrainOptions(fsdp=True, fsdp_offload_cpu=offload) for offload in (False, True)]
+    plain, offloaded = (plan(subject, each, Cluster(8, H100), 256) for each in options)
+    names = ("parameters", "gradients", "optimizer (AdamW)")
+    assert offloaded.memory.host_bytes == sum(sizes(plain)[name] for name in names)
+    assert not sizes(offloaded).keys() & set(names)
 
 
 @pytest.mark.parametrize(
