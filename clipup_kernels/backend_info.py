@@ -8,6 +8,7 @@ import torch
 
 from .backends import registry
 from .backends.extension import FALLBACK_REASON, NATIVE
+from .types import type_name
 
 _OPS = {
     "router_logits": "router_logits", "topk_gating": "topk_gating", "dispatch": "dispatch", "permute": "permute",
@@ -24,10 +25,6 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def backend_info() -> dict:
@@ -75,7 +72,7 @@ def backend_info() -> dict:
         "instructions": NATIVE.instruction_tier() if compiled else None,
         **{
             device: {
-                op: {_name(dtype): choice and choice.backend.name for dtype, choice in choices[registered].items()}
+                op: {type_name(dtype): choice and choice.backend.name for dtype, choice in choices[registered].items()}
                 for op, registered in _OPS.items()
             }
             for device, choices in tables.items()
@@ -85,7 +82,9 @@ def backend_info() -> dict:
         "failed_checks": registry.distrusted(),
         "cuda_fallback_reason": None if "triton" in used else used["torch_eager"] if forced else backends["triton"],
         "matmul_dtypes": sorted(
-            _name(d) for d, choice in products.items() if choice is not None and choice.backend.name == "torch_matmul"
+            type_name(d)
+            for d, choice in products.items()
+            if choice is not None and choice.backend.name == "torch_matmul"
         ),
         "threads": torch.get_num_threads(),
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,

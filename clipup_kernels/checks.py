@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan, type_name
 
 _MEMORY = 1 << 40
 """No offset in a storage is so large: from here on an address is one of memory."""
@@ -30,8 +30,8 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[to
         want = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{want}], got {list(value.shape)}")
     if value.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+        wanted = " or ".join(type_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {type_name(value.dtype)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, but the other arguments are on {like.device}; move it there")
 
@@ -61,8 +61,8 @@ def same_dtype(x_name: str, x: Tensor, **others: Any) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value is not None and value.dtype != x.dtype:
             raise TypeError(
-                f"{name} is {str(value.dtype).removeprefix('torch.')} but {x_name} is "
-                f"{str(x.dtype).removeprefix('torch.')}; the op computes in one type, cast one of them"
+                f"{name} is {type_name(value.dtype)} but {x_name} is "
+                f"{type_name(x.dtype)}; the op computes in one type, cast one of them"
             )
 
 
@@ -117,9 +117,17 @@ def plan(value: Plan, num_tokens: int | str, like: Tensor, num_experts: int | st
     tensor("plan.choice_of_row", value.choice_of_row, (tokens * k,), int32, like)
 
 
-def gates(value: Tensor, like: Tensor) -> None:
+def gates(value: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
     """Gates are float32 for every type of rows (float64 for float64)."""
-    tensor("gates", value, ("T", "K"), (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
+    tensor("gates", value, shape, (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
+
+
+def routed(x: Tensor, value: Tensor, of_plan: Plan, num_experts: int, recompute: str) -> None:
+    """Checks what experts get beside their weights: gates, plan and ``recompute``."""
+    if recompute not in ("none", "full"):
+        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
+    plan(of_plan, x.shape[0], x, num_experts)
+    gates(value, x, tuple(of_plan.row_of_choice.shape))
 
 
 def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> None:

@@ -15,26 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .backend_info import package_version
 from .backends import meta, registry, torch_eager
 from .machine import processor_name
-from .types import ACTIVATIONS, Plan
+from .self_check_cases import SIZES, cases_of_ops, map_tensors, wide
+from .types import type_name
 from .user_cache import user_cache, write_json
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -42,37 +41,6 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 products to TF32, which has 10 bits."""
 _POISON_BYTES = 64 << 20
 _lock = threading.Lock()
-
-
-class Size(NamedTuple):
-    """The size of a layer that is checked, and what is checked at it. On CUDA devices most of the time is compiling."""
-
-    tokens: int
-    width: int
-    hidden: int
-    num_experts: int
-    k: int
-    products_alone: bool = False
-    """Only the ops that multiply."""
-    forms: tuple[str, ...] = ("plain",)
-    """Of experts: "plain" with biases and GELU, "gated" with biases and SiLU, "gated without biases" with QuickGELU,
-    "activations": plain with each of the other activations."""
-
-
-_SIZES = {
-    "cpu": (
-        Size(37, 19, 53, 5, 3, forms=("plain", "gated", "gated without biases", "activations")),
-        Size(330, 64, 96, 4, 2, forms=("plain", "gated")),
-    ),
-    "cuda": (
-        Size(37, 19, 53, 5, 3, forms=("plain", "gated")),
-        Size(64, 256, 256, 4, 2),
-        Size(400, 256, 256, 4, 2, products_alone=True),
-        Size(1600, 256, 256, 4, 2, products_alone=True),
-    ),
-}
-"""By device type: odd widths, and widths and rows for several full tiles. On CUDA devices a size for each class of rows
-per expert, with the tiles of layers of usual widths (``clipup_kernels.triton.configs``)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +83,7 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
     # Whatever the caller has set: tensors are made on the CPU, and the oracle is not cast.
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         for dtype in _checked_types(dtypes):
-            cases = _cases(dtype, _SIZES[device.type])
+            cases = cases_of_ops(dtype, SIZES[device.type])
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
                 for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device), cases):  # noqa: B023
                     findings += found
@@ -164,12 +132,12 @@ def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
         path = cache_file(device)
         findings = _read(path)
         known = {finding.dtype for finding in findings}
-        missing = [dtype for dtype in types if _name(dtype) not in known]
+        missing = [dtype for dtype in types if type_name(dtype) not in known]
         if missing:
             found = self_check(device, missing)
             findings += found
             _keep(path, findings)
-    findings = [finding for finding in findings if finding.dtype in map(_name, types)]
+    findings = [finding for finding in findings if finding.dtype in map(type_name, types)]
     for finding in findings:
         if finding.reason is not None:
             warnings.warn(f"clipup_kernels: {sentence(finding, device)}", RuntimeWarning, stacklevel=2)
@@ -245,7 +213,7 @@ def _read(path: Path) -> list[Finding]:
 
 def _checked_device(device: str | torch.device) -> torch.device:
     device = torch.device(device)
-    if device.type not in _SIZES:
+    if device.type not in SIZES:
         raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda: no backend has kernels for other devices")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -258,10 +226,6 @@ def _checked_types(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
         if dtype not in TOLERANCE:
             raise ValueError(f"dtypes: got {dtype}, expected some of {', '.join(map(str, TOLERANCE))}")
     return dtypes
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _trust_as_found(finding: Finding, device: torch.device) -> None:
@@ -282,16 +246,16 @@ def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.
         raise
     except Exception as failure:  # a compiler's own, of many kinds
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-    of_tokens, chosen_by = map(_name, (dtype, cases[0][0].dtype))
+    of_tokens, chosen_by = map(type_name, (dtype, cases[0][0].dtype))
     return Finding(op, of_tokens, chosen_by, backend.name, error, TOLERANCE[dtype], reason)
 
 
 def _error(op: str, backend: registry.Backend, arguments: tuple, device: torch.device) -> float:
     """Largest error over the op's results, each relative to the largest entry of its oracle; infinite for NaN, for
     another type or shape than the op's, and for changed arguments."""
-    wanted = _as_tuple(getattr(torch_eager, op)(*_wide(arguments)))
-    types = [output.dtype for output in _as_tuple(getattr(meta, op)(*_map(lambda t: t.to("meta"), arguments)))]
-    on_device = _map(lambda t: t.to(device, copy=True), arguments)
+    wanted = _as_tuple(getattr(torch_eager, op)(*wide(arguments)))
+    types = [output.dtype for output in _as_tuple(getattr(meta, op)(*map_tensors(lambda t: t.to("meta"), arguments)))]
+    on_device = map_tensors(lambda t: t.to(device, copy=True), arguments)
     if device.type == "cuda":  # memory that the op does not write shows
         torch.full((_POISON_BYTES // 4,), torch.nan, device=device)
     results = _as_tuple(registry.implementation(backend, op)(*on_device))
@@ -318,83 +282,6 @@ def _distance(result: Tensor, oracle: Tensor) -> float:
 
 def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
-
-
-def _wide(arguments: tuple) -> list[Any]:
-    return _map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
-
-
-def _map(change: Any, arguments: tuple) -> list[Any]:
-    return [change(one) if isinstance(one, Tensor) else one for one in arguments]
-
-
-def _cases(dtype: torch.dtype, all_sizes: Iterable[Size]) -> dict[str, list[tuple]]:
-    """Arguments of every op, on the CPU: with and without gates, biases, masks and a capacity."""
-    cases: dict[str, list[tuple]] = {}
-    for seed, size in enumerate(all_sizes):
-        for op, arguments in _cases_of(dtype, size, torch.Generator("cpu").manual_seed(seed)):
-            if op in registry.PRODUCTS or not size.products_alone:
-                cases.setdefault(op, []).append(arguments)
-    return cases
-
-
-def _cases_of(dtype: torch.dtype, sizes: Size, generator: torch.Generator) -> Iterator[tuple[str, tuple]]:
-    tokens, width, hidden, num_experts, k = sizes[:5]
-
-    def randn(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*size, generator=generator)).to(dtype)
-
-    full = torch.float32
-    x, dy, router = randn(tokens, width), randn(tokens, width), randn(num_experts, width, dtype=full)
-    mask = torch.rand(tokens, generator=generator) < 0.8
-    logits, d_logits = randn(tokens, num_experts, dtype=full), randn(tokens, num_experts, dtype=full)
-    for used in (None, mask):
-        yield "router_logits", (x, router, used)
-        yield "router_logits_backward", (d_logits, x, router, used, [True, True])
-    bias = randn(num_experts, dtype=full, scale=0.1)
-    gating = reference.topk_gating(logits, k, True, bias, mask)
-    gradients = (randn(tokens, k, dtype=full), randn(tokens, dtype=full), randn(num_experts, dtype=full))
-    yield "topk_gating", (logits, k, True, bias, mask)
-    yield "topk_gating", (logits, k, False, None, None)
-    yield "topk_gating_backward", (logits, gating.expert_indices, True, mask, *gradients, randn(1, dtype=full)[0])
-    yield "dispatch", (gating.expert_indices, num_experts, None, None, None)
-    yield "dispatch", (gating.expert_indices, num_experts, 0.8, gating.top_prob, mask)
-    plan: Plan = reference.dispatch(gating.expert_indices, num_experts, 0.8, gating.top_prob, mask)
-    rows = randn(tokens * k, width)
-    yield "permute", (x, *plan)
-    yield "gather_sum", (rows, plan.row_of_choice)
-    yield "combine", (rows, gating.gates, *plan)
-    yield "combine_backward", (dy, rows, gating.gates, *plan)
-    scale = width**-0.5
-    in_weight, gate_weight = (randn(num_experts, hidden, width, scale=scale) for _ in range(2))
-    in_bias, gate_bias = (randn(num_experts, hidden) for _ in range(2))
-    out_weight, out_bias = randn(num_experts, width, hidden, scale=hidden**-0.5), randn(num_experts, width)
-    yield "grouped_linear", (rows, in_weight, in_bias, plan.offsets)
-    d_out = randn(tokens * k, hidden)
-    yield "grouped_linear_backward", (d_out, rows, in_weight, plan.offsets, [True] * 3)
-    plain = (in_weight, in_bias, out_weight, out_bias, None, None)
-    forms: dict[str, list[tuple[tuple, str]]] = {
-        "plain": [(plain, "gelu")],
-        "gated": [((in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias), "silu")],
-        "gated without biases": [((in_weight, None, out_weight, None, gate_weight, None), "quick_gelu")],
-        "activations": [(plain, activation) for activation in ACTIVATIONS if activation != "gelu"],
-    }
-    for parameters, activation in itertools.chain(*(forms[form] for form in sizes.forms)):
-        routed = (x, gating.gates, *plan, *parameters)
-        _, z = torch_eager.expert_mlp_forward(*_wide((*routed, activation, True)))
-        yield "expert_mlp_forward", (*routed, activation, True)
-        yield "expert_mlp_forward", (*routed, activation, False)
-        yield "expert_mlp_backward", (dy, *routed, z.to(dtype), activation, [True] * 4)
-        if parameters[1] is None and parameters[4] is not None:
-            halves = (torch.cat((gate_weight, in_weight), dim=1), out_weight)
-            yield "expert_glu_forward", (*routed[:-6], *halves, activation, True)
-            yield "expert_glu_backward", (dy, *routed[:-6], *halves, z.to(dtype), activation, [True] * 4)
-        one = [None if weight is None else weight[0].contiguous() for weight in parameters]
-        yield "dense_mlp", (x, *one, activation)
-    if len(sizes.forms) > 1:
-        routed = (x, gating.gates, *plan, *plain)
-        yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True] * 4)
-        yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True, False, False, True])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,11 @@ MAX_EXPERTS = 1 << 20
 """Experts that a layer may have. Ops allocate memory in proportion to it, so larger numbers are refused as mistakes."""
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """For example "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Gating(NamedTuple):
     """The router's choices for ``T`` tokens, before any capacity is applied."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATING
-from ..types import quantization_of
+from ..types import quantization_of, type_name
 from . import extension
 from .extension import FORCE_BACKEND, FORCE_TIER
 
@@ -253,7 +253,7 @@ def failed_check(backend: Backend, op: str, dtype: torch.dtype, index: int | Non
 def distrusted() -> dict[str, str]:
     """What failed its self-check, by backend, op, type and CUDA device, and why."""
     return {
-        f"{backend} {op} {str(dtype).removeprefix('torch.')}{'' if index is None else f' cuda:{index}'}": reason
+        f"{backend} {op} {type_name(dtype)}{'' if index is None else f' cuda:{index}'}": reason
         for (backend, op, dtype, index), reason in list(_DISTRUSTED.items())
     }
 

@@ -219,12 +219,7 @@ def expert_mlp(
         gate_bias=gate_bias,
     )  # fmt: skip
     _check_weights(x, parameters, activation, ("E",))
-    num_experts = in_weight.shape[0]
-    if recompute not in ("none", "full"):
-        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
-    checks.plan(plan, x.shape[0], x, num_experts)
-    checks.gates(gates, x)
-    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), x)
+    checks.routed(x, gates, plan, in_weight.shape[0], recompute)
     tensors = list(parameters.values())
     if _any_packed(parameters):
         tensors, hidden, layout = _operands(parameters, x, gates)
@@ -270,11 +265,7 @@ def expert_glu(
     num_experts, width, hidden = out_weight.shape
     checks.tensor("gate_in_weight", gate_in_weight, (num_experts, 2 * hidden, width), checks.FLOATING, x)
     checks.activation(activation)
-    if recompute not in ("none", "full"):
-        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
-    checks.plan(plan, x.shape[0], x, num_experts)
-    checks.gates(gates, x)
-    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), x)
+    checks.routed(x, gates, plan, num_experts, recompute)
     tensors = (x, gates, gate_in_weight, out_weight)
     keep = recompute == "none" and torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
     y, _ = _expert_glu_forward(x, gates, *plan, gate_in_weight, out_weight, activation, keep)

@@ -80,8 +80,6 @@ def pack_weight(
     if input_scale is not None:
         if quantize is None:
             raise ValueError("input_scale was given for a weight that is not quantized; pass quantize too, or neither")
-        if not isinstance(input_scale, Tensor):
-            raise TypeError(f"input_scale must be a tensor, got {type(input_scale).__name__}")
         lead = () if input_scale.dim() == 1 else weight.shape[:-2]
         checks.tensor("input_scale", input_scale, (*lead, weight.shape[-1]), (torch.float32,), weight)
         input_scale = input_scale.expand(*weight.shape[:-2], -1).contiguous()
@@ -98,13 +96,7 @@ def pack_weight(
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    """A bitwise copy of the original weight, for any layout; of a quantized one, the values that it stands for.
-
-    Raises:
-        TypeError: ``packed`` is not a PackedWeight.
-    """
-    if not isinstance(packed, PackedWeight):
-        raise TypeError(f"packed must be the PackedWeight that pack_weight() returns, got {type(packed).__name__}")
+    """A bitwise copy of the original weight, for any layout; of a quantized one, the values that it stands for."""
     if packed.layout == PLAIN_LAYOUT:
         return packed.block.clone()
     if 0 in packed.shape:

@@ -152,8 +152,7 @@ def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
         TypeError, ValueError: a wrong argument, by name.
     """
     checks.tensor("rows", rows, ("R", "D"), checks.FLOATING, rows)
-    checks.gates(gates, rows)
-    checks.plan(plan, gates.shape[0], rows)
-    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), rows)
+    checks.plan(plan, "T", rows)
+    checks.gates(gates, rows, tuple(plan.row_of_choice.shape))
     checks.tensor("rows", rows, (plan.choice_of_row.shape[0], "D"), (rows.dtype,), rows)
     return _combine(rows, gates, *plan)

@@ -189,8 +189,7 @@ def variants(arch: int) -> Iterator[Variant]:
     types |= dict.fromkeys(("T", "tiles", "blocks", "rows"), "i32") | {"factor_bits": "i64"}
 
     def variant(name, kernel, **constants) -> Variant:
-        arguments = {argument: types[argument] for argument in kernel.arg_names if argument in types.keys() - constants}
-        return Variant(name, kernel, signature(kernel, arguments, constants), constants, _OPTIONS)
+        return Variant(name, kernel, signature(kernel, types, constants), constants, _OPTIONS)
 
     for num_experts, k in ((8, 2), (64, 8), (256, 8)):
         sizes, name = {"E": num_experts, "K": k, **_blocks(num_experts)}, f"E={num_experts} K={k}"

@@ -171,8 +171,6 @@ def variants(arch: int) -> Iterator[Variant]:
     for dtype, width in (*((name, "i32:16") for name in TYPE_NAMES.values()), ("bf16", "i32")):
         types = shared | dict.fromkeys(("x", "d_x"), f"*{dtype}") | {"D": width}
         for stage, kernel, constants, options in stages:
-            arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
             name = f"{stage} {dtype}" + ("" if width == "i32:16" else ", odd width")
-            yield Variant(name, kernel, signature(kernel, arguments, constants), constants, options)
-    arguments = {argument: shared[argument] for argument in _add_up.arg_names if argument not in _ADD_UP}
-    yield Variant("router_add_up", _add_up, signature(_add_up, arguments, _ADD_UP), _ADD_UP, _OPTIONS)
+            yield Variant(name, kernel, signature(kernel, types, constants), constants, options)
+    yield Variant("router_add_up", _add_up, signature(_add_up, shared, _ADD_UP), _ADD_UP, _OPTIONS)

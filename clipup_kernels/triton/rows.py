@@ -152,6 +152,5 @@ def variants(arch: int) -> Iterator[Variant]:
         types = shared | dict.fromkeys(("x", "rows", "y", "dy", "d_rows"), f"*{dtype}") | {"D": width}
         for stage, kernel, sizes in stages:
             constants = {"K": 2, "BLOCK_D": _MAX_COLUMNS, **sizes}
-            arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
             name = f"{stage} {dtype}" + ("" if width == "i32:16" else ", odd width")
-            yield Variant(name, kernel, signature(kernel, arguments, constants), constants, _OPTIONS)
+            yield Variant(name, kernel, signature(kernel, types, constants), constants, _OPTIONS)

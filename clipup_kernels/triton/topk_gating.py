@@ -274,8 +274,7 @@ def variants(arch: int) -> Iterator[Variant]:
     types = pointers | {"T": "i32", "tiles": "i32", "programs": "i32"}
 
     def variant(name, kernel, options=_OPTIONS, **constants) -> Variant:
-        arguments = {argument: types[argument] for argument in kernel.arg_names if argument in types.keys() - constants}
-        return Variant(name, kernel, signature(kernel, arguments, constants), constants, options)
+        return Variant(name, kernel, signature(kernel, types, constants), constants, options)
 
     for num_experts, k in ((8, 2), (16, 8), (64, 8), (256, 8)):
         sizes, blocks = {"E": num_experts, "K": k}, _blocks(num_experts, k)

@@ -209,24 +209,6 @@ def fastest(
     return (best if times[best] <= (1 - _NOISE) * times[first] else first), times
 
 
-def buckets(tokens: Iterable[int], top_k: int, num_experts: int) -> dict[str, int]:
-    """The number of tokens to be measured in each class of rows per expert.
-
-    Raises:
-        ValueError: two of ``tokens`` belong to one class, which has one entry in the table.
-    """
-    found: dict[str, int] = {}
-    for number in tokens:
-        bucket = configs.bucket_of(number * top_k, num_experts)
-        if bucket in found:
-            raise ValueError(
-                f"--tokens: {found[bucket]} and {number} share the class {bucket!r} of rows per expert, which has one "
-                f"entry in the table; name one of them (classes: {configs.BUCKETS})"
-            )
-        found[bucket] = number
-    return found
-
-
 def tune_layer(
     layer: tuple[int, int, int, int], sizes: dict[str, int], dtype: torch.dtype, device: torch.device, gated: bool,
     milliseconds: Callable[[Callable[[], object]], float], threads: int,
@@ -275,10 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--gated", action="store_true", help="experts with a gate projection")
     options = parser.parse_args(arguments)
-    try:
-        sizes = buckets(options.tokens, options.top_k, options.experts)
-    except ValueError as error:
-        parser.error(str(error))
+    sizes = {configs.bucket_of(number * options.top_k, options.experts): number for number in options.tokens}
+    if len(sizes) < len(options.tokens):
+        parser.error(
+            f"--tokens: got {options.tokens}, of which some share a class of rows per expert ({configs.BUCKETS}); "
+            "name one number of tokens for each class"
+        )
     if not torch.cuda.is_available():
         parser.error("no CUDA device: tiles can only be measured on one")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)

@@ -10,6 +10,7 @@ import clipup_kernels as ck
 from clipup_kernels import self_check as module
 from clipup_kernels.backends import cpp, extension, registry, torch_eager, torch_matmul
 from clipup_kernels.self_check import cache_file, check_again, check_once, self_check
+from clipup_kernels.self_check_cases import SIZES
 
 pytestmark = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
@@ -91,7 +92,7 @@ def test_on_a_gpu_the_tiles_of_usual_layers_are_checked(arch, kind):
         return config, *config.even(width, hidden).values()
 
     for kernel in configs.KERNELS:
-        checked = {compiled(kernel, sizes) for sizes in module._SIZES["cuda"]}
+        checked = {compiled(kernel, sizes) for sizes in SIZES["cuda"]}
         for tokens in (197, 4096, 50_000):
             for layer in ((768, 3072), (512, 2048), (1024, 4096)):
                 assert compiled(kernel, (tokens, *layer, 8, 2)) in checked, (kernel, tokens, layer)
