@@ -18,7 +18,8 @@ ROOMS = {
 }
 """The rooms of a package, each importing only those before it. "" is the package's own modules."""
 FACADES = {"clipup.__init__", "clipup.__main__"}
-FACADES |= {f"clipup_kernels.{name}" for name in ("__init__", "backend_info", "machine", "self_check", "self_check_cases")}
+FACADES |= {f"clipup_kernels.{name}" for name in ("__init__", "backend_info", "machine")}
+FACADES |= {"clipup_kernels.self_check", "clipup_kernels.self_check_cases"}
 """Modules of a package's root that show what the rooms hold."""
 
 INSIDE_FUNCTIONS = {
