@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axis import Axis
@@ -45,13 +46,21 @@ def read(paths: Sequence[str]) -> list[Row]:
     return [row for path in paths for row in csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())]
 
 
+def groups(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """The rows of every key, in their order."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
 def draw(width: int, height: int, title: str, paint: Callable[[Figure], None]) -> str:
     """The SVG of a figure that ``paint`` draws on, ``width`` x ``height`` pixels on white.
 
     ``title`` is the name that screen readers give it.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width / _POINTS, height / _POINTS))
+        figure = Figure(figsize=(width / _POINTS, height / _POINTS), layout="constrained")
         paint(figure)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata=_NO_METADATA)

@@ -25,7 +25,7 @@ from statistics import median
 
 import open_clip
 import torch
-from harness import DTYPES, Timing, alternate, commit, print_table, require_device, write_csv
+from harness import DTYPES, Timing, alternate, begin, built_from, on_device, report, timed_options, write_csv
 from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ from clipup.clip.flops import TowerCounts, count
 from clipup.clip.inputs import image_size
 from clipup.models.factory import create_model_and_transforms, expecting_random_weights
 from clipup.models.tokenizers import get_tokenizer
-from clipup_kernels.machine import package_version, processor_name
 
 BASELINE, LARGE, ACCELERATED, INT8 = "ViT-B-16", "ViT-L-14", "accelerated", "int8"
 MODELS = (
@@ -46,17 +45,24 @@ WORDS = "a photograph of one small brown dog that runs along the wide grey beach
 UNTIMED = 2  # calls before the timed ones
 
 
-def build(name: str, dtype: torch.dtype, device: str, training: bool) -> tuple[nn.Module, TowerCounts]:
-    """The model, and what it costs on paper."""
+Built = tuple[nn.Module | OnnxInt8, TowerCounts, Tensor]
+"""A model, what it costs on paper, and images for it."""
+
+
+def build(
+    name: str, dtype: torch.dtype, texts: Tensor, device: str = "cpu", training: bool = False, threads: int = 1
+) -> Built:
+    """``dtype`` is that of the images, and of the model unless onnxruntime runs it; there is an image for each text."""
     architecture, *options = name.split()
     with expecting_random_weights():
         model = create_model_and_transforms(architecture, load_weights=False)[0]
     if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
-    model, counts = model.train(training).to(device, dtype), count(model)
+    model, counts = model.train(training).to(device, torch.float32 if ONNX in options else dtype), count(model)
+    images = torch.randn(len(texts), 3, *image_size(model)).to(device, dtype)
     if ACCELERATED in options or INT8 in options:
         model = clipup.accelerate(model, inplace=True, weights=INT8 if INT8 in options else None)
-    return model, counts
+    return OnnxInt8(model, images, texts, threads) if ONNX in options else model, counts, images
 
 
 def synchronise(device: str) -> None:
@@ -120,11 +126,7 @@ def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> 
     wanted = [name for name in chosen if not name.endswith(left_out)]
 
     def runner(name: str) -> Inference | TrainingStep:
-        on_onnx = name.endswith(ONNX)
-        model, counts[name] = build(name, torch.float32 if on_onnx else DTYPES[dtype], args.device, training)
-        images = torch.randn(args.batch_size, 3, *image_size(model)).to(args.device, DTYPES[dtype])
-        if on_onnx:
-            model = OnnxInt8(model, images, texts, args.threads)
+        model, counts[name], images = build(name, DTYPES[dtype], texts, args.device, training, args.threads)
         run = (TrainingStep if training else Inference)(model, images, texts)
         with torch.inference_mode(not training):
             finite = run.check()
@@ -166,20 +168,20 @@ def row(
     pairs_per_second = args.batch_size / timing.median_ms * 1e3
     image_rate, text_rate = [f"{args.batch_size / s:.2f}" for s in tower_seconds] or ("", "")
     return {
-        "device": processor_name(args.device), "dtype": dtype, "threads": args.threads if args.device == "cpu" else "",
-        "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words, "model": name,
-        "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
+        **on_device(args, dtype), "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words,
+        "model": name,
+        **timing.columns(),
         "images_per_s": image_rate, "texts_per_s": text_rate, "pairs_per_s": f"{pairs_per_second:.2f}",
         "gflops_per_pair": f"{gflops:.4g}", "gflop_per_s": f"{gflops * pairs_per_second:.4g}",
         "params_m": f"{counted.params / 1e6:.0f}", "active_params_m": f"{counted.active_params / 1e6:.0f}",
         "speed_to_b16": f"{1 / timing.ratio:.3f}",
         "speed_to_l14": f"{timings[LARGE].ratio / timing.ratio:.3f}" if LARGE in timings else "",
-        "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
+        **built_from(),
     }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timed_options(__doc__, torch.get_num_threads(), rounds=5, seconds=20)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument(
@@ -188,22 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
     parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=20, help="timing budget of a model (default: 20)")
-    parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error(f"--rounds must be 2 or more, got {args.rounds}")
-    require_device(args.device)
-    torch.set_num_threads(args.threads)
+    begin(args, f"ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model")
     caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
     texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
-
-    print(
-        f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model\n"
-    )
     rows = []
     for pass_, dtype in product(args.passes, args.dtype):
         rows += measure(args, pass_, dtype, texts)
@@ -212,9 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = (
         "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair gflop_per_s speed_to_b16 speed_to_l14"
     )
-    print_table(rows, columns.split())
-    if args.csv:
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    report(rows, columns, args.csv)
     return 0
 
 

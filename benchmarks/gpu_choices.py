@@ -11,17 +11,14 @@ written again after every launch; one that fails is named, and the others are me
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import DTYPES, alternate, commit, print_table, require_device, write_csv
+from harness import DTYPES, alternate, begin_on_gpu, gpu_options, print_table, tell, write_csv
 
-from clipup_kernels.machine import package_version, processor_name
 from clipup_kernels.triton import configs, dispatch, expert_mlp, expert_mlp_backward, topk_gating, tune
 from clipup_kernels.triton.configs import Config
 
@@ -44,8 +41,11 @@ def choices(kernel: str, usual: Config) -> dict[str, Config]:
     return found
 
 
-def products(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int) -> Iterator[tuple[str, Prepare]]:
-    """Every product, and what makes its choices: None for those that fail, whose results differ or that do not fit."""
+def comparisons(
+    layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
+) -> Iterator[tuple[str, Prepare]]:
+    """Every product and both passes, and what makes the choices: None for those that fail, whose results differ or
+    that do not fit."""
     arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
     bucket = configs.bucket_of(tokens * layer[3], layer[2])
     few = {one[:3]: one for one in tune.products(*layer, min(1000, tokens), dtype, device, gated=False)}
@@ -69,6 +69,7 @@ def products(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads
     for product in listed:
         if product.kernel != "weight_gradient":
             yield product.kernel, functools.partial(runs, product)
+    yield "both passes", lambda: passes(layer, tokens, dtype, device)
 
 
 def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Run | None]:
@@ -99,14 +100,6 @@ def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[s
     return {USUAL: lambda: run(False), "all weights by descriptors": lambda: run(True)}
 
 
-def comparisons(
-    layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
-) -> Iterator[tuple[str, Prepare]]:
-    """A launch, and what makes its choices."""
-    yield from products(layer, tokens, dtype, device, threads)
-    yield "both passes", lambda: passes(layer, tokens, dtype, device)
-
-
 def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds: int = 5) -> list[dict[str, str]]:
     """A row for each choice, empty where it cannot run."""
     able = {name: run for name, run in runs.items() if run is not None}
@@ -119,23 +112,17 @@ def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser = gpu_options(__doc__)
     parser.add_argument("--seconds", type=float, default=8, help="timing of one launch's choices (default 8)")
-    parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args(argv)
-    require_device("cuda")
-    about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
-    about |= {"dtype": options.dtype, "commit": commit()}
-    layer = "{}x{}x{}".format(TOKENS, *LAYER[:2])
-    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {options.dtype}", flush=True)
+    about = begin_on_gpu(options, "{}x{}x{}".format(TOKENS, *LAYER[:2]))
+    layer = about.pop("layer")
     table, failures = [], 0
     for launch, prepare in comparisons(LAYER, TOKENS, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
         try:
             found = measure(prepare(), options.seconds, "cuda")
         except Exception as failure:  # a compiler's or a driver's, of many kinds
-            traceback.print_exc()
-            print(f"left out: {launch}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
+            tell(launch, failure)
             failures += 1
             continue
         fresh = [{"layer": layer, "launch": launch, **row, **about} for row in found]

@@ -4,19 +4,15 @@
 
 Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
 the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 12 MiB that stay in the
-second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. With
-``--peers`` also the same grouped products by others: a loop over torch's products, torch's ``grouped_mm``, and QuACK
-where it is installed. A launch that fails, or a peer whose result differs from ours, is left out by name. The file is
-written again after every launch.
+second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. A
+launch that fails is left out by name. The file is written again after every launch.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
@@ -24,9 +20,8 @@ import gpu_model
 import torch
 import triton
 import triton.language as tl
-from harness import DTYPES, clock, commit, print_table, require_device, write_csv
+from harness import DTYPES, begin_on_gpu, clock, gpu_options, print_table, tell, write_csv
 
-from clipup_kernels.machine import package_version, processor_name
 from clipup_kernels.triton import (
     configs,
     dispatch,
@@ -82,11 +77,9 @@ def ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: int = 1 
 
 
 def launches(
-    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str,
-    with_peers: bool = False,
+    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str
 ) -> Iterator[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and,
-    ``with_peers``, others' grouped products."""
+    """The launches of a forward and a backward pass, those of an op together, and torch's products on as many rows."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).to(dtype)
@@ -107,33 +100,17 @@ def launches(
         )
 
     def project_back() -> tuple:
-        z = inputs.z_and_a[0]
         return expert_mlp_backward.project_back(
-            dy, gates, offsets, choice_of_row, out_weight, z, "gelu", need_dz=True, need_a=True, need_parts=True
-        )
+            dy, gates, offsets, choice_of_row, out_weight, z_and_a()[0], "gelu", need_dz=True, need_a=True,
+            need_parts=True,
+        )  # fmt: skip
 
-    class Inputs:
-        """What launches read of others, made in the untimed call of the first: a launch that fails takes only those
-        with it that need its results."""
-
-        @cached_property
-        def z_and_a(self) -> tuple:
-            return project_in(True)
-
-        @cached_property
-        def out(self) -> torch.Tensor:
-            return project_rows(self.z_and_a[1], out_weight, out_bias, offsets)
-
-        @cached_property
-        def back(self) -> tuple:
-            """dz, the gated a, and partial sums."""
-            return project_back()
-
-        @cached_property
-        def d_rows(self) -> torch.Tensor:
-            return project_rows(self.back[0], in_weight, None, offsets, transposed=True)
-
-    inputs = Inputs()
+    # What launches read of others, made in the untimed call of the first: a launch that fails takes only those with it
+    # that need its results.
+    z_and_a = functools.cache(lambda: project_in(True))
+    out = functools.cache(lambda: project_rows(z_and_a()[1], out_weight, out_bias, offsets))
+    back = functools.cache(project_back)
+    d_rows = functools.cache(lambda: project_rows(back()[0], in_weight, None, offsets, transposed=True))
     tile = configs.choose("project_back", x.device, dtype, num_rows, experts, width, hidden)
     partial_sums = ceil_div(hidden, tile.block_n)
     routed = {move.name: move.bytes for move in gpu_model.moves(num_rows, width, hidden, experts, tokens, True)}
@@ -148,25 +125,25 @@ def launches(
     yield Launch("project_in, z kept", flops, narrow + weight + 2 * wide, lambda: project_in(True))
     yield Launch(
         "project_rows", flops, wide + weight + narrow,
-        lambda: project_rows(inputs.z_and_a[1], out_weight, out_bias, offsets),
+        lambda: project_rows(z_and_a()[1], out_weight, out_bias, offsets),
     )  # fmt: skip
-    yield Launch("combine", 0, narrow + token_rows, lambda: rows.combine(inputs.out, gates, *plan))
+    yield Launch("combine", 0, narrow + token_rows, lambda: rows.combine(out(), gates, *plan))
     yield Launch("project_back", flops, narrow + weight + 3 * wide, project_back)
     yield Launch(
         "gate_gradient", 0, 4 * num_rows * partial_sums + token_rows,
-        lambda: expert_mlp_backward.gate_gradient(inputs.back[2], dy, out_bias, offsets, row_of_choice),
+        lambda: expert_mlp_backward.gate_gradient(back()[2], dy, out_bias, offsets, row_of_choice),
     )  # fmt: skip
     yield Launch(
         "expert_gradients", 2 * flops, 2 * (narrow + wide + weight),
         lambda: weight_gradient.expert_gradients(
-            inputs.back[0], x, dy, inputs.back[1], gates, offsets, choice_of_row, in_bias=True, out_bias=True
+            back()[0], x, dy, back()[1], gates, offsets, choice_of_row, in_bias=True, out_bias=True
         ),
     )  # fmt: skip
     yield Launch(
         "project_rows, dx", flops, wide + weight + narrow,
-        lambda: project_rows(inputs.back[0], in_weight, None, offsets, transposed=True),
+        lambda: project_rows(back()[0], in_weight, None, offsets, transposed=True),
     )  # fmt: skip
-    yield Launch("gather_sum", 0, narrow + token_rows, lambda: rows.gather_sum(inputs.d_rows, row_of_choice))
+    yield Launch("gather_sum", 0, narrow + token_rows, lambda: rows.gather_sum(d_rows(), row_of_choice))
     yield routing(
         "topk_gating_backward", lambda: topk_gating.topk_gating_backward(logits, indices, True, None, gates)
     )  # fmt: skip
@@ -176,80 +153,7 @@ def launches(
     yield routing("sum of x's gradients", lambda: dy.add_(x))
     left, right, back_right = randn(num_rows, width), in_weight[0].mT, in_weight[0]
     yield Launch("torch, in", flops, narrow + weight / experts + wide, lambda: left @ right)
-    yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: inputs.z_and_a[1] @ back_right)
-    if not with_peers:
-        return
-    expected = {
-        "in": lambda: inputs.z_and_a[0],
-        "in with GELU": lambda: inputs.z_and_a[1],
-        "out": lambda: inputs.out,
-        "in's gradient": lambda: weight_gradient.weight_gradient(
-            inputs.back[0], x, offsets, need_bias=False, choice_of_row=choice_of_row, top_k=top_k, gather_right=True
-        )[0],
-    }  # fmt: skip
-    a, dz, token = expected["in with GELU"], lambda: inputs.back[0], choice_of_row // top_k
-    sizes = {"in": narrow + weight + wide, "in with GELU": narrow + weight + wide, "out": wide + weight + narrow}
-    for name, run in peers(x, a, dz, in_weight, in_bias, out_weight, out_bias, offsets, token):
-        what = name.partition(", ")[2]
-        if agrees(name, run, expected[what]):
-            yield Launch(name, flops, sizes.get(what, narrow + wide + weight), run)
-
-
-def peers(
-    x: torch.Tensor, a: Callable[[], torch.Tensor], dz: Callable[[], torch.Tensor],
-    in_weight: torch.Tensor, in_bias: torch.Tensor,
-    out_weight: torch.Tensor, out_bias: torch.Tensor, offsets: torch.Tensor, token: torch.Tensor,
-) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:  # fmt: skip
-    """The grouped products by others, without copying x [T, D] into expert order, which ``token`` [R] describes, where
-    they need that; biases are added where they can be. Every row has an expert."""
-    rows_in_order, counts = x[token.long()], offsets.diff().tolist()
-
-    def loop(left: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        result = left.new_empty(len(left), weight.shape[1])
-        for expert, (own, target) in enumerate(zip(left.split(counts), result.split(counts), strict=True)):
-            torch.addmm(bias[expert], own, weight[expert].T, out=target)
-        return result
-
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=x.device), offsets.diff().long())
-    ends = offsets[1:].int()
-    for name, left, weight, bias in (
-        ("in", lambda: rows_in_order, in_weight, in_bias), ("out", a, out_weight, out_bias)
-    ):  # fmt: skip
-        yield f"loop, {name}", lambda left=left, args=(weight, bias): loop(left(), *args)
-        yield (
-            f"grouped_mm and bias, {name}",
-            lambda left=left, weight=weight.mT, bias=bias: (
-                torch.nn.functional.grouped_mm(left(), weight, offs=ends) + bias[owner]
-            ),
-        )
-    try:
-        from quack.gemm_interface import gemm, gemm_act
-    except Exception as failure:  # it may need another version of what is installed
-        print(f"left out: quack: {type(failure).__name__}: {failure}", flush=True)
-        return
-    gathered = {"cu_seqlens_m": offsets, "A_idx": token}
-    yield "quack, in", lambda: gemm(x, in_weight.mT, bias=in_bias, **gathered)
-    yield (
-        "quack, in with GELU",
-        lambda: gemm_act(
-            x, in_weight.mT, bias=in_bias, activation="gelu_tanh_approx", store_preact=False, **gathered
-        )[1],
-    )  # fmt: skip
-    yield "quack, out", lambda: gemm(a(), out_weight.mT, bias=out_bias, cu_seqlens_m=offsets)
-    yield "quack, in's gradient", lambda: gemm(dz().T, rows_in_order, cu_seqlens_k=offsets)
-
-
-def agrees(name: str, run: Callable[[], torch.Tensor], expected: Callable[[], torch.Tensor]) -> bool:
-    """Whether a peer runs and gives what ours does up to rounding; says so if not."""
-    try:
-        ours = expected().float()
-        error = float((run().float() - ours).abs().max() / ours.abs().max())
-        reason = None if error <= 3e-2 else f"its result differs by {error:.1e} of the largest entry"
-    except Exception as failure:  # ours, or another project's of many kinds
-        reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-    if reason is not None:
-        print(f"left out: {name}: {reason}", flush=True)
-    return reason is None
+    yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: z_and_a()[1] @ back_right)
 
 
 def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, l2: float) -> dict[str, float]:
@@ -259,7 +163,7 @@ def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, 
     for training, suffix in ((False, ""), (True, ", z kept")):
         for product in gpu_model.products(*layer, experts, training):
             name = product.name + (suffix if product.name == "project_in" else "")
-            found[name] = gpu_model.predict(product, l2, None).total
+            found[name] = gpu_model.predict(product, l2).total
         found |= {move.name: move.milliseconds for move in gpu_model.moves(*layer, experts, tokens, training)}
     return found
 
@@ -296,12 +200,6 @@ def measure_all(
     return failures
 
 
-def tell(what: str, failure: Exception) -> None:
-    """Names what failed, for the log and for the summary."""
-    traceback.print_exception(failure)
-    print(f"left out: {what}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
-
-
 def predict_on_this_card(layer: tuple[int, int, int, int, int], rows: list[dict[str, object]]) -> dict[str, float]:
     """``predictions`` at the rate of the second-level cache among the ceilings' rows; empty on a card without a model,
     and, with words, where that rate or the machine code is missing."""
@@ -317,21 +215,15 @@ def predict_on_this_card(layer: tuple[int, int, int, int, int], rows: list[dict[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = gpu_options(__doc__)
     for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
-    parser.add_argument("--peers", action="store_true", help="also others' grouped products; QuACK tunes itself first")
-    parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args(argv)
-    require_device("cuda")
     layer = options.tokens, options.width, options.hidden, options.experts, options.top_k
     dtype = DTYPES[options.dtype]
     shape = f"{options.tokens}x{options.width}x{options.hidden}, {options.experts} experts, top {options.top_k}"
-    about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
-    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {shape}, {options.dtype}", flush=True)
-    about |= {"layer": shape, "dtype": options.dtype, "commit": commit()}
+    about = begin_on_gpu(options, shape)
     table: list[dict[str, object]] = []
     predicted: dict[str, float] = {}
 
@@ -346,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
     failures = measure_all(ceilings("cuda", dtype), "cuda", options.repetitions, keep)
     predicted |= predict_on_this_card(layer, table)
-    failures += measure_all(launches(*layer, dtype, "cuda", options.peers), "cuda", options.repetitions, keep)
+    failures += measure_all(launches(*layer, dtype, "cuda"), "cuda", options.repetitions, keep)
     print_table(table, COLUMNS.split())
     return int(failures > 0)
 

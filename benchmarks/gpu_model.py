@@ -7,10 +7,6 @@ A product's tile takes the longer of two times: its FLOPs on the tensor cores, a
 cache, operands, results and what its epilogue reads. The last wave of tiles counts as full, and a launch takes at least
 as long as its bytes from memory. Routing and the sum of x's two gradients are included. Left out are instructions,
 which products hide, the start of a block, waiting at barriers, the clock under load and the host.
-
-    python benchmarks/gpu_model.py --tile 128 256 64 8 3    project_in and project_back with another tile
-
-A tile of which one block fits a multiprocessor shows the time with its epilogue hidden all the same.
 """
 
 from __future__ import annotations
@@ -70,12 +66,10 @@ class Prediction(NamedTuple):
     """Blocks that share a multiprocessor."""
 
 
-def predict(product: Product, l2_bytes: float, other_tile: configs.Config | None) -> Prediction:
+def predict(product: Product, l2_bytes: float) -> Prediction:
     """The model of the file's first lines."""
     kernel = product.name.partition(",")[0]
     tile = configs.heuristic(90, kernel, "half", "many", 768, 3072)
-    if other_tile is not None and kernel in ("project_in", "project_back"):
-        tile = other_tile
     block_m, block_n, block_k = tile[:3]
     tiles = (product.outputs[0] / block_m + product.parts / 2) * (product.outputs[1] / block_n)
     blocks = min(2, SHARED_BYTES // (2 * (block_m + block_n) * block_k * tile.num_stages))
@@ -130,8 +124,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
     parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
     parser.add_argument("--cublas", type=float, default=650, help="TFLOP/s of dense_k's products (default 650)")
-    tile = ("M", "N", "K", "WARPS", "STAGES")
-    parser.add_argument("--tile", type=int, nargs=5, metavar=tile, help="of project_in and project_back")
     options = parser.parse_args(argv)
     rows = options.tokens * options.top_k
     layer = rows, options.width, options.hidden
@@ -139,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     for training in (False, True):
         total = 0.0
         for product in products(*layer, options.experts, training):
-            found = predict(product, options.l2 * 1e12, options.tile and configs.Config(*options.tile))
+            found = predict(product, options.l2 * 1e12)
             total += found.total
             times = (found.tensor, found.l2, found.dram, found.total)
             print(f"{product.name:22} {found.blocks:6} {found.waves:6.1f} " + " ".join(f"{ms:7.2f}" for ms in times))

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import alternate, commit, print_table, write_csv
+from harness import alternate, built_from, print_table, require_device, write_csv
 
 from clipup_kernels.backends import cpp_cuda
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import processor_name
 
 TOKENS = (4096, 16_384, 50_000, 200_000, 400_000)
 SIZES = ((8, 2), (64, 8))
@@ -54,12 +54,7 @@ def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, C
 
 def check(name: str, theirs: object, ours: object) -> None:
     """Stops the program where the two differ by more than rounding."""
-    theirs, ours = (value if isinstance(value, tuple) else (value,) for value in (theirs, ours))
-    for a, b in zip(theirs, ours, strict=True):
-        try:
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
-        except AssertionError as error:
-            raise SystemExit(f"{name}: CUDA C++ and Triton differ: {error}") from error
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda words: f"{name}: {words}")
 
 
 def captured(call: Call) -> Call:
@@ -96,11 +91,11 @@ def measure(tokens: int, num_experts: int, k: int, seconds: float) -> Iterator[d
                 "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
                 "how": how, "triton_us": f"{times['triton'].median_ms * 1e3 / calls:.1f}",
                 "cuda_us": f"{times['cuda'].median_ms * 1e3 / calls:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
-                "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
+                **built_from(),
             }  # fmt: skip
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -109,13 +104,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the rows to FILE, updated after every number of tokens")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_stages.py measures on a CUDA GPU, and torch finds none here")
+    args = parser.parse_args(argv)
+    require_device("cuda")
     if not cpp_cuda.built():
         raise SystemExit("clipup_kernels/_C is built without CUDA: put nvcc on PATH and build it again")
     rows = []

@@ -73,10 +73,12 @@ def speed(ours: Row, theirs: Row) -> float:
 
 
 def judged(
-    what: str, wanted: str, value: float | None, good: bool, words: tuple[str, str] = ("pass", "FAIL")
+    what: str, sign: str, bound: float, value: float | None, words: tuple[str, str] = ("pass", "FAIL")
 ) -> Finding:
+    wanted = f"{sign} {bound:.4g}"
     if value is None:
         return Finding(what, wanted, "", "not measured")
+    good = value <= bound if sign == "<=" else value >= bound
     return Finding(what, wanted, f"{value:.3g}", words[0] if good else words[1])
 
 
@@ -85,22 +87,12 @@ def demands(rows: list[Row]) -> Iterator[Finding]:
     for pass_, most in MOST_RATIO.items():
         found = of_main_case(rows, pass_)
         ours = found.get("clipup")
-        ratio = float(ours["ratio_to_dense_k"]) if ours else None
-        yield judged(f"{pass_}: ratio_to_dense_k", f"<= {most:.2f}", ratio, ratio is not None and ratio <= most)
+        yield judged(f"{pass_}: ratio_to_dense_k", "<=", most, ours and float(ours["ratio_to_dense_k"]))
         for name, (impls, least) in LEAST_SPEED.items():
             speeds = [speed(ours, found[impl]) for impl in impls if ours and impl in found]
-            slowest = min(speeds, default=None)  # against the fastest of them
-            yield judged(
-                f"{pass_}: times as fast as {name}",
-                f">= {least:.2f}",
-                slowest,
-                slowest is not None and slowest >= least,
-            )
-        tflops = float(ours["tflops"]) if ours else None
-        aim = AIM_TFLOPS[pass_]
-        yield judged(
-            f"{pass_}: TFLOP/s (aim)", f">= {aim}", tflops, tflops is not None and tflops >= aim, ("met", "missed")
-        )
+            yield judged(f"{pass_}: times as fast as {name}", ">=", least, min(speeds, default=None))
+        tflops = ours and float(ours["tflops"])
+        yield judged(f"{pass_}: TFLOP/s (aim)", ">=", AIM_TFLOPS[pass_], tflops, ("met", "missed"))
     yield saved_memory(rows)
     yield faster_peers(rows)
 
@@ -109,8 +101,7 @@ def saved_memory(rows: list[Row]) -> Finding:
     """The largest share of what may be saved: z and the routing, beside x and the parameters, which are arguments."""
     trained = [row for row in rows if row["impl"] == "clipup" and row["pass"] == "fwd_bwd"]
     shares = [float(row["saved_mb"]) / allowed_megabytes(row) for row in trained]
-    worst = max(shares, default=None)
-    return judged("saved over x + z + routing", f"<= {SAVED_SLACK}", worst, worst is not None and worst <= SAVED_SLACK)
+    return judged("saved over x + z + routing", "<=", SAVED_SLACK, max(shares, default=None))
 
 
 def allowed_megabytes(row: Row) -> float:
@@ -172,7 +163,7 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     chosen = "layer launch choice ms p20_ms p80_ms ratio".split()
     whole = "model dtype pass batch_size pairs_per_s gflop_per_s speed_to_b16 speed_to_l14".split()
     staged = "stage tokens experts top_k how triton_us cuda_us ratio".split()
-    files = {"kernels.csv": launched, "choices.csv": chosen, "peers.csv": launched, "routing_stages.csv": staged}
+    files = {"kernels.csv": launched, "choices.csv": chosen, "routing_stages.csv": staged}
     files |= {"clip_inference.csv": whole, "clip_training.csv": whole}
     for name, columns in files.items():
         if (folder / name).is_file():

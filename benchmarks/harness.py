@@ -8,6 +8,7 @@ import functools
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from clipup_kernels.machine import processor_name
+from clipup_kernels.machine import package_version, processor_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The types by their names in options and files."""
@@ -27,6 +28,10 @@ class Timing(NamedTuple):
     p80_ms: float
     ratio: float
     """Median of the candidate's time over the baseline's, the two run in turn."""
+
+    def columns(self, digits: int = 1) -> dict[str, str]:
+        """The times of a row."""
+        return {name: f"{getattr(self, name):.{digits}f}" for name in ("median_ms", "p20_ms", "p80_ms")}
 
 
 def timed_options(description: str | None, threads: int, rounds: int, seconds: float) -> argparse.ArgumentParser:
@@ -52,6 +57,35 @@ def on_device(args: argparse.Namespace, dtype: str) -> dict[str, object]:
     """The first columns of a row."""
     threads = args.threads if args.device == "cpu" else ""
     return {"device": processor_name(args.device), "dtype": dtype, "threads": threads}
+
+
+def built_from() -> dict[str, object]:
+    """The last columns of a row."""
+    return {"commit": commit(), "torch": torch.__version__, "triton": package_version("triton")}
+
+
+def gpu_options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what the programs about Triton's kernels ask for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--csv", help="also write the table to this file")
+    return parser
+
+
+def begin_on_gpu(options: argparse.Namespace, layer: str) -> dict[str, object]:
+    """Stops the program without a GPU; prints and returns what its rows are about."""
+    require_device("cuda")
+    about: dict[str, object] = {"machine": processor_name("cuda")} | built_from()
+    print(*about.values(), layer, options.dtype, sep=", ", flush=True)
+    return {name: about[name] for name in ("machine", "torch", "triton")} | {
+        "layer": layer, "dtype": options.dtype, "commit": about["commit"],
+    }  # fmt: skip
+
+
+def tell(what: str, failure: Exception) -> None:
+    """Names what failed, for the log and for the summary."""
+    traceback.print_exception(failure)
+    print(f"left out: {what}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
 
 
 def require_device(device: str) -> None:
@@ -126,17 +160,11 @@ def alternate(
 @functools.cache
 def commit() -> str:
     """The commit of the first call, with ``+`` when the tree differs from it; empty without git or a checkout."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        try:
-            run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return ""
-        return run.stdout.strip()
-
-    head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:

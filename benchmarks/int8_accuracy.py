@@ -42,29 +42,25 @@ OUTLIER, OUTLIERS = 30.0, 0.01
 """How much larger the outlying channels are, and the share of channels that are."""
 
 
-class Inputs:
-    """Images and texts of one model, with the text of every image; noise without data."""
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""Images and texts of one model, and the image of every text; none for noise."""
 
-    def __init__(self, model: nn.Module, name: str, preprocess: object, data: str | None, count: int) -> None:
-        self.pairs: Tensor | None = None
-        if data is None:
-            self.images, self.texts = random_inputs(model, batch_size=count)
-            return
-        tokenizer = get_tokenizer(name)
-        images, texts, pairs = [], [], []
-        for image, captions, _ in load_eval_samples(data, preprocess, SourceOptions()):
-            pairs += [len(images)] * len(captions)
-            images.append(image)
-            texts += captions
-        self.images, self.texts = torch.stack(images), tokenizer(texts)
-        self.pairs = torch.tensor(pairs)
 
-    def features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        with torch.inference_mode():
-            images = [model.encode_image(part.to(dtype)).float() for part in self.images.split(64)]
-            texts = [model.encode_text(part).float() for part in self.texts.split(64)]
-        return F.normalize(torch.cat(images), dim=-1), F.normalize(torch.cat(texts), dim=-1)
+def inputs_of(model: nn.Module, name: str, preprocess: object, data: str | None, count: int) -> Inputs:
+    if data is None:
+        return *random_inputs(model, batch_size=count), None
+    samples = [(image, captions) for image, captions, _ in load_eval_samples(data, preprocess, SourceOptions())]
+    texts = [caption for _, captions in samples for caption in captions]
+    pairs = torch.tensor([row for row, (_, captions) in enumerate(samples) for _ in captions])
+    return torch.stack([image for image, _ in samples]), get_tokenizer(name)(texts), pairs
+
+
+def features(model: nn.Module, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    with torch.inference_mode():
+        of_images = [model.encode_image(part.to(dtype)).float() for part in images.split(64)]
+        of_texts = [model.encode_text(part).float() for part in texts.split(64)]
+    return F.normalize(torch.cat(of_images), dim=-1), F.normalize(torch.cat(of_texts), dim=-1)
 
 
 def load(name: str) -> tuple[nn.Module, object]:
@@ -118,16 +114,17 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name in args.models:
         model, preprocess = load(name)
-        inputs = Inputs(model, name, preprocess, args.data if Path(name).is_dir() else None, args.count)
-        exact = inputs.features(model)
+        data = args.data if Path(name).is_dir() else None
+        images, texts, pairs = inputs_of(model, name, preprocess, data, args.count)
+        exact = features(model, images, texts)
         label = "/".join(Path(name).parts[-2:])
         for outliers in (False, True):
             if outliers:
                 add_outliers(model)
-            rows.append(row(label, outliers, "fp32", inputs.features(model), exact, inputs.pairs))
+            rows.append(row(label, outliers, "fp32", features(model, images, texts), exact, pairs))
             for form, (dtype, weights) in FORMS.items():
                 prepared = clipup.accelerate(copy.deepcopy(model).to(dtype), inplace=True, weights=weights)
-                rows.append(row(label, outliers, form, inputs.features(prepared), exact, inputs.pairs))
+                rows.append(row(label, outliers, form, features(prepared, images, texts), exact, pairs))
     print(f"{processor_name('cpu')}, commit {commit() or 'unknown'}")
     report(rows, FIELDS, args.csv)
     return 0

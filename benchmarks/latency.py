@@ -18,13 +18,11 @@ from statistics import median, quantiles
 
 import torch
 from clip_throughput import ACCELERATED, BASELINE, INT8, LARGE, WORDS, build
-from harness import DTYPES, commit, print_table, write_csv
-from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
-from torch import Tensor, nn
+from harness import DTYPES, commit, report
+from peers import ONNX, ONNX_PACKAGES, missing
+from torch import nn
 
 import clipup
-from clipup.clip.inputs import image_size
-from clipup.models.factory import create_model_and_transforms, expecting_random_weights
 from clipup.models.tokenizers import get_tokenizer
 from clipup_kernels.machine import processor_name
 
@@ -32,12 +30,7 @@ MODELS = (
     BASELINE, f"{BASELINE} {ACCELERATED}", f"{BASELINE} {INT8}", f"{BASELINE} {ONNX}", f"{BASELINE} CLIP-UP",
     f"{BASELINE} CLIP-UP {ACCELERATED}", f"{BASELINE} CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
-COLUMNS = ("input", "model", "p50_ms", "p99_ms", "ratio_to_first")
-
-
-def percentiles(seconds: list[float]) -> tuple[float, float]:
-    """The median and the 99th percentile."""
-    return median(seconds), quantiles(seconds, n=100, method="inclusive")[98]
+COLUMNS = "input model p50_ms p99_ms ratio_to_first"
 
 
 def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -57,31 +50,17 @@ def rows_of(what: str, taken: dict[str, list[float]], args: argparse.Namespace) 
     rows = []
     first = next(iter(taken.values()))
     for name, seconds in taken.items():
-        p50, p99 = percentiles(seconds)
+        p99 = quantiles(seconds, n=100, method="inclusive")[98]
         ratio = median(mine / base for mine, base in zip(seconds, first, strict=True))
         rows.append(
             {
                 "device": processor_name("cpu"), "dtype": args.dtype, "threads": args.threads, "input": what,
-                "model": name, "p50_ms": f"{p50 * 1e3:.3f}", "p99_ms": f"{p99 * 1e3:.3f}",
+                "model": name, "p50_ms": f"{median(seconds) * 1e3:.3f}", "p99_ms": f"{p99 * 1e3:.3f}",
                 "ratio_to_first": f"{ratio:.3f}", "rounds": len(seconds), "commit": commit(),
                 "torch": torch.__version__,
             }
         )  # fmt: skip
     return rows
-
-
-def model_of(name: str, args: argparse.Namespace, texts: Tensor) -> tuple[nn.Module | OnnxInt8, Tensor]:
-    """The model, and an image for it."""
-
-    def image_for(model: nn.Module) -> Tensor:
-        return torch.randn(1, 3, *image_size(model)).to(DTYPES[args.dtype])
-
-    if not name.endswith(ONNX):
-        model = build(name, DTYPES[args.dtype], "cpu", training=False)[0]
-        return model, image_for(model)
-    with expecting_random_weights():
-        dense = create_model_and_transforms(name.split()[0], load_weights=False)[0].eval()
-    return OnnxInt8(dense, image_for(dense), texts, args.threads), image_for(dense)
 
 
 def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -114,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = get_tokenizer(BASELINE)([" ".join(WORDS[:12])])
     models, images = {}, {}
     for name in args.models:
-        models[name], images[name] = model_of(name, args, texts)
+        models[name], _, images[name] = build(name, dtype, texts, threads=args.threads)
         print(f"made {name}", file=sys.stderr, flush=True)
 
     rows = []
@@ -131,10 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             for _ in range(200):
                 call()
         rows += rows_of("token", in_turn(calls, 20 * args.rounds), args)
-    print_table(rows, list(COLUMNS))
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    report(rows, COLUMNS, args.csv)
     return 0
 
 

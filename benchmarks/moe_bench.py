@@ -13,6 +13,7 @@ from harness import (
     DTYPES,
     Timing,
     alternate,
+    built_from,
     commit,
     peak_megabytes,
     print_table,
@@ -23,7 +24,7 @@ from moe_layer import ROUTINGS, Case, Weights, make_x, without_close_calls
 from peers import PEERS, Candidate, candidates, oracle, refusal, usual
 from torch import Tensor
 
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import processor_name
 
 BASELINE = "dense_k"
 NEEDED = {BASELINE, "clipup"}
@@ -86,8 +87,6 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
     full = args.suite == "full"
     args.rounds = args.rounds if args.rounds is not None else (5 if full else 3)
     args.seconds = args.seconds if args.seconds is not None else (5.0 if full else 2.0)
-    if args.rounds < 2:
-        parser.error(f"--rounds must be 2 or more, got {args.rounds}")
     args.cases = cases(args)
     for case in args.cases:
         if not 1 <= args.top_k <= case.experts:
@@ -202,16 +201,12 @@ def row(where: dict, impl: str, timing: Timing, candidate: Candidate, training: 
     values = where | {
         "pass": "fwd_bwd" if training else "fwd",
         "impl": impl,
-        "median_ms": f"{timing.median_ms:.3f}",
-        "p20_ms": f"{timing.p20_ms:.3f}",
-        "p80_ms": f"{timing.p80_ms:.3f}",
+        **timing.columns(3),
         "tflops": f"{flops / timing.median_ms / 1e9:.4g}",
         "ratio_to_dense_k": f"{timing.ratio:.3f}",
         "saved_mb": f"{saved_megabytes(candidate) if training else 0:.1f}",
         "peak_mb": f"{peak_of(candidate, training):.1f}" if candidate.x.is_cuda else "",
-        "commit": commit(),
-        "torch": torch.__version__,
-        "triton": package_version("triton"),
+        **built_from(),
     }
     values["peak_share"] = f"{peak.share(values):.3f}"
     return {field: values[field] for field in FIELDS}

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, begin, commit, on_device, report, timed_options
+from harness import DTYPES, alternate, begin, built_from, on_device, report, timed_options
 from torch import Tensor, nn
 
 import clipup
 from clipup.clip.padding_aware import tokens_up_to_pooled
 from clipup.models.factory import create_model_and_transforms, expecting_random_weights
 from clipup.models.tokenizers import get_tokenizer
-from clipup_kernels.machine import package_version
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Of features of length 1: order and blocking of sums may depend on how many rows an expert has."""
@@ -81,10 +80,8 @@ def measure(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
         {
             **on_device(args, dtype), "model": name, "batch_size": args.batch_size,
             "context_length": texts.shape[1], "tokens": "1.000" if impl != "padding_aware" else f"{share:.3f}",
-            "impl": impl, "median_ms": f"{timing.median_ms:.2f}", "p20_ms": f"{timing.p20_ms:.2f}",
-            "p80_ms": f"{timing.p80_ms:.2f}", "texts_per_s": f"{args.batch_size / timing.median_ms * 1e3:.1f}",
-            "ratio_to_all_tokens": f"{timing.ratio:.3f}", "commit": commit(), "torch": torch.__version__,
-            "triton": package_version("triton"),
+            "impl": impl, **timing.columns(2), "texts_per_s": f"{args.batch_size / timing.median_ms * 1e3:.1f}",
+            "ratio_to_all_tokens": f"{timing.ratio:.3f}", **built_from(),
         }
         for impl, timing in timings.items()
     ]  # fmt: skip

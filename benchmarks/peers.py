@@ -11,9 +11,7 @@ Whole models: dense ones in int8 on onnxruntime (``OnnxInt8``).
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +24,6 @@ from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, ma
 from torch import Tensor, nn
 
 import clipup_kernels as ck
-from clipup_kernels.machine import package_version
 
 
 def dense(x: Tensor, w: DenseWeights) -> Tensor:
@@ -88,25 +85,20 @@ def grouped_mm(x: Tensor, w: Weights) -> Tensor:
     return torch.zeros_like(x).index_add(0, token, out * gates.flatten()[order, None].to(x.dtype))
 
 
-@functools.cache
-def _hf_experts_forward() -> Callable:
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
-    return grouped_mm_experts_forward
-
-
 def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
     """The experts of Hugging Face transformers, ``experts_implementation="grouped_mm"``: no gate, biases, erf GELU.
 
     Called as a model's expert module calls it; gates come in x's type, as from the routers of Qwen3-MoE.
     """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
     gates, experts = route(x, w)
     module = SimpleNamespace(
         up_proj=w.in_weight, up_proj_bias=w.in_bias, down_proj=w.out_weight, down_proj_bias=w.out_bias, act_fn=F.gelu,
         num_experts=w.router.shape[0], has_gate=False, has_bias=True, is_transposed=False, has_post_expert_norm=False,
         _is_expert_parallel=False,
     )  # fmt: skip
-    return _hf_experts_forward()(module, x, experts, gates.to(x.dtype))
+    return grouped_mm_experts_forward(module, x, experts, gates.to(x.dtype))
 
 
 def scattermoe(x: Tensor, w: Weights) -> Tensor:
@@ -229,8 +221,6 @@ PEERS = {
     "megablocks": Peer(megablocks, packages=("megablocks", "grouped_gemm"), only_on="cuda"),
     "sonicmoe": Peer(sonicmoe, packages=("sonicmoe",), only_on="cuda"),
 }
-TRANSFORMERS = (5, 4)
-"""The first version whose grouped experts can do without a gate."""
 ONNX, ONNX_PACKAGES = "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
 """The last word of the names of models on it, and what has to be installed."""
 
@@ -251,19 +241,12 @@ def refusal(impl: str, training: bool, device: str) -> str | None:
         return f"needs {' and '.join(lacking)}"
     if peer.weights == "int8" and not ck.backend_info()["compiled"]:
         return "needs the compiled extension"
-    if impl == "hf_grouped_mm" and version_of("transformers") < TRANSFORMERS:
-        return "needs transformers " + ".".join(map(str, TRANSFORMERS)) + " or newer"
     return None
 
 
 def usual(training: bool, device: str) -> list[str]:
     """What is measured when nothing is chosen: all that can run, but for what belongs to the other kind of device."""
     return [name for name, peer in PEERS.items() if device in peer.usual_on and refusal(name, training, device) is None]
-
-
-def version_of(package: str) -> tuple[int, ...]:
-    """Major and minor version; empty, less than any, where the package is not installed."""
-    return tuple(map(int, re.findall(r"\d+", package_version(package) or "")[:2]))
 
 
 class Candidate(NamedTuple):

@@ -27,8 +27,7 @@ OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8", "#b3a000", "#1f5c57")
 COLORS = OURS | dict(zip(IMPLEMENTATIONS[len(OURS) :], OTHERS, strict=True))
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 TITLE = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
-LABELS, PANEL, GAP = 230, 300, 24  # px: widths
-LINE, HEAD, ABOVE, BELOW = 22, 46, 42, 34  # px: heights; ABOVE and BELOW are those of a section's headings and ticks
+LABELS, PANEL, LINE, HEAD, TICK_LABELS = 230, 320, 22, 90, 84  # px: widths; heights
 BOLD = {"weight": "bold", "size": 14}
 LEGEND_COLUMNS = 5
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -75,41 +74,25 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
 def chart(rows: Sequence[Row]) -> str:
     """A section for every pass, device and number of threads."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    sections: dict[str, list[Row]] = {}
-    for row in rows:
-        sections.setdefault(section_of(row), []).append(row)
-    cases = [list(dict.fromkeys(map(case_of, of))) for of in sections.values()]
+    sections = charts.groups(rows, section_of)
+    cases = {title: list(dict.fromkeys(map(case_of, of))) for title, of in sections.items()}
     impls = [impl for impl in IMPLEMENTATIONS if any(row["impl"] == impl for row in rows)]
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]
     limits = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
-    heights = [LINE * len(names) for names in cases]
-    head = HEAD + LINE * -(-len(impls) // LEGEND_COLUMNS)
-    width = LABELS + (PANEL + GAP) * len(dtypes)
+    heights = [TICK_LABELS + LINE * len(names) for names in cases.values()]
 
     def paint(figure: Figure) -> None:
-        above, *parts = figure.subfigures(
-            1 + len(sections), 1, height_ratios=[head, *(ABOVE + h + BELOW for h in heights)]
-        )
         keys = [Line2D([], [], linestyle="none", label=impl, **marker(impl)) for impl in impls]
-        above.legend(
-            handles=keys,
-            loc="upper left",
-            ncols=LEGEND_COLUMNS,
-            title=TITLE,
-            title_fontproperties=BOLD,
-            alignment="left",
-        )
-        for part, height, (title, of), names in zip(parts, heights, sections.items(), cases, strict=True):
-            part.text(0.01, 1, title, va="top", weight="bold")
-            whole = ABOVE + height + BELOW
-            place = {"left": LABELS / width, "right": 1 - GAP / width, "wspace": GAP / PANEL}
-            place |= {"top": 1 - ABOVE / whole, "bottom": BELOW / whole}
-            panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False, gridspec_kw=place)[0]
+        above, *parts = figure.subfigures(1 + len(sections), 1, height_ratios=[HEAD, *heights])
+        above.legend(handles=keys, loc="center left", ncols=LEGEND_COLUMNS, title=TITLE, title_fontproperties=BOLD)
+        for part, (title, of) in zip(parts, sections.items(), strict=True):
+            part.suptitle(title, x=0.01, ha="left", weight="bold")
+            panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
             for axes, dtype in zip(panels, dtypes, strict=True):
-                panel(axes, [row for row in of if row["dtype"] == dtype], names, f"{title}, {dtype}", limits)
+                panel(axes, [row for row in of if row["dtype"] == dtype], cases[title], f"{title}, {dtype}", limits)
                 axes.set_title(dtype)
 
-    return charts.draw(width, head + sum(ABOVE + height + BELOW for height in heights), TITLE, paint)
+    return charts.draw(LABELS + PANEL * len(dtypes), HEAD + sum(heights), TITLE, paint)
 
 
 def main(argv: list[str] | None = None) -> int:

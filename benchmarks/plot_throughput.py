@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from clipup.inspection.figures.charts import spread
 
-PANEL, GAP, HEAD, FOOT, LEFT = 260, 56, 76, 40, 44  # px
+PANEL, HEAD = 320, 100  # px
 LABEL_GAP = 13  # px between neighbouring labels
 TICKS = (0.25, 0.5, 1, 2, 4, 8)
 DENSE, SPARSE, ACCELERATED = "#57606a", "#e0660a", "#0969da"
@@ -81,29 +81,23 @@ def panel(axes: Axes, points: Sequence[Point], limits: tuple[float, float]) -> N
 
 def chart(rows: Sequence[Row]) -> str:
     """The panels side by side."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(panel_of(row), []).append(row)
+    groups = charts.groups(rows, panel_of)
     points = {key: relative(group) for key, group in groups.items()}
     values = [1.0, *(value for group in points.values() for _, *pair in group for value in pair)]
     limits = min(values) / 2, max(values) * 1.4  # room for labels
     first = rows[0]
     where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
-    width, height = LEFT + len(points) * (PANEL + GAP), HEAD + PANEL + FOOT
 
     def paint(figure: Figure) -> None:
-        figure.text(0.01, 1 - 8 / height, TITLE, va="top", weight="bold", size=14)
         note = f"{where}; below the dashed line: less time than the FLOPs predict"
-        figure.text(0.01, 1 - 30 / height, note, va="top")
-        place = {"left": LEFT / width, "right": 1 - GAP / width, "wspace": GAP / PANEL}
-        place |= {"top": 1 - HEAD / height, "bottom": FOOT / height}
-        panels = figure.subplots(1, len(points), squeeze=False, gridspec_kw=place)[0]
+        figure.suptitle(f"{TITLE}\n{note}", x=0.01, ha="left")
+        panels = figure.subplots(1, len(points), squeeze=False)[0]
         for axes, ((pass_, dtype), group) in zip(panels, points.items(), strict=True):
             batch = groups[pass_, dtype][0]["batch_size"]
             axes.set_title(f"{PASSES[pass_]}, {dtype}, batch {batch}", loc="left", weight="bold")
             panel(axes, group, limits)
 
-    return charts.draw(width, height, TITLE, paint)
+    return charts.draw(PANEL * len(points), HEAD + PANEL, TITLE, paint)
 
 
 def main(argv: list[str] | None = None) -> int:

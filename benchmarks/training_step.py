@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from harness import alternate, begin, commit, report, timed_options
+from harness import alternate, begin, built_from, report, timed_options
 
 import clipup
 from clipup.clip.flops import count
@@ -34,7 +34,7 @@ from clipup.train.objectives import create_objective
 from clipup.train.optim import create_optimizer
 from clipup.train.ranks.distributed import Ranks
 from clipup.train.step import TrainStep
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import processor_name
 
 BASELINE, DENSE, SPARSE = "dense_unpadded", "dense", "clip_up"
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -89,11 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             "device": processor_name(args.device), "precision": args.precision,
             "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
             "model": args.model, "data": Path(args.data).name if args.data else "noise", "impl": name,
-            "median_ms": f"{timing.median_ms:.1f}",
-            "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
+            **timing.columns(),
             "gflops_per_pair": f"{gflops[name]:.4g}", "flops_ratio": f"{gflops[name] / gflops[BASELINE]:.3f}",
-            "seconds_ratio": f"{timing.ratio:.3f}", "commit": commit(), "torch": torch.__version__,
-            "triton": package_version("triton"),
+            "seconds_ratio": f"{timing.ratio:.3f}", **built_from(),
         }
         for name, timing in timings.items()
     ]  # fmt: skip

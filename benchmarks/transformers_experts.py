@@ -21,6 +21,9 @@ import torch
 import transformers
 from harness import DTYPES, alternate, begin, commit, on_device, report, timed_options
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import clipup_kernels.integrations.transformers  # noqa: F401  registers "clipup"
 from clipup_kernels.machine import package_version
@@ -30,29 +33,18 @@ IMPLEMENTATIONS = (BASELINE, "eager", "batched_mm", "clipup")
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
 
 
-def mixtral() -> tuple[nn.Module, int]:
-    """Of Mixtral 8x7B: 8 experts of 4096 x 14336, 2 for each token."""
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    return MixtralExperts(transformers.MixtralConfig()), 2
-
-
-def olmoe() -> tuple[nn.Module, int]:
-    """Of OLMoE 1B-7B: 64 experts of 2048 x 1024, 8 for each token."""
-    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-
-    return OlmoeExperts(transformers.OlmoeConfig(hidden_size=2048, intermediate_size=1024, num_experts=64)), 8
-
-
-def qwen3() -> tuple[nn.Module, int]:
-    """Of Qwen3 30B-A3B: 128 experts of 2048 x 768, 8 for each token."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    config = transformers.Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128)
-    return Qwen3MoeExperts(config), 8
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {"mixtral": mixtral, "olmoe": olmoe, "qwen3": qwen3}
+MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+    "mixtral": lambda: (MixtralExperts(transformers.MixtralConfig()), 2),
+    "olmoe": lambda: (
+        OlmoeExperts(transformers.OlmoeConfig(hidden_size=2048, intermediate_size=1024, num_experts=64)), 8
+    ),
+    "qwen3": lambda: (
+        Qwen3MoeExperts(
+            transformers.Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128)
+        ), 8
+    ),
+}  # fmt: skip
+"""The experts of Mixtral 8x7B, OLMoE 1B-7B and Qwen3 30B-A3B, and how many of them a token takes."""
 
 
 class Case:
@@ -119,8 +111,7 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
                     {
                         **on_device(args, precision), "model": name, "tokens": tokens,
                         "pass": "fwd_bwd" if training else "fwd", "impl": one,
-                        "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}",
-                        "p80_ms": f"{timing.p80_ms:.1f}", "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
+                        **timing.columns(), "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
                         "commit": commit(), "torch": torch.__version__,
                         "transformers": package_version("transformers"),
                     }

@@ -72,10 +72,8 @@ def boolean(name: str, value: bool) -> None:
 
 
 def num_experts(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
-        raise ValueError(f"num_experts must be a positive int, got {value!r}")
-    if value > MAX_EXPERTS:
-        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or not 1 <= value <= MAX_EXPERTS:
+        raise ValueError(f"num_experts must be an int from 1 to {MAX_EXPERTS}, got {value!r}")
 
 
 def top_k(k: int, num_experts: int) -> None:

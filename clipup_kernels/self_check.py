@@ -88,7 +88,8 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
                 for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device), cases):  # noqa: B023
                     findings += found
     for finding in findings:
-        _trust_as_found(finding, device)
+        chosen_by = getattr(torch, finding.chosen_by)
+        registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
     return findings
 
 
@@ -164,24 +165,11 @@ def report(findings: list[Finding], device: str | torch.device) -> str:
         error = "" if one.error is None else f"{one.error:.1e}"
         rows.append((one.op, one.dtype, one.backend, error, f"{one.allowed:.0e}", one.reason or "ok"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    note = known_faults(device)
     failed = sum(finding.reason is not None for finding in findings)
     lines = [processor_name(device), *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
-    lines += [f"note: {note}"] * bool(note)
     if not findings:
         lines[1:2] = ["nothing to check: plain torch computes every op here (clipup_kernels.backend_info() says why)"]
     return "\n".join([*lines, f"{len(findings)} checks, {failed} failed"])
-
-
-def known_faults(device: str | torch.device) -> str | None:
-    """What others have seen on this kind of card, for whoever reads a report; None if nothing is known."""
-    device = torch.device(device)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 10:
-        return None
-    return (
-        "on cards of compute capability 10, Triton 3.7 has been seen to miscompile a backward pass that uses tcgen05 "
-        "(Liger-Kernel, pull request 1294)"
-    )
 
 
 def cache_file(device: str | torch.device) -> Path:
@@ -226,11 +214,6 @@ def _checked_types(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
         if dtype not in TOLERANCE:
             raise ValueError(f"dtypes: got {dtype}, expected some of {', '.join(map(str, TOLERANCE))}")
     return dtypes
-
-
-def _trust_as_found(finding: Finding, device: torch.device) -> None:
-    chosen_by = getattr(torch, finding.chosen_by)
-    registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
 
 
 def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.dtype, device: torch.device) -> Finding:

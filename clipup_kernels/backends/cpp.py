@@ -214,15 +214,11 @@ def _stride(in_weight: Tensor) -> int:
 
 def _in_place(in_weight: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both as the native calls read them: without a copy if both are contiguous, or the halves of one matrix."""
-    if gate_weight is not None and _halves(in_weight) and in_weight.stride() == gate_weight.stride():
+    _, hidden, width = in_weight.shape
+    halves = (2 * hidden * width, width, 1)  # of a matrix [E, 2H, D]
+    if gate_weight is not None and hidden * width and in_weight.stride() == gate_weight.stride() == halves:
         return in_weight, gate_weight
     return in_weight.contiguous(), None if gate_weight is None else gate_weight.contiguous()
-
-
-def _halves(weight: Tensor) -> bool:
-    """Whether a weight [E, H, D] lies as half of a matrix [E, 2H, D]."""
-    _, hidden, width = weight.shape
-    return weight.stride() == (2 * hidden * width, width, 1) and hidden * width > 0
 
 
 _NONE_PACKED = (0, 0, 0)

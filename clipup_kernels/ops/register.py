@@ -50,6 +50,11 @@ def define(
     return op
 
 
+def save_inputs(ctx, inputs, output) -> None:
+    """``setup_context`` of ops whose backward pass reads all of their arguments."""
+    ctx.save_for_backward(*inputs)
+
+
 def non_differentiable(ctx, inputs, output) -> None:
     """``setup_context`` of ops whose outputs are indices."""
     outputs = output if isinstance(output, tuple) else (output,)

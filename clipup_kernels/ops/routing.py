@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..types import Gating, Plan
-from .register import define, non_differentiable
+from .register import define, non_differentiable, save_inputs
 
 
 def _gating_context(ctx, inputs, output):
@@ -119,10 +119,6 @@ def dispatch(
     return Plan(*_dispatch(expert_indices, num_experts, factor, priority, mask))
 
 
-def _logits_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _logits_backward_of(ctx, d_logits):
     x, weight, mask = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
@@ -132,7 +128,7 @@ def _logits_backward_of(ctx, d_logits):
 
 _router_logits = define(
     "router_logits(Tensor x, Tensor weight, Tensor? mask=None) -> Tensor",
-    setup_context=_logits_context,
+    setup_context=save_inputs,
     backward=_logits_backward_of,
     flops=lambda x, weight, *args, out_shape=None, **kwargs: 2 * x[0] * weight[0] * weight[1],
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from ..types import PLAIN_LAYOUT, PackedWeight, Plan
-from .register import define
+from .register import define, save_inputs
 
 
 def _permute_context(ctx, inputs, output):
@@ -116,17 +116,13 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | N
     return _grouped_linear(rows, weight, bias, offsets)
 
 
-def _combine_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _combine_backward_of(ctx, dy):
     return (*_combine_backward(dy, *ctx.saved_tensors), None, None, None)
 
 
 _combine = define(
     "combine(Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
-    setup_context=_combine_context,
+    setup_context=save_inputs,
     backward=_combine_backward_of,
 )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +75,15 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     types = {name: kind.removesuffix(":16") for name, kind in variant.signature.items()}
     source = ASTSource(variant.kernel, types, variant.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
-    usage, sass = _inspect(compiled.asm["cubin"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, option, str(path)], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     registers, stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     return Compiled(registers, stack, compiled.metadata.shared, sass)
 
@@ -84,17 +91,3 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
 def count(instruction: str, sass: str) -> int:
     """Occurrences of a machine instruction with any suffix: "HGMMA" counts HGMMA.64x128x16.F32.BF16."""
     return len(re.findall(rf"\b{instruction}\b", sass))
-
-
-def _inspect(cubin: bytes) -> tuple[str, str]:
-    """cuobjdump's report of the resources and of the machine code."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        outputs: Iterator[str] = (
-            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-        usage, sass = outputs
-    return usage, sass

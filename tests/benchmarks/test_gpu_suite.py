@@ -15,24 +15,7 @@ import moe_bench
 import pytest
 
 SUITE = Path(moe_bench.__file__).parent / "gpu_suite.sh"
-TOOLS = (
-    "bash",
-    "sh",
-    "cat",
-    "cut",
-    "dirname",
-    "env",
-    "find",
-    "grep",
-    "gzip",
-    "mkdir",
-    "mktemp",
-    "rm",
-    "tail",
-    "tar",
-    "timeout",
-    "tr",
-)
+TOOLS = "bash sh cat cut dirname env find grep gzip mkdir mktemp rm tail tar timeout tr".split()
 PYTHON = """#!/bin/sh
 case "$*" in
   *gpu_summary.py*) exec {python} "$@" ;;
@@ -83,83 +66,68 @@ def suite(tmp_path):
     return Suite(tmp_path)
 
 
-def test_a_step_that_fails_is_recorded_and_the_others_run(suite):
-    result, steps = suite()
-    assert result.returncode == 1 and (suite.out / "summary.md").read_text() in result.stdout
-    failed = [name for name, row in steps.items() if row["status"] == "failed"]
-    assert failed == ["training", "training_sizes"]
-    assert steps["training"]["words"] == "RuntimeError: broken badly"
-    assert {row["status"] for row in steps.values()} == {"ok", "failed", "skipped"}
-
-
-def test_what_is_not_installed_is_skipped_by_name(suite):
-    _, steps = suite()
-    skipped = {name: row["words"] for name, row in steps.items() if row["status"] == "skipped"}
-    assert skipped == {
-        "clip_inference": "needs open_clip",
-        "clip_training": "needs open_clip",
-        "memcheck": "needs compute-sanitizer",
-        "racecheck": "needs compute-sanitizer",
-    }
-
-
-def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_installed(suite):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of all windows: the suite, the finished process and the steps."""
+    suite = Suite(tmp_path_factory.mktemp("suite"))
     suite.program("compute-sanitizer", '#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING sanitizer $*"\n')
-    _, steps = suite()
-    assert steps["memcheck"]["status"] == steps["racecheck"]["status"] == "ok"
+    return suite, *suite()
+
+
+def test_a_step_that_fails_is_recorded_the_others_run_and_what_is_not_installed_is_skipped_by_name(whole):
+    suite, result, steps = whole
+    assert result.returncode == 1 and (suite.out / "summary.md").read_text() in result.stdout
+    unwell = {name: row["status"] for name, row in steps.items() if row["status"] != "ok"}
+    assert unwell == dict.fromkeys(("training", "training_sizes"), "failed") | dict.fromkeys(
+        ("clip_inference", "clip_training"), "skipped"
+    )
+    assert steps["training"]["words"] == "RuntimeError: broken badly"
+    assert steps["clip_training"]["words"] == "needs open_clip"
+
+
+def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer(whole):
+    suite, *_ = whole
     assert suite.log("racecheck").startswith("1 sanitizer --tool racecheck ")
-    tests = "tests/clipup_kernels/test_cuda_layer.py tests/clipup_kernels/test_cpp_cuda.py -m not slow -k small"
-    assert suite.log("memcheck").endswith(f"{tests}\n")
+    assert suite.log("memcheck").endswith("tests/clipup_kernels/test_cuda.py -m not slow -k small\n")
 
 
-def test_what_matters_most_comes_first(suite):
-    order = list(suite()[1])
+def test_what_matters_most_comes_first_with_options_of_the_programs(whole):
+    suite, _, steps = whole
+    order = list(steps)
     assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
-    assert (
-        order.index("cuda_tests")
-        < order.index("forward_sizes")
-        < order.index("clip_inference")
-        < order.index("memcheck")
-    )
-    assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
-    (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
-    assert sizes.index("4096x768x3072") < sizes.index("200000x768x3072") < sizes.index("400000x768x3072 --dtype")
+    later = [order.index(name) for name in ("cuda_tests", "forward_sizes", "clip_inference", "memcheck")]
+    assert later == sorted(later)
+    for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
+        (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
+        args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
+        assert args.device == "cuda" and args.skip_failing and args.csv == str(suite.out / f"{step}.csv")
+        tokens = [case.tokens for case in args.cases]
+        assert tokens == [50_000] if step != "forward_sizes" else tokens[0] == 4096 and tokens[-1] == max(tokens)
 
 
-def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
+def test_the_smoke_step_names_about_25_tests_of_every_op(whole):
     pytest.importorskip("triton")
-    suite("main")
-    (command,) = [line for line in suite.log("smoke").splitlines() if " -k " in line]
-    files, _, chosen = command.partition("tests/clipup_kernels/")[2].partition(" -m not slow -k ")
-    folder = Path(__file__).parents[1] / "clipup_kernels"
-    files = [str(folder / Path(file).name) for file in files.split()]
+    (command,) = [line for line in whole[0].log("smoke").splitlines() if " -k " in line]
+    file, _, chosen = command.partition("tests/clipup_kernels/")[2].partition(" -m not slow -k ")
     listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-m", "not slow", "-k", chosen],
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", f"tests/clipup_kernels/{file}", "-m", "not slow"]
+        + ["-k", chosen], capture_output=True, text=True, cwd=SUITE.parents[1],
+    )  # fmt: skip
     names = [line.partition("::")[2] for line in listed.stdout.splitlines() if "::" in line]
     assert 20 <= len(names) <= 30, listed.stdout
     for part in ("triton_is_used", "gating", "rows", "small_experts", "experts_follow", "host_never_waits"):
         assert any(part in name for name in names), part
 
 
-@pytest.mark.parametrize(
-    ("window", "measured"),
-    [
-        ("main", ["smoke", "self_check", "kernels", "forward", "training"]),
-        ("choices", ["choices", "peers"]),
-        ("tests", ["cuda_tests"]),
-        ("sanitizers", ["memcheck", "racecheck"]),
-        (
-            "sizes",
-            ["forward_sizes", "training_sizes", "forward_narrow", "forward_fp16", "training_fp16", "routing_stages"],
-        ),
-        ("models", ["clip_inference", "clip_training"]),
-    ],
-)
-def test_a_window_runs_its_own_steps_after_the_build(suite, window, measured):
-    assert list(suite(window)[1]) == ["device", "build", *measured]
+def test_a_window_runs_its_own_steps_after_the_build_and_packs_them_beside_other_files(suite):
+    suite("main")
+    (suite.out / "mine.log").write_text("mine")
+    _, steps = suite("main", PACK="1")
+    assert list(steps) == ["device", "build", "smoke", "self_check", "kernels", "forward", "training"]
+    files = {path.name for path in suite.out.iterdir()}
+    assert files == {"results.tar.gz", "steps.csv", "summary.md", "mine.log"}
+    with tarfile.open(suite.out / "results.tar.gz") as packed:
+        assert set(packed.getnames()) == {f"{step}.log" for step in steps} | {"steps.csv"}
 
 
 def test_time_limits_of_a_window_fit_into_the_time_in_all():
@@ -188,17 +156,9 @@ def test_files_of_something_else_are_left_alone(suite, name):
     assert (suite.out / name).read_text() == "of something else"
 
 
-@pytest.mark.parametrize(
-    "environment,message",
-    [
-        ({"PACK": "yes"}, "PACK: got 'yes', wanted 0 or 1"),
-        ({"SECONDS_IN_ALL": "ten"}, "SECONDS_IN_ALL: got 'ten', wanted a number of seconds"),
-        ({"WHEELS": "/nowhere"}, "/nowhere"),
-    ],
-)
-def test_wrong_settings_are_refused(suite, environment, message):
-    assert message in suite.refusal(**environment)
-    assert not suite.out.exists()
+@pytest.mark.parametrize(("name", "value"), [("PACK", "yes"), ("SECONDS_IN_ALL", "ten"), ("WHEELS", "/nowhere")])
+def test_wrong_settings_are_refused(suite, name, value):
+    assert value in suite.refusal(**{name: value}) and not suite.out.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -218,21 +178,3 @@ def test_a_signal_ends_the_running_step_too(suite, tmp_path, number):
     assert process.wait(20) == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(step, 0)
-
-
-def test_options_that_the_suite_gives_are_options_of_the_programs(suite):
-    suite()
-    for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
-        (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
-        args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
-        assert args.device == "cuda" and args.skip_failing and args.csv == str(suite.out / f"{step}.csv")
-
-
-def test_packed_logs_come_back_in_three_files_and_other_files_are_left_alone(suite):
-    suite("main")
-    (suite.out / "mine.log").write_text("mine")
-    _, steps = suite("main", PACK="1")
-    files = {path.name for path in suite.out.iterdir()}
-    assert files == {"results.tar.gz", "steps.csv", "summary.md", "mine.log"}
-    with tarfile.open(suite.out / "results.tar.gz") as packed:
-        assert set(packed.getnames()) == {f"{step}.log" for step in steps} | {"steps.csv"}

@@ -1,25 +1,53 @@
-"""The ops on a GPU: the reference's values, bitwise the same every time, and no host wait."""
+"""The ops on a GPU: the reference's values, bitwise the same every time, and no host wait.
+
+Names with "small" also run under compute-sanitizer (benchmarks/gpu_suite.sh).
+"""
 
 import pytest
 import torch
 from gpu_cases import NEEDS_GPU, on_cpu, on_gpu, poison_memory, waiting_is_an_error
 from moe_cases import (
     DTYPES,
+    ROUTERS,
     ROUTINGS,
     SHAPES,
     Shape,
     assert_follows,
+    assert_follows_oracle,
+    assert_same,
     covering,
     double,
+    experts_case,
+    gating_case,
     make_experts,
+    plan_case,
     randn,
-    route,
+    results,
+    router_case,
+    rows_cases,
     seeded,
 )
 
 import clipup_kernels as ck
+from clipup_kernels.backends import cpp_cuda
 
 pytestmark = NEEDS_GPU
+
+SIZES = {
+    "no_tokens": (0, 8, 2),
+    "one_token": (1, 4, 2),
+    "small_777": (777, 8, 2),
+    "small_all_experts": (40, 33, 33),
+    "small_most_experts": (300, 256, 8),
+    "large": (50_000, 8, 2),
+}
+"""T, E and K."""
+LAYERS = SHAPES | {
+    "small": Shape(48, 32, 64, 4, 2),
+    "tiled": Shape(3000, 256, 384, 8, 2),  # several tiles of every product; experts with some 750 rows
+    "many_rows": Shape(5000, 256, 512, 4, 2),  # more than 768 rows an expert, for which tiles are the largest
+    "large": Shape(20_000, 768, 64, 8, 2),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +55,76 @@ def poisoned_memory():
     poison_memory()
 
 
+@pytest.fixture(params=["triton", "cpp_cuda"])
+def backend(request, force_backend):
+    """The kernels of routing: Triton's, and CUDA C++ where the extension has it."""
+    if request.param == "cpp_cuda" and not cpp_cuda.built():
+        pytest.skip("the extension is built without CUDA")
+    force_backend(request.param)
+
+
 def test_triton_is_used():
     assert ck.backend_info()["cuda_fallback_reason"] is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    covering(
+        size=[*ROUTERS, (20_000, 768, 8), (2000, 1024, 64)], dtype=DTYPES, masked=(None, 0.4, 1.0)
+    ),
+)  # fmt: skip
+def test_routers_follow_the_oracle(case):
+    assert_follows_oracle(router_case(**case), "cuda")
+
+
+@pytest.mark.parametrize("case", covering(size=SIZES, renormalize=(False, True), masked=(None, 0.4, 1.0)))
+def test_gating_and_its_gradient_follow_the_oracle(backend, case):
+    size, renormalize, masked = case.values()
+    assert_follows_oracle(gating_case(*SIZES[size], renormalize, masked, 0.3 if "777" in size else 0.0), "cuda")
+
+
+def test_nan_and_ties_choose_as_on_the_cpu(backend):
+    few = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0])
+    logits = few[torch.randint(len(few), (500, 9), generator=seeded(0))]
+    ours, cpu = ck.topk_gating(logits.cuda(), 4, True), ck.topk_gating(logits, 4, True)
+    assert torch.equal(ours.tokens_per_expert.cpu(), cpu.tokens_per_expert)
+    torch.testing.assert_close(ours.gates.cpu(), cpu.gates, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "case", covering(size=[*SIZES, "larger"], factor=(None, 0.3, 1.0, 1.1), prioritised=(False, True))
+)
+def test_the_plan_is_the_oracles(backend, case):
+    size, factor, prioritised = case.values()
+    plan = plan_case(*(SIZES | {"larger": (200_000, 8, 2)})[size], factor, prioritised, 0.2)
+    ours = {name: value.cpu() for name, value in results(plan, device="cuda").items()}
+    assert_same(ours, results(plan))  # the tests of the CPU hold that to the rule
+
+
+@pytest.mark.parametrize(
+    "case",
+    covering(shape=[*SHAPES, "large"], routing=ROUTINGS, dtype=DTYPES)
+    + covering(shape=("small", "tiled"), bias=(False, True), dtype=DTYPES),
+)
+def test_rows_and_grouped_products_follow_the_oracle(case):
+    for one in rows_cases(**{"routing": "capacity"} | case | {"shape": LAYERS[case["shape"]]}):
+        assert_follows_oracle(one, "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    covering(shape=SHAPES, routing=ROUTINGS, dtype=DTYPES, gated=(False, True))
+    + covering(shape=("tiled", "many_rows"), routing=("dropless", "capacity", "one_expert_takes_all"), dtype=DTYPES[1:])
+    + covering(activation=ck.ACTIVATIONS, bias=(True, False), gated=(False, True), recompute=("none", "full")),
+)
+def test_experts_follow_the_oracle(case):
+    case = {"shape": "small", "dtype": torch.bfloat16} | case
+    assert_follows_oracle(experts_case(**case | {"shape": LAYERS[case["shape"]]}), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_experts_follow_the_oracle(dtype):
+    assert_follows_oracle(experts_case(LAYERS["small"], "capacity", dtype), "cuda")
 
 
 def layer(router, x, experts, mask=None):
@@ -46,108 +142,64 @@ def layer_and_gradients(router, x, experts, mask):
     return [y, loss, *torch.autograd.grad(y.float().square().mean() + loss, leaves)]
 
 
-def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda"):
+def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda", gated=False):
     shape = Shape(tokens, 64, 128, 8, 2)
-    experts = make_experts(shape, dtype)
+    experts = make_experts(shape, dtype, gated=gated)
     experts = type(experts)(*(e.to(device).requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts))
     router = (randn(8, shape.width) / 8).to(device).requires_grad_()
     x = randn(tokens, shape.width, dtype=dtype, seed=1).to(device).requires_grad_()
     return router, x, experts, torch.arange(tokens, device=device) % 5 > 0
 
 
-@pytest.mark.parametrize("case", covering(shape=SHAPES | {"large": None}, routing=ROUTINGS, dtype=DTYPES))
-def test_rows_and_their_gradients_follow_the_oracle(case):
-    shape = SHAPES.get(case["shape"], Shape(20_000, 768, 64, 8, 2))
-    assert_rows_follow_oracle(shape, case["routing"], case["dtype"])
+def test_inference_gives_what_training_gives():
+    arguments = layer_arguments(tokens=3000)
+    trained, _ = layer(*arguments)
+    with torch.no_grad():
+        assert torch.equal(layer(*arguments)[0], trained)
 
 
-SIZES = [(0, 8, 2), (1, 4, 2), (777, 8, 2), (50_000, 8, 2), (300, 256, 8)]
-"""T, E and K."""
-
-
-@pytest.mark.parametrize("case", covering(size=SIZES, renormalize=(False, True), masked=(0.0, 0.4, 1.0)))
-def test_gating_and_its_gradient_follow_the_oracle(case):
-    (tokens, experts, k), renormalize, masked = case.values()
-    logits = randn(tokens, experts, seed=tokens)
-    mask = torch.rand(tokens, generator=seeded(1)) >= masked if masked else None
-    bias = 0.3 * randn(experts, seed=2) if tokens == 777 else None
-    ours_in, oracle_in = logits.cuda().requires_grad_(), logits.double().requires_grad_()
-    ours = ck.topk_gating(ours_in, k, renormalize, on_gpu(bias), on_gpu(mask))
-    oracle = ck.reference.topk_gating(oracle_in, k, renormalize, double(bias), mask)
-    for name in ("expert_indices", "tokens_per_expert"):
-        assert torch.equal(getattr(ours, name).cpu(), getattr(oracle, name))
-    loss, oracle_loss = 0.0, 0.0
-    for position, name in enumerate(("gates", "top_prob", "mean_probs", "z_loss")):
-        value, want = getattr(ours, name), getattr(oracle, name)
-        assert_follows(value.cpu(), want, torch.float32, name)
-        weight = randn(*want.shape, seed=100 + position) if want.dim() else torch.tensor(0.7)
-        loss, oracle_loss = loss + (value * weight.cuda()).sum(), oracle_loss + (want * weight.double()).sum()
-    (gradient,) = torch.autograd.grad(loss, ours_in)
-    (oracle_gradient,) = torch.autograd.grad(oracle_loss, oracle_in)
-    assert_follows(gradient.cpu(), oracle_gradient, torch.float32, "gradient of logits")
-
-
-@pytest.mark.parametrize(
-    "case", covering(size=[*SIZES, (200_000, 8, 2)], factor=(None, 0.7, 1.1), prioritised=(False, True))
-)
-def test_the_plan_is_the_oracles(case):
-    (tokens, experts, k), factor, prioritised = case.values()
-    chosen = torch.rand(tokens, experts, generator=seeded(tokens)).argsort(1)[:, :k].int()
-    priority = (torch.rand(tokens, generator=seeded(3)) * 50).round() if prioritised else None
-    mask = torch.rand(tokens, generator=seeded(4)) < 0.8
-    ours = ck.dispatch(on_gpu(chosen), experts, factor, on_gpu(priority), on_gpu(mask))
-    oracle = ck.dispatch(chosen, experts, factor, priority, mask)  # on the CPU, which the tests there hold to the rule
-    for name, value, want in zip(oracle._fields, ours, oracle, strict=True):
-        assert torch.equal(value.cpu(), want), name
-
-
-def assert_rows_follow_oracle(shape, routing, dtype):
-    gates, plan = route(shape, routing)
-    x = randn(shape.tokens, shape.width, dtype=dtype, seed=1)
-    rows = randn(shape.tokens * shape.k, shape.width, dtype=dtype, seed=2)
-    for op, leaves, rest in (("permute", (x,), (plan,)), ("combine", (rows, gates), (plan,))):
-        ours_in = [leaf.cuda().requires_grad_() for leaf in leaves]
-        oracle_in = [leaf.double().requires_grad_() for leaf in leaves]
-        out, want = getattr(ck, op)(*ours_in, *on_gpu(rest)), getattr(ck.reference, op)(*oracle_in, *rest)
-        assert_follows(out.cpu(), want, dtype, op)
-        incoming = randn(*want.shape, dtype=dtype, seed=3)
-        grads = torch.autograd.grad(out, ours_in, incoming.cuda())
-        oracle_grads = torch.autograd.grad(want, oracle_in, incoming.double())
-        for grad, oracle_grad in zip(grads, oracle_grads, strict=True):
-            assert_follows(grad.cpu(), oracle_grad, dtype, f"gradient of {op}")
-
-
-def test_rows_behind_two_to_the_31_elements_are_found():
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of free GPU memory")
-    tokens, width = (1 << 21) + 100, 1024
-    experts = (torch.arange(tokens, device="cuda", dtype=torch.int32) % 2)[:, None]
-    plan = ck.dispatch(experts, 2)
-    x = torch.randint(-100, 100, (tokens, 1), device="cuda").half().expand(tokens, width).contiguous()
-    rows = ck.permute(x, plan)
-    assert torch.equal(rows[:, 0], x[plan.choice_of_row.long(), 0]) and torch.equal(rows[:, -1], rows[:, 0])
-    del rows
-    y = ck.combine(x, torch.ones(tokens, 1, device="cuda"), plan)
-    assert torch.equal(y[:, -1], x[plan.row_of_choice[:, 0].long(), -1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_twenty_runs_agree_bitwise(dtype):
-    arguments = layer_arguments(dtype)
+@pytest.mark.parametrize(("dtype", "tokens"), [*((dtype, 500) for dtype in DTYPES), (torch.bfloat16, 20_000)], ids=str)
+def test_twenty_runs_agree_bitwise(backend, dtype, tokens):
+    arguments = layer_arguments(dtype, tokens)
     first = layer_and_gradients(*arguments)
     for _ in range(19):
+        poison_memory()
         again = layer_and_gradients(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_the_host_never_waits():
-    arguments = layer_arguments()
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_host_never_waits(backend, gated):
+    arguments = layer_arguments(gated=gated)
     layer_and_gradients(*arguments)  # compiles what is not compiled yet
+    with torch.no_grad():
+        layer(*arguments)
     with waiting_is_an_error():
         layer_and_gradients(*arguments)
+        with torch.no_grad():
+            layer(*arguments)
 
 
-def test_a_cuda_graph_replays_the_layer_with_new_inputs():
+def test_a_step_saves_z_and_the_routing_and_nothing_else_of_that_size():
+    case = experts_case(LAYERS["tiled"], "dropless", torch.bfloat16)
+    given = {name: on_gpu(value) for name, value in case.arguments.items()}
+    given["x"].requires_grad_()
+    tensors = (*given.values(), *given["plan"])
+    arguments = {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ck.expert_mlp(**given)
+    kept = sum(size for address, size in saved.items() if address not in arguments)
+    shape = LAYERS["tiled"]
+    assert y.requires_grad and kept == shape.tokens * shape.k * shape.hidden * 2
+
+
+def test_a_cuda_graph_replays_the_layer_with_new_inputs(backend):
     arguments = layer_arguments()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -166,7 +218,7 @@ def test_a_cuda_graph_replays_the_layer_with_new_inputs():
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
 
 
-def test_work_is_queued_on_the_current_stream():
+def test_work_is_queued_on_the_current_stream(backend):
     logits = randn(50_000, 8).cuda()
     want = ck.topk_gating(logits, 2, True)
     late, stream = torch.zeros_like(logits), torch.cuda.Stream()
@@ -188,9 +240,7 @@ def test_tensors_on_a_device_that_is_not_current_stay_there():
 
 
 def test_float64_is_plain_torchs():
-    logits = randn(50, 8, dtype=torch.float64)
-    ours, oracle = ck.topk_gating(logits.cuda(), 2, True), ck.reference.topk_gating(logits, 2, True)
-    assert_follows(ours.gates.cpu(), oracle.gates, torch.float64)
+    assert_follows_oracle(gating_case(50, 8, 2, dtype=torch.float64), "cuda")
 
 
 def test_compiled_without_graph_breaks_gives_the_eager_result():
@@ -200,9 +250,36 @@ def test_compiled_without_graph_breaks_gives_the_eager_result():
         torch.testing.assert_close(compiled, eager)
 
 
-def test_layer_follows_the_oracle_on_the_cpu():
-    arguments = layer_arguments(torch.float32)
-    y, loss = layer(*arguments)
-    want, want_loss = layer(*(double(on_cpu(argument)) for argument in arguments))
-    assert_follows(y.cpu(), want, torch.float32, "y")
-    assert_follows(loss.cpu(), want_loss, torch.float32, "loss")
+def test_rows_behind_two_to_the_31_elements_are_found():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    tokens, width = (1 << 21) + 100, 1024
+    experts = (torch.arange(tokens, device="cuda", dtype=torch.int32) % 2)[:, None]
+    plan = ck.dispatch(experts, 2)
+    x = torch.randint(-100, 100, (tokens, 1), device="cuda").half().expand(tokens, width).contiguous()
+    rows = ck.permute(x, plan)
+    assert torch.equal(rows[:, 0], x[plan.choice_of_row.long(), 0]) and torch.equal(rows[:, -1], rows[:, 0])
+    del rows
+    y = ck.combine(x, torch.ones(tokens, 1, device="cuda"), plan)
+    assert torch.equal(y[:, -1], x[plan.row_of_choice[:, 0].long(), -1])
+
+
+def test_an_expert_beyond_two_to_the_31_elements_of_z_is_right():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    shape = Shape(360_000, 64, 3072, 2, 2)  # R * H = 2.2e9
+    experts = on_gpu(make_experts(shape, torch.bfloat16))
+    choices = torch.arange(2, device="cuda", dtype=torch.int32).expand(shape.tokens, 2).contiguous()
+    plan = ck.dispatch(choices, 2)
+    gates = torch.full((shape.tokens, 2), 0.5, device="cuda")
+    some = randn(1000, shape.width, dtype=torch.bfloat16).cuda()
+    x = some.repeat(shape.tokens // 1000, 1).requires_grad_()
+    y = ck.expert_mlp(x, gates, plan, *experts)
+    (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    few = ck.dispatch(choices[:1000].contiguous(), 2)
+    leaf = some.double().requires_grad_()
+    want = ck.reference.expert_mlp(leaf, gates[:1000].double(), few, *double(experts))
+    (d_want,) = torch.autograd.grad(want, leaf, torch.ones_like(want))
+    for part in (slice(0, 1000), slice(shape.tokens - 1000, None)):
+        assert_follows(on_cpu(y[part]), on_cpu(want), torch.bfloat16, "y")
+        assert_follows(on_cpu(d_x[part]), on_cpu(d_want), torch.bfloat16, "gradient of x")

@@ -1,9 +1,12 @@
-"""Which backend computes an op, on which device and in which type, without a GPU."""
+"""Which backend computes an op, on which device and in which type, without a GPU; and what ``backend_info`` says."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +15,17 @@ from moe_cases import DTYPES
 
 import clipup_kernels as ck
 from clipup_kernels.backends import extension, registry
+from clipup_kernels.machine import describe_machine, processor_name
 
 compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
 ALL_OPS = (*registry.ROUTING, *registry.ROWS, *registry.PRODUCTS)
 
 
-def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+def in_a_fresh_process(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("CLIPUP_")}
-    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
+    code = "import sys, types\n" + code
+    return subprocess.run([sys.executable, "-c", code], env=kept | environment, cwd=cwd, capture_output=True, text=True)
 
 
 def chosen(op: str, dtype: torch.dtype, device: str, index: int | None = None) -> str:
@@ -66,19 +71,22 @@ def test_matmul_computes_the_products_that_the_kernels_are_slower_at(
     assert chosen("dispatch", torch.int32, "cpu") == "cpp"
 
 
-def test_a_forced_backend_that_cannot_run_is_refused_with_the_reason(force_backend, monkeypatch):
+def test_what_cannot_run_is_refused_with_the_reason(force_backend, monkeypatch):
     monkeypatch.setattr(extension, "NATIVE", None)
-    monkeypatch.setattr(extension, "FALLBACK_REASON", "no compiler")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match="packed_dense_mlp"):
+            registry.choose("packed_dense_mlp", torch.float32, device)
     force_backend("cpp")
-    with pytest.raises(
-        RuntimeError, match=r"CLIPUP_BACKEND=cpp is set, but there is no compiled extension \(no compiler"
-    ):
+    with pytest.raises(RuntimeError, match="CLIPUP_BACKEND=cpp"):
         ck.topk_gating(torch.zeros(2, 3), 1, True)
+    force_backend("matmul")
+    with pytest.raises(ValueError, match="CLIPUP_BACKEND.*'matmul'"):
+        registry.forced()
 
 
 def test_importing_the_package_imports_no_triton_and_asks_for_no_gpu():
     code = (
-        "import sys, torch, torch.utils.flop_counter\n"  # which imports Triton itself
+        "import torch, torch.utils.flop_counter\n"  # which imports Triton itself
         "before = {name for name in sys.modules if name.partition('.')[0] == 'triton'}\n"
         "def refuse(*args): raise AssertionError('a GPU was asked for')\n"
         "for name in ('is_available', 'device_count', 'get_device_capability', 'current_device', 'init'):\n"
@@ -95,7 +103,7 @@ def test_importing_the_package_imports_no_triton_and_asks_for_no_gpu():
 
 def test_a_gpu_that_triton_does_not_support_runs_torch_after_one_warning(force_backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    with pytest.warns(RuntimeWarning, match=r"plain torch on cuda:3.*compute capability 7\.5.*8\.0"):
+    with pytest.warns(RuntimeWarning, match=r"plain torch on cuda:3.*7\.5.*8\.0"):
         function = registry.function_of("dispatch", torch.int32, "cuda", 3)
     assert function.__module__ == "clipup_kernels.backends.torch_eager"
     with warnings.catch_warnings():
@@ -118,8 +126,6 @@ def test_a_forced_backend_computes_what_it_has_and_leaves_the_rest_to_the_others
 ):
     force_backend("torch_eager")
     assert {chosen(op, torch.float32, device, 0) for op in ALL_OPS for device in ("cpu", "cuda")} == {"torch_eager"}
-    function = registry.function_of("dispatch", torch.int32, "cuda", 0)
-    assert function.__module__ == "clipup_kernels.backends.torch_eager"
     force_backend("torch_matmul")
     assert chosen("expert_mlp_forward", torch.float32, "cuda", 0) == "triton"
     monkeypatch.setattr(extension, "NATIVE", SimpleNamespace(build_info=lambda: {"cuda": True}))
@@ -129,25 +135,51 @@ def test_a_forced_backend_computes_what_it_has_and_leaves_the_rest_to_the_others
     assert chosen("expert_mlp_forward", torch.float32, "cuda", 0) == "triton"
 
 
-def test_an_op_without_a_backend_is_refused(force_backend, monkeypatch):
-    monkeypatch.setattr(extension, "NATIVE", None)
-    for device, reason in (("cpu", "there is no compiled extension"), ("cuda", "it has no kernel there")):
-        with pytest.raises(RuntimeError, match=f"packed_dense_mlp .*{reason}"):
-            registry.choose("packed_dense_mlp", torch.float32, device)
+@compiled
+def test_the_compiled_extension_is_what_runs_and_the_record_of_the_machine_says_so():
+    info, machine = ck.backend_info(), describe_machine()
+    assert info["compiled"] and info["fallback_reason"] is None
+    half = dict.fromkeys(("float32", "bfloat16", "float16"), "cpp")
+    assert info["cpu"]["permute"] == half | {"float64": "torch_eager"}
+    assert info["cpu"]["dispatch"] == half | {"float64": "cpp"}  # it gets indices, whatever the tokens are
+    assert info["build"]["openmp"] in (True, False) and info["build"]["compiler"]
+    assert machine["processor"] == processor_name() != "" and machine["threads"] == torch.get_num_threads()
+    assert all(machine[name] == info[name] for name in ("compiled", "instructions", "matmul_dtypes"))
+    json.dumps([info, machine])
 
 
-def test_an_unknown_backend_is_refused_by_name_at_import():
-    run = in_a_fresh_process("import clipup_kernels", CLIPUP_BACKEND="matmul")
-    assert run.returncode != 0 and "CLIPUP_BACKEND" in run.stderr and "'matmul'" in run.stderr
+ABSENT = "sys.modules['clipup_kernels._C'] = None\n"
 
 
-def test_backend_info_says_why_triton_is_not_used():
-    code = (
-        "import sys, clipup_kernels as ck; sys.modules['triton'] = None\n"
-        "i = ck.backend_info(); print(set(i['cuda']['expert_mlp'].values()), i['cuda_fallback_reason'])"
+@pytest.mark.parametrize(
+    ("before", "environment", "shown", "output", "errors"),
+    [
+        (
+            "sys.modules['triton'] = None\n", {"CLIPUP_CPU_ISA": "portable"}, "cuda_fallback_reason", "pip install",
+            "portable",
+        ),
+        ("", {"CLIPUP_CPU_ISA": "sse9"}, "instructions", "", "CLIPUP_CPU_ISA"),
+        (ABSENT, {}, "fallback_reason", "_C", "runs without its compiled extension"),
+        (
+            "sys.modules['clipup_kernels._C'] = types.SimpleNamespace(ACTIVATIONS=('gelu',))\n", {},
+            "fallback_reason", "built from other sources", "pip install",
+        ),
+    ],
+    ids=["no triton", "unknown tier", "no extension", "another extension"],
+)  # fmt: skip
+def test_settings_and_what_is_missing_are_reported(before, environment, shown, output, errors):
+    show = f"import clipup_kernels as ck; i = ck.backend_info(); print(i[{shown!r}], file=sys.stdout)\n"
+    run = in_a_fresh_process(before + show + "print(i['instructions'], file=sys.stderr)", **environment)
+    assert output in run.stdout and errors in run.stderr
+    assert (run.returncode == 0) == bool(output), run.stderr
+
+
+def test_sources_of_a_clone_that_were_never_built_say_that_installing_again_does_not_help(tmp_path):
+    clone = tmp_path / "clone"
+    (clone / "csrc").mkdir(parents=True)
+    (clone / "setup.py").touch()
+    shutil.copytree(
+        Path(ck.__file__).parent, clone / "clipup_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    for reason, environment in {
-        "CLIPUP_BACKEND=torch_eager is set": {"CLIPUP_BACKEND": "torch_eager"}, 'pip install "triton"': {},
-    }.items():  # fmt: skip
-        run = in_a_fresh_process(code, **environment)
-        assert run.stdout.startswith("{'torch_eager'}") and reason in run.stdout, run.stderr
+    run = in_a_fresh_process(f"{ABSENT}import clipup_kernels", cwd=clone, PYTHONPATH="")
+    assert f"sources in {clone}" in run.stderr and "pip install --editable ." in run.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_cases import Shape, assert_follows, covering, double, make_experts, randn, route
+from moe_cases import Shape, assert_follows, double, experts_case, pairwise, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import clipup_kernels as ck
@@ -10,28 +10,16 @@ from clipup_kernels import reference
 from clipup_kernels.backends import extension, grouped_products, torch_eager
 
 SHAPE = Shape(tokens=60, width=32, hidden=64, experts=16, k=2)
-ALL = [True] * 4
+HALF = (torch.float32, torch.bfloat16)
 
 
 def offsets_of(*rows: int) -> torch.Tensor:
     return torch.tensor([0, *rows]).cumsum(0).int()
 
 
-def forward_and_backward(x, gates, plan, experts):
-    fields = (*plan, *experts[:4], *experts[5:])
-    y, z = torch_eager.expert_mlp_forward(x, gates, *fields, experts[4], True)
-    gradients = torch_eager.expert_mlp_backward(y, x, gates, *fields, z, experts[4], ALL)
-    return y, *gradients
-
-
-def arguments(routing="capacity", dtype=torch.float32, gated=False):
-    gates, plan = route(SHAPE, routing)
-    return randn(SHAPE.tokens, SHAPE.width, dtype=dtype), gates, plan, make_experts(SHAPE, dtype, gated=gated)
-
-
 @pytest.mark.parametrize(
     "case",
-    covering(
+    pairwise(
         rows=[(10, 0, 3, 7), (0, 0, 0, 20), (20, 0, 0, 0), (0, 0, 0, 0), (5, 5, 5, 5)], empty=[0, 6],
         dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], widths=[(8, 16), (5, 7)],
     ),
@@ -58,17 +46,17 @@ def test_grouped_products_follow_a_loop_over_the_experts(case):
 def test_no_product_depends_on_values_so_the_host_never_waits(monkeypatch, dtype, gated):
     for check in ("check_offsets", "check_choices", "check_rows"):  # indices are checked on the CPU alone
         monkeypatch.setattr(torch_eager, check, lambda *_: None)
-    x, gates, plan, experts = arguments("capacity", dtype, gated)
+    x, gates, plan, *experts = experts_case(SHAPE, "capacity", dtype, gated=gated).arguments.values()
+
+    def both_passes(*tensors):
+        *fields, activation = (*tensors[:9], *tensors[10:], tensors[9])
+        y, z = torch_eager.expert_mlp_forward(*fields, activation, True)
+        return y, *torch_eager.expert_mlp_backward(y, *fields, z, activation, [True] * 4)
+
+    arguments = (x, gates, *plan, *experts)
     with FakeTensorMode() as mode:  # tensors without values: whoever asks for one gets an error
-
-        def without_values(value):
-            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-        fake = type(plan)(*map(without_values, plan))
-        results = forward_and_backward(
-            without_values(x), without_values(gates), fake, type(experts)(*map(without_values, experts))
-        )
-    for value, real in zip(results, forward_and_backward(x, gates, plan, experts), strict=True):
+        fake = both_passes(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments))
+    for value, real in zip(fake, both_passes(*arguments), strict=True):
         assert value.shape == real.shape and value.dtype == real.dtype
 
 
@@ -92,27 +80,20 @@ def test_blocks_hold_every_row_once_and_are_less_than_twice_the_rows():
         assert blocks.filled.sum() == sum(rows) and blocks.filled.numel() < 2 * number
 
 
-def strided(weight, form):
-    """The weight [E, O, I] with the values that it has, in memory of another layout."""
-    if form == "every second":
-        return weight.repeat_interleave(2, 2)[..., ::2]
-    if form == "part of wider rows":
-        return torch.cat([weight, weight[..., :1]], 2)[..., :-1]
-    if form == "experts last":
-        return weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    if form == "transposed":
-        return weight.mT.contiguous().mT
-    assert form == "one row for all"
-    return weight[:, :1].expand_as(weight)
+STRIDED = {
+    "every second": lambda weight: weight.repeat_interleave(2, 2)[..., ::2],
+    "part of wider rows": lambda weight: torch.cat([weight, weight[..., :1]], 2)[..., :-1],
+    "experts last": lambda weight: weight.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "transposed": lambda weight: weight.mT.contiguous().mT,
+    "one row for all": lambda weight: weight[:, :1].expand_as(weight),
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "form", ["every second", "part of wider rows", "experts last", "transposed", "one row for all"]
-)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("form", STRIDED)
 def test_weights_may_have_any_strides(form, dtype):
     offsets, rows = offsets_of(3, 0, 9), randn(12, 16, dtype=dtype)
-    weight = strided(randn(3, 8, 16, dtype=dtype, seed=1), form)
+    weight = STRIDED[form](randn(3, 8, 16, dtype=dtype, seed=1))
     result = grouped_products.project(rows, weight, None, offsets)
     assert_follows(result, grouped_products.project(rows.double(), weight.double(), None, offsets), dtype)
 
@@ -123,65 +104,60 @@ compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is
 @pytest.fixture(params=["torch_eager", *(pytest.param(name, marks=compiled) for name in ("torch_matmul", "cpp"))])
 def cpu_backend(request, force_backend):
     force_backend(request.param)
-    return request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+INDICES = torch.arange(6, dtype=torch.int32)
+
+
+def with_last(value):
+    return torch.cat([INDICES[:5], torch.tensor([value], dtype=torch.int32)])
+
+
 @pytest.mark.parametrize(
-    ("offsets", "message"),
+    ("name", "value"),
     [
-        ([0, 3, 7], "from 0 to 6, got 7 at position 2"), ([0, 3, 100_000_000], "from 0 to 6, got 100000000"),
-        ([0, 5, 3], "ascending"), ([-1, 3, 6], "got -1 at position 0"), ([2, 3, 6], "expected 0 first, got 2"),
+        *(("offsets", offsets) for offsets in ([0, 3, 7], [0, 3, 100_000_000], [0, 5, 3], [-1, 3, 6], [2, 3, 6])),
+        *(("choice_of_row", with_last(value)) for value in (9, -7)),
+        *(("row_of_choice", with_last(value).view(3, 2)) for value in (9, -7)),
     ],
 )  # fmt: skip
-def test_offsets_outside_of_the_rows_are_refused(cpu_backend, offsets, message, dtype):
-    offsets = torch.tensor(offsets, dtype=torch.int32)
-    rows, weight, bias = randn(6, 8, dtype=dtype), randn(2, 8, 8, dtype=dtype), randn(2, 8, dtype=dtype)
-    match = f"offsets: expected .*{message}" if "expected" not in message else f"offsets: {message}"
-    with pytest.raises(ValueError, match=match):
-        ck.grouped_linear(rows, weight, bias, offsets)
-    for wanted in ([True] * 3, [False, False, True]):
-        with pytest.raises(ValueError, match=match):
-            torch.ops.clipup.grouped_linear_backward(rows, rows, weight, offsets, wanted)
-    plan = ck.Plan(offsets, torch.arange(6, dtype=torch.int32), torch.arange(6, dtype=torch.int32).view(3, 2))
-    with pytest.raises(ValueError, match=match):
-        ck.expert_mlp(rows[:3], torch.rand(3, 2), plan, weight, bias, weight, bias)
-    with pytest.raises(ValueError, match=match):
-        ck.permute(rows[:3], plan)
+def test_indices_outside_of_the_rows_are_refused_before_they_are_followed(cpu_backend, name, value):
+    plan = ck.Plan(torch.tensor([0, 3, 6], dtype=torch.int32), INDICES, INDICES.view(3, 2))
+    plan = plan._replace(**{name: torch.as_tensor(value, dtype=torch.int32)})
+    x, rows, gates, weight = randn(3, 8), randn(6, 8), torch.rand(3, 2), randn(2, 8, 8)
+    fields = (weight, None, weight, None, None, None, rows, "gelu", [True] * 4)
+    calls = {
+        "expert_mlp": lambda: ck.expert_mlp(x, gates, plan, weight, None, weight, None),
+        "expert_mlp_backward": lambda: torch.ops.clipup.expert_mlp_backward(x, x, gates, *plan, *fields),
+        "permute": lambda: ck.permute(x, plan),
+        "combine": lambda: ck.combine(rows, gates, plan),
+        "grouped_linear": lambda: ck.grouped_linear(rows, weight, None, plan.offsets),
+        "grouped_linear_backward": lambda: torch.ops.clipup.grouped_linear_backward(
+            rows, rows, weight, plan.offsets, [True] * 3
+        ),
+    }
+    unread = {"offsets": ("combine",), "choice_of_row": ("combine",), "row_of_choice": ("permute",)}[name]
+    if name != "offsets":
+        unread += ("grouped_linear", "grouped_linear_backward")
+    for op, call in calls.items():
+        if op not in unread:
+            with pytest.raises(ValueError, match=name):
+                call()
 
 
-@pytest.mark.parametrize("name", ["choice_of_row", "row_of_choice"])
-@pytest.mark.parametrize("value", [9, -7])
-def test_indices_outside_of_the_rows_are_refused(cpu_backend, name, value):
-    indices = torch.arange(6, dtype=torch.int32)
-    damaged = torch.cat([indices[:5], torch.tensor([value], dtype=torch.int32)])
-    offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
-    choice, row = (damaged, indices) if name == "choice_of_row" else (indices, damaged)
-    plan = ck.Plan(offsets, choice, row.view(3, 2))
-    x, gates, weight = randn(3, 8), torch.rand(3, 2), randn(2, 8, 8)
-    lowest = 0 if name == "choice_of_row" else -1
-    message = f"{name}: expected values from {lowest} to 5, got {value} at position 5"
-    with pytest.raises(ValueError, match=message):
-        ck.expert_mlp(x, gates, plan, weight, None, weight, None)
-    fields = (weight, None, weight, None, None, None, randn(6, 8), "gelu", ALL)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.clipup.expert_mlp_backward(x, x, gates, *plan, *fields)
-    with pytest.raises(ValueError, match=message):
-        ck.permute(x, plan) if name == "choice_of_row" else ck.combine(randn(6, 8), gates, plan)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float16], ids=str)
 def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
-    x, _, _, experts = arguments("capacity", dtype)
+    arguments = experts_case(SHAPE, "dropless", dtype).arguments
+    weights = [arguments[name] for name in ("in_weight", "in_bias", "out_weight", "out_bias")]
     router = randn(SHAPE.experts, SHAPE.width)
 
     def run():
-        leaves = [t.detach().requires_grad_() for t in (x, router, *experts[:4])]
+        leaves = [t.detach().requires_grad_() for t in (arguments["x"], router, *weights)]
         logits = ck.router_logits(*leaves[:2])
         gating = ck.topk_gating(logits, SHAPE.k, True)
         plan = ck.dispatch(gating.expert_indices, SHAPE.experts)
         y = ck.expert_mlp(leaves[0], gating.gates, plan, *leaves[2:])
-        dense = ck.dense_mlp(x, *(leaf.detach()[0] for leaf in leaves[2:]))
+        dense = ck.dense_mlp(arguments["x"], *(leaf.detach()[0] for leaf in leaves[2:]))
         loss = y.float().square().sum() + gating.mean_probs.square().sum() + gating.z_loss
         return logits, *gating, y, dense, *torch.autograd.grad(loss, leaves)
 
@@ -189,27 +165,3 @@ def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         for value, want in zip(run(), plain, strict=True):
             assert value.dtype == want.dtype and torch.equal(value, want)
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("dtype", "gated"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_a_compiled_step_follows_the_oracle_in_both_passes(cpu_backend, compiler, dtype, gated):
-    x, gates, plan, experts = arguments(dtype=dtype, gated=gated)
-    weights = [weight for weight in experts if isinstance(weight, torch.Tensor)]
-    places = [name for name, weight in experts._asdict().items() if isinstance(weight, torch.Tensor)]
-    upstream = randn(SHAPE.tokens, SHAPE.width, dtype=dtype, seed=9)
-
-    def step(function, x, gates, *weights):
-        return function(x, gates, plan, **dict(zip(places, weights, strict=True)), activation=experts.activation)
-
-    def outputs(function, upstream, *tensors):
-        tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        y = function(*tensors)
-        return y, *torch.autograd.grad(y, tensors, upstream)
-
-    compiled_step = torch.compile(lambda *tensors: step(ck.expert_mlp, *tensors), fullgraph=True, backend=compiler)
-    found = outputs(compiled_step, upstream, x, gates, *weights)
-    wide = [tensor.double() for tensor in (x, gates, *weights)]
-    expected = outputs(lambda *tensors: step(reference.expert_mlp, *tensors), upstream.double(), *wide)
-    for name, ours, oracle in zip(("y", "x", "gates", *places), found, expected, strict=True):
-        assert_follows(ours, oracle, dtype, name)

@@ -1,66 +1,37 @@
 """The ops under torch.func and forward-mode AD: reverse mode is right at every level, forward mode is an error."""
 
-import warnings
-
 import pytest
 import torch
-from moe_cases import SHAPES, make_experts, randn, route
+from moe_cases import experts_case, gating_case, router_case, rows_cases
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, linearize, vjp, vmap
 
 import clipup_kernels as ck
 
-SHAPE = SHAPES["odd"]
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs the ops sample by sample
+CASES = [router_case("odd"), gating_case(37, 5, 3), *rows_cases("odd", "dropless"), experts_case("odd", "dropless")]
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 
 
-def cases():
-    """Name of the op -> (a function of tensors that calls it, a plain torch function that equals it, the tensors)."""
-    gates, plan = route(SHAPE, "capacity")
-    x = randn(SHAPE.tokens, SHAPE.width, seed=3)
-    rows = randn(SHAPE.tokens * SHAPE.k, SHAPE.width, seed=4)
-    experts = make_experts(SHAPE)
-    weight = randn(SHAPE.experts, SHAPE.width, seed=5)
+def parts(case, package=ck):
+    """A function of the op's floating tensors, and these."""
+    names = [n for n, v in case.arguments.items() if torch.is_tensor(v) and v.is_floating_point()]
 
-    def of(package):
-        return {
-            "router_logits": lambda x, weight: package.router_logits(x, weight),
-            "topk_gating": lambda logits: package.topk_gating(logits, SHAPE.k, True).gates,
-            "permute": lambda x: package.permute(x, plan),
-            "grouped_linear": lambda rows, weight: package.grouped_linear(rows, weight, None, plan.offsets),
-            "combine": lambda rows, gates: package.combine(rows, gates, plan),
-            "expert_mlp": lambda x, gates, *w: package.expert_mlp(x, gates, plan, *w, activation="gelu"),
-        }
+    def function(*tensors):
+        out = getattr(package, case.op)(**(case.arguments | dict(zip(names, tensors, strict=True))))
+        return out if torch.is_tensor(out) else out.gates
 
-    tensors = {
-        "router_logits": (x, weight),
-        "topk_gating": (x @ weight.T,),
-        "permute": (x,),
-        "grouped_linear": (rows, experts.in_weight),
-        "combine": (rows, gates),
-        "expert_mlp": (x, gates, *experts[:4]),
-    }
-    ours, reference = of(ck), of(ck.reference)
-    return {name: (ours[name], reference[name], tensors[name]) for name in ours}
-
-
-NAMES = list(cases())
+    return function, tuple(case.arguments[name] for name in names)
 
 
 def scalar(function):
     return lambda *tensors: function(*tensors).square().sum()
 
 
-@pytest.fixture(autouse=True)
-def no_advice_about_loops():
-    """vmap runs the ops sample by sample and says so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        yield
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_by_torch_func_are_those_of_plain_torch(name):
-    ours, reference, tensors = cases()[name]
+@EACH
+def test_gradients_by_torch_func_are_those_of_plain_torch(case):
+    ours, tensors = parts(case)
+    reference, _ = parts(case, ck.reference)
     wanted = tuple(range(len(tensors)))
     found = grad(scalar(ours), wanted)(*tensors)
     for one, other in zip(found, grad(scalar(reference), wanted)(*tensors), strict=True):
@@ -70,19 +41,18 @@ def test_gradients_by_torch_func_are_those_of_plain_torch(name):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_by_sample_are_those_of_the_samples(name):
-    ours, _, tensors = cases()[name]
-    batch = torch.stack([tensors[0], -tensors[0], 2 * tensors[0]])
-    one = grad(scalar(ours))
-    found = vmap(one, in_dims=(0, *[None] * (len(tensors) - 1)))(batch, *tensors[1:])
-    torch.testing.assert_close(found, torch.stack([one(sample, *tensors[1:]) for sample in batch]))
+@EACH
+def test_gradients_by_sample_are_those_of_the_samples(case):
+    ours, (first, *others) = parts(case)
+    batch, one = torch.stack([first, -first, 2 * first]), grad(scalar(ours))
+    found = vmap(one, in_dims=(0, *[None] * len(others)))(batch, *others)
+    torch.testing.assert_close(found, torch.stack([one(sample, *others) for sample in batch]))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_mode_is_refused_by_name_whichever_argument_has_a_tangent(name):
-    ours, _, tensors = cases()[name]
-    refusal = rf"clipup::{name}\w* has no forward-mode derivative"
+@EACH
+def test_forward_mode_is_refused_by_name_whichever_argument_has_a_tangent(case):
+    ours, tensors = parts(case)
+    refusal = rf"clipup::{case.op}\w* has no forward-mode derivative"
     for run in (
         lambda: linearize(ours, *tensors),
         lambda: jvp(lambda *t: grad(scalar(ours))(*t), tensors, tensors),
@@ -97,18 +67,16 @@ def test_forward_mode_is_refused_by_name_whichever_argument_has_a_tangent(name):
             ours(*arguments)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives_by_torch_func_are_refused_by_name(name):
-    ours, _, tensors = cases()[name]
-    refused = rf"{name}\w*|gather_sum"
-    with pytest.raises(NotImplementedError, match=rf"clipup::({refused}) has no derivative: second derivatives"):
-        grad(lambda *t: grad(scalar(ours))(*t).square().sum())(*tensors)
-    with pytest.raises(NotImplementedError, match=rf"clipup::({refused}) has no (forward-mode )?derivative"):
-        hessian(scalar(ours))(*tensors)
+@EACH
+@pytest.mark.parametrize("second", [lambda run: grad(lambda *t: grad(run)(*t).square().sum()), hessian])
+def test_second_derivatives_by_torch_func_are_refused_by_name(case, second):
+    ours, tensors = parts(case)
+    with pytest.raises(NotImplementedError, match=rf"clipup::({case.op}\w*|gather_sum) has no"):
+        second(scalar(ours))(*tensors)
 
 
-@pytest.mark.parametrize("name", ["router_logits", "expert_mlp"])
-def test_gradients_by_torch_func_compile_without_graph_breaks(name):
-    ours, _, tensors = cases()[name]
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.op)
+def test_gradients_by_torch_func_compile_without_graph_breaks(case):
+    ours, tensors = parts(case)
     compiled = torch.compile(lambda *t: grad(scalar(ours))(*t), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), grad(scalar(ours))(*tensors))

@@ -150,11 +150,193 @@ def with_grad(value):
     )
 
 
-def outputs_and_gradients(mlp, x, gates, plan, experts: Experts, dy, **kwargs) -> dict[str, Tensor]:
-    """y and the gradient of every floating argument."""
-    x, gates = x.detach().clone().requires_grad_(), gates.detach().clone().requires_grad_()
-    experts = with_grad(experts)
-    y = mlp(x, gates, plan, *experts, **kwargs)
-    leaves = {"x": x, "gates": gates} | {n: t for n, t in experts._asdict().items() if isinstance(t, Tensor)}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach()} | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+class Case(NamedTuple):
+    """A call of an op. What the op must not read holds NaN."""
+
+    op: str
+    arguments: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    """Of the tokens, and of the gradients that come in."""
+    unread: Tensor | None = None
+    """[N] bool: the rows of the first output whose gradient must not be read."""
+
+
+ROUTERS = {
+    "usual": (50, 160, 8),
+    "one_token": (1, 64, 8),
+    "no_token": (0, 32, 4),
+    "one_expert": (9, 7, 1),
+    "odd": (33, 45, 19),
+    "wide": (21, 300, 5),
+}
+"""T, D and E."""
+GATINGS = {
+    "plain": dict(tokens=150, experts=8, k=2),
+    "raw_gates": dict(tokens=70, experts=8, k=2, renormalize=False),
+    "one_choice": dict(tokens=33, experts=5, k=1, renormalize=False),
+    "every_expert": dict(tokens=9, experts=4, k=4),
+    "one_expert": dict(tokens=9, experts=1, k=1),
+    "one_token": dict(tokens=1, experts=8, k=2),
+    "many_experts": dict(tokens=50, experts=200, k=7),
+    "masked": dict(tokens=140, experts=8, k=2, masked=0.5),
+    "masked_raw": dict(tokens=40, experts=6, k=3, renormalize=False, masked=0.5),
+    "all_masked": dict(tokens=7, experts=8, k=2, masked=1.0),
+    "no_tokens": dict(tokens=0, experts=8, k=2),
+    "biased_choice": dict(tokens=70, experts=8, k=3, biased=0.3),
+    "choice_of_no_probability": dict(tokens=40, experts=8, k=2, biased=10.0, scale=60.0),
+    "large_logits": dict(tokens=40, experts=8, k=2, scale=60.0),
+}
+
+
+def masked_out(tokens: int, share: float | None) -> Tensor | None:
+    return None if not share else torch.rand(tokens, generator=seeded(3)) >= share
+
+
+def router_case(size, dtype=torch.float32, masked=None) -> Case:
+    tokens, width, experts = ROUTERS.get(size, size)
+    x, mask = randn(tokens, width, dtype=dtype, seed=tokens), masked_out(tokens, masked)
+    if mask is not None:
+        x[~mask] = torch.nan
+    arguments = dict(x=x, weight=randn(experts, width, dtype=torch.promote_types(dtype, torch.float32)), mask=mask)
+    return Case("router_logits", arguments, dtype, None if mask is None else ~mask)
+
+
+def gating_case(tokens, experts, k, renormalize=True, masked=None, biased=0.0, scale=1.0, seed=0, **other) -> Case:
+    dtype, mask = other.get("dtype", torch.float32), masked_out(tokens, masked)
+    logits = scale * randn(tokens, experts, dtype=dtype, seed=seed)
+    if mask is not None:
+        logits[~mask] = torch.nan
+    bias = biased * randn(experts, dtype=dtype, seed=seed + 1) if biased else None
+    arguments = dict(logits=logits, k=k, renormalize=renormalize, selection_bias=bias, mask=mask)
+    return Case("topk_gating", arguments, dtype)
+
+
+def plan_case(tokens, experts, k, factor=None, prioritised=False, masked=None, seed=0) -> Case:
+    """Coarse priorities, so that ties are common."""
+    chosen = torch.rand(tokens, experts, generator=seeded(seed)).argsort(1)[:, : min(k, experts)].int()
+    priority = (torch.rand(tokens, generator=seeded(seed)) * 5).round() if prioritised else None
+    arguments = dict(expert_indices=chosen, num_experts=experts, capacity_factor=factor, priority=priority)
+    return Case("dispatch", arguments | {"mask": masked_out(tokens, masked)})
+
+
+def rows_cases(shape, routing, dtype=torch.float32, bias=True, seed=0) -> list[Case]:
+    """``permute``, ``combine`` and ``grouped_linear``."""
+    shape = SHAPES.get(shape, shape)
+    gates, plan = route(shape, routing, seed)
+    x = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 1)
+    rows = randn(shape.tokens * shape.k, shape.width, dtype=dtype, seed=seed + 2)
+    gates, nowhere = torch.where(plan.row_of_choice < 0, torch.nan, gates), (plan.row_of_choice < 0).all(1)
+    empty = torch.arange(len(rows)) >= plan.offsets[-1]
+    x[nowhere], rows[empty] = torch.nan, torch.nan
+    if dtype == torch.float64:
+        gates = gates.double()
+    experts = make_experts(shape, dtype, bias=bias, seed=seed + 3)
+    linear = dict(rows=rows, weight=experts.in_weight, bias=experts.in_bias, offsets=plan.offsets)
+    return [
+        Case("permute", dict(x=x, plan=plan), dtype, empty),
+        Case("combine", dict(rows=rows, gates=gates, plan=plan), dtype, nowhere),
+        Case("grouped_linear", linear, dtype, empty),
+    ]
+
+
+def experts_case(
+    shape="odd", routing="capacity", dtype=torch.float32, activation="gelu", bias=True, gated=False, seed=0, **options
+) -> Case:
+    """``options`` are further arguments of the op, and sizes in place of the shape's."""
+    shape = SHAPES.get(shape, shape)
+    shape = shape._replace(**{name: options.pop(name) for name in ("width", "hidden") if name in options})
+    gates, plan = route(shape, routing, seed)
+    x, nowhere = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 10), (plan.row_of_choice < 0).all(1)
+    x[nowhere], gates[nowhere] = torch.nan, torch.nan
+    experts = make_experts(shape, dtype, activation, bias, gated, seed + 20)
+    if dtype == torch.float64:
+        gates = gates.double()
+    arguments = dict(x=x, gates=gates, plan=plan) | experts._asdict() | options
+    return Case("expert_mlp", arguments, dtype, nowhere)
+
+
+def glu_case(shape="odd", routing="capacity", dtype=torch.float32, activation="silu", **options) -> Case:
+    plain = experts_case(shape, routing, dtype, activation, bias=False, gated=True)
+    names = ("x", "gates", "plan", "out_weight", "activation")
+    both = torch.cat((plain.arguments["gate_weight"], plain.arguments["in_weight"]), dim=1)
+    arguments = {name: plain.arguments[name] for name in names} | {"gate_in_weight": both} | options
+    return plain._replace(op="expert_glu", arguments=arguments)
+
+
+def dense_case(shape="odd", dtype=torch.float32, activation="gelu", bias=True, gated=False) -> Case:
+    shape = SHAPES.get(shape, shape)
+    experts = make_experts(shape._replace(experts=1), dtype, activation, bias, gated)
+    one = {name: value[0] if isinstance(value, Tensor) else value for name, value in experts._asdict().items()}
+    return Case("dense_mlp", {"x": randn(shape.tokens, shape.width, dtype=dtype)} | one, dtype)
+
+
+def dense_oracle(x, **mlp) -> Tensor:
+    """One expert that takes every token."""
+    plan = ck.reference.dispatch(torch.zeros(len(x), 1, dtype=torch.int32), 1)
+    experts = {name: value[None] if isinstance(value, Tensor) else value for name, value in mlp.items()}
+    return ck.reference.expert_mlp(x, x.new_ones(len(x), 1), plan, **experts)
+
+
+def results(case: Case, oracle: bool = False, frozen: Iterable[str] = (), device: str = "cpu") -> dict[str, Tensor]:
+    """The outputs of a call, and the gradients of its floating arguments but those that are frozen."""
+
+    def moved(value):
+        value = double(value) if oracle else value
+        if isinstance(value, ck.Plan):
+            return ck.Plan(*map(moved, value))
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    given = {name: moved(value) for name, value in case.arguments.items()}
+    if oracle:
+        given.pop("recompute", None)
+    constant = {"selection_bias", "priority", *(given if case.op == "dense_mlp" else frozen)}
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in constant
+    }
+    op = dense_oracle if oracle and case.op == "dense_mlp" else getattr(ck.reference if oracle else ck, case.op)
+    out = op(**(given | leaves))
+    outputs = {"output": out} if isinstance(out, Tensor) else out._asdict()
+    found = {name: value.detach() for name, value in outputs.items()}
+    smooth = [value for value in outputs.values() if value.requires_grad]
+    if not smooth:
+        return found
+    drawn = (randn(value.numel(), dtype=case.dtype, seed=77 + n) for n, value in enumerate(smooth))
+    incoming = [values.to(value).view_as(value) for values, value in zip(drawn, smooth, strict=True)]
+    if case.unread is not None:
+        incoming[0][case.unread.to(device)] = 0.0 if oracle else torch.nan
+    gradients = torch.autograd.grad(smooth, list(leaves.values()), incoming)
+    return found | {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}
+
+
+def assert_follows_oracle(case: Case, device: str = "cpu") -> None:
+    """Every output and every gradient against the op in plain torch in float64."""
+    ours, oracle = results(case, device=device), results(case, oracle=True, device=device)
+    assert ours.keys() == oracle.keys()
+    for what, value in ours.items():
+        if not value.is_floating_point():
+            assert torch.equal(value, oracle[what]), what
+            continue
+        argument = case.arguments.get(what.removeprefix("gradient of "), next(iter(case.arguments.values())))
+        wide = case.op == "router_logits" and what == "output"
+        assert value.dtype == (case.arguments["weight"].dtype if wide else argument.dtype), what
+        assert_follows(value, oracle[what], value.dtype if case.op == "router_logits" else case.dtype, what)
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Bitwise the same results."""
+    assert first.keys() == second.keys()
+    for what, value in first.items():
+        assert torch.equal(value, second[what]), what
+
+
+def strided(case: Case) -> Case:
+    """The same call with every tensor in memory with gaps."""
+
+    def spread(value):
+        if isinstance(value, ck.Plan):
+            return ck.Plan(*map(spread, value))
+        return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
+
+    return case._replace(arguments={name: spread(value) for name, value in case.arguments.items()})

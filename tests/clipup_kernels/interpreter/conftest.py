@@ -21,6 +21,23 @@ def interpreted(monkeypatch):
 
 
 @pytest.fixture
+def on_triton(monkeypatch):
+    """Chooses for CPU tensors what CUDA tensors get; returns the names of the ops that Triton has computed."""
+    from clipup_kernels.backends import registry
+
+    computed, function_of = set(), registry.function_of
+
+    def as_on_cuda(op, dtype, device):
+        if registry.choose(op, dtype, "cuda").backend.name == "triton":
+            computed.add(op)
+        return function_of(op, dtype, "cuda")
+
+    monkeypatch.setattr(registry, "function_of", as_on_cuda)
+    monkeypatch.setattr(registry, "_warn_without_triton", lambda index: None)
+    return computed
+
+
+@pytest.fixture
 def poisoned_memory():
     """New tensors hold NaN, so that what a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -5,18 +5,21 @@ import json
 
 import pytest
 import torch
-from moe_cases import Shape, make_experts, randn, route
+from moe_cases import Shape, make_experts, randn, with_grad
 from triton.runtime.errors import OutOfResources
 
+import clipup_kernels as ck
 from clipup_kernels.triton import (
     configs,
     dispatch,
     expert_mlp,
     expert_mlp_backward,
+    grouped_linear,
     router_logits,
     topk_gating,
     tune,
     warmup,
+    weight_gradient,
 )
 from clipup_kernels.triton.configs import Config
 from clipup_kernels.triton.grouped_gemm import max_tiles
@@ -86,30 +89,8 @@ def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch
     assert configs.architecture(torch.device("cuda:0")) == arch
 
 
-def test_warmup_launches_what_a_training_step_launches(monkeypatch):
-    asked = []
-    choose = configs.choose
-    monkeypatch.setattr(configs, "choose", lambda *arguments: asked.append(arguments) or choose(*arguments))
-    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
-    warm = set(asked)
-    assert {kernel for kernel, *_ in warm} == {
-        "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "expert_gradients",
-    }  # fmt: skip
-    asked.clear()
-    shape = Shape(tokens=20, width=24, hidden=40, experts=4, k=2)
-    experts = make_experts(shape, torch.float16, gated=True)
-    gates, plan = route(shape)
-    x = randn(20, 24, dtype=torch.float16)
-    arguments = (x, gates, *plan, *experts[:4], *experts[5:])
-    for keep_z in (True, False):  # computed again in the backward pass
-        y, z = expert_mlp.expert_mlp_forward(*arguments, "gelu", keep_z)
-        expert_mlp_backward.expert_mlp_backward(y, *arguments, z, "gelu", [True] * 4)
-    assert set(asked) == warm
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, dtype):
-    """Each kernel, with the same constants, and arguments of the same types, or None."""
+def test_warmup_launches_what_a_training_step_launches(on_triton, monkeypatch):
+    """Each kernel, with the same constants, and arguments of the same types, or None; a router may get float32."""
     launched = set()
 
     class Noting:
@@ -128,20 +109,26 @@ def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, dtype):
         router_logits: ("_logits", "_token_gradient", "_weight_sums"),
         topk_gating: ("_gating", "_gating_backward"),
         dispatch: ("_count", "_assign"),
+        expert_mlp: ("_project_in",),
+        expert_mlp_backward: ("_project_back", "_gate_gradient"),
+        grouped_linear: ("_project_rows",),
+        weight_gradient: ("_expert_gradients",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
-    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu")
+    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
     warm = set(launched)
     launched.clear()
-    x, router = randn(20, 24, dtype=dtype), randn(4, 24)
-    for mask in (None, torch.arange(20) % 3 > 0):
-        logits = router_logits.router_logits(x, router, mask)
-        gates, indices, _, mean_probs, z_loss, _ = topk_gating.topk_gating(logits, 2, True, None, mask)
-        dispatch.dispatch(indices, 4, 1.0, None, mask)
-        topk_gating.topk_gating_backward(logits, indices, True, mask, gates, None, mean_probs, z_loss)
-        router_logits.router_logits_backward(logits, x, router, mask, [True, True])
-    assert len({name for name, *_ in launched}) == 7 and launched <= warm
+    router, experts = randn(4, 24).requires_grad_(), make_experts(Shape(20, 24, 40, 4, 2), torch.float16, gated=True)
+    experts = with_grad(experts)
+    x = randn(20, 24, dtype=torch.float16).requires_grad_()
+    part = torch.arange(20) % 3 > 0
+    for mask, recompute, dtype in ((None, "none", torch.float32), (part, "full", torch.float16)):
+        gating = ck.topk_gating(ck.router_logits(x.to(dtype), router, mask), 2, True, mask=mask)
+        plan = ck.dispatch(gating.expert_indices, 4, 1.0, mask=mask)
+        y = ck.expert_mlp(x, gating.gates, plan, *experts, recompute=recompute)
+        (y.float().sum() + gating.mean_probs.square().sum() + gating.z_loss).backward()
+    assert len({name for name, *_ in launched}) == 12 and launched <= warm
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)

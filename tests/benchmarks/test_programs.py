@@ -1,0 +1,215 @@
+"""The programs that measure whole models and experts, on tiny ones: rows, columns, and no time for a wrong result."""
+
+import csv
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import clip_throughput
+import int8_accuracy
+import latency
+import padding_aware
+import peers
+import plot_throughput
+import pytest
+import study_captions
+import torch
+import trainer_overhead
+import training_step
+import transformers
+import transformers_experts
+from PIL import Image
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from clipup.data import shard_writer
+
+TINY = "clipup-tiny-32"
+SHORT = ["--threads", "1", "--seconds", "0.05", "--rounds", "2"]
+RESULTS = Path(latency.__file__).parent / "results"
+FORMS = (TINY, f"{TINY} CLIP-UP", f"{TINY} CLIP-UP accelerated")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    for module in (clip_throughput, latency, plot_throughput):
+        monkeypatch.setattr(module, "BASELINE", TINY)
+    monkeypatch.setattr(clip_throughput, "LARGE", TINY)
+    monkeypatch.setattr(clip_throughput, "MODELS", FORMS)
+    monkeypatch.setattr(latency, "MODELS", (*FORMS, f"{TINY} int8", f"{TINY} onnxruntime"))
+    config = transformers.MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
+    monkeypatch.setitem(transformers_experts.MODELS, "mixtral", lambda: (MixtralExperts(config), 2))
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    def run(module, *arguments, like=None):
+        """The rows that a program writes, with the columns of the committed results."""
+        path = tmp_path / "rows.csv"
+        assert module.main([*arguments, "--csv", str(path)]) == 0
+        with path.open() as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if like is not None:
+            assert reader.fieldnames == (RESULTS / like).read_text().splitlines()[0].split(",")
+        return rows
+
+    return run
+
+
+@pytest.fixture
+def make_pairs(tmp_path):
+    """Squares with captions, as a CSV file."""
+
+    def make(count: int) -> str:
+        lines = ["filepath\ttitle"]
+        for number in range(count):
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+            lines.append(f"{tmp_path / f'{number}.png'}\tsquare {number}")
+        (tmp_path / "pairs.csv").write_text("\n".join(lines))
+        return str(tmp_path / "pairs.csv")
+
+    return make
+
+
+def of(rows, *columns):
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+def test_throughput_has_a_row_for_every_model_whose_rates_come_from_times_and_flops(rows_of, tmp_path):
+    arguments = ["--batch-size", "4", "--words", "3", "--pass", "fwd", "fwd_bwd", "--dtype", "fp32", *SHORT]
+    rows = rows_of(clip_throughput, "--models", *FORMS, *arguments, like="clip_throughput_cpu.csv")
+    cannot_train = [("fwd_bwd", FORMS[2])]
+    expected = [(what, name) for what in ("fwd", "fwd_bwd") for name in FORMS if (what, name) not in cannot_train]
+    assert of(rows, "pass", "model") == expected
+    for row in rows:
+        assert float(row["pairs_per_s"]) == pytest.approx(4e3 / float(row["median_ms"]), rel=0.05)
+        assert float(row["speed_to_l14"]) == pytest.approx(float(row["speed_to_b16"]), abs=2e-3)
+        assert bool(row["images_per_s"]) == (row["pass"] == "fwd")
+    forward, sparse, _, step, _ = (float(row["gflops_per_pair"]) for row in rows)
+    assert step == pytest.approx(3 * forward, rel=1e-3) and sparse >= forward
+
+    out = tmp_path / "chart.svg"
+    assert plot_throughput.main([str(tmp_path / "rows.csv"), "--out", str(out)]) == 0
+    chart = ET.parse(out).getroot()
+    marks = [e.get("id") for e in chart.iter() if e.get("id", "").endswith(FORMS)]
+    assert len(marks) == len(set(marks)) == len(rows)
+
+
+def test_a_model_without_enough_memory_is_left_out_by_name(monkeypatch, rows_of, capsys):
+    build = clip_throughput.build
+
+    def without_memory(name, *which):
+        if name == FORMS[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.26 GiB.\nand advice")
+        return build(name, *which)
+
+    monkeypatch.setattr(clip_throughput, "build", without_memory)
+    rows = rows_of(clip_throughput, "--models", *FORMS, "--batch-size", "4", *SHORT)
+    assert of(rows, "model") == [(FORMS[0],), (FORMS[2],)]
+    assert f"left out: {FORMS[1]} in bf16, fwd: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(rows_of, capsys, monkeypatch):
+    monkeypatch.setattr(latency, "missing", lambda packages: ["onnxruntime"])
+    arguments = ["--models", *latency.MODELS, "--dtype", "fp32", "--threads", "1", "--rounds", "10"]
+    rows = rows_of(latency, *arguments, like="latency_cpu.csv")
+    assert "left out onnxruntime" in capsys.readouterr().err
+    whole = [(what, name) for what in ("image", "caption") for name in latency.MODELS[:4]]
+    assert of(rows[:8], "input", "model") == whole
+    assert {row["model"] for row in rows if row["input"] == "token"} >= {"dense MLP", "SparseMoE int8"}
+    assert all(0 < float(row["p50_ms"]) <= float(row["p99_ms"]) for row in rows)
+    assert rows[0]["ratio_to_first"] == "1.000"
+
+
+def test_calls_take_turns():
+    order = []
+    taken = latency.in_turn({name: lambda n=name: order.append(n) for name in "ab"}, rounds=3)
+    assert order == ["a", "b"] * 5 and {name: len(seconds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.slow
+def test_onnxruntime_computes_the_models_features():
+    for name in peers.ONNX_PACKAGES:
+        pytest.importorskip(name)
+    texts = latency.get_tokenizer(TINY)(["red bird"])
+    model, _, image = clip_throughput.build(f"{TINY} onnxruntime", torch.float32, texts)
+    assert model.encode_image(image).shape == model.encode_text(texts).shape
+
+
+def test_padding_awareness_has_a_row_for_each_way(rows_of, tmp_path):
+    (tmp_path / "captions.txt").write_text("a red heart\n\nwaving hand, hello\n")
+    arguments = ["--models", TINY, "--batch-size", "4", "--captions", str(tmp_path / "captions.txt"), *SHORT]
+    rows = rows_of(padding_aware, *arguments, like="padding_aware_cpu.csv")
+    ways = ("dense", "all_tokens", "padding_aware")
+    assert of(rows, "dtype", "impl") == [(dtype, way) for dtype in ("fp32", "bf16") for way in ways]
+    for row in rows:
+        assert float(row["median_ms"]) > 0 and row["context_length"] == "12"
+        assert (float(row["tokens"]) < 1) == (row["impl"] == "padding_aware")
+
+
+def test_experts_of_transformers_have_a_row_for_each_implementation_and_pass(rows_of):
+    arguments = ["--models", "mixtral", "--dtypes", "fp32", "--tokens", "5", *SHORT]
+    rows = rows_of(transformers_experts, *arguments, like="transformers_experts_cpu.csv")
+    implementations = ("grouped_mm", "eager", "batched_mm", "clipup")
+    assert of(rows, "pass", "impl") == [(kind, impl) for kind in ("fwd", "fwd_bwd") for impl in implementations]
+
+
+def test_a_training_step_has_seconds_beside_flops_of_all_models_on_noise_and_on_real_pairs(rows_of, make_pairs):
+    for data in ([], ["--data", make_pairs(8)]):
+        unpadded, dense, sparse = rows_of(training_step, "--batch-size", "8", *SHORT, *data)
+        assert (unpadded["impl"], dense["impl"], sparse["impl"]) == ("dense_unpadded", "dense", "clip_up")
+        assert unpadded["seconds_ratio"] == unpadded["flops_ratio"] == dense["flops_ratio"] == "1.000"
+        assert float(sparse["flops_ratio"]) > 1.2 and float(sparse["seconds_ratio"]) > 0
+        assert sparse["data"] == ("pairs.csv" if data else "noise")  # no directory
+
+
+def test_the_trainers_overhead_has_a_row_for_each_model_and_source_of_data(rows_of, make_pairs):
+    short = ["--data", make_pairs(8), "--batch-size", "4", "--pairs", "1", "--steps-of-pair", "2", "--workers", "0"]
+    rows = rows_of(trainer_overhead, *short, like="trainer_overhead_cpu.csv")
+    assert of(rows, "data", "model") == [(d, m) for d in ("in memory", "shards") for m in ("dense", "CLIP-UP")]
+    for row in rows:
+        assert 0 < float(row["data_share"]) < 1 and float(row["bare_step_ms"]) > 0
+        part = (1 - float(row["data_share"])) * float(row["batch_ms"]) / float(row["bare_step_ms"])
+        assert part == pytest.approx(1 + float(row["overhead"]), rel=0.02)  # one pair: medians are its values
+
+
+def test_accuracy_in_int8_has_a_row_for_each_form(rows_of):
+    rows = rows_of(int8_accuracy, TINY, "--count", "4", like="int8_accuracy_cpu.csv")
+    forms = ("fp32", "bf16", "int8, fp32", "int8, bf16")
+    assert of(rows, "outliers", "form") == [(outliers, form) for outliers in "01" for form in forms]
+    assert all(float(row["image_cosine_min"]) > 0.9 for row in rows[:4])
+
+
+CAPTIONS = {
+    "train": ["account arrow left", "account"],
+    "test_styles": ["account", "account", "arrow left", "left arrow", "account xyzzy", "account plugh"],
+    "test_names": ["arrow"],
+    "validation": ["left"],
+}
+
+
+def test_a_split_is_described_by_shares_of_its_captions(rows_of, tmp_path):
+    for split, texts in CAPTIONS.items():
+        samples = [(f"{split}-{row}", {"png": b"unread", "txt": text.encode()}) for row, text in enumerate(texts)]
+        shard_writer.write_shards(tmp_path, split, samples, 100)
+    rows = {row["split"]: row for row in rows_of(study_captions, str(tmp_path))}
+    styles = rows["test_styles"]
+    assert (styles["images"], styles["captions"]) == ("6", "5")
+    assert (styles["images_trained"], styles["captions_trained"]) == ("33.3", "20.0")  # "account"
+    assert styles["captions_unknown_word"] == styles["captions_same_tokens"] == "40.0"  # "account ?", two of them
+    assert styles["captions_same_words"] == "40.0"  # "arrow left" and "left arrow"
+    assert set(rows["test_names"].values()) == {"test_names", "1", "0.0"}
+
+
+@pytest.mark.parametrize("module", [clip_throughput, padding_aware, transformers_experts])
+def test_a_wrong_result_is_not_timed(monkeypatch, module):
+    monkeypatch.setattr(clip_throughput.Inference, "check", lambda self: False)
+    monkeypatch.setattr(
+        padding_aware, "encoder", lambda model, texts, padding_aware: lambda: torch.ones(1) * padding_aware
+    )
+    run = transformers_experts.Case.run
+    monkeypatch.setattr(
+        transformers_experts.Case, "run", lambda self, name: [(1 + (name == "clipup")) * one for one in run(self, name)]
+    )
+    arguments = {transformers_experts: ["--models", "mixtral", "--tokens", "5"]}.get(module, ["--models", TINY])
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        module.main([*arguments, *SHORT])
