@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from clipup.cli import reporting_errors, run_subcommand
-from clipup.cli.outputs import check_file
 from clipup.train import TrainingInterrupted
 
 from .icon_data.build import Sets, build
@@ -19,11 +17,25 @@ from .runner import config, page, runner
 from .scene_data import build as scenes
 
 PROGRAM = "python -m studies"
-_DIVERGED, _INTERRUPTED = 1, 130
+_DIVERGED, _INTERRUPTED = 1, 130  # exit codes
 
 
 @dataclass
-class Icons:
+class _DataSet:
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done if it already holds this data set."""
+    package: Path
+    """Directory of the unpacked npm package @iconify/json."""
+    seed: int = 0
+    """Seed of the splits, and of the scenes for evaluation."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+    processes: int | None = None
+    """Rendering processes. None: one per CPU."""
+
+
+@dataclass
+class Icons(_DataSet):
     """251,000 openly licensed icons (220,611 for training) with their names as captions, from the npm package
     @iconify/json; no network.
 
@@ -34,47 +46,30 @@ class Icons:
     Example: python -m studies icons data/icons --package package
     """
 
-    out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done if it already holds this data set."""
-    package: Path
-    """Directory of the unpacked npm package @iconify/json."""
     size: int = 32
-    """Side of the images, in pixels (8 to 512)."""
-    seed: int = 0
-    """Seed of the splits."""
+    """Side of the images, in pixels."""
     leave_out: tuple[str, ...] = ()
     """Sets to leave out, by prefix."""
     test_drawings: bool = False
     """Also hold out drawings whose name and set are in the training split; the other held-out splits are unchanged."""
-    overwrite: bool = False
-    """Replace another data set in OUT."""
-    samples_per_shard: int = 4096
-    """Samples per shard; training needs at least as many shards as workers."""
-    processes: int | None = None
-    """Rendering processes. None: one per CPU."""
 
     def run(self) -> int:
-        start = time.perf_counter()
         dataset = build(
             self.out,
             self.package,
             self.size,
             self.seed,
             self.overwrite,
-            self.samples_per_shard,
             self.processes,
             sets=Sets.read().without(self.leave_out),
             test_drawings=self.test_drawings,
         )
-        seconds = time.perf_counter() - start
-        print(f"{dataset['name']} in {self.out} ({seconds:.0f} s), {self.size} x {self.size} pixels:")
+        print(f"{dataset['name']} in {self.out}, {self.size} x {self.size} pixels:")
         for name, split in dataset["splits"].items():
             copies = dataset["left_out_twins"].get(name)
             left_out = f"; {copies['same']:,} duplicates, {copies['near']:,} near-duplicates left out" if copies else ""
-            print(
-                f"  {name:<13}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
-                f"{split['distinct_captions']:,} captions{left_out}"
-            )
+            sets, captions = len(split["images_by_set"]), split["distinct_captions"]
+            print(f"  {name:<13}{split['images']:>8,} images of {sets} sets, {captions:,} captions{left_out}")
         for reason, count in dataset["skipped"].items():
             print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
         print("makers and licences: LICENSES.md in it; words removed from names: captions.json")
@@ -82,22 +77,11 @@ class Icons:
 
 
 @dataclass
-class Scenes:
+class Scenes(_DataSet):
     """Scenes of two coloured icons of @iconify/json, side by side or one above the other; every step draws its own.
 
     Example: python -m studies scenes data/scenes --package package
     """
-
-    out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done if it already holds this data set."""
-    package: Path
-    """Directory of the unpacked npm package @iconify/json."""
-    seed: int = 0
-    """Seed of the splits and of the scenes for evaluation."""
-    overwrite: bool = False
-    """Replace another data set in OUT."""
-    processes: int | None = None
-    """Rendering processes. None: one per CPU."""
 
     def run(self) -> int:
         dataset = scenes.build(
@@ -105,10 +89,8 @@ class Scenes:
         )
         print(f"{dataset['name']} in {self.out}: {len(dataset['concepts']):,} concepts, {dataset['size']} pixels")
         for name, split in dataset["splits"].items():
-            print(
-                f"  {name:<13}{split['drawings']:>8,} drawings of {split['concepts']:,} concepts, "
-                f"{split['images']:,} scenes"
-            )
+            drawings, concepts = split["drawings"], split["concepts"]
+            print(f"  {name:<13}{drawings:>8,} drawings of {concepts:,} concepts, {split['images']:,} scenes")
         print(f"left out for twins: {dataset['left_out_twins']}; makers and licences: LICENSES.md in it")
         return 0
 
@@ -135,15 +117,13 @@ class Run:
     """Where to train and evaluate; `cuda` for models too large for one CPU thread."""
 
     def run(self) -> int:
-        if not self.files:
-            raise ValueError("files: name at least one config file of a run")
         files = sorted(self.files, key=lambda file: (config.read(file).steps, file.name))
         for number, file in enumerate(files, 1):
             print(f"[{number}/{len(files)}] {file.stem}", flush=True)
             try:
                 print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
             except FloatingPointError as error:
-                print(f"python -m studies: {file.stem}: {error}", flush=True)
+                print(f"{PROGRAM}: {file.stem}: {error}", flush=True)
                 return _DIVERGED
             except TrainingInterrupted as stopped:
                 print(
@@ -166,7 +146,6 @@ class Report:
     """The page; figures are written beside it."""
 
     def run(self) -> int:
-        check_file("out", self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         for path in page.write(self.study, self.out):
             print(path)

@@ -31,7 +31,7 @@ from clipup.data import shard_writer
 from clipup.data.processes import each
 from clipup.progress import progress as shown
 
-from . import captions, credits, iconify, near_duplicates, splits
+from . import captions, data_set, iconify, near_duplicates, splits
 from .iconify import Icon
 
 FORMAT = 1
@@ -39,6 +39,7 @@ FORMAT = 1
 WORDS_AT_LEAST = 5
 """Minimum number of training captions that contain a word of the vocabulary."""
 
+_SAMPLES_PER_SHARD = 4096
 _BLANK = 2  # a drawing with a smaller range of gray levels, out of 255, shows nothing
 _RULES = {
     "train": "icons of the training sets",
@@ -106,7 +107,6 @@ def build(
     size: int = 32,
     seed: int = 0,
     overwrite: bool = False,
-    samples_per_shard: int = 4096,
     processes: int | None = None,
     progress: bool = True,
     sets: Sets | None = None,
@@ -117,98 +117,58 @@ def build(
     Args:
         out: a directory that does not exist, is empty, or holds this data set.
         package: the unpacked npm package @iconify/json (see `studies.icon_data.iconify`).
-        size: side of the images in pixels, 8 to 512.
+        size: side of the images in pixels.
         seed: of the splits and of the order in the training shards.
         overwrite: replaces another data set in `out`.
-        samples_per_shard: a training run needs at least as many shards as workers.
         processes: rendering processes; default: one per CPU.
         sets: default: the study's.
         test_drawings: adds a third test split, of drawings whose names and sets are in the training split. It is taken
             from the training split; the other held-out splits stay bitwise the same.
 
     Raises:
-        FileNotFoundError: the package or a set is missing.
-        ImportError: resvg-py is not installed.
-        ValueError: an argument is out of range, or `out` holds something else, which is left unchanged.
+        FileNotFoundError, ImportError, ValueError: as of `data_set.build`.
     """
-    if not isinstance(size, int) or not 8 <= size <= 512:
-        raise ValueError(f"size: got {size!r}, expected a number of pixels from 8 to 512")
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard: got {samples_per_shard}, expected at least 1")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}, expected 0 or more")
-    out, sets = Path(out), sets or Sets.read()
-    package = iconify.find_package(package)
-    source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": iconify.renderer_version()}
-    options = {"size": size, "seed": seed, "samples_per_shard": samples_per_shard}
+    sets = sets or Sets.read()
+    options = {"size": size, "seed": seed, "samples_per_shard": _SAMPLES_PER_SHARD}
     if test_drawings:
         options["test_drawings"] = True
-    fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
-    if shard_writer.finished(out, fingerprint):
-        return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
-    with shard_writer.only_writer(out):
-        if shard_writer.finished(out, fingerprint):
-            return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
-        shard_writer.check_target(out, overwrite)
-        return _build(out, package, source, options, sets, fingerprint, processes, progress)
+    make = partial(_make, package=Path(package), options=options, sets=sets, processes=processes, progress=progress)
+    return data_set.build(out, package, "icons", FORMAT, options, (sets.train, sets.test), overwrite, make)
 
 
-def _build(
-    out: Path,
-    package: Path,
-    source: dict[str, str],
-    options: dict[str, int],
-    sets: Sets,
-    fingerprint: str,
-    processes: int | None,
-    progress: bool,
-) -> dict:
-    seed = options["seed"]
-    names, rules = splits.SPLITS, _RULES
-    if options.get("test_drawings"):
-        names, rules = (*names, splits.TEST_DRAWINGS), rules | {splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS}
+def _make(
+    directory: Path, package: Path, options: dict[str, int], sets: Sets, processes: int | None, progress: bool
+) -> data_set.Made:
+    seed, test_drawings = options["seed"], "test_drawings" in options
     described, icons = iconify.read_sets(package, (*sets.train, *sets.test), progress)
     texts, cut = captions.of_icons(icons)
     assigned = [
         splits.split_of(caption, icon.set in sets.test, seed) for icon, caption in zip(icons, texts, strict=True)
     ]
     samples, pictures, skipped = _render(icons, texts, assigned, options["size"], processes, progress)
-    if options.get("test_drawings"):
+    if test_drawings:
         samples = _with_test_drawings(samples, seed)
+    names = (*splits.SPLITS, splits.TEST_DRAWINGS) if test_drawings else splits.SPLITS
     kept, duplicates = splits.without_duplicates([sample.split for sample in samples], pictures, names, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
-    if not by_split["train"]:
-        raise ValueError("the training split is empty: no drawing of the training sets could be read")
-
-    with shard_writer.appearing_whole(out) as directory:
-        written = {
-            split: shard_writer.write_shards(directory, split, _files(split, members), options["samples_per_shard"])
-            for split, members in by_split.items()
-        }
-        shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split])
-        vocabulary = count_vocabulary((sample.caption for sample in by_split["train"]), WORDS_AT_LEAST)
-        (directory / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
-        style_words = sorted(captions.STYLE_WORDS)
-        shard_writer.write_json(directory / "captions.json", {**_CAPTION_RULES, "style_words": style_words, "cut": cut})
-        makers = credits.of_sets(described, (sample.icon.set for sample in samples))
-        dataset = {
-            "name": "icons",
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "options": options,
-            "splits": {split: _counts(members) | {"shards": written[split]} for split, members in by_split.items()},
-            "rules": rules,
-            "vocabulary": {"words": len(vocabulary), "captions_a_word_at_least": WORDS_AT_LEAST},
-            "source": source,
-            "sources": makers,
-            "skipped": skipped,
-            "left_out_twins": duplicates,
-        }
-        (directory / "LICENSES.md").write_text(credits.licences(makers, source), "utf-8")
-        shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
-    return dataset
+    written = {
+        split: shard_writer.write_shards(directory, split, _files(split, members), _SAMPLES_PER_SHARD)
+        for split, members in by_split.items()
+    }
+    vocabulary = count_vocabulary((sample.caption for sample in by_split["train"]), WORDS_AT_LEAST)
+    (directory / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
+    style_words = sorted(captions.STYLE_WORDS)
+    shard_writer.write_json(directory / "captions.json", {**_CAPTION_RULES, "style_words": style_words, "cut": cut})
+    content = {
+        "splits": {split: _counts(members) | {"shards": written[split]} for split, members in by_split.items()},
+        "rules": _RULES | ({splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS} if test_drawings else {}),
+        "vocabulary": {"words": len(vocabulary), "captions_a_word_at_least": WORDS_AT_LEAST},
+        "skipped": skipped,
+        "left_out_twins": duplicates,
+    }
+    return data_set.Made(content, described, [sample.icon.set for sample in samples])
 
 
 def _render(
@@ -226,21 +186,20 @@ def _render(
     for icon, caption, split, (png, picture) in zip(icons, captions, splits, bar, strict=True):
         if png is None:
             skipped["cannot be read"] += 1
-        elif int(picture.max()) - int(picture.min()) <= _BLANK:
+        elif np.ptp(picture) <= _BLANK:
             skipped["shows nothing"] += 1
         elif not caption:
             skipped["has no name"] += 1
         else:
             samples.append(Sample(icon, caption, split, png))
             pictures.append(picture)
-    stacked = np.stack(pictures) if pictures else np.empty((0, near_duplicates.SIDE, near_duplicates.SIDE), np.uint8)
-    return samples, stacked, dict(sorted(skipped.items()))
+    return samples, np.stack(pictures), dict(sorted(skipped.items()))
 
 
 def _with_test_drawings(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """After rendering, since an icon that cannot be drawn does not count as a set's training drawing of a caption."""
-    columns = [(sample.split, sample.icon.set, sample.caption) for sample in samples]
-    assigned = splits.hold_out_drawings(*zip(*columns, strict=True), seed) if columns else []
+    columns = zip(*((sample.split, sample.icon.set, sample.caption) for sample in samples), strict=True)
+    assigned = splits.hold_out_drawings(*columns, seed)
     return [replace(sample, split=split) for sample, split in zip(samples, assigned, strict=True)]
 
 

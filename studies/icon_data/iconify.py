@@ -35,9 +35,10 @@ _FRAME = ("left", "top", "width", "height", "rotate", "hFlip", "vFlip")
 class IconSet:
     """The maker of a set, its licence (an SPDX identifier), and the licence's URL."""
 
-    prefix: str
-    name: str
-    author: str
+    set: str
+    gives: str
+    """Its name."""
+    made_by: str
     licence: str
     url: str
 
@@ -55,24 +56,16 @@ class Icon:
         return f"{self.set}/{self.name}"
 
 
-def find_package(directory: str | Path) -> Path:
-    """The directory with package.json and json/: `directory`, or the `package` that npm's archive holds.
-
-    Raises FileNotFoundError, ValueError: it is missing, or another package.
-    """
-    for candidate in (Path(directory), Path(directory) / "package"):
-        if (candidate / "package.json").is_file() and (candidate / "json").is_dir():
-            name = _read(candidate / "package.json").get("name")
-            if name != PACKAGE:
-                raise ValueError(f"package: {candidate} holds the npm package {name}, expected {PACKAGE}")
-            return candidate
-    raise FileNotFoundError(
-        f"package: {directory} holds no unpacked {PACKAGE} (package.json and json/): get it with "
-        f"`npm pack {PACKAGE}` and `tar -xzf iconify-json-*.tgz`, and name the directory `package`"
-    )
-
-
 def version(package: Path) -> str:
+    """
+    Raises:
+        FileNotFoundError: ``package`` is not the unpacked npm package.
+    """
+    if not (package / "json").is_dir():
+        raise FileNotFoundError(
+            f"package: {package} holds no unpacked {PACKAGE} (package.json and json/): get it with "
+            f"`npm pack {PACKAGE}` and `tar -xzf iconify-json-*.tgz`, and name the directory `package`"
+        )
     return str(_read(package / "package.json")["version"])
 
 
@@ -88,32 +81,19 @@ def renderer_version() -> str:
 
 
 def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
-    """A set and its icons by name, without hidden ones (withdrawn by their makers) and aliases.
-
-    Raises FileNotFoundError, ValueError: the package lacks the set, or its file is not in Iconify's format.
-    """
-    path = package / "json" / f"{prefix}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"package: {package} lacks the icon set {prefix}: take the version that the docs name")
-    content = _read(path)
-    try:
-        info, icons = content["info"], content["icons"]
-        licence = info["license"]
-        described = IconSet(
-            prefix,
-            info["name"],
-            info["author"]["name"],
-            licence.get("spdx") or licence["title"],
-            licence.get("url") or info["author"].get("url", ""),
-        )
-        drawn = [
-            Icon(prefix, name, _document({**_frame(content), **icon}))
-            for name, icon in sorted(icons.items())
-            if not icon.get("hidden")
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"package: {path} is not in Iconify's format ({error!r})") from error
-    return described, drawn
+    """A set and its icons by name, without hidden ones (withdrawn by their makers) and aliases."""
+    content = _read(package / "json" / f"{prefix}.json")
+    info, licence = content["info"], content["info"]["license"]
+    described = IconSet(
+        prefix,
+        info["name"],
+        info["author"]["name"],
+        licence.get("spdx") or licence["title"],
+        licence.get("url") or info["author"].get("url", ""),
+    )
+    frame = {name: content[name] for name in _FRAME if name in content}
+    icons = [(name, icon) for name, icon in sorted(content["icons"].items()) if not icon.get("hidden")]
+    return described, [Icon(prefix, name, _document({**frame, **icon})) for name, icon in icons]
 
 
 def is_monochrome(package: Path, prefix: str) -> bool:
@@ -123,12 +103,8 @@ def is_monochrome(package: Path, prefix: str) -> bool:
 
 def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:
     """Several sets, and all their icons in the order of the prefixes."""
-    sets, icons = [], []
-    for prefix in shown(prefixes, "reading icon sets", "sets", show=progress):
-        described, drawn = read_set(package, prefix)
-        sets.append(described)
-        icons += drawn
-    return sets, icons
+    read = [read_set(package, prefix) for prefix in shown(prefixes, "reading icon sets", "sets", show=progress)]
+    return [described for described, _ in read], [icon for _, icons in read for icon in icons]
 
 
 def render(svg: str, size: int) -> Image:
@@ -145,11 +121,6 @@ def render(svg: str, size: int) -> Image:
         raise ValueError("it embeds an image from a file")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")
-
-
-def _frame(content: dict) -> dict:
-    """A set's defaults for its icons."""
-    return {name: content[name] for name in _FRAME if name in content}
 
 
 def _document(icon: dict) -> str:
@@ -176,7 +147,4 @@ def _document(icon: dict) -> str:
 
 
 def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"package: {path} is not JSON: {error}") from error
+    return json.loads(path.read_text("utf-8"))

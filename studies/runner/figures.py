@@ -60,7 +60,7 @@ def _over_starts(tables: Tables, arm: str = "clip_up") -> str:
     leads: dict[str, list[results.Lead]] = {}
     starts, seeds = tables.comparable_starts(arm, _DENSE)
     for steps in starts:
-        pairs = tables.of_start(steps).shortest(arm)
+        pairs = tables.of_start(steps).shortest_pairs(arm)
         for other in _DENSE:
             of_seeds = [pair for pair in pairs[other] if pair[0].config["seed"] in seeds]
             leads.setdefault(other, []).append(results.lead(of_seeds))

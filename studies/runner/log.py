@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from clipup.atomic_files import replace_files
-from clipup.moe.config import MoEConfig
 
 SUFFIX = ".jsonl"
 Record = dict[str, Any]
@@ -35,25 +34,17 @@ def write(path: Path, records: Sequence[Record]) -> None:
 def read(path: str | Path) -> list[Record]:
     """
     Raises:
-        ValueError: a line is not JSON, or the log ends before its cost record.
+        ValueError: the log ends before its cost record.
     """
-    try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} is not a log of a run: {error}") from error
+    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     if not records or records[-1].get("kind") != "cost":
         raise ValueError(f"{path} is not a complete log, which ends with a cost record: run it again")
     return records
 
 
 def reproducible(records: Sequence[Record]) -> list[Record]:
-    """The records without the fields that vary between repetitions. Settings of sparse layers that did not exist when a
-    log was written have their defaults."""
-    found = [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
-    for one in found:
-        if one.get("moe_cfg") is not None:
-            one["moe_cfg"] = MoEConfig.from_dict(one["moe_cfg"]).to_dict()
-    return found
+    """The records without the fields that vary between repetitions."""
+    return [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
 
 
 def training(history: Sequence[Record], steps: int) -> Iterator[Record]:

@@ -52,13 +52,6 @@ def retrieval_numbers(
         if with_hits:
             numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
     if group_size is not None:
-        groups = [about.get("group") for _, _, about in samples]
-        whole = all(groups[row] == groups[row - row % group_size] for row in range(len(groups)))
-        if len(captions) != len(samples) or len(samples) % group_size or not whole:
-            raise ValueError(
-                f"samples: expected groups of {group_size} in order, each sample with one caption, and got "
-                f"{len(samples)} samples of {len(set(groups))} groups with {len(captions)} captions"
-            )
         rows = {caption: row for row, caption in enumerate(distinct)}
         own = texts[[rows[caption] for caption in captions]]
         scores = images.view(-1, group_size, images.shape[1]) @ own.view(-1, group_size, own.shape[1]).mT

@@ -75,15 +75,9 @@ def _result(records: Sequence[log.Record]) -> Result:
     of_kind: dict[str, list[log.Record]] = {}
     for record in records:
         of_kind.setdefault(record["kind"], []).append({key: record[key] for key in record if key != "kind"})
+    (config,), (test,), (cost,) = of_kind["run"], of_kind["test"], of_kind["cost"]
     layers = of_kind.get("layers", [{"layers": {}}])[0]["layers"]
-    return Result(
-        of_kind["run"][0],
-        of_kind["train"],
-        of_kind.get("validation", []),
-        of_kind["test"][0],
-        layers,
-        of_kind["cost"][0],
-    )
+    return Result(config, of_kind["train"], of_kind.get("validation", []), test, layers, cost)
 
 
 def group_of(result: Result) -> Group:
@@ -99,8 +93,8 @@ def by_rate(results: Iterable[Result]) -> dict[Group, dict[float, dict[int, Resu
     """
     groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
-        of_rate = groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], {})
-        other = of_rate.setdefault(result.config["seed"], result)
+        of_seed = groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], {})
+        other = of_seed.setdefault(result.config["seed"], result)
         if other is not result:
             raise ValueError(f"{other.name} and {result.name} are of one arm, budget, learning rate and seed")
     return groups
@@ -129,8 +123,8 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
             raise ValueError(
                 f"learning rates {rate:g} and {other:g} of {tuple(group)} have no seed in common, so none can be chosen"
             )
-        means = [fmean(by_rate[one][seed].selection for seed in sorted(common)) for one in (rate, other)]
-        return means[0] > means[1]
+        mean, mean_of_other = (fmean(by_rate[one][seed].selection for seed in sorted(common)) for one in (rate, other))
+        return mean > mean_of_other
 
     def strength(rate: float) -> tuple[int, int]:
         return sum(beats(rate, other) for other in by_rate if other != rate), len(by_rate[rate])
@@ -145,11 +139,9 @@ def started_from(result: Result, results: dict[str, Result]) -> Result | None:
         ValueError: it has no log.
     """
     name = result.config["start"]
-    if name is None:
-        return None
-    if name not in results:
+    if name is not None and name not in results:
         raise ValueError(f"{result.name} starts from {name}, which has no log: run it too, or leave {result.name} out")
-    return results[name]
+    return results.get(name)
 
 
 def start_steps(result: Result, results: dict[str, Result]) -> int | None:
@@ -158,23 +150,22 @@ def start_steps(result: Result, results: dict[str, Result]) -> int | None:
     return None if start is None else start.config["steps"]
 
 
+def before(result: Result, results: dict[str, Result]) -> list[Result]:
+    """The run that a run starts from, the one that this starts from, and so on."""
+    start = started_from(result, results)
+    return [] if start is None else [start, *before(start, results)]
+
+
 def of_start(results: dict[str, Result], steps: int) -> dict[str, Result]:
     """The runs from starts of so many steps, and all that those start from in turn."""
-    found = {name: result for name, result in results.items() if start_steps(result, results) == steps}
-    before: dict[str, Result] = {}
-    for result in found.values():
-        start = started_from(result, results)
-        while start is not None:
-            before[start.name] = start
-            start = started_from(start, results)
-    return before | found
+    found = [result for result in results.values() if start_steps(result, results) == steps]
+    starts = [start for result in found for start in before(result, results)]
+    return {result.name: result for result in (*starts, *found)}
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:
     """Training FLOPs of a run and of all runs that it starts from, in 10^9."""
-    start = started_from(result, results)
-    before = 0.0 if start is None else total_gflops(start, results)
-    return before + result.cost["train_gflops"]
+    return sum(one.cost["train_gflops"] for one in (result, *before(result, results)))
 
 
 def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipup.atomic_files import replace_files
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
 from clipup.models import factory, tokenizers
@@ -78,20 +77,14 @@ def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
         ValueError: it has begun with another one, so that its log would describe a run that was never made.
     """
     path = Path(runs_directory) / f"{config.name}{_BEGAN_WITH}"
-    ours = json.loads(json.dumps({key: value for key, value in config.to_dict().items() if key != "why"}))
-    directory = path.with_name(config.name)
-    if path.is_file() and directory.is_dir():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-        if changed:
-            was = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}" for name in changed)
-            raise ValueError(
-                f"{config.name} was begun with another config: {was}; restore the config, or delete {directory} to "
-                "begin again"
-            )
-        return
+    text = json.dumps({key: value for key, value in config.to_dict().items() if key != "why"}, indent=1) + "\n"
+    begun = path.with_name(config.name)
+    if begun.is_dir() and path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{config.name} was begun with another config, {path}: restore it, or delete {begun} to begin again"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_files({path: lambda part: part.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")})
+    path.write_text(text, encoding="utf-8")
 
 
 def _generation(config: StudyRun, file: str | Path) -> int:
@@ -227,27 +220,21 @@ class _Run:
         return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits=True, group_size=self.group_size)
 
     def _about_data(self) -> dict[str, Any]:
-        splits = self.dataset["splits"].items()
-        known = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
-        return {**known, "images": {split: content["images"] for split, content in splits}}
+        images = {split: content["images"] for split, content in self.dataset["splits"].items()}
+        return {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset} | {"images": images}
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""
         last = result.history[-1].get("layers", {})
         layers = {
-            name: {
-                "similarity": similarity,
-                "load": log.load_ratio(last[name]),
-                "dropped": last[name]["dropped"],
-            }
-            for name, similarity in measure.expert_cosines(result.model).items()
+            name: {"similarity": cosine, "load": log.load_ratio(last[name]), "dropped": last[name]["dropped"]}
+            for name, cosine in measure.expert_cosines(result.model).items()
         }
         return [{"kind": "layers", "layers": layers}] if layers else []
 
     def _cost(self, result: TrainResult) -> log.Record:
-        counts = count(result.model)
+        counts, pairs = count(result.model), result.steps * self.config.batch_size
         gflops = counts.image_gflops + counts.text_gflops
-        pairs = result.steps * self.config.batch_size
         return {
             "kind": "cost",
             "steps": result.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import product
 from statistics import fmean
 
 from clipup.evaluate.retrieval import WAYS
@@ -51,73 +52,62 @@ class Tables:
         seen = {one.config["data"]["fingerprint"]: one.config["data"] for one in self.results.values()}
         if len(seen) > 1:
             raise ValueError(f"the logs are of {len(seen)} different data sets: run the study on one")
-        return next(iter(seen.values()))
+        (data,) = seen.values()
+        return data
 
     def galleries(self) -> dict[str, dict[str, float]]:
         """The number of ``images`` and distinct ``captions`` by split, the R@1 of guessing, ``chance``, which is equal
         in both directions if every image has one caption, and ``uniform_nll``, the NLL of an image's caption if all
         are equally likely."""
         test = next(iter(self.results.values())).test
+        sizes = {split: (of["gallery"], of["captions"]) for split, of in test.items()}
         return {
-            split: {
-                "images": of["gallery"],
-                "captions": of["captions"],
-                "chance": 1 / of["captions"],
-                "uniform_nll": math.log(of["captions"]),
-            }
-            for split, of in test.items()
+            split: {"images": images, "captions": captions, "chance": 1 / captions, "uniform_nll": math.log(captions)}
+            for split, (images, captions) in sizes.items()
         }
 
     def retrieval(self, split: str) -> str:
         """Recall and negative log-likelihood of every group on a split, at its chosen learning rate."""
-        measures = [head for way in WAYS for head in (f"{way}_R@1 %", "R@5 %", "NLL")]
-        head = ["arm", "steps", "lr", "seeds", "PFLOP", *measures]
         rows = []
         for group, runs in self.groups:
-            steps = runs[0].config["steps"]
-            cells = [label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
-            for way in WAYS:
-                values = {name: [run.test[split][f"{way}_{name}"] for run in runs] for name in ("R@1", "R@5", "nll")}
-                cells += [
-                    _spread(values["R@1"], percent),
-                    _spread(values["R@5"], percent),
-                    _spread(values["nll"], _nll),
-                ]
+            config = runs[0].config
+            cells = [label(group.arm), f"{config['steps']:,}", f"{config['lr']:g}", str(len(runs)), self._pflop(runs)]
+            for way, (name, written) in product(WAYS, (("R@1", percent), ("R@5", percent), ("nll", _nll))):
+                cells.append(_spread([run.test[split][f"{way}_{name}"] for run in runs], written))
             rows.append(cells)
-        return _table(head, rows)
+        measures = [head for way in WAYS for head in (f"{way}_R@1 %", "R@5 %", "NLL")]
+        return _table(["arm", "steps", "lr", "seeds", "PFLOP", *measures], rows)
 
     def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
         have; the last but one column is also over splits and directions. The last is the same for the NLL, in nats."""
-        ways = [_way(split, way) for split in splits for way in WAYS]
-        head = ["minus", "budget", "seeds", *ways, "mean", "NLL"]
         rows = []
         for group, pairs in self._pairs(arm):
-            each = [results.lead(pairs, [split], [way]) for split in splits for way in WAYS]
-            cells = [label(group.arm), f"{group.budget:,}", str(len(pairs))]
-            nll = _nats(results.lead(pairs, splits, measure="nll"))
-            rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)]), nll])
-        return _table(head, rows)
+            leads = [results.lead(pairs, [split], [way]) for split, way in product(splits, WAYS)]
+            cells = [label(group.arm), f"{group.budget:,}", str(len(pairs)), *map(_lead, leads)]
+            rows.append([*cells, _lead(results.lead(pairs, splits)), _nats(results.lead(pairs, splits, measure="nll"))])
+        ways = [_way(split, way) for split, way in product(splits, WAYS)]
+        return _table(["minus", "budget", "seeds", *ways, "mean", "NLL"], rows)
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
         seeds."""
         budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
-        at = {
-            (rate, group.arm): of_seed
-            for group, rates in results.by_rate(self.results.values()).items()
-            for rate, of_seed in rates.items()
+        rates = {
+            group.arm: of_rate
+            for group, of_rate in results.by_rate(self.results.values()).items()
             if group.budget == budget
         }
         lines: list[list[str]] = []
-        for rate in sorted(lr for lr, name in at if name == arm):
+        for rate, ours in sorted(rates.get(arm, {}).items()):
             cells = []
             for other in others:
-                ours, theirs = at[rate, arm], at.get((rate, other), {})
+                theirs = rates.get(other, {}).get(rate, {})
                 pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
                 cells += [_lead(results.lead(pairs, splits)), str(len(pairs))] if pairs else [MISSING] * 2
             lines.append([f"{rate:g}", *cells])
-        return _table(["learning rate of both", *_with_seeds(others)], lines)
+        heads = [head for other in others for head in (f"minus {label(other)}", "seeds")]
+        return _table(["learning rate of both", *heads], lines)
 
     def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm and others by length of the runs, mean over splits and directions, and the arm's leads. A row
@@ -167,14 +157,13 @@ class Tables:
         better, written = (1, _lead) if measure == "R@1" else (-1, _nats)
         decided, single = [], []
         for group, pairs in self._pairs(arm):
-            if group.arm not in others:
-                continue
-            lead = results.lead(pairs, splits, measure=measure)
-            if lead.half_width is None:
-                single.append(f"{others[group.arm]} ({group.budget:,}) {written(lead)}")
-                continue
-            where = f"{others[group.arm]} ({group.budget:,}; {lead.seeds} seeds)"
-            decided.append(f"{where} {_verdict(lead, better)}, {written(lead)}")
+            if group.arm in others:
+                lead = results.lead(pairs, splits, measure=measure)
+                name, steps, points = others[group.arm], f"{group.budget:,}", written(lead)
+                if lead.half_width is None:
+                    single.append(f"{name} ({steps}) {points}")
+                else:
+                    decided.append(f"{name} ({steps}; {lead.seeds} seeds) {_verdict(lead, better)}, {points}")
         if single:
             decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
         return "; ".join(decided) or "there is no run to compare yet"
@@ -182,14 +171,12 @@ class Tables:
     def comparisons(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> list[list[str]]:
         """The leads in R@1 over other arms as rows of a table, by budget and then in the order of ``others``: the
         wording of the comparison, the steps of the arm, seeds, lead and verdict. ``others``: as of ``verdict``."""
-        rows = []
         order = list(others)
-        of_others = [(group, pairs) for group, pairs in self._pairs(arm) if group.arm in others]
-        for group, pairs in sorted(of_others, key=lambda one: (one[0].budget, order.index(one[0].arm))):
-            lead = results.lead(pairs, splits)
-            cells = [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead)]
-            rows.append([*cells, "one seed" if lead.half_width is None else _verdict(lead)])
-        return rows
+        of_others = [(group, results.lead(pairs, splits)) for group, pairs in self._pairs(arm) if group.arm in others]
+        return [
+            [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead), _verdict(lead)]
+            for group, lead in sorted(of_others, key=lambda one: (one[0].budget, order.index(one[0].arm)))
+        ]
 
     def lead(
         self,
@@ -201,14 +188,13 @@ class Tables:
     ) -> str:
         """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
         all. ``measure``: ``R@1`` or ``R@5``."""
-        pairs = self.shortest(arm).get(other, [])
+        pairs = self.shortest_pairs(arm).get(other, [])
         of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
         return _lead(results.lead(of_seeds, splits, measure=measure)) if of_seeds else MISSING
 
     def gain(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""
-        budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
-        runs = next((runs for group, runs in self.groups if (group.arm, group.budget) == (arm, budget)), [])
+        runs = self.shortest(arm)[1]
         starts = self.starts_of(runs)
         return _lead(results.lead(list(zip(runs, starts, strict=True)), splits)) if starts else MISSING
 
@@ -221,8 +207,8 @@ class Tables:
         lines = []
         for steps in starts:
             of = self.of_start(steps)
-            leads = [of.lead(arm, other, splits, seeds) for other in others]
-            lines.append([f"{steps:,}", str(len(seeds)), of.lead(more, fewer, ["validation"], seeds), *leads])
+            leads = [of.lead(more, fewer, ["validation"], seeds), *(of.lead(arm, one, splits, seeds) for one in others)]
+            lines.append([f"{steps:,}", str(len(seeds)), *leads])
         gain = f"{label(more)} minus {label(fewer)}, validation"
         return _table(["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], lines)
 
@@ -230,7 +216,7 @@ class Tables:
         """The starts that ``leads_by_start`` is about, and the seeds that all of ``arm`` and ``others`` have there."""
         seeds: dict[int, set[int]] = {}
         for steps in self.starts:
-            pairs = self.of_start(steps).shortest(arm)
+            pairs = self.of_start(steps).shortest_pairs(arm)
             of_arms = [{ours.config["seed"] for ours, _ in pairs.get(other, [])} for other in others]
             seeds[steps] = set.intersection(*of_arms)
         enough = min(_SEEDS_OF_A_START, max(map(len, seeds.values()), default=0))
@@ -241,97 +227,74 @@ class Tables:
         """How far a run falls below its start: R@1 on validation, mean of both directions, of the start, at the lowest
         evaluation and at the end, and the share of the steps after which the runs are at the start's level again. Means
         over the seeds of each arm at its smallest budget and chosen rate."""
-        head = ["arm", "steps", "seeds", "start", "lowest", "after", "at the start's level after", "end"]
         rows = []
         for arm in arms:
-            of_arm = [(group, runs) for group, runs in self.groups if group.arm == arm]
-            if not of_arm:
-                continue
-            group, runs = min(of_arm)
-            start = fmean(run.selection for run in self.starts_of(runs))
-            steps = [one["step"] for one in runs[0].validations]
-            curve = [fmean(_of_validation(run.validations[at]) for run in runs) for at in range(len(steps))]
-            lowest = min(range(len(steps)), key=curve.__getitem__)
-            back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
-            share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
-            values = [percent(value, 2) for value in (start, curve[lowest], curve[-1])]
-            cells = [label(group.arm), f"{steps[-1]:,}", str(len(runs))]
-            rows.append([*cells, values[0], values[1], *share, values[2]])
+            _, runs = self.shortest(arm)
+            if runs:
+                start = fmean(run.selection for run in self.starts_of(runs))
+                steps = [one["step"] for one in runs[0].validations]
+                validations = [run.validations for run in runs]
+                curve = [fmean(map(_of_validation, records)) for records in zip(*validations, strict=True)]
+                lowest = min(range(len(steps)), key=curve.__getitem__)
+                back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
+                share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
+                first, least, last = (percent(value, 2) for value in (start, curve[lowest], curve[-1]))
+                rows.append([label(arm), f"{steps[-1]:,}", str(len(runs)), first, least, *share, last])
+        head = ["arm", "steps", "seeds", "start", "lowest", "after", "at the start's level after", "end"]
         return _table(head, rows)
 
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
         pair of runs with the same seed. Images are left out: many share a caption, so they are not independent."""
-        head = ["run", "minus", *(_way(split, WAYS[0]) for split in splits)]
         rows = []
-        for _, pairs in self._pairs(arm):
-            for ours, theirs in pairs:
-                cells = [f"`{ours.name}`", f"`{theirs.name}`"]
-                for split in splits:
-                    difference, half = results.paired_difference(ours, theirs, split, WAYS[0])
-                    cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
-                rows.append(cells)
-        return _table(head, rows)
+        for ours, theirs in (pair for _, pairs in self._pairs(arm) for pair in pairs):
+            found = [results.paired_difference(ours, theirs, split, WAYS[0]) for split in splits]
+            cells = [f"{100 * difference:+.2f} ± {100 * half:.2f}" for difference, half in found]
+            rows.append([f"`{ours.name}`", f"`{theirs.name}`", *cells])
+        return _table(["run", "minus", *(_way(split, WAYS[0]) for split in splits)], rows)
 
     def sweep(self, with_seeds: bool = False) -> str:
         """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold.
         ``with_seeds``: the seeds of a rate are given where the rates of an arm have different ones."""
         picked = {run.name for _, runs in self.groups for run in runs}
-        by_group: dict[results.Group, list[Result]] = {}
-        for run in self.results.values():
-            by_group.setdefault(results.group_of(run), []).append(run)
         rows = []
-        for group, runs in sorted(by_group.items()):
-            scores: dict[float, list[Result]] = {}
-            for run in sorted(runs, key=lambda run: (run.config["lr"], run.config["seed"])):
-                scores.setdefault(run.config["lr"], []).append(run)
+        for group, rates in sorted(results.by_rate(self.results.values()).items()):
+            named = with_seeds and len({frozenset(of_seed) for of_seed in rates.values()}) > 1
             cells = []
-            seeds = {rate: [run.config["seed"] for run in of_rate] for rate, of_rate in scores.items()}
-            named = with_seeds and any(of_rate != seeds[min(seeds)] for of_rate in seeds.values())
-            for rate, of_rate in scores.items():
-                of_seeds = f" (seeds {', '.join(map(str, seeds[rate]))})" if named else ""
-                text = f"{rate:g}{of_seeds}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
-                cells.append(f"**{text}**" if of_rate[0].name in picked else text)
+            for rate, of_seed in sorted(rates.items()):
+                runs = [of_seed[seed] for seed in sorted(of_seed)]
+                of_seeds = f" (seeds {', '.join(map(str, sorted(of_seed)))})" if named else ""
+                text = f"{rate:g}{of_seeds}: {' / '.join(percent(run.selection, 2) for run in runs)}"
+                cells.append(f"**{text}**" if runs[0].name in picked else text)
             rows.append([label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
         return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
 
     def experts(self) -> str:
         """Similarity of the experts and balance of their load at the end of each run."""
         rows = []
-        for run in sorted(self.results.values(), key=lambda run: run.name):
+        for run in self._by_name():
             if run.layers:
                 loads = [layer["load"] for layer in run.layers.values()]
-                dropped = [layer["dropped"] for layer in run.layers.values()]
-                cells = [
-                    f"`{run.name}`",
-                    f"{run.similarity:.3f}",
-                    f"{sum(loads) / len(loads):.2f}",
-                    f"{max(loads):.2f}",
-                ]
-                rows.append([*cells, percent(sum(dropped) / len(dropped))])
+                dropped = percent(fmean(layer["dropped"] for layer in run.layers.values()))
+                cells = [f"`{run.name}`", f"{run.similarity:.3f}", f"{fmean(loads):.2f}", f"{max(loads):.2f}"]
+                rows.append([*cells, dropped])
         return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
 
     def costs(self) -> str:
         """The cost of every run."""
-        rows = []
-        for run in sorted(self.results.values(), key=lambda run: run.name):
-            cost = run.cost
-            cells = [
-                f"`{run.name}`",
-                f"{cost['steps']:,}",
-                f"{cost['pairs'] / 1e6:.2f}",
-                f"{cost['pairs'] / self.data()['images']['train']:.1f}",
-                f"{cost['gflops_per_pair']:.4f}",
-            ]
-            cells += [f"{cost['train_gflops'] / 1e6:.3f}", f"{cost['params'] / 1e6:.2f}"]
-            cells += [
-                f"{cost['active_params'] / 1e6:.2f}",
-                f"{cost['seconds'] / 3600:.2f}",
-                cost["machine"]["processor"],
-            ]
-            rows.append(cells)
-        counts = ["steps", "M pairs", "epochs", "GFLOP per pair", "PFLOP", "M params", "active"]
-        return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
+        columns = {
+            "steps": lambda cost: f"{cost['steps']:,}",
+            "M pairs": lambda cost: f"{cost['pairs'] / 1e6:.2f}",
+            "epochs": lambda cost: f"{cost['pairs'] / self.data()['images']['train']:.1f}",
+            "GFLOP per pair": lambda cost: f"{cost['gflops_per_pair']:.4f}",
+            "PFLOP": lambda cost: f"{cost['train_gflops'] / 1e6:.3f}",
+            "M params": lambda cost: f"{cost['params'] / 1e6:.2f}",
+            "active": lambda cost: f"{cost['active_params'] / 1e6:.2f}",
+            "hours, 1 thread": lambda cost: f"{cost['seconds'] / 3600:.2f}",
+            "machine": lambda cost: cost["machine"]["processor"],
+        }
+        rows = [[f"`{run.name}`", *(cell(run.cost) for cell in columns.values())] for run in self._by_name()]
+        return _table(["run", *columns], rows)
 
     def machines(self) -> str:
         """The machines of the runs with their seeds.
@@ -339,17 +302,16 @@ class Tables:
         Raises:
             ValueError: the runs of one seed were made on two machines, so that more differs between them than the arm.
         """
-        of_seed: dict[int, Result] = {}
-        seeds: dict[str, list[int]] = {}
+        of_seed: dict[int, str] = {}
         for run in sorted(self.results.values(), key=lambda run: run.config["seed"]):
             seed, processor = run.config["seed"], run.cost["machine"]["processor"]
-            first = of_seed.setdefault(seed, run)
-            if first.cost["machine"]["processor"] != processor:
-                before = f"{first.name} on {first.cost['machine']['processor']}"
-                raise ValueError(f"seed {seed} has {before} and {run.name} on {processor}: run the seed again on one")
-            if first is run:
-                seeds.setdefault(processor, []).append(seed)
-        return _table(["machine", "seeds"], [[name, ", ".join(map(str, of))] for name, of in seeds.items()])
+            if of_seed.setdefault(seed, processor) != processor:
+                raise ValueError(f"seed {seed} has runs on {of_seed[seed]} and {processor}: run the seed again on one")
+        seeds = {name: [str(seed) for seed, of in of_seed.items() if of == name] for name in of_seed.values()}
+        return _table(["machine", "seeds"], [[name, ", ".join(of)] for name, of in seeds.items()])
+
+    def _by_name(self) -> list[Result]:
+        return sorted(self.results.values(), key=lambda run: run.name)
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
         """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
@@ -365,9 +327,14 @@ class Tables:
                 found.append((group, pairs))
         return found
 
-    def shortest(self, arm: str) -> dict[str, list[tuple[Result, Result]]]:
+    def shortest(self, arm: str) -> tuple[int | None, list[Result]]:
+        """The smallest budget of an arm, and its runs."""
+        found = [(group.budget, runs) for group, runs in self.groups if group.arm == arm]
+        return min(found, key=lambda one: one[0], default=(None, []))
+
+    def shortest_pairs(self, arm: str) -> dict[str, list[tuple[Result, Result]]]:
         """The pairs of the arm's smallest budget by the other arm."""
-        budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
+        budget, _ = self.shortest(arm)
         return {group.arm: pairs for group, pairs in self._pairs(arm) if group.budget == budget}
 
     def starts_of(self, runs: Sequence[Result]) -> list[Result]:
@@ -391,16 +358,14 @@ def _way(split: str, way: str) -> str:
     return f"{split.removeprefix('test_')} {way}"
 
 
-def _with_seeds(arms: Sequence[str]) -> list[str]:
-    return [name for arm in arms for name in (f"minus {label(arm)}", "seeds")]
-
-
 def _lead(lead: results.Lead) -> str:
     """A lead in R@1, in points; bold if the interval excludes 0."""
     return _with_interval(lead, 100, 2)
 
 
 def _verdict(lead: results.Lead, better: int = 1) -> str:
+    if lead.half_width is None:
+        return "one seed"
     return "not decided" if not lead.sure else "better" if better * lead.mean > 0 else "worse"
 
 
@@ -431,7 +396,5 @@ def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        rows = [[MISSING] * len(head)]
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *(rows or [[MISSING] * len(head)])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

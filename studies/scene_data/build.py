@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,9 @@ from PIL import Image
 
 from clipup.clip.word_tokenizer import read_vocabulary
 from clipup.data import shard_writer
-from clipup.data.loaders import describe
 from clipup.data.processes import each
 from clipup.progress import progress as shown
-from studies.icon_data import captions, credits, iconify, near_duplicates
+from studies.icon_data import captions, data_set, iconify, near_duplicates
 from studies.icon_data.build import Sets
 
 from . import concepts
@@ -81,63 +81,46 @@ def build(
         groups: groups of scenes by split; default: 256 for validation and 1,024 for each test.
 
     Raises:
-        FileNotFoundError: the package or a set is missing.
-        ImportError: resvg-py is not installed.
-        ValueError: an argument is out of range, there are too few concepts, or `out` holds something else, which is
-            left unchanged.
+        FileNotFoundError, ImportError, ValueError: as of `data_set.build`; or there are too few concepts.
     """
-    if number < 3:
-        raise ValueError(f"number: got {number} concepts, expected at least 3")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}, expected 0 or more")
-    out, sets, groups = Path(out), sets or Sets.read(), groups or _GROUPS
-    package = iconify.find_package(package)
-    source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": iconify.renderer_version()}
-    options = {"concepts": number, "seed": seed, "groups": groups}
-    fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
-    with shard_writer.only_writer(out):
-        if shard_writer.finished(out, fingerprint):
-            return describe(out)
-        shard_writer.check_target(out, overwrite)
-        described, used, drawings, left_out = _drawings(package, sets, number, seed, processes, progress)
-        with shard_writer.appearing_whole(out) as directory:
-            train = drawings["train"]
-            np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
-            written = {"train": [_file(directory / DRAWINGS_FILE)]}
-            for place, (split, count) in enumerate(groups.items()):
-                draw = np.random.default_rng([seed, place, _EVALUATION])
-                files = _scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw)
-                written[split] = shard_writer.write_shards(directory, split, files, 4096)
-            shard_writer.write_sizes(directory, [shard for split in groups for shard in written[split]])
-            makers = [one for one in credits.of_sets(described, used) if one["images"]]
-            counts = {
-                split: {
-                    "images": GROUP * groups.get(split, 0),
-                    "drawings": len(found.masks),
-                    "concepts": len(found.names),
-                    "shards": written[split],
-                }
-                for split, found in ((one, drawings[_DRAWN_FROM.get(one, one)]) for one in ("train", *groups))
-            }
-            dataset = {
-                "name": "scenes",
-                "format": FORMAT,
-                "fingerprint": fingerprint,
-                "options": options,
-                "splits": counts,
-                "rules": _RULES,
-                "colours": list(COLOURS),
-                "relations": list(RELATIONS),
-                "size": SIDE,
-                "group_size": GROUP,
-                "concepts": list(train.names),
-                "source": source,
-                "sources": makers,
-                "left_out_twins": left_out,
-            }
-            (directory / "LICENSES.md").write_text(credits.licences(makers, source), "utf-8")
-            shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
-    return dataset
+    sets = sets or Sets.read()
+    options = {"concepts": number, "seed": seed, "groups": groups or _GROUPS}
+    make = partial(_make, package=Path(package), options=options, sets=sets, processes=processes, progress=progress)
+    return data_set.build(out, package, "scenes", FORMAT, options, (sets.train, sets.test), overwrite, make)
+
+
+def _make(
+    directory: Path, package: Path, options: dict, sets: Sets, processes: int | None, progress: bool
+) -> data_set.Made:
+    number, seed, groups = options["concepts"], options["seed"], options["groups"]
+    described, used, drawings, left_out = _drawings(package, sets, number, seed, processes, progress)
+    train = drawings["train"]
+    np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
+    written = {"train": [_file(directory / DRAWINGS_FILE)]}
+    for place, (split, count) in enumerate(groups.items()):
+        draw = np.random.default_rng([seed, place, _EVALUATION])
+        files = _scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw)
+        written[split] = shard_writer.write_shards(directory, split, files, 4096)
+    counts = {
+        split: {
+            "images": GROUP * groups.get(split, 0),
+            "drawings": len(found.masks),
+            "concepts": len(found.names),
+            "shards": written[split],
+        }
+        for split, found in ((one, drawings[_DRAWN_FROM.get(one, one)]) for one in written)
+    }
+    content = {
+        "splits": counts,
+        "rules": _RULES,
+        "colours": list(COLOURS),
+        "relations": list(RELATIONS),
+        "size": SIDE,
+        "group_size": GROUP,
+        "concepts": list(train.names),
+        "left_out_twins": left_out,
+    }
+    return data_set.Made(content, described, used)
 
 
 def _drawings(
@@ -196,9 +179,8 @@ def _draw(svg: str) -> tuple[np.ndarray, np.ndarray] | None:
 def _scenes(drawings: Drawings, groups: int, draw: np.random.Generator) -> list[shard_writer.Sample]:
     scenes = sample(draw, drawings, groups)
     files = []
-    for number, (picture, caption) in enumerate(
-        zip(pictures(scenes, drawings.masks), captions_of(scenes, drawings.names), strict=True)
-    ):
+    shown_and_said = zip(pictures(scenes, drawings.masks), captions_of(scenes, drawings.names), strict=True)
+    for number, (picture, caption) in enumerate(shown_and_said):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
         about = {"captions": [caption], "group": number // GROUP}

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from clipup.data.loaders import describe
 from clipup.data.shard_writer import DATASET_FILE, sha256
 
-from .scenes import GROUP, ICON_SIDE, SIDE, Drawings, captions, pictures, sample
+from .scenes import GROUP, SIDE, Drawings, captions, pictures, sample
 
 DRAWINGS_FILE = "drawings.npz"
 RULE = 1
@@ -26,7 +25,8 @@ evaluation have another one."""
 
 
 class SceneStream:
-    """Batches (images [B, 3, SIDE, SIDE], tokens [B, context_length]) for ``clipup.train.train``, one process.
+    """Batches (images [B, 3, SIDE, SIDE], tokens [B, context_length]) for ``clipup.train.train``, one process, one
+    batch a step.
 
     An epoch is 1,000 steps, and a run can be resumed at any of them.
     """
@@ -39,7 +39,6 @@ class SceneStream:
         batch_size: int,
         seed: int = 0,
         part: int = 0,
-        accum_freq: int = 1,
     ) -> None:
         """
         Args:
@@ -47,7 +46,6 @@ class SceneStream:
             preprocess: PIL image to tensor, the same affine function for every pixel of a channel.
             batch_size: B, a multiple of GROUP.
             part: 0, and another number for every run that follows others with the same seed: its scenes are new too.
-            accum_freq: that of the run, batches per step.
 
         Raises:
             FileNotFoundError, ValueError: the data, or the batch size.
@@ -56,31 +54,22 @@ class SceneStream:
             raise ValueError(f"batch_size: got {batch_size}, expected a multiple of {GROUP}, the scenes of a group")
         self.drawings, fingerprint = read_drawings(data)
         self.batch_size, self.seed, self.part, self._tokenizer = batch_size, seed, part, tokenizer
-        self.accum_freq = accum_freq
         black, white = (preprocess(Image.new("RGB", (SIDE, SIDE), (tone,) * 3)) for tone in (0, 255))
-        if black.shape != (3, SIDE, SIDE):
-            raise ValueError(f"preprocess: got images of shape {list(black.shape)}, expected {[3, SIDE, SIDE]}")
         self._black, self._range = black[:, :1, :1], (white - black)[:, :1, :1] / 255
-        rows = _STEPS * batch_size * accum_freq
+        rows = _STEPS * batch_size
         self.order = {
-            "rule": f"scenes {RULE}", "rows": rows, "samples": rows, "global_batch": batch_size * accum_freq,
-            "part": part, "data": fingerprint,
+            "rule": f"scenes {RULE}", "rows": rows, "samples": rows, "global_batch": batch_size, "part": part,
+            "data": fingerprint,
         }  # fmt: skip
         self._epoch, self._first = 0, 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        self._epoch, self._first = epoch, first_step * self.accum_freq
+        self._epoch, self._first = epoch, first_step
 
     def __len__(self) -> int:
-        return _STEPS * self.accum_freq
+        return _STEPS
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """
-        Raises:
-            RuntimeError: there are several processes, which would all get the same scenes.
-        """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(f"scenes are for one process, and there are {dist.get_world_size()}")
         for number in range(self._first, len(self)):
             yield self.batch(self._epoch * len(self) + number)
 
@@ -98,18 +87,9 @@ def read_drawings(data: str | Path) -> tuple[Drawings, str]:
     Raises:
         FileNotFoundError, ValueError: it is not such a directory.
     """
-    path, about = Path(data) / DRAWINGS_FILE, Path(data) / DATASET_FILE
-    if not path.is_file() or not about.is_file():
-        raise FileNotFoundError(f"{data} is not a directory of scenes: build it with `python -m studies scenes {data}`")
-    dataset = describe(data)
+    path, dataset = Path(data) / DRAWINGS_FILE, describe(data)
     if [one["sha256"] for one in dataset["splits"]["train"]["shards"]] != [sha256(path)]:
-        raise ValueError(f"{path} is not the file that {about} describes: build the scenes again")
+        raise ValueError(f"{path} is not the file that {DATASET_FILE} describes: build the scenes again")
     with np.load(path, allow_pickle=False) as content:
         drawings = Drawings(content["masks"], content["counts"], dataset["concepts"])
-    shape = (int(drawings.counts.sum()), ICON_SIDE, ICON_SIDE)
-    if len(drawings.counts) != len(drawings.names) or drawings.masks.shape != shape:
-        raise ValueError(
-            f"{path} has drawings {list(drawings.masks.shape)} of {len(drawings.counts)} concepts, but {about} names "
-            f"{len(drawings.names)} concepts with {list(shape)}: build the scenes again"
-        )
     return drawings, dataset["fingerprint"]

@@ -57,7 +57,7 @@ def make_package(tmp_path, sets_of_package):
         (root / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": "1.2.3"}))
         for prefix, content in sets.items():
             (root / "json" / f"{prefix}.json").write_text(json.dumps(content))
-        return tmp_path / name
+        return root
 
     return make
 
@@ -66,7 +66,7 @@ def make_package(tmp_path, sets_of_package):
 def build(tmp_path, make_package):
     def build(out="icons", change=lambda sets: None, package=None, **options):
         package = package or make_package(change, name=f"npm-{out}")
-        usual = {"sets": SETS, "processes": 1, "progress": False, "samples_per_shard": 50}
+        usual = {"sets": SETS, "processes": 1, "progress": False}
         return tmp_path / out, icons.build(tmp_path / out, package, **{**usual, **options})
 
     return build

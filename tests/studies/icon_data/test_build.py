@@ -226,17 +226,6 @@ def test_training_and_evaluation_read_it(build, read):
     assert all(len(captions) == 1 for _, captions, _ in samples)
 
 
-def test_what_is_missing_is_named(build, make_package, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no unpacked @iconify/json .*npm pack"):
-        build(package=tmp_path)
-    with pytest.raises(FileNotFoundError, match="lacks the icon set tabler"):
-        build(package=make_package(), sets=Sets(("mdi", "tabler"), ("carbon",)))
-    with pytest.raises(ValueError, match=r"mdi\.json is not in Iconify's format"):
-        build(package=make_package(lambda sets: sets["mdi"].pop("info"), name="broken"))
-    with pytest.raises(ValueError, match="size: got 4, expected a number of pixels from 8 to 512"):
-        build(package=make_package(name="small"), size=4)
-
-
 def test_the_sets_of_the_study_are_each_in_one_list():
     sets = Sets.read()
 

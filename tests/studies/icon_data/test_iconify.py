@@ -26,7 +26,7 @@ def test_icons_are_turned_and_flipped_as_their_format_says(make_package, frame, 
         body = '<path d="M0 4h12v6h-6v12h-6z"/>'
         sets["mdi"]["icons"] = {"plain": {"body": body, **frame}, "turned": {"body": body, **frame, **transform}}
 
-    package = iconify.find_package(make_package(add))
+    package = make_package(add)
     _, drawn = iconify.read_set(package, "mdi")
     plain, other = (iconify.render(icon.svg, 48).convert("L") for icon in drawn)
 
@@ -38,7 +38,7 @@ def test_a_wide_icon_keeps_its_proportions(make_package):
     def widen(sets):
         sets["mdi"]["icons"] = {"wide": {"body": '<rect width="48" height="24"/>', "width": 48, "height": 24}}
 
-    _, (icon,) = iconify.read_set(iconify.find_package(make_package(widen)), "mdi")
+    _, (icon,) = iconify.read_set(make_package(widen), "mdi")
     dark = numpy.asarray(iconify.render(icon.svg, 32).convert("L")) < 128
 
     assert dark.any(1).sum() == 16 and dark.any(0).sum() == 32

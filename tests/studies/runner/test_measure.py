@@ -64,12 +64,3 @@ def test_pairs_tell_in_what_a_model_of_words_alone_fails(monkeypatch):
     whole = numbers(monkeypatch, torch.eye(8), torch.eye(8), 4)
     assert whole["image_to_text_pairs"] == whole["text_to_image_pairs"] == [1, 1, 1]
     assert numbers(monkeypatch, torch.eye(8), torch.eye(8).flip(0), 8)["image_to_text_pairs"] == [0.5] * 6 + [0.0]
-
-
-@pytest.mark.parametrize("groups", [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1]])
-def test_samples_that_are_no_whole_groups_are_refused(monkeypatch, groups):
-    monkeypatch.setattr(measure, "encode_images", lambda model, found, batch: torch.stack(list(found)))
-    monkeypatch.setattr(measure, "encode_texts", lambda model, found, *rest: torch.eye(8)[[int(one) for one in found]])
-    samples = [(torch.eye(8)[row], [str(row)], {"group": group}) for row, group in enumerate(groups)]
-    with pytest.raises(ValueError, match=r"samples: expected groups of \d in order, each sample with one caption"):
-        measure.retrieval_numbers(Given(), samples, None, group_size=2 if len(groups) == 4 else 4)
