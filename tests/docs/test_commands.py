@@ -11,7 +11,7 @@ import clipup.cli
 import studies.cli
 
 MAINS = {"clipup": clipup.cli.main, "studies": studies.cli.main}
-SHOWN = [(name(page), program, words) for page in PAGES for program in MAINS for words in commands_of(page, program)]
+SHOWN = {(program, *words): page for page in PAGES for program in MAINS for words in commands_of(page, program)}
 
 
 class Parsed(Exception):
@@ -31,13 +31,13 @@ def parses(monkeypatch):
 
         return stop
 
-    for place in ("tyro.cli", "clip_benchmark.cli.get_parser_args"):
-        module, function = place.rsplit(".", 1)
-        monkeypatch.setattr(place, only(getattr(importlib.import_module(module), function)))
+    for place, function in (("tyro", "cli"), ("clip_benchmark.cli", "get_parser_args")):
+        module = importlib.import_module(place)
+        monkeypatch.setattr(module, function, only(getattr(module, function)))
 
-    def try_it(program, arguments):
+    def try_it(program, *arguments):
         try:
-            return MAINS[program](arguments) == 0
+            return MAINS[program](list(arguments)) == 0
         except Parsed:
             return True
         except SystemExit as stop:
@@ -46,40 +46,13 @@ def parses(monkeypatch):
     return try_it
 
 
-@pytest.mark.parametrize(
-    ("program", "arguments"),
-    [(program, words) for _, program, words in SHOWN],
-    ids=[f"{page}: {program} {' '.join(words)}" for page, program, words in SHOWN],
-)
-def test_command_parses(program, arguments, parses):
-    assert parses(program, arguments)
+@pytest.mark.parametrize("command", SHOWN, ids=" ".join)
+def test_command_parses(command, parses):
+    assert parses(*command)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "clipup upcycle ViT-B-16",
-        "clipup train --no-such-option 1",
-        "clipup eval model",
-        "clipup no-such-command",
-        "clipup clip-benchmark eval --model_type no-such-type",
-        "studies run",
-        "studies icons data",
-    ],
-)
-def test_commands_that_would_fail_are_found(command, parses):
-    program, *arguments = command.split()
-    assert not parses(program, arguments)
-
-
-def test_the_home_page_shows_every_command_and_the_guide_is_read():
-    shown = {(page, program): set() for page, program, _ in SHOWN}
-    for page, program, words in SHOWN:
-        shown[page, program].add(words[0])
-    assert shown["docs/index.md", "clipup"] == set(clipup.cli.COMMANDS)
-    assert shown["docs/index.md", "studies"] == set(studies.cli.COMMANDS)
-    used = {"data", "train", "doctor", "flops", "upcycle", "eval", "inspect"}
-    assert used <= shown["docs/guide.md", "clipup"]
+def test_a_command_that_would_fail_is_found(parses):
+    assert not parses("clipup", "train", "--no-such-option", "1")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,9 +1,7 @@
 """The notebook: it was run from top to bottom, and its code still does what its text says."""
 
 import ast
-import base64
 import html
-import io
 import json
 import logging
 import re
@@ -11,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageColor
 
 from clipup.demo.pictograms import build
 from clipup.evaluate.retrieval import WAYS
@@ -35,27 +32,8 @@ def test_it_was_run_from_top_to_bottom_without_errors_and_is_small(notebook):
     assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert sum("text/html" in output.get("data", {}) for output in outputs) >= 8
-    assert PATH.stat().st_size < 1 << 20
-
-
-def test_it_says_nothing_of_the_machine_that_it_was_run_on(notebook):
     text = PATH.read_text(encoding="utf-8")
-    assert not re.search(r"/(home|root|work|tmp|usr)/", text)
-    assert all(set(cell["metadata"]) == set() for cell in notebook["cells"])
-
-
-def test_every_picture_in_it_is_of_shapes_that_it_draws(notebook):
-    """Others' drawings have more colours, at the least where their edges are smoothed."""
-    (drawing,) = (source for source in map(source_of, code_cells(notebook)) if "ImageDraw.Draw" in source)
-    colors = ast.literal_eval(re.search(r"^COLORS = (\(.*\))$", drawing, re.MULTILINE)[1])
-    drawn = {ImageColor.getrgb(color) for color in (*colors, "white")}
-    pictures = re.findall(r"data:image/[^;]+;base64,([A-Za-z0-9+/=]+)", PATH.read_text(encoding="utf-8"))
-    assert len(pictures) > 8
-    for content in pictures:
-        image = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
-        assert {color for _, color in image.getcolors(image.width * image.height)} <= drawn
-    kinds = {kind for cell in code_cells(notebook) for output in cell["outputs"] for kind in output.get("data", {})}
-    assert kinds == {"text/html", "text/plain"}
+    assert len(text) < 1 << 20 and not re.search(r"/(home|root|work|tmp|usr)/", text)
 
 
 def source_of(cell):

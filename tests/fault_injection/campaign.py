@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 import shutil
+import subprocess
+import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import checks
-from checks import Checkpoints
-from damage import Backup, Damage
-from disks import SmallDisk
-from faults import MOMENTS, Fault, Missed, Scene
+from checks import Checkpoints, logged_steps
+from faults import DAMAGE, FAULTS, MOMENTS, Damage, Missed, SmallDisk
 from starts import Start
 from workload import Workload
 
@@ -23,307 +24,258 @@ FORKED = 0.8
 """Share of one-process starts that are forks of this process; the others are new processes."""
 FORK_SECONDS = 1.0
 """About how long a fork takes to begin training."""
+_WRITE_SECONDS = 0.02
 
 
 class Lost(Exception):
     """A check failed: something was lost or wrong, or a message was bad."""
 
 
-@dataclass
-class Tally:
-    """Counts of the faults and their outcomes."""
-
-    faults: Counter[str] = field(default_factory=Counter)
-    missed: Counter[str] = field(default_factory=Counter)
-    endings: dict[str, Counter[str]] = field(default_factory=dict)
-    failures: Counter[str] = field(default_factory=Counter)
-    runs: int = 0
-    starts: int = 0
-    resumes: int = 0
-    recomputed: int = 0
-    most_recomputed: int = 0
-    seconds: float = 0
-    half_written: int = 0
-    """Files left by killed writers that were found after a start."""
-
-
-@dataclass
 class Campaign:
-    """The faults of one seed on a number of processes."""
+    """The faults of one seed on a number of processes, in a directory of its own."""
 
-    workload: Workload
-    seed: int
-    scratch: Path
-    disk: SmallDisk | None
-    faults: list[Fault]
-    damage: list[Damage]
-    besides: list[str]
-    """Which of IDLE and DIVERGING are included."""
-    attempts: int | None = None
-    """Starts with a fault in each run; None draws them."""
-    tally: Tally = field(default_factory=Tally)
-    startup_seconds: float = 0
-    story: list[str] = field(default_factory=list)
-    """What happened to the current run."""
-    kinds: list[str] = field(default_factory=list)
-    """The faults of the current start."""
-    directory: Path = Path()
-    _starts: list[Start] = field(default_factory=list)
-    """Those of the current run."""
+    def __init__(self, options: argparse.Namespace, processes: int) -> None:
+        """
+        Args:
+            options: those of ``inject.py``.
+        """
+
+        def wanted(name: str) -> bool:
+            return options.faults is None or any(word in name for word in options.faults)
+
+        self.seed, self.attempts = options.seed, options.attempts
+        self.scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
+        self.workload = Workload(self.scratch, processes, options.parallel, options.checkpoint, options.epochs)
+        self.workload.make()
+        self.faults = [fault for fault in FAULTS if processes in fault.processes and wanted(fault.name)]
+        self.damage = [each for each in DAMAGE if wanted(each.name)]
+        self.besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
+        self.struck: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+        """The rows of the figures below the faults."""
+        self._starts: list[Start] = []
+        try:
+            self.disk = SmallDisk(self.scratch / "disk")
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            print(f"SKIPPED: disk full ({error}); the limit on file sizes stands in for it")
+            self.disk = None
+            self.faults = [fault for fault in self.faults if not fault.needs_disk]
 
     def make_reference(self) -> None:
-        """The uninterrupted run."""
+        """The uninterrupted run. ``story`` is what happened to the current one."""
         self.reference = self.directory = self.scratch / "reference" / "run"
-        start = self._begin()
-        began = time.monotonic()
-        while start.running and not checks.logged_steps(self.reference):
+        self.story = ["the run without faults"]
+        began, start = time.monotonic(), self.begin()
+        while start.running and not logged_steps(self.reference):
             time.sleep(0.01)
         self.startup_seconds = time.monotonic() - began
-        if not start.wait(self.workload.longest) or start.ending() != "finished":
-            raise Lost(f"the run without faults is {start.ending()}, see {start.logs}: {start.said()[-2000:]}")
-        wrong = checks.finished_run_differs(self.reference, self.reference, set())
-        if (
-            wrong
-            or Checkpoints.of(self.reference).not_finite
-            or Checkpoints.of(self.reference).step != self.workload.steps
-        ):
-            raise Lost(f"the run without faults: {'; '.join(wrong) or 'its checkpoints'}")
+        self._must_end(start, {"finished"})
+        found = Checkpoints.of(self.reference)
+        if found.damaged or found.not_finite or found.step != self.workload.steps:
+            raise Lost("the checkpoints of the run without faults")
 
     def run(self, number: int, until: float) -> None:
         """One run, from its first start to its end; raises Lost."""
-        self.clear()
-        self.story, self.kinds = [], []
+        self.story = []
         draw = random.Random(f"{self.seed}/{number}")
-        disk = self.disk if self.disk is not None and draw.random() < 0.6 else None
-        self.directory = (disk.path if disk else self.scratch / "runs") / f"run-{number}"
+        self.on_disk = self.disk is not None and draw.random() < 0.6
+        self.directory = (self.disk.path if self.on_disk else self.scratch / "runs") / f"run-{number}"
         self._excused: set[str] = set()
         attempts = self.attempts or draw.randint(3, 8)
         for attempt in itertools.count():
-            faultless = attempt >= attempts or time.monotonic() > until
-            if self._attempt(random.Random(f"{self.seed}/{number}/{attempt}"), disk, faultless):
+            self.draw = random.Random(f"{self.seed}/{number}/{attempt}")
+            if self._attempt(attempt >= attempts or time.monotonic() > until):
                 break
         if IDLE in self.besides and draw.random() < 0.4:
-            self._idle_resume()
-        self._check_no_process_is_left()
-        self.tally.runs += 1
-        shutil.rmtree(self.directory)
+            before = checks.contents(self.directory)
+            self._beside(IDLE, {"finished"}, "--resume", "latest")
+            if checks.contents(self.directory) != before:
+                raise Lost("the resume of a finished run changed it")
+        self._end_run()
+        self.numbers["runs to the end"] += 1
         if DIVERGING in self.besides and draw.random() < 0.2:
-            self._diverge(draw)
-
-    def keep(self, number: int) -> Path:
-        """Moves the remaining files of a run to a permanent place; the disk they are on may be removed."""
-        kept = self.scratch / "failed" / f"run-{number}"
-        if self.directory.name and self.directory.exists():
-            kept.parent.mkdir(exist_ok=True)
-            shutil.move(self.directory, kept)
-        return kept
+            self.directory = self.scratch / "runs" / "diverging"
+            options = ("--lr", draw.choice(["30", "1e4", "1e30"]), "--warmup", "1", "--save-every-n-steps", "1")
+            self._beside(DIVERGING, {"refused", "finished"}, *options)
+            found = Checkpoints.of(self.directory)
+            if found.damaged or found.not_finite:
+                raise Lost("a run with a learning rate far too large left checkpoints that are not finite")
+            self._end_run()
 
     def clear(self) -> None:
-        """Ends remaining processes."""
+        """Ends remaining processes, and keeps what a failed run wrote on the disk."""
         for start in self._starts:
             start.clear(seconds=0)
-        self._starts.clear()
+        if self.disk is not None:
+            if self.numbers["failures"] and self.directory.exists():
+                shutil.copytree(self.directory, self.scratch / "failed", symlinks=True)
+            self.disk.unmount()
 
-    def _check_no_process_is_left(self) -> None:
-        for start in self._starts:
-            if left := start.clear(seconds=15):
-                raise Lost(f"of {start.describe()} the processes {left} are left, 15 s after its end")
-        self._starts.clear()
-
-    def _begin(self, *options: str, fork: bool = False) -> Start:
+    def begin(self, *options: str, fork: bool = False) -> Start:
         """Starts ``clipup`` on the current run."""
-        self.tally.starts += 1
+        self.numbers["starts"] += 1
         arguments = self.workload.command(self.directory.parent, self.directory.name, *options)
         start = Start(arguments, self.workload.processes, self.scratch / "starts", self.directory, fork)
         self._starts.append(start)
         return start
 
-    def _attempt(self, draw: random.Random, disk: SmallDisk | None, faultless: bool = False) -> bool:
-        """Possibly damages the run, starts it, injects a fault, and checks the outcome. Returns whether it finished."""
-        self.kinds = []
-        before_damage = Checkpoints.of(self.directory)
-        damage = None if faultless or draw.random() < 0.4 else self._damage(draw)
-        before = Checkpoints.of(self.directory)
-        contents = checks.contents(self.directory)
-        logged = checks.logged_steps(self.directory)
-        fork = self.workload.processes == 1 and draw.random() < FORKED
-        start = self._begin("--resume", "latest", fork=fork)
-        scene = Scene(
-            start,
-            self.directory,
-            draw,
-            disk,
-            FORK_SECONDS if fork else self.startup_seconds,
-            self._begin,
-            before,
-            self.workload.steps,
-            self.workload.longest,
-            max(20, 2 * self.workload.steps // (self.attempts or self.workload.steps)),
-        )
-        try:
-            allowed = self._strike(scene, draw, damage is not None, faultless)
-            if not start.wait(self.workload.longest):
-                raise Lost(f"{start.describe()} did not end within {self.workload.longest:g} s")
-        finally:
-            if disk:
-                disk.empty()
-        if damage is not None and (before.step is None and before.damaged or damage.passing):
-            allowed |= {"refused"}
-        ending = start.ending()
-        for kind in self.kinds:
-            self.tally.endings.setdefault(kind, Counter())[ending] += 1
+    def tell(self, text: str) -> None:
+        self.story[-1] += f", {text}"
+
+    def one_of(self, pids: list[int], what: str) -> int:
+        if not pids:
+            raise Missed
+        pid = self.draw.choice(pids)
+        self.tell(f"{what} {1 + pids.index(pid)} of {len(pids)}")
+        return pid
+
+    def _end_run(self) -> None:
+        for start in self._starts:
+            if left := start.clear(seconds=15):
+                raise Lost(f"of {start.describe()} the processes {left} are left, 15 s after its end")
+        self._starts.clear()
+        shutil.rmtree(self.directory)
+
+    def _must_end(self, start: Start, allowed: set[str]) -> str:
+        ending = start.ending() if start.wait(self.workload.longest) else f"running after {self.workload.longest:g} s"
+        if ending not in allowed:
+            raise Lost(
+                f"{start.describe()} is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; "
+                f"it said:\n{start.said().strip()[-3000:]}"
+            )
         self.story[-1] += f" -> {ending}{f' ({start.code})' if start.code else ''}"
-        self._check(start, ending, allowed, before_damage, before, logged, contents, damage)
+        return ending
+
+    def _beside(self, kind: str, allowed: set[str], *options: str) -> None:
+        """A start with something else than a fault in training."""
+        self.story.append(f"{kind}: {' '.join(options)}")
+        self.struck[kind] += 1
+        self._must_end(self.begin(*options, fork=self.workload.processes == 1), allowed)
+
+    def _attempt(self, faultless: bool) -> bool:
+        """Possibly damages the run, starts it, injects a fault, and checks the outcome. Returns whether it finished."""
+        whole = Checkpoints.of(self.directory)
+        damage = None if faultless or self.draw.random() < 0.4 else self._damage()
+        self.before, logged, files = (
+            Checkpoints.of(self.directory),
+            logged_steps(self.directory),
+            checks.contents(self.directory),
+        )
+        hidden = [path.name for path in self.before.damaged if path in whole.steps]
+        fork = self.workload.processes == 1 and self.draw.random() < FORKED
+        self.start = self.begin("--resume", "latest", fork=fork)
+        try:
+            allowed = self._strike(damage is not None, faultless, FORK_SECONDS if fork else self.startup_seconds)
+            if damage is not None and (damage.passing or self.before.step is None and hidden):
+                allowed |= {"refused"}
+            ending = self._must_end(self.start, allowed)
+        finally:
+            if self.disk:
+                self.disk.empty()
+        resumed, said = self.start.resumed_at(), self.start.said() + self.start.logged()
+        if self.before.step != whole.step and (resumed is not None or ending == "refused"):
+            if not any(name in said for name in hidden):
+                raise Lost(f"it does not say what is wrong with {', '.join(hidden)}")
+        if resumed is not None:
+            self._check_resumed(resumed, max(0, logged - resumed), damaged=self.before.step != whole.step)
+        elif ending == "refused" and damage is not None:
+            after = checks.contents(self.directory)
+            if changed := [name for name, digest in files.items() if after.get(name) != digest]:
+                raise Lost(f"a start that refused has changed {', '.join(changed)}")
+            shutil.rmtree(self.directory)
+            shutil.copytree(self.scratch / "backup", self.directory, symlinks=True)
+            return False
+        self._check_files(ending, resumed)
         return ending == "finished"
 
-    def _damage(self, draw: random.Random) -> Damage | None:
+    def _damage(self) -> Damage | None:
         if not self.damage or not self.directory.is_dir():
             return None
-        damage = draw.choices(self.damage, [each.weight for each in self.damage])[0]
-        self.backup = Backup(self.directory, self.scratch / "backup")
-        said = damage.strike(self.directory, draw)
+        damage = self.draw.choices(self.damage, [each.weight for each in self.damage])[0]
+        shutil.rmtree(self.scratch / "backup", ignore_errors=True)
+        shutil.copytree(self.directory, self.scratch / "backup", symlinks=True)
+        said = damage.strike(self.directory, self.draw)
         if said is None:
             return None
         self.story.append(f"damage: {said}")
-        self.kinds.append(damage.name)
-        self.tally.faults[damage.name] += 1
+        self.struck[damage.name] += 1
         return damage
 
-    def _strike(self, scene: Scene, draw: random.Random, damaged: bool, faultless: bool) -> set[str]:
-        """Injects a fault and returns the endings that are correct then."""
-        able = [fault for fault in self.faults if fault.needs(scene)]
-        moments = MOMENTS[1:] if damaged else MOMENTS
+    def _strike(self, damaged: bool, faultless: bool, startup_seconds: float) -> set[str]:
+        """Injects a fault. Returns the endings that are correct then."""
+        moments = set(MOMENTS[1:] if damaged else MOMENTS)
+        able = [fault for fault in self.faults if self.on_disk or not fault.needs_disk]
         if self.attempts:  # after a fault that does not end its start, or in the last seconds, the run would end
             able = [fault for fault in able if fault.ends]
-            moments = [moment for moment in moments if moment != MOMENTS[3]]
-        able = [fault for fault in able if set(fault.moments) & set(moments)]
+            moments -= {MOMENTS[3]}
+        able = [fault for fault in able if moments & set(fault.moments)]
         if faultless or not able:
             self.story.append("start without a fault")
             return {"finished"}
-        fault = draw.choices(able, [each.weight for each in able])[0]
+        fault = self.draw.choices(able, [each.weight for each in able])[0]
+        self.story.append(f"start: {fault.name}")
         try:
-            scene.reach(draw.choice([moment for moment in fault.moments if moment in moments]))
-            self.kinds.append(fault.name)
-            self.tally.faults[fault.name] += 1
-            allowed = fault.strike(scene)
+            moment = self.draw.choice([moment for moment in fault.moments if moment in moments])
+            self._reach(moment, startup_seconds)
+            allowed = fault.strike(self)
         except Missed:
-            self.tally.missed[fault.name] += 1
-            self.story.append(f"start: {fault.name}, which came too late")
-            if fault.name in self.kinds:
-                self.kinds.remove(fault.name)
-                self.tally.faults[fault.name] -= 1
+            self.tell("which came too late")
             return {"finished"}
-        except (AssertionError, TimeoutError) as error:
-            self.story.append(f"start: {fault.name}, {', '.join(scene.story)}")
-            raise Lost(str(error)) from error
-        self.story.append(f"start: {fault.name}, {', '.join(scene.story)}")
+        self.struck[fault.name] += 1
         return allowed
 
-    def _check(
-        self,
-        start: Start,
-        ending: str,
-        allowed: set[str],
-        before_damage: Checkpoints,
-        before: Checkpoints,
-        logged: int,
-        contents: dict[str, str],
-        damage: Damage | None,
-    ) -> None:
-        if ending not in allowed:
-            raise Lost(
-                f"the start is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; it "
-                f"said:\n{start.said().strip()[-3000:]}"
-            )
-        news = start.said() + start.logged()
-        resumed = start.resumed_at()
-        hidden = [path.name for path in before.damaged if path in before_damage.steps]
-        unreadable = before.step is None and bool(before.damaged)
-        if unreadable and resumed is not None:
-            raise Lost(f"no checkpoint can be read ({', '.join(hidden)}), and the run began at step {resumed}")
-        if resumed is not None:
-            self._resumed(resumed, before, logged, news, hidden, before_damage)
-        if ending == "refused" and resumed is None and damage is not None:
-            if not any(name in news for name in hidden):
-                raise Lost(f"it refuses without naming any of {', '.join(hidden)}: {' '.join(start.messages())}")
-            after = checks.contents(self.directory)
-            if changed := [name for name in contents if after.get(name) != contents[name]]:
-                raise Lost(f"a start that refused has changed {', '.join(changed)}")
-            self.backup.restore()
-            return
-        self._check_files(ending, resumed, before)
+    def _reach(self, moment: str, startup_seconds: float) -> None:
+        """Waits for a moment; raises Missed if the run ends before it."""
+        began, steps, done = time.monotonic(), self.workload.steps, self.before.step or 0
+        if moment == MOMENTS[0]:
+            seconds = self.draw.uniform(0, startup_seconds)
+            self._until(lambda: time.monotonic() >= began + seconds)
+            return self.tell(f"{seconds:.2f} s after the start")
+        last, within = moment == MOMENTS[3], max(20, 2 * steps // (self.attempts or steps))
+        step = steps if last else min(done + self.draw.randint(1, within), steps)
+        self._until(lambda: logged_steps(self.directory) >= step and self.start.resumed_at() is not None)
+        if moment == MOMENTS[2]:
+            self._until(lambda: any((self.directory / "checkpoints").glob("*.tmp")))
+        delay = self.draw.uniform(0, 1.5 if last else _WRITE_SECONDS)
+        time.sleep(delay)
+        self.tell(f"{moment}, {1000 * delay:.0f} ms after step {logged_steps(self.directory)}")
 
-    def _resumed(
-        self, step: int, before: Checkpoints, logged: int, news: str, hidden: list[str], before_damage: Checkpoints
-    ) -> None:
-        if step != (before.step or 0):
-            raise Lost(f"it went on from step {step}, the newest good checkpoint has {before.step or 'none'}")
-        if before.steps:
-            self.tally.resumes += 1
-        recomputed = max(0, logged - step)
-        self.tally.recomputed += recomputed
-        if before.step == before_damage.step:
-            self.tally.most_recomputed = max(self.tally.most_recomputed, recomputed)
-            if recomputed > (most := self.workload.most_lost):
-                raise Lost(f"{logged} steps were done, and the checkpoint has {step}: more than {most} are lost")
-        elif not any(name in news for name in hidden):
-            raise Lost(f"it took an older checkpoint without saying what is wrong with {', '.join(hidden)}")
+    def _until(self, reached: Callable[[], bool]) -> None:
+        until = time.monotonic() + self.workload.longest
+        while not reached():
+            if not self.start.running:
+                raise Missed
+            if time.monotonic() > until:
+                raise Lost(f"{self.start.describe()} makes no progress")
+            time.sleep(0.001)
 
-    def _check_files(self, ending: str, resumed: int | None, before: Checkpoints) -> None:
-        """Checks after every start: no intact file became damaged, and the records so far are correct."""
-        after = Checkpoints.of(self.directory)
-        broken = [path.name for path, seen in after.damaged.items() if before.damaged.get(path) != seen]
-        if broken:
-            raise Lost(f"{', '.join(broken)} cannot be read, and the harness did not damage it")
-        if after.not_finite:
-            raise Lost(f"{', '.join(path.name for path in after.not_finite)} holds values that are not finite")
-        if (after.step or 0) < (before.step or 0):
-            raise Lost(f"the newest checkpoint was of step {before.step}, it is of step {after.step} now")
-        if ending == "stopped" and resumed is not None and after.step != checks.logged_steps(self.directory):
-            logged = checks.logged_steps(self.directory)
+    def _check_resumed(self, step: int, again: int, damaged: bool) -> None:
+        if self.before.step is None and self.before.damaged:
+            raise Lost(f"no checkpoint can be read, and the run began at step {step}")
+        if step != (self.before.step or 0):
+            raise Lost(f"it went on from step {step}, the newest good checkpoint has {self.before.step or 'none'}")
+        self.numbers["starts from a checkpoint"] += bool(self.before.steps)
+        self.numbers["steps computed again"] += again
+        if not damaged:
+            self.numbers["most of them after one fault"] = max(self.numbers["most of them after one fault"], again)
+            if again > self.workload.most_lost:
+                raise Lost(f"{again} steps are lost, and at most {self.workload.most_lost} may be")
+
+    def _check_files(self, ending: str, resumed: int | None) -> None:
+        """After every start: no intact file became damaged, and the records so far are correct."""
+        after, logged = Checkpoints.of(self.directory), logged_steps(self.directory)
+        broken = [path.name for path, seen in after.damaged.items() if self.before.damaged.get(path) != seen]
+        if broken or after.not_finite:
+            raise Lost(f"{broken} cannot be read, {after.not_finite} hold values that are not finite")
+        if (after.step or 0) < (self.before.step or 0):
+            raise Lost(f"the newest checkpoint was of step {self.before.step}, it is of step {after.step} now")
+        if ending == "stopped" and resumed is not None and after.step != logged:
             raise Lost(f"it stopped after step {logged}, and the newest checkpoint is of step {after.step}")
         self._excused |= {path.relative_to(self.directory).as_posix() for path in after.damaged}
         self._excused -= {path.relative_to(self.directory).as_posix() for path in after.steps}
-        if ending == "finished":
-            wrong = checks.finished_run_differs(self.directory, self.reference, self._excused)
-        else:
-            self.tally.half_written += sum(1 for _ in self.directory.rglob("*.tmp"))
-            wrong = checks.records_differ(self.directory, self.reference, complete=False) if resumed is not None else []
-        if wrong:
-            raise Lost("; ".join(wrong))
-
-    def _diverge(self, draw: random.Random) -> None:
-        """Checks that a run with a far too large learning rate ends with a message and leaves finite checkpoints."""
-        rate = draw.choice(["30", "1e4", "1e30"])
-        self.directory = self.scratch / "runs" / "diverging"
-        self.kinds = [DIVERGING]
-        self.story = [f"a run of its own with --lr {rate} --warmup 1 --save-every-n-steps 1"]
-        self.tally.faults[DIVERGING] += 1
-        options = ("--lr", rate, "--warmup", "1", "--save-every-n-steps", "1")
-        start = self._begin(*options, fork=self.workload.processes == 1)
-        ended = start.wait(self.workload.longest)
-        ending = start.ending() if ended else "running"
-        self.tally.endings.setdefault(DIVERGING, Counter())[ending] += 1
-        if ending not in ("refused", "finished"):
-            raise Lost(f"a run with a learning rate of {rate} is {ending}: {start.said().strip()[-3000:]}")
-        found = Checkpoints.of(self.directory)
-        if found.damaged or found.not_finite:
-            names = ", ".join(path.name for path in [*found.damaged, *found.not_finite])
-            raise Lost(f"a run with a learning rate of {rate} left checkpoints that are not finite: {names}")
-        self._check_no_process_is_left()
-        shutil.rmtree(self.directory)
-
-    def _idle_resume(self) -> None:
-        """Checks that a finished run that is started again does not change."""
-        self.kinds = [IDLE]
-        self.tally.faults[IDLE] += 1
-        self.story.append(IDLE)
-        before = checks.contents(self.directory)
-        start = self._begin("--resume", "latest", fork=self.workload.processes == 1)
-        if not start.wait(self.workload.longest) or start.ending() != "finished":
-            raise Lost(f"the resume of a finished run is {start.ending()}: {start.said().strip()[-3000:]}")
-        self.tally.endings.setdefault(IDLE, Counter())["finished"] += 1
-        after = checks.contents(self.directory)
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        if changed:
-            raise Lost(f"the resume of a finished run changed {', '.join(changed)}")
+        finished = ending == "finished"
+        if not finished:
+            self.numbers["half-written files of killed writers"] += len([*self.directory.rglob("*.tmp")])
+        if finished or resumed is not None:
+            if wrong := checks.differences(self.directory, self.reference, finished, self._excused):
+                raise Lost("; ".join(wrong))

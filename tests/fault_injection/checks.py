@@ -1,40 +1,35 @@
-"""Checks of a run directory after faults; each check function returns what is wrong, in words."""
+"""What is in a run's directory, and how it differs from the uninterrupted run's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zipfile
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from clipup.models.state_dicts import read_pickle
 from clipup.train.checkpoints import sharded
 
-Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")
-_LONGEST_LINE = 1 << 16
 _CLOCK = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")
+_MAY_DIFFER = ("seconds", "name")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint, a file or a sharded one, whose checksums are all correct, else None."""
-    if path.is_dir():
-        try:
-            return sharded.load(path)
-        except (OSError, ValueError):
-            return None
     try:
+        if path.is_dir():
+            return sharded.load(path)
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
-        return read_pickle(path)
+            return read_pickle(path) if archive.testzip() is None else None
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return None
 
@@ -51,18 +46,18 @@ class Checkpoints:
 
     @classmethod
     def of(cls, run: Path) -> Checkpoints:
-        steps, damaged, not_finite = {}, {}, []
+        found = cls({}, {}, [])
         for path in sorted((run / "checkpoints").glob("*_*")):
-            if not _CHECKPOINT.fullmatch(path.name):
-                continue
-            state = read_checkpoint(path)
-            if state is None:
-                damaged[path] = digest(path)
-                continue
-            steps[path] = state["step"]
-            if not all(tensor.isfinite().all() for tensor in _floats(state)):
-                not_finite.append(path)
-        return cls(steps, damaged, not_finite)
+            if _CHECKPOINT.fullmatch(path.name):
+                state = read_checkpoint(path)
+                if state is None:
+                    found.damaged[path] = digest(path)
+                    continue
+                found.steps[path] = state["step"]
+                tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+                if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
+                    found.not_finite.append(path)
+        return found
 
     @property
     def step(self) -> int | None:
@@ -71,13 +66,6 @@ class Checkpoints:
 
     def newest(self) -> list[Path]:
         return [path for path, step in self.steps.items() if step == self.step]
-
-
-def _floats(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _floats(child)]
 
 
 def digest(path: Path) -> str:
@@ -96,104 +84,76 @@ def contents(run: Path) -> dict[str, str]:
     files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
     return {
         name.as_posix(): digest(path)
-        for name, path in sorted(files.items())
+        for name, path in files.items()
         if name.name not in ("out.log", ".lock") and not any(part.endswith(".tmp") for part in name.parts)
     }
 
 
-def lines(path: Path) -> list[Record]:
-    """The complete lines of a JSON-lines file; a truncated last line is left out."""
-    if not path.is_file():
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file without a truncated last one."""
+    try:
+        text = path.read_bytes()
+    except OSError:
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def logged_steps(run: Path) -> int:
-    """The last step in metrics.jsonl; cheap enough to ask a thousand times a second."""
-    try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
-            end = file.read()
-    except OSError:
-        return 0
-    whole = end[: end.rfind(b"\n") + 1].splitlines()
-    return json.loads(whole[-1])["step"] if whole else 0
+    """The last step in metrics.jsonl."""
+    lines = whole_lines(run / "metrics.jsonl")
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
-def records_differ(run: Path, reference: Path, complete: bool) -> list[str]:
-    """Checks that each step is logged once, in order, with the numbers of the uninterrupted run."""
-    wrong = []
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        try:
-            here = [_without_clock(record) for record in lines(run / name)]
-        except ValueError as error:
-            wrong.append(f"{name} has a line that is not JSON: {error}")
-            continue
-        there = [_without_clock(record) for record in lines(reference / name)]
-        if here == (there if complete else there[: len(here)]):
-            continue
-        steps = [[record.get("step") for record in records] for records in (here, there)]
-        if steps[0] != steps[1][: len(steps[0])] or (complete and len(here) < len(there)):
-            wrong.append(f"{name} has the steps {steps[0]}, expected {steps[1]}")
-        else:
-            step, key = next(
-                (a["step"], key) for a, b in zip(here, there, strict=False) for key in b if a.get(key) != b[key]
-            )
-            wrong.append(f"{name} differs from the uninterrupted run at step {step} in {key}")
-    return wrong
-
-
-def _without_clock(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key not in _CLOCK}
-
-
-def finished_run_differs(run: Path, reference: Path, excused: set[str]) -> list[str]:
-    """Checks that a finished run equals the uninterrupted one in records, weights, optimizer, model, files.
+def differences(run: Path, reference: Path, finished: bool, excused: Set[str] = frozenset()) -> list[str]:
+    """What is wrong with a run, in words. Each step must be logged once, in order, with the reference's numbers;
+    of a finished one, weights, optimizer, model and files must be the same as well.
 
     Args:
         excused: names of files that the harness damaged and that the run had no reason to rewrite.
     """
-    wrong = records_differ(run, reference, complete=True)
-    names = [{path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference)]
-    excused = {name for name in names[0] | names[1] if excused & {name, Path(name).parent.as_posix()}}
-    wrong += [f"{name} was left behind" for name in sorted(names[0] - names[1] - excused)]
-    wrong += [f"{name} is missing" for name in sorted(names[1] - names[0] - excused)]
-    for name in sorted(names[0] & names[1] - excused):
+    wrong = []
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        here, there = (_records(root / name) for root in (run, reference))
+        if here != (there if finished else there[: len(here)]):
+            at = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), None)
+            what = f"{len(here)} records for {len(there)}" if at is None else f"{here[at]}, expected {there[at]}"
+            wrong.append(f"{name} differs from the uninterrupted run: {what}")
+    if not finished:
+        return wrong
+    here, there = ({path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference))
+    excused = {name for name in here | there if excused & {name, Path(name).parent.as_posix()}}
+    wrong += [f"{name} was left behind" for name in sorted(here - there - excused)]
+    wrong += [f"{name} is missing" for name in sorted(there - here - excused)]
+    for name in sorted(here & there - excused):
         if _CHECKPOINT.fullmatch(Path(name).name):
-            wrong += _checkpoint_differs(name, run / name, reference / name)
+            wrong += _checkpoint_differs(name, *(read_checkpoint(root / name) for root in (run, reference)))
         elif name.startswith("model/") and digest(run / name) != digest(reference / name):
             wrong.append(f"{name} differs from the uninterrupted run's")
     return wrong
 
 
-def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
-    one, other = read_checkpoint(here), read_checkpoint(there)
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in whole_lines(path)]
+    return [{key: value for key, value in record.items() if key not in _CLOCK} for record in records]
+
+
+def _checkpoint_differs(name: str, one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
+    """Of all but the clock, the run's name, and the learning rate, which is set again before its next use."""
     if one is None or other is None:
         return [f"{name} cannot be read"]
-    one, other = _what_counts(one), _what_counts(other)
-    differ = [key for key in other if not _equal(one.get(key), other[key])]
+    for state in (one, other):
+        for group in state["optimizer"].get("param_groups", ()):
+            group.pop("lr", None)
+    differ = [key for key in other if key not in _MAY_DIFFER and not _equal(one.get(key), other[key])]
     return [f"{name} differs from the uninterrupted run's in {', '.join(differ)}"] if differ else []
 
 
-def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without the clock, the run's name, and the learning rate, which is set again before its next use."""
-    optimizer = dict(state["optimizer"])
-    if "param_groups" in optimizer:
-        optimizer["param_groups"] = [
-            {key: value for key, value in group.items() if key != "lr"} for group in optimizer["param_groups"]
-        ]
-    kept = {**state, "optimizer": optimizer}
-    return {key: value for key, value in kept.items() if key not in ("seconds", "name")}
-
-
 def _equal(one: Any, other: Any) -> bool:
+    (ours, shape), (theirs, shape_of_other) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return shape == shape_of_other and all(map(_same, ours, theirs))
+
+
+def _same(one: Any, other: Any) -> bool:
     if isinstance(other, Tensor):
         return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(other, dict):
-        return (
-            isinstance(one, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in other)
-        )
-    if isinstance(other, list | tuple):
-        return isinstance(one, list | tuple) and len(one) == len(other) and all(map(_equal, one, other))
-    return one == other
+    return bool(one == other)

@@ -1,175 +1,144 @@
-"""Faults that are injected while a run trains.
+"""The faults: those that are injected while a run trains, and damage to its files between two starts.
 
-A fault acts on a ``Scene`` and returns the endings that are correct after it. "crashed", which is a traceback or an
-unknown exit code, is never one of them.
+A fault acts on a campaign and its current start, and returns the endings that are correct after it. "crashed" is one of
+them only where a rank has lost another one: it ends within the timeout and not with 0; how it says so is torch's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from checks import Checkpoints, logged_steps
-from disks import SmallDisk
-from starts import Start
+from checks import Checkpoints, logged_steps, whole_lines
 from workload import RANK_TIMEOUT
 
+from clipup.atomic_files import replace_files
+
+if TYPE_CHECKING:
+    from campaign import Campaign
+
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
-_WRITE_SECONDS = 0.02
+LOST = {"refused", "killed", "crashed"}
+DISK_SIZE = 64 << 20
+Strike = Callable[[Path, random.Random], str | None]
 
 
 class Missed(Exception):
     """The run ended before the fault could be injected."""
 
 
-@dataclass
-class Scene:
-    """A start of ``clipup`` into which a fault is injected."""
-
-    start: Start
-    run: Path
-    draw: random.Random
-    disk: SmallDisk | None
-    """The disk that holds the run, if it can be filled."""
-    startup_seconds: float
-    begin_another: Callable[..., Start]
-    """Starts ``clipup`` a second time on the same run, with additional options."""
-    before: Checkpoints
-    steps: int
-    """Of the whole run."""
-    longest: float
-    """Seconds after which a start that makes no progress hangs."""
-    within: int = 20
-    """Steps after the resumed one in which a fault is injected."""
-    story: list[str] = field(default_factory=list)
-
-    def tell(self, text: str) -> None:
-        self.story.append(text)
-
-    def reach(self, moment: str) -> None:
-        """Waits for a moment; raises Missed if the run ends before it."""
-        done = self.before.step or 0
-        if moment == MOMENTS[0]:
-            seconds = self.draw.uniform(0, self.startup_seconds)
-            self.tell(f"{seconds:.2f} s after the start")
-            until = time.monotonic() + seconds
-            self._until(lambda: time.monotonic() >= until)
-            return
-        first, last = (min(done + more, self.steps) for more in (1, self.within))
-        step = self.steps if moment == MOMENTS[3] else self.draw.randint(first, last)
-        self._until(lambda: logged_steps(self.run) >= step and self._trains())
-        if moment == MOMENTS[2]:
-            self._until(self._writes)
-        delay = self.draw.uniform(0, 1.5 if moment == MOMENTS[3] else _WRITE_SECONDS)
-        time.sleep(delay)
-        self.tell(f"{moment}, {1000 * delay:.0f} ms after step {logged_steps(self.run)}")
-
-    def _until(self, reached: Callable[[], bool]) -> None:
-        until = time.monotonic() + self.longest
-        while not reached():
-            if not self.start.running:
-                raise Missed
-            if time.monotonic() > until:
-                raise TimeoutError(f"{self.start.describe()} makes no progress")
-            time.sleep(0.001)
-
-    def _trains(self) -> bool:
-        """Whether lines in metrics.jsonl are from this start, and not from before a damaged checkpoint."""
-        return started_from(self) is not None
-
-    def _writes(self) -> bool:
-        try:
-            return any(entry.name.endswith(".tmp") for entry in os.scandir(self.run / "checkpoints"))
-        except OSError:
-            return False
-
-    def one_of(self, pids: list[int], what: str) -> int:
-        if not pids:
-            raise Missed
-        pid = self.draw.choice(pids)
-        self.tell(f"{what} {pids.index(pid) + 1} of {len(pids)}")
-        return pid
-
-
 @dataclass(frozen=True)
 class Fault:
     name: str
-    strike: Callable[[Scene], set[str]]
+    strike: Callable[[Campaign], set[str]]
     weight: float = 1
     processes: tuple[int, ...] = (1, 2)
     moments: tuple[str, ...] = MOMENTS
-    needs: Callable[[Scene], bool] = lambda scene: True
+    needs_disk: bool = False
     ends: bool = True
     """Whether it ends the start, as a rule."""
 
 
-def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str]]:
+@dataclass(frozen=True)
+class Damage:
+    name: str
+    strike: Strike
+    """Damages a run directory and returns how; None if there is nothing to damage."""
+    weight: float = 1
+    passing: bool = False
+    """Whether the file itself is intact, so that refusing is correct even if there is an older checkpoint."""
+
+
+class SmallDisk:
+    """A tmpfs of a few megabytes: ``fill`` leaves a number of free bytes, ``empty`` frees all.
+
+    Raises:
+        subprocess.CalledProcessError, FileNotFoundError: it cannot be mounted here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._ballast = path, path / "ballast"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_SIZE}", "none", str(path)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", self.path], check=True, capture_output=True)
+
+    def fill(self, room: int) -> None:
+        with open(self._ballast, "wb") as file:
+            status = os.statvfs(self.path)
+            with contextlib.suppress(OSError):  # the run writes too
+                os.posix_fallocate(file.fileno(), 0, max(status.f_bavail * status.f_frsize - room, 1))
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+
+def _signal(number: int, whom: str, times: int = 1) -> Callable[[Campaign], set[str]]:
     """Sends a signal. Processes that survive SIGKILL may end with one message; SIGINT and SIGTERM save first."""
 
-    def strike(scene: Scene) -> set[str]:
-        begun = started_from(scene) is not None
-        start = scene.start
+    def strike(it: Campaign) -> set[str]:
+        start, begun = it.start, it.start.resumed_at() is not None
         if whom == "the process":
             pids = [start.pid]
         elif whom == "all processes":
             pids = start.alive()
         else:
-            pids = [scene.one_of(start.ranks() if whom == "a rank" else start.data_workers(), whom)]
+            pids = [it.one_of(start.ranks() if whom == "a rank" else start.data_workers(), whom)]
         for _ in range(times):
             start.send(number, *pids)
             time.sleep(0.05 * (times > 1))
+        several, everything = start.several, whom == "all processes"
         if number == signal.SIGKILL:
-            lost_rank = whom == "a rank" and begun  # the other rank has to report it
-            left = whom != "all processes" and (start.several or whom == "a data worker")
-            return {"finished"} | ({"refused"} if left else set()) | (set() if lost_rank else {"killed"})
+            lost = LOST if several else {"refused"} if whom == "a data worker" else set()
+            return (
+                {"finished"} | (set() if everything else lost) | (set() if whom == "a rank" and begun else {"killed"})
+            )
         if whom == "a data worker":
-            return {"refused", "finished", "stopped"}
-        allowed = {"stopped", "finished"}
-        twice = times > 1 or (start.several and whom == "all processes")  # torchrun forwards its own
-        if not begun or twice:
-            allowed |= {"interrupted", "killed"}
-        if start.several and twice:  # a rank may end before the other one
-            allowed |= {"refused"}
-        if logged_steps(scene.run) >= scene.steps:
-            allowed |= {"killed", "interrupted"}
-        return allowed
+            return {"refused", "finished", "stopped"} | (LOST if several else set())
+        twice = times > 1 or (several and everything)  # torchrun forwards its own
+        late = logged_steps(it.directory) >= it.workload.steps
+        allowed = {"stopped", "finished"} | ({"interrupted", "killed"} if twice or late or not begun else set())
+        return allowed | (LOST if several and twice else set())  # a rank may end before the other one
 
     return strike
 
 
-def _freeze(scene: Scene) -> set[str]:
-    pid = scene.one_of(scene.start.alive(), "process")
-    seconds = scene.draw.uniform(0.05, 1.5)
-    scene.tell(f"frozen for {seconds:.2f} s")
-    scene.start.send(signal.SIGSTOP, pid)
-    time.sleep(seconds)
-    scene.start.send(signal.SIGCONT, pid)
+def _freeze(it: Campaign) -> set[str]:
+    pid = it.one_of(it.start.alive(), "process")
+    it.start.send(signal.SIGSTOP, pid)
+    time.sleep(it.draw.uniform(0.05, 1.5))
+    it.start.send(signal.SIGCONT, pid)
     return {"finished"}
 
 
-def _freeze_for_long(scene: Scene) -> set[str]:
+def _freeze_for_long(it: Campaign) -> set[str]:
     """The other ranks must end without help; then torchrun ends the frozen one."""
-    pid = scene.one_of(scene.start.ranks(), "rank")
-    scene.start.send(signal.SIGSTOP, pid)
+    pid = it.one_of(it.start.ranks(), "rank")
+    it.start.send(signal.SIGSTOP, pid)
     until = time.monotonic() + 3 * RANK_TIMEOUT
-    while scene.start.running and set(scene.start.ranks()) - {pid} and time.monotonic() < until:
+    while it.start.running and (others := set(it.start.ranks()) - {pid}) and time.monotonic() < until:
         time.sleep(0.1)
-    ended = not set(scene.start.ranks()) - {pid}
-    scene.start.send(signal.SIGCONT, pid)
-    return {"refused"} if ended else set()
+    it.start.send(signal.SIGCONT, pid)
+    return set() if others else LOST
 
 
-def _limit_files(scene: Scene) -> set[str]:
+def _limit_files(it: Campaign) -> set[str]:
     """Limits the size of files that ranks write. Data workers would skip what they cannot read."""
-    size = int(10 ** scene.draw.uniform(3, 6.7))
-    scene.tell(f"files are limited to {size} bytes")
-    for pid in scene.start.ranks():
+    size = int(10 ** it.draw.uniform(3, 6.7))
+    it.tell(f"files are limited to {size} bytes")
+    for pid in it.start.ranks():
         try:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
         except ProcessLookupError:
@@ -177,32 +146,29 @@ def _limit_files(scene: Scene) -> set[str]:
     return {"refused", "finished"}
 
 
-def _fill_disk(scene: Scene) -> set[str]:
-    assert scene.disk is not None
-    room = int(10 ** scene.draw.uniform(2, 6.7))
-    scene.tell(f"{room} bytes left on the disk")
-    scene.disk.fill(room)
+def _fill_disk(it: Campaign) -> set[str]:
+    room = int(10 ** it.draw.uniform(2, 6.7))
+    it.tell(f"{room} bytes left on the disk")
+    it.disk.fill(room)
     return {"refused", "finished"}
 
 
-def _second_start(*options: str, frozen: bool) -> Callable[[Scene], set[str]]:
+def _second_start(*options: str, frozen: bool) -> Callable[[Campaign], set[str]]:
     """Starts a second run on the same directory: one of the two must train, the other must refuse."""
 
-    def strike(scene: Scene) -> set[str]:
-        began = time.monotonic()
+    def strike(it: Campaign) -> set[str]:
+        began, ranks = time.monotonic(), it.start.ranks()
         if frozen:
-            scene.start.send(signal.SIGSTOP, *scene.start.ranks())
-        second = scene.begin_another(*options)
+            it.start.send(signal.SIGSTOP, *ranks)
+        second = it.begin(*options)
         ended = second.wait(120)
-        scene.start.send(signal.SIGCONT, *scene.start.ranks())
+        it.start.send(signal.SIGCONT, *ranks)
         ending = second.ending() if ended else "running"
-        scene.tell(f"the second one: {ending}, {second.messages()[:1]}")
-        if not ended:
-            second.send(signal.SIGKILL, *second.alive())
-        second.clear(seconds=0 if not ended else 15)
+        it.tell(f"the second one: {ending}")
+        second.clear(seconds=15 if ended else 0)
         if ending == "refused":
-            timed_out = scene.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
-            return {"finished", "refused"} if timed_out else {"finished"}
+            timed_out = it.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
+            return {"finished"} | (LOST if timed_out else set())
         if not frozen and ending == "finished":  # it was first, or started after the end of the other
             return {"refused", "finished"}
         raise AssertionError(f"of two starts of one run the second is {ending}: {second.said().strip()[-2000:]}")
@@ -210,13 +176,127 @@ def _second_start(*options: str, frozen: bool) -> Callable[[Scene], set[str]]:
     return strike
 
 
-def _nothing(scene: Scene) -> set[str]:
-    return {"finished"}
+def _file_of(path: Path, draw: random.Random) -> Path:
+    """A checkpoint's file, or one of a sharded checkpoint's."""
+    return draw.choice(sorted(path.iterdir())) if path.is_dir() else path
 
 
-WRITING = MOMENTS[1:3]
+def _newest(how: Callable[[bytes, random.Random], bytes]) -> Strike:
+    """Damage to the newest checkpoint, under one of its names or under all."""
+
+    def strike(run: Path, draw: random.Random) -> str | None:
+        newest = Checkpoints.of(run).newest()
+        if not newest:
+            return None
+        path, in_place = _file_of(draw.choice(newest), draw), draw.random() < 0.5
+        content = how(path.read_bytes(), draw)
+        if not in_place:
+            path.unlink()
+        path.write_bytes(content)
+        return (
+            f"{path.relative_to(run / 'checkpoints')} {how.__name__[1:]}{', with its other names' if in_place else ''}"
+        )
+
+    return strike
+
+
+def _truncated(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(len(content))]
+
+
+def _emptied(content: bytes, draw: random.Random) -> bytes:
+    return b""
+
+
+def _zeroed(content: bytes, draw: random.Random) -> bytes:
+    start = 0 if draw.random() < 0.3 else draw.randrange(len(content))
+    end = min(len(content), start + int(4096 * 10 ** draw.uniform(0, 3)))
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+def _flipped(content: bytes, draw: random.Random) -> bytes:
+    bit = draw.randrange(8 * len(content))
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def _replaced(content: bytes, draw: random.Random) -> bytes:
+    return b"<html><body>503 Service Unavailable</body></html>\n"
+
+
+def _all_checkpoints(run: Path, draw: random.Random) -> str | None:
+    paths = [_file_of(path, draw) for path in Checkpoints.of(run).steps]
+    for path in paths:
+        content = _truncated(path.read_bytes(), draw)
+        path.unlink()
+        path.write_bytes(content)
+    return f"all {len(paths)} checkpoints truncated" if paths else None
+
+
+def _read_error(run: Path, draw: random.Random) -> str | None:
+    """Reading the newest checkpoint gives EIO, as /proc/self/mem does at its start."""
+    newest = [_file_of(path, draw) for path in Checkpoints.of(run).newest()]
+    for path in newest:
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+    return f"{' and '.join(path.name for path in newest)} give an I/O error" if newest else None
+
+
+def _cut_records(name: str) -> Strike:
+    """Truncates the last line if its step is computed again; otherwise appends a truncated line."""
+
+    def strike(run: Path, draw: random.Random) -> str | None:
+        lines = whole_lines(run / name)
+        if not lines:
+            return None
+        again = json.loads(lines[-1])["step"] > (Checkpoints.of(run).step or 0)
+        kept = lines[-1][: draw.randrange(1, len(lines[-1]))]
+        (run / name).write_bytes(b"".join(lines[:-1] if again else lines) + kept)
+        return f"{name} ends {len(kept)} bytes into a line"
+
+    return strike
+
+
+def _leftovers(run: Path, draw: random.Random) -> str | None:
+    """Files of writers that were killed while writing; the next start must remove them."""
+    targets = [run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "model" / "README.md"]
+    killed = [path for path in targets if path.parent.is_dir() and draw.random() < 0.7]
+    for path in killed:
+        if (child := os.fork()) == 0:
+            replace_files({path: _half_written})
+        os.waitpid(child, 0)
+    return f"killed while writing: {', '.join(path.name for path in killed)}" if killed else None
+
+
+def _half_written(path: Path) -> None:
+    path.write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _cut_options(run: Path, draw: random.Random) -> str | None:
+    path = run / "options.json"
+    if not path.is_file():
+        return None
+    os.truncate(path, draw.randrange(path.stat().st_size))
+    return "options.json truncated"
+
+
+DAMAGE = (
+    Damage("checkpoint truncated", _newest(_truncated)),
+    Damage("checkpoint emptied", _newest(_emptied), 0.5),
+    Damage("checkpoint zeroed", _newest(_zeroed)),
+    Damage("checkpoint with a flipped bit", _newest(_flipped), 1.5),
+    Damage("checkpoint of another format", _newest(_replaced), 0.5),
+    Damage("all checkpoints truncated", _all_checkpoints, 0.7),
+    Damage("I/O error at a checkpoint", _read_error, 0.7, passing=True),
+    Damage("metrics.jsonl cut in a line", _cut_records("metrics.jsonl")),
+    Damage("evaluations.jsonl cut in a line", _cut_records("evaluations.jsonl"), 0.5),
+    Damage("leftovers of dead writers", _leftovers),
+    Damage("options.json truncated", _cut_options, 0.3),
+)
+
+TRAINING, WRITING = MOMENTS[1:], MOMENTS[1:3]
 FAULTS = (
-    Fault("no fault", _nothing, 0.5, ends=False),
+    Fault("no fault", lambda it: {"finished"}, 0.5, ends=False),
     Fault("SIGKILL of the process", _signal(signal.SIGKILL, "the process"), 3, (1,)),
     Fault("SIGKILL of torchrun", _signal(signal.SIGKILL, "the process"), 1, (2,)),
     Fault("SIGKILL of a rank", _signal(signal.SIGKILL, "a rank"), 1, (2,)),
@@ -233,22 +313,17 @@ FAULTS = (
     Fault("SIGTERM twice", _signal(signal.SIGTERM, "the process", 2), 0.5),
     Fault("a process frozen and woken", _freeze, ends=False),
     Fault("a rank frozen for longer than the others wait", _freeze_for_long, 0.5, (2,), WRITING),
-    Fault("file size limit", _limit_files, 1, moments=WRITING),
-    Fault("disk full", _fill_disk, 3, moments=MOMENTS[1:], needs=lambda scene: scene.disk is not None),
+    Fault("file size limit", _limit_files, moments=WRITING),
+    Fault("disk full", _fill_disk, 3, moments=TRAINING, needs_disk=True),
     Fault(
         "second start beside a frozen run",
         _second_start("--resume", "latest", frozen=True),
         0.7,
-        moments=MOMENTS[1:3],
+        moments=WRITING,
         ends=False,
     ),
-    Fault("second start with --force", _second_start("--force", frozen=True), 0.4, moments=MOMENTS[1:3], ends=False),
+    Fault("second start with --force", _second_start("--force", frozen=True), 0.4, moments=WRITING, ends=False),
     Fault(
         "two starts at once", _second_start("--resume", "latest", frozen=False), 0.7, moments=MOMENTS[:1], ends=False
     ),
 )
-
-
-def started_from(scene: Scene) -> int | None:
-    """The step after which this start began to train; None before it logs it."""
-    return scene.start.resumed_at()

@@ -13,54 +13,53 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with more threads cannot be forked
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, even if another clipup is installed
 
-import figures  # noqa: E402
-from campaign import DIVERGING, IDLE, Campaign, Lost, Tally  # noqa: E402
-from damage import DAMAGE  # noqa: E402
-from disks import SmallDisk, reason_against_mounting  # noqa: E402
-from faults import FAULTS  # noqa: E402
-from workload import EPOCHS, Workload  # noqa: E402
+import torch  # noqa: E402
+from campaign import Campaign, Lost  # noqa: E402
+from workload import EPOCHS, ROOT  # noqa: E402
+
+from clipup_kernels.machine import processor_name  # noqa: E402
+
+NUMBERS = (
+    *("failures", "starts", "runs to the end", "starts from a checkpoint", "steps computed again"),
+    *("most of them after one fault", "half-written files of killed writers", "minutes"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    if not Path("/proc/self/stat").exists():
-        print("SKIPPED: fault injection finds processes in /proc, which this system lacks")
-        return 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up, as Ctrl-C does
-    tallies: dict[int, Tally] = {}
+    campaigns: list[Campaign] = []
     for processes in options.processes:
-        with _campaign(options, processes) as campaign:
-            print(
-                f"{processes} processes, seed {options.seed}, {options.seconds:.0f} s, {campaign.scratch}", flush=True
-            )
+        campaigns.append(campaign := Campaign(options, processes))
+        print(f"{processes} processes, seed {options.seed}, {options.seconds:.0f} s, {campaign.scratch}", flush=True)
+        try:
             _work(campaign, options)
-        tallies[processes] = campaign.tally
-        print(figures.endings(campaign.tally), flush=True)
-        if campaign.tally.failures and not options.keep_going:
+        finally:
+            campaign.clear()
+        if campaign.numbers["failures"]:
             return 1
-    print(figures.as_markdown(tallies, figures.circumstances(options.seed)))
-    if options.report:
-        figures.write(options.report, tallies, options.seed)
-    return int(any(tally.failures for tally in tallies.values()))
+        shutil.rmtree(campaign.scratch)
+    print(as_markdown(campaigns))
+    return 0
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="how long faults are injected, each time (600)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--seconds", type=float, default=600, help="how long faults are injected, each time (600)")
+    add(
         "--processes",
         type=int,
         nargs="+",
@@ -68,91 +67,51 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         choices=(1, 2),
         help="1, or 2 under torchrun with gloo; both (1)",
     )
-    parser.add_argument(
-        "--parallel",
-        choices=("replicated", "fsdp", "ep", "fsdp-ep"),
-        default="replicated",
-        help="how two processes divide the model (replicated)",
-    )
-    parser.add_argument(
-        "--checkpoint", choices=("full", "sharded"), default="full", help="the kind of checkpoints (full)"
-    )
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a run, of 12 steps each ({EPOCHS})")
-    parser.add_argument("--attempts", type=int, help="starts with a fault in each run (3 to 8, drawn)")
-    parser.add_argument("--story", type=Path, help="append what happened to each run that ended")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of the faults (drawn)")
-    parser.add_argument("--first-run", type=int, default=0, help="begin with the faults of this run (0)")
-    parser.add_argument("--runs", type=int, default=1_000_000, help="stop after so many runs")
-    parser.add_argument("--faults", nargs="+", help="only the kinds whose names contain one of these words")
-    parser.add_argument("--keep-going", action="store_true", help="count failures and continue with the next run")
-    parser.add_argument("--report", type=Path, help="write the figures: .md between marks of that page, .json")
-    parser.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
+    parallel = ("replicated", "fsdp", "ep", "fsdp-ep")
+    add("--parallel", choices=parallel, default="replicated", help="how two processes divide the model (replicated)")
+    add("--checkpoint", choices=("full", "sharded"), default="full", help="the kind of checkpoints (full)")
+    add("--epochs", type=int, default=EPOCHS, help=f"of a run, of 12 steps each ({EPOCHS})")
+    add("--attempts", type=int, help="starts with a fault in each run (3 to 8, drawn)")
+    add("--seed", type=int, default=secrets.randbelow(1_000_000), help="of the faults (drawn)")
+    add("--first-run", type=int, default=0, help="begin with the faults of this run (0)")
+    add("--runs", type=int, default=1_000_000, help="stop after so many runs")
+    add("--faults", nargs="+", help="only the kinds whose names contain one of these words")
+    add("--directory", type=Path, help="where to work; a temporary directory by default")
     return parser.parse_args(argv)
 
 
-@contextmanager
-def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]:
-    """A campaign in its own directory, which is removed at the end unless something failed."""
-
-    def wanted(name: str) -> bool:
-        return options.faults is None or any(word in name for word in options.faults)
-
-    faults = [fault for fault in FAULTS if processes in fault.processes and wanted(fault.name)]
-    damage = [each for each in DAMAGE if wanted(each.name)]
-    besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
-    scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
-    workload = Workload(scratch, processes, options.parallel, options.checkpoint, options.epochs)
-    workload.make()
-    disk = None
-    reason = reason_against_mounting(scratch / "probe")
-    if reason is None:
-        disk = SmallDisk(scratch / "disk")
-        disk.mount()
-    else:
-        print(f"SKIPPED: disk full ({reason}); the limit on file sizes stands in for it")
-    campaign = Campaign(workload, options.seed, scratch, disk, faults, damage, besides, options.attempts)
-    try:
-        yield campaign
-    finally:
-        campaign.clear()
-        if disk is not None:
-            disk.unmount()
-        if not campaign.tally.failures:
-            shutil.rmtree(scratch)
-
-
 def _work(campaign: Campaign, options: argparse.Namespace) -> None:
-    """Runs until the time is over or a check fails; failures are in the tally."""
-    number, began = options.first_run, time.monotonic()
+    """Runs until the time is over or a check fails, which the numbers then have; prints what happens."""
+    number = options.first_run
     try:
         campaign.make_reference()
         began = time.monotonic()
         while time.monotonic() < began + options.seconds and number < options.first_run + options.runs:
-            try:
-                campaign.run(number, began + options.seconds)
-                if options.story:
-                    with open(options.story, "a") as file:
-                        file.writelines(f"run {number}: {line}\n" for line in campaign.story)
-            except Lost as lost:
-                _failed(campaign, options, number, lost)
-                if not options.keep_going:
-                    return
+            campaign.run(number, began + options.seconds)
+            campaign.numbers["minutes"] = round((time.monotonic() - began) / 60)
+            print("\n".join(f"run {number}: {line}" for line in campaign.story), flush=True)
             number += 1
     except Lost as lost:
-        _failed(campaign, options, number, lost)
-    finally:
-        campaign.tally.seconds = time.monotonic() - began
+        campaign.numbers["failures"] += 1
+        again = f"--processes {campaign.workload.processes} --seed {options.seed} --first-run {number} --runs 1"
+        lines = [f"FAILED: {lost}", f"  what happened to run {number} of seed {options.seed}:"]
+        lines += [*(f"    {line}" for line in campaign.story), f"  again: python {os.path.relpath(__file__)} {again}"]
+        print("\n".join(lines), f"  kept: {campaign.scratch}", sep="\n", file=sys.stderr, flush=True)
 
 
-def _failed(campaign: Campaign, options: argparse.Namespace, number: int, lost: Lost) -> None:
-    for kind in campaign.kinds or ["no fault"]:
-        campaign.tally.failures[kind] += 1
-    kept = campaign.keep(number)
-    again = f"--processes {campaign.workload.processes} --seed {options.seed} --first-run {number} --runs 1"
-    lines = [f"FAILED: {lost}", f"  what happened to run {number} of seed {options.seed}:"]
-    lines += [f"    {line}" for line in campaign.story]
-    lines += [f"  again: python {os.path.relpath(__file__)} {again}", f"  kept: {kept}; {campaign.scratch / 'starts'}"]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+def as_markdown(campaigns: list[Campaign]) -> str:
+    """A table of faults by number of processes, and the circumstances."""
+    kinds = sorted({kind for campaign in campaigns for kind in campaign.struck})
+    rows = [[kind, *(str(campaign.struck[kind]) for campaign in campaigns)] for kind in kinds]
+    rows.append(["**faults**", *(f"**{campaign.struck.total()}**" for campaign in campaigns)])
+    rows += [[f"**{what}**", *(f"**{campaign.numbers[what]}**" for campaign in campaigns)] for what in NUMBERS]
+    names = ["one process" if campaign.workload.processes == 1 else "two processes" for campaign in campaigns]
+    table = [["fault", *names], ["---", *("---:" for _ in names)], *rows]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return "\n".join(f"| {' | '.join(row)} |" for row in table) + (
+        f"\n\nSeed {campaigns[0].seed}, commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {os.cpu_count()} cores ({processor_name()})."
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,11 +33,16 @@ INSIDE_FUNCTIONS = {
 known to be right (``tests/clipup/cli/test_commands.py``)."""
 
 
+FOLDERS = ("clipup", "clipup_kernels", "studies", "benchmarks", "examples", "docs", "tests")
+LARGER = {"clipup/train", "clipup_kernels/self_check.py"}
+LARGER |= {f"tests/clipup/{name}.py" for name in ("clip/test_accelerate", "clip/test_accelerate_int8")}
+LARGER |= {f"tests/clipup/{name}.py" for name in ("search/test_search", "upcycling/test_hugging_face")}
+"""Rooms of more than 20 files and files of more than 400 lines that are not divided yet."""
+
+
 def modules(package: str) -> dict[str, Path]:
-    found = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    return found
+    paths = sorted((ROOT / package).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
 def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
@@ -112,5 +118,10 @@ def test_imports_inside_functions_spare_an_optional_package_or_a_slow_start():
     assert found == set(INSIDE_FUNCTIONS)
 
 
-def test_the_root_of_clipup_holds_few_modules():
+def test_a_file_fits_in_the_head_and_a_room_in_a_list():
     assert len(list((ROOT / "clipup").glob("*.py"))) <= 8
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    long = {path.relative_to(ROOT).as_posix() for path in paths if len(path.read_text("utf-8").splitlines()) > 400}
+    rooms = Counter(path.parent.relative_to(ROOT).as_posix() for path in paths)
+    wide = {room for room, count in rooms.items() if count > 20 and room.startswith("clipup")}
+    assert long | wide <= LARGER

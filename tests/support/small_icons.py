@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -45,28 +46,32 @@ def hash_of(name: str, number: int) -> int:
     return zlib.crc32(f"{name} {number}".encode())
 
 
-@pytest.fixture
-def make_package(tmp_path, sets_of_package):
-    """Writes the package as npm's archive unpacks; a function may change the sets first."""
+def write_package(root: Path, sets: dict[str, dict]) -> Path:
+    """The package as npm's archive unpacks."""
+    (root / "json").mkdir(parents=True)
+    (root / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": "1.2.3"}))
+    for prefix, content in sets.items():
+        (root / "json" / f"{prefix}.json").write_text(json.dumps(content))
+    return root
 
-    def make(change=lambda sets: None, name="npm"):
+
+@pytest.fixture(scope="module")
+def make_package(tmp_path_factory, sets_of_package):
+    """Writes the package; a function may change the sets first."""
+
+    def make(change=lambda sets: None):
         sets = json.loads(json.dumps(sets_of_package))
         change(sets)
-        root = tmp_path / name / "package"
-        (root / "json").mkdir(parents=True)
-        (root / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": "1.2.3"}))
-        for prefix, content in sets.items():
-            (root / "json" / f"{prefix}.json").write_text(json.dumps(content))
-        return root
+        return write_package(tmp_path_factory.mktemp("npm") / "package", sets)
 
     return make
 
 
-@pytest.fixture
-def build(tmp_path, make_package):
-    def build(out="icons", change=lambda sets: None, package=None, **options):
-        package = package or make_package(change, name=f"npm-{out}")
-        usual = {"sets": SETS, "processes": 1, "progress": False}
-        return tmp_path / out, icons.build(tmp_path / out, package, **{**usual, **options})
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, make_package):
+    def build(change=lambda sets: None, package=None, **options):
+        out = tmp_path_factory.mktemp("built") / "icons"
+        options = {"sets": SETS, "processes": 1, "progress": False} | options
+        return out, icons.build(out, package or make_package(change), **options)
 
     return build

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from small_icons import drawing, hash_of, icon_set
+from small_icons import drawing, hash_of, icon_set, write_package
 
 from studies.icon_data.build import Sets
 from studies.scene_data.build import build
@@ -16,28 +14,24 @@ SETS = Sets(train=(*TRAIN, "flags"), test=("styled",))
 SMALL = {"number": 10, "sets": SETS, "groups": {"validation": 3, "test": 5}, "processes": 1, "progress": False}
 
 
-@pytest.fixture
-def scenes_package(tmp_path):
+@pytest.fixture(scope="module")
+def scenes_package(tmp_path_factory):
     """Fifteen sets of the same things in one colour, each drawn otherwise, and one in colours of its own."""
 
-    def write(change=lambda sets: None, name="npm"):
+    def write(change=lambda sets: None):
         sets = {}
         for prefix in (*TRAIN, "flags", "styled"):
             names = [*THINGS, "red-cross", "arrow-left", "very-long-name"]
-            icons = {name: {"body": drawing(hash_of(name + prefix, 0))} for name in names}
-            sets[prefix] = icon_set(prefix, icons)
+            sets[prefix] = icon_set(prefix, {name: {"body": drawing(hash_of(name + prefix, 0))} for name in names})
             sets[prefix]["info"]["palette"] = prefix == "flags"
         change(sets)
-        (tmp_path / name / "json").mkdir(parents=True)
-        (tmp_path / name / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": "1.2.3"}))
-        for prefix, content in sets.items():
-            (tmp_path / name / "json" / f"{prefix}.json").write_text(json.dumps(content))
-        return tmp_path / name
+        return write_package(tmp_path_factory.mktemp("npm") / "package", sets)
 
     return write
 
 
-@pytest.fixture
-def scenes_data(scenes_package, tmp_path):
-    build(tmp_path / "scenes", scenes_package(), **SMALL)
-    return tmp_path / "scenes"
+@pytest.fixture(scope="module")
+def scenes_data(scenes_package, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "scenes"
+    build(out, scenes_package(), **SMALL)
+    return out

@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import json
 
-import numpy
 import pytest
-import torch
 from PIL import Image
 from small_icons import NOUNS, PLACES, SETS, drawing, hash_of, icon_set
 
-from clipup.data.loaders import eval_samples, train_loader
 from clipup.demo.pictograms.captions import same_words
 from studies.icon_data import build as icons
 from studies.icon_data import iconify, splits
@@ -21,95 +18,62 @@ HELD_OUT = ("validation", "test_names", "test_styles")
 THREE = Sets(train=("mdi", "fluent", "tabler"), test=("carbon",))
 
 
+@pytest.fixture(scope="module")
+def built(build):
+    return build()
+
+
 def content(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_sets_can_be_left_out_by_name(build):
-    _, dataset = build(sets=SETS.without(["fluent"]))
-
-    assert {one["set"] for one in dataset["sources"]} == {"mdi", "carbon"}
-    assert SETS.without(["carbon"]) == Sets(train=("mdi", "fluent"), test=())
-    with pytest.raises(ValueError, match="leave_out: nowhere: not a set of this data set"):
-        SETS.without(["mdi", "nowhere"])
-
-
-def test_every_icon_is_a_picture_on_white_with_the_words_of_its_name(build, read):
-    out, dataset = build()
-
+def test_every_icon_is_a_picture_on_white_with_the_words_of_its_name_and_its_maker(built, read):
+    out, dataset = built
     train = read(out, "train")
     pictures = [Image.open(io.BytesIO(sample["png"])) for sample in train.values()]
 
     assert {(one.mode, one.size) for one in pictures} == {("RGB", (32, 32))}
     assert {one.getextrema() for one in pictures} == {((0, 255),) * 3}  # black on white
-    assert train["mdi/bell-left"]["txt"] == b"bell left"
+    assert train["mdi/bell-left"]["txt"] == b"bell left" and set(train["mdi/bell-left"]) == {"png", "txt"}
     assert train["mdi/circle-outline"]["txt"] == b"circle outline"
-    assert set(train["mdi/bell-left"]) == {"png", "txt"}
     assert dataset["splits"]["train"]["images"] == len(train)
+    assert [credit["licence"] for credit in dataset["sources"]] == ["MIT"] * 3
+    images = sum(split["images"] for split in dataset["splits"].values())
+    assert sum(credit["images"] for credit in dataset["sources"]) == images
+    assert "| fluent | FLUENT | fluent people | MIT |" in (out / "LICENSES.md").read_text()
 
 
-def test_words_that_a_set_puts_on_its_names_are_cut_and_recorded(build, read):
-    out, _ = build()
-
+def test_words_that_a_set_puts_on_its_names_are_cut_and_recorded(built, read):
+    out, _ = built
     fluent = {key: sample for key, sample in read(out, "train").items() if key.startswith("fluent/")}
     recorded = json.loads((out / "captions.json").read_text())
 
     assert fluent and all(sample["txt"].decode().count(" ") == 1 for sample in fluent.values())
     names = len(NOUNS) * len(PLACES)
     assert recorded["cut"] == {"fluent": {"names": 2 * names, "end": {"16": names, "24": names, "filled": 2 * names}}}
-    assert "2%" in recorded["rule"] and recorded["why"] and "filled" in recorded["style_words"]
 
 
-def test_held_out_names_are_trained_on_in_no_set_and_in_no_order_of_words(build, read):
-    out, dataset = build(size=16)
-    captions = {
-        split: {sample["txt"].decode() for sample in read(out, split).values()} for split in icons.splits.SPLITS
-    }
-    said = {split: set(map(same_words, texts)) for split, texts in captions.items()}
+def test_held_out_names_are_trained_on_in_no_set_and_in_no_order_of_words(built, read):
+    samples = {split: read(built[0], split) for split in splits.SPLITS}
+    said = {split: {same_words(one["txt"].decode()) for one in of.values()} for split, of in samples.items()}
+    sets = {split: {key.split("/")[0] for key in of} for split, of in samples.items()}
 
-    assert said["validation"] and said["test_names"]
+    assert said["validation"] and said["test_names"] and not said["validation"] & said["test_names"]
     assert not said["train"] & (said["validation"] | said["test_names"])
-    assert not said["validation"] & said["test_names"]
-    assert {key.split("/")[0] for key in read(out, "test_styles")} == {"carbon"}
-    assert all(key.split("/")[0] in SETS.train for split in HELD_OUT[:2] for key in read(out, split))
+    assert sets["test_styles"] == {"carbon"} and "carbon" not in sets["train"] | sets["validation"] | sets["test_names"]
 
 
-def test_the_same_package_and_seed_give_the_same_bytes_and_another_seed_other_splits(build, make_package):
+def test_the_same_package_and_seed_give_the_same_bytes_and_another_seed_other_splits(build, make_package, monkeypatch):
     package = make_package()
-
-    first, dataset = build("first", package=package)
-    second, _ = build("second", package=package, processes=2)
-    third, other = build("third", package=package, seed=1)
+    first, dataset = build(package=package)
+    second, _ = build(package=package, processes=2)
+    third, other = build(package=package, seed=1)
 
     assert content(first) == content(second)
     assert content(first)["validation-000000.tar"] != content(third)["validation-000000.tar"]
     assert dataset["fingerprint"] != other["fingerprint"]
-
-
-def test_a_finished_data_set_is_not_built_again(build, make_package, monkeypatch):
-    package = make_package()
-    _, dataset = build(package=package)
     monkeypatch.setattr(iconify, "render", lambda *args: pytest.fail("drawn again"))
-
-    assert build(package=package)[1] == dataset
-
-
-def test_held_out_drawings_that_are_trained_on_are_left_out_and_counted(build, read):
-    def copy_drawings(sets):
-        mdi, carbon = sets["mdi"]["icons"], sets["carbon"]["icons"]
-        carbon["bell-left"] = mdi["circle-outline"]  # the same drawing under another name
-        body = mdi["circle-outline"]["body"].replace('r="9"', 'r="9.2"')
-        carbon["bell-right"] = {"body": body}  # nearly the same
-        carbon["bell-up"] = {"body": body.replace('r="9.2"', 'r="4"')}  # another one
-
-    before = read(build("before")[0], "test_styles")
-    out, dataset = build("after", copy_drawings)
-    after = read(out, "test_styles")
-
-    assert {"carbon/bell-left", "carbon/bell-right", "carbon/bell-up"} <= set(before)
-    assert set(before) - set(after) == {"carbon/bell-left", "carbon/bell-right"}
-    assert dataset["left_out_twins"]["test_styles"] == {"same": 1, "near": 1}
-    assert "mdi/circle-outline" in read(out, "train")
+    assert icons.build(first, package, sets=SETS) == dataset  # a finished data set is not built again
 
 
 def add_a_set_with_the_names_of_another(sets):
@@ -119,11 +83,15 @@ def add_a_set_with_the_names_of_another(sets):
     sets["tabler"] = icon_set("tabler", icons_)
 
 
-def test_drawings_are_held_out_of_training_where_another_set_keeps_the_name(build, read):
-    options = {"change": add_a_set_with_the_names_of_another, "sets": THREE}
-    trained_before = read(build("plain", **options)[0], "train")
-    out, dataset = build("drawings", test_drawings=True, **options)
-    trained, held_out = read(out, "train"), read(out, "test_drawings")
+@pytest.fixture(scope="module")
+def with_drawings(build):
+    return build(add_a_set_with_the_names_of_another, sets=THREE, test_drawings=True)
+
+
+def test_drawings_are_held_out_of_training_where_another_set_keeps_the_name(build, with_drawings, read):
+    plain, before = build(add_a_set_with_the_names_of_another, sets=THREE)
+    out, after = with_drawings
+    trained_before, trained, held_out = read(plain, "train"), read(out, "train"), read(out, "test_drawings")
 
     assert held_out.keys() <= trained_before.keys() and trained.keys() == trained_before.keys() - held_out.keys()
     assert 0.02 < len(held_out) / len(trained_before) < 2 * splits.TEST_DRAWINGS_SHARE
@@ -133,101 +101,66 @@ def test_drawings_are_held_out_of_training_where_another_set_keeps_the_name(buil
         assert sets and of not in sets, key  # all drawings that this set has of the name are held out together
         assert json.loads(sample["json"]) == {"captions": [caption.decode()], "group": of}
     assert {key.split("/")[0] for key in held_out} == {"mdi", "tabler"}  # fluent's captions are its own
-    assert dataset["splits"]["test_drawings"]["images"] == len(held_out) and "test_drawings" in dataset["rules"]
-
-
-def test_the_other_held_out_splits_are_the_same_with_and_without_drawings(build):
-    def copy_drawings(sets):  # of all that is trained on, some of it held out as a drawing, into the test set of styles
-        add_a_set_with_the_names_of_another(sets)
-        sets["carbon"]["icons"] |= {f"copy-{name}": one for name, one in sets["tabler"]["icons"].items()}
-
-    plain, before = build("plain", copy_drawings, sets=THREE)
-    out, after = build("drawings", copy_drawings, sets=THREE, test_drawings=True)
-
-    assert before["fingerprint"] != after["fingerprint"]
-    for split in HELD_OUT:
+    for split in HELD_OUT:  # the same with and without drawings
         assert before["splits"][split] == after["splits"][split] and before["splits"][split]["images"]  # with sha256
         assert before["left_out_twins"][split] == after["left_out_twins"][split]
-    assert before["left_out_twins"]["test_styles"]["same"] and "test_drawings" not in before["left_out_twins"]
-    assert not list(plain.glob("test_drawings*")) and list(out.glob("test_drawings-*.tar"))
+    assert before["fingerprint"] != after["fingerprint"] and "test_drawings" not in before["left_out_twins"]
 
 
-def test_held_out_drawings_with_a_near_duplicate_in_training_are_in_neither(build, read):
-    before, _ = build("before", add_a_set_with_the_names_of_another, sets=THREE, test_drawings=True)
+def test_held_out_drawings_with_a_twin_in_training_are_left_out_and_counted(build, with_drawings, read):
+    before, _ = with_drawings
     first, second, *_ = sorted(key for key in read(before, "test_drawings") if key.startswith("mdi/"))
 
     def copy_drawings(sets):
         add_a_set_with_the_names_of_another(sets)
-        icons_ = sets["mdi"]["icons"]
-        icons_["circle-copy"] = icons_[first.removeprefix("mdi/")]
-        body = icons_[second.removeprefix("mdi/")]["body"]
-        icons_["square-copy"] = {"body": f'<g transform="translate(.1 0)">{body}</g>'}
+        mdi, carbon = sets["mdi"]["icons"], sets["carbon"]["icons"]
+        mdi["circle-copy"] = mdi[first.removeprefix("mdi/")]
+        body = mdi[second.removeprefix("mdi/")]["body"]
+        mdi["square-copy"] = {"body": f'<g transform="translate(.1 0)">{body}</g>'}
+        carbon["bell-left"] = mdi["circle-outline"]  # the same drawing under another name
+        body = mdi["circle-outline"]["body"]
+        carbon["bell-right"] = {"body": body.replace('r="9"', 'r="9.2"')}  # nearly the same
+        carbon["bell-up"] = {"body": body.replace('r="9"', 'r="4"')}  # another one
 
-    out, dataset = build("after", copy_drawings, sets=THREE, test_drawings=True)
+    out, dataset = build(copy_drawings, sets=THREE, test_drawings=True)
 
     assert not {first, second} & (read(out, "test_drawings").keys() | read(out, "train").keys())
-    assert {"mdi/circle-copy", "mdi/square-copy"} <= read(out, "train").keys()
-    assert dataset["left_out_twins"]["test_drawings"] == {"same": 1, "near": 1}
+    assert {"mdi/circle-copy", "mdi/square-copy", "mdi/circle-outline"} <= read(out, "train").keys()
+    gone = set(read(before, "test_styles")) - set(read(out, "test_styles"))
+    assert gone == {"carbon/bell-left", "carbon/bell-right"}
+    left_out = dataset["left_out_twins"]
+    assert left_out["test_drawings"] == left_out["test_styles"] == {"same": 1, "near": 1}
 
 
-def test_what_cannot_be_drawn_and_what_shows_nothing_is_left_out_and_counted(build, read):
+def test_what_cannot_be_drawn_shows_nothing_or_is_of_a_set_left_out_is_counted(build, read):
     def spoil(sets):
         icons_ = sets["mdi"]["icons"]
         icons_["bell-left"]["body"] = "<path"
         icons_["bell-up"]["body"] = '<path d="M0 0h24v24z" fill="none"/>'
         icons_["bell-down"]["hidden"] = True
 
-    out, dataset = build(change=spoil)
+    out, dataset = build(spoil, sets=SETS.without(["fluent"]))
 
     assert dataset["skipped"] == {"cannot be read": 1, "shows nothing": 1}
     keys = {key for split in splits.SPLITS for key in read(out, split)}
     assert not {"mdi/bell-left", "mdi/bell-up", "mdi/bell-down"} & keys
+    assert {one["set"] for one in dataset["sources"]} == {"mdi", "carbon"}
+    with pytest.raises(ValueError, match="leave_out: nowhere"):
+        SETS.without(["mdi", "nowhere"])
 
 
-def test_makers_and_licences_are_named(build):
-    out, dataset = build()
-
-    assert [credit["licence"] for credit in dataset["sources"]] == ["MIT"] * 3
-    assert sum(credit["images"] for credit in dataset["sources"]) == sum(
-        split["images"] for split in dataset["splits"].values()
-    )
-    assert "fluent people" in (out / "LICENSES.md").read_text()
-
-
-def test_the_vocabulary_is_made_of_training_captions(build, read):
-    out, dataset = build()
-
+def test_the_vocabulary_is_made_of_training_captions(built, read):
+    out, dataset = built
     words = (out / "vocabulary.txt").read_text().split()
-    counts = {word: 0 for word in words}
-    for sample in read(out, "train").values():
-        for word in sample["txt"].decode().split():
-            counts[word] = counts.get(word, 0) + 1
+    said = [word for sample in read(out, "train").values() for word in sample["txt"].decode().split()]
 
-    assert set(words) == {word for word, count in counts.items() if count >= icons.WORDS_AT_LEAST}
-    assert [counts[word] for word in words] == sorted((counts[word] for word in words), reverse=True)
+    assert set(words) == {word for word in said if said.count(word) >= icons.WORDS_AT_LEAST}
+    assert [said.count(word) for word in words] == sorted((said.count(word) for word in words), reverse=True)
     assert dataset["vocabulary"]["words"] == len(words)
 
 
-def test_training_and_evaluation_read_it(build, read):
-    out, dataset = build()
-
-    def preprocess(image):
-        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float()
-
-    def tokenizer(texts):
-        return torch.tensor([[len(text)] for text in texts])
-
-    batches = list(train_loader(out, preprocess, tokenizer, 32, workers=0, cache=True, progress=False).dataloader)
-    samples = list(eval_samples(out / "test_styles-*.tar", preprocess))
-
-    assert len(batches) == dataset["splits"]["train"]["images"] // 32
-    assert len(samples) == dataset["splits"]["test_styles"]["images"]
-    assert {metadata["group"] for _, _, metadata in samples} == {"carbon"}
-    assert all(len(captions) == 1 for _, captions, _ in samples)
-
-
-def test_the_sets_of_the_study_are_each_in_one_list():
-    sets = Sets.read()
-
-    assert len(sets.train) == 135 and len(sets.test) == 10
-    assert len({*sets.train, *sets.test}) == 145
+def test_a_directory_without_the_package_is_refused(build, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"package: .*npm pack"):
+        build(package=tmp_path)
+    sets = Sets.read()  # the study's own
+    assert (len(sets.train), len(sets.test), len({*sets.train, *sets.test})) == (135, 10, 145)

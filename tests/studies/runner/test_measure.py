@@ -51,10 +51,6 @@ def test_both_directions_are_told_apart(monkeypatch):
     assert found["text_to_image_group"] == 0.5 and found["image_to_text_group"] == 0.5
 
 
-def test_without_a_size_there_are_no_groups(monkeypatch):
-    assert "text_to_image_group" not in numbers(monkeypatch, torch.eye(4), torch.eye(4), None)
-
-
 def test_pairs_tell_in_what_a_model_of_words_alone_fails(monkeypatch):
     # words, colours bound to things, relation, concept: a model that knows words and concepts only
     known = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from studies.scene_data.scenes import (
     COLOURS,
@@ -91,8 +90,3 @@ def test_half_covered_pixels_are_between_the_colour_and_white():
 def test_the_same_seed_gives_the_same_scenes_and_another_one_others():
     one, same, other = (pictures(scenes(seed), drawings().masks) for seed in (1, 1, 2))
     assert (one == same).all() and (one != other).any()
-
-
-def test_two_concepts_are_too_few_for_a_group():
-    with pytest.raises(ValueError, match="drawings: got 2 concepts, expected at least 3"):
-        sample(np.random.default_rng(0), drawings()._replace(counts=COUNTS[:2]), 1)
