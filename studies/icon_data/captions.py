@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 from clipup.demo.pictograms.captions import words
 
@@ -49,16 +50,13 @@ def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]
 
 
 def of_icons(icons: Sequence[Icon]) -> tuple[list[str], dict[str, dict]]:
-    """One caption per icon of several sets, and the words removed by set."""
-    names: dict[str, list[str]] = {}
-    for icon in icons:
-        names.setdefault(icon.set, []).append(icon.name)
+    """One caption per icon of several sets, one after the other, and the words removed by set."""
     texts, cut = [], {}
-    for prefix, of_set in names.items():
-        found, cut_here = captions(of_set)
+    for prefix, of_set in groupby(icons, key=lambda icon: icon.set):
+        found, cut_here = captions([icon.name for icon in of_set])
         texts += found
         if cut_here:
-            cut[prefix] = {"names": len(of_set), **cut_here}
+            cut[prefix] = {"names": len(found), **cut_here}
     return texts, cut
 
 

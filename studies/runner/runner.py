@@ -129,7 +129,6 @@ class _Run:
         self.device, self.part = device, part
         self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
         self.dataset = describe(data)
-        self.group_size: int | None = self.dataset.get("group_size")
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.tokenizer = tokenizers.get_tokenizer(config.model)
         self.model, self.step0 = self._model()
@@ -137,7 +136,9 @@ class _Run:
     def records(self) -> list[log.Record]:
         result = self._train()
         tests = [split for split in self.dataset["splits"] if split.startswith("test")]
-        test = {split: self._measure(result.model, split) for split in (*tests, "validation")}
+        test = {
+            split: self._measure(result.model, self._samples(split), with_hits=True) for split in (*tests, "validation")
+        }
         evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
         return [
             {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
@@ -187,11 +188,10 @@ class _Run:
             save_every_n_steps=_SAVE_EVERY,
             log_every_n_steps=_LOG_EVERY,
         )
-        loader = self._loader()
-        validation = list(self._samples("validation"))
+        loader, validation = self._loader(), self._samples("validation")
 
         def validate(model: nn.Module) -> dict[str, Any]:
-            numbers = measure.retrieval_numbers(model, validation, self.tokenizer, group_size=self.group_size)
+            numbers = self._measure(model, validation, with_hits=False)
             cosines = measure.expert_cosines(model)
             return {"numbers": numbers | ({"similarity": sum(cosines.values()) / len(cosines)} if cosines else {})}
 
@@ -212,12 +212,11 @@ class _Run:
         loader.set_epoch(0)
         yield from getattr(loader, "dataloader", loader)
 
-    def _samples(self, split: str) -> Any:
-        return eval_samples(self.data / f"{split}-*.tar", self.preprocess)
+    def _samples(self, split: str) -> list[Any]:
+        return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
 
-    def _measure(self, model: nn.Module, split: str) -> dict[str, Any]:
-        samples = list(self._samples(split))
-        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits=True, group_size=self.group_size)
+    def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
+        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, self.dataset.get("group_size"))
 
     def _about_data(self) -> dict[str, Any]:
         images = {split: content["images"] for split, content in self.dataset["splits"].items()}

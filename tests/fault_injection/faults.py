@@ -124,14 +124,15 @@ def _freeze(it: Campaign) -> set[str]:
 
 
 def _freeze_for_long(it: Campaign) -> set[str]:
-    """The other ranks must end without help; then torchrun ends the frozen one."""
-    pid = it.one_of(it.start.ranks(), "rank")
+    """The other ranks end without help, and then torchrun ends the frozen one; or they wait for what rank 0 does alone,
+    and the run goes on."""
+    pid, others = it.one_of(it.start.ranks(), "rank"), set()
     it.start.send(signal.SIGSTOP, pid)
     until = time.monotonic() + 3 * RANK_TIMEOUT
     while it.start.running and (others := set(it.start.ranks()) - {pid}) and time.monotonic() < until:
         time.sleep(0.1)
     it.start.send(signal.SIGCONT, pid)
-    return set() if others else LOST
+    return {"finished"} if others else LOST
 
 
 def _limit_files(it: Campaign) -> set[str]:

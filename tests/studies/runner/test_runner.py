@@ -63,6 +63,7 @@ def tiny_runs():
         patch.setattr(runner, "_SAVE_EVERY", 3)
         patch.setattr(runner, "_LOG_EVERY", 1)
         patch.setattr(runner, "_CLUSTERED", 2)
+        patch.setattr(runner, "_EVALUATIONS", 3)
         yield
     torch.set_num_threads(threads)
 

@@ -80,29 +80,6 @@ def test_sentences_have_gains_and_leads_by_split_and_measure(several):
     assert several.validation("sparse-0") == "39.00" and several.similarity("sparse-0") == MISSING
 
 
-def test_growth_is_over_the_seeds_that_all_arms_of_a_length_have_at_their_best_rates(write, make_records):
-    def record(arm, budget, seed, score, **more):
-        name = f"{arm}-{budget}-{more.get('lr', 0.1)}-s{seed}"
-        return make_records(name, arm, seed=seed, score=score, start=f"start-{seed}", budget=budget, **more)
-
-    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.1 + seed / 10) for seed in (0, 1, 2)]
-    for seed in (0, 1):
-        logs += [record("clip_up", 5, seed, 0.52), record("dense_continued", 5, seed, 0.50 + seed / 100)]
-        logs += [record("dense_equal_flops", 5, seed, 0.54)]
-    logs += [record("clip_up", 5, 2, 0.99)]  # the others do not have this seed
-    logs += [record("clip_up", 5, 0, 0.99, lr=0.2, validation=0.4)]  # not the best on validation
-    logs += [record("clip_up", 50, 1, 0.60), record("dense_continued", 50, 1, 0.61), record("limoe", 5, 2, 0.5)]
-    tables = Tables(write(*logs))
-
-    assert rows(tables.growth("clip_up", ["dense_continued", "dense_equal_flops"]))[2:] == [
-        ["0", "2", "6.75", "6.75", "6.75", "–", "–"],
-        ["5", "2", "22.73", "24.30", "23.40", "+0.68 ± 2.86", "**-0.90 ± 0.00**"],
-        ["50", "1", "27.45", "–", "27.00", "-0.45", "–"],
-    ]
-    with pytest.raises(ValueError, match="dense_continued, limoe of 5 steps have no seed in common"):
-        tables.growth("limoe", ["dense_continued"])
-
-
 def test_starts_are_compared_over_the_seeds_that_all_with_enough_of_them_have(write, make_records):
     logs = []
     for steps, gain, lead, seeds in ((5, 0.0, 0.04, 1), (50, 0.02, 0.01, 2), (500, 0.0, 0.04, 3)):
