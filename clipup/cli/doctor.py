@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def check_kernels(options: Options) -> int:
     """Checks the kernels of a device and prints the findings; 1 if an op failed."""
     from clipup_kernels.machine import describe_machine
-    from clipup_kernels.self_check import check_again, known_faults, report
+    from clipup_kernels.self_check import check_again, report
 
     from ..precision import check_device
 
@@ -65,7 +65,7 @@ def check_kernels(options: Options) -> int:
     failed = sum(finding.reason is not None for finding in findings)
     if options.json:
         about = {"machine": describe_machine(device), "findings": [dataclasses.asdict(finding) for finding in findings]}
-        print(json.dumps(about | {"failed": failed, "note": known_faults(device)}, indent=2))
+        print(json.dumps(about | {"failed": failed}, indent=2))
     else:
         print(report(findings, device))
         waits = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
