@@ -8,7 +8,7 @@ from PIL import Image
 import clipup
 from clipup import MoEConfig, step0_difference, upcycle
 from clipup.cli import main
-from clipup.cli.inspect import load
+from clipup.cli.runs import model_of
 from clipup.clip.inputs import random_inputs
 
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
@@ -127,7 +127,8 @@ def test_a_checkpoint_with_a_text_tower_of_hugging_face_is_converted_without_its
 
 def test_the_model_of_an_unfinished_run_is_inspected_as_it_was_trained(checkpoint):
     path, model = checkpoint(True, quick_gelu=True, init_logit_bias=-7.5)
-    loaded, transform, _ = load(str(path.parent.parent), "cpu")
+    with model_of(str(path.parent.parent)) as name:
+        loaded, _, transform = clipup.create_model_and_transforms(name)
 
     images, texts = random_inputs(model, 2)
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))

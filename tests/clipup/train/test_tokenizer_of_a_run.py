@@ -7,7 +7,7 @@ import pytest
 
 import clipup
 from clipup.cli import main
-from clipup.cli.inspect import load
+from clipup.cli.runs import model_of
 from clipup.train import Every, TrainOptions, train
 
 NAME = "clipup-icons-w64"
@@ -66,7 +66,8 @@ def test_a_checkpoint_is_converted_and_inspected_with_the_tokenizer_of_its_run(
     (shutil.copytree if checkpoint == "sharded" else shutil.copy)(newest(run), moved)
     monkeypatch.chdir(tmp_path / "moved")
 
-    assert load(str(run), "cpu")[2]([TEXT]).tolist() == expected
+    with model_of(str(run)) as name:
+        assert tokens(name) == expected
     assert main(["convert", str(moved), str(tmp_path / "out")]) == 0
     assert tokens(tmp_path / "out") == expected
 
