@@ -110,7 +110,7 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Campaign], set[
         twice = times > 1 or (several and everything)  # torchrun forwards its own
         late = logged_steps(it.directory) >= it.workload.steps
         allowed = {"stopped", "finished"} | ({"interrupted", "killed"} if twice or late or not begun else set())
-        return allowed | (LOST if several and twice else set())  # a rank may end before the other one
+        return allowed | (LOST if several and (twice or not begun) else set())  # a rank may end before the other one
 
     return strike
 
