@@ -39,7 +39,7 @@ class Validation(NamedTuple):
 
 def build_validations(options: TrainOptions, built: Built, precision: Precision, ranks: Ranks) -> list[Validation]:
     """Those that the options ask for; their data are found now, and read when they are measured."""
-    share = Share(ranks.rank, ranks.world_size, ranks.gather, in_step=options.is_sharded)
+    share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.is_sharded)
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": precision, "share": share}
     validations = []
     if options.val_data is not None:

@@ -334,7 +334,7 @@ class Trainer:
             self.model.train()
             if self.ranks.first and numbers is not None:
                 self.reports.evaluation(numbers)
-        self.ranks.first_does(lambda: None)  # the others wait
+        self.ranks.gather_patiently(None)  # the others wait
         self.clock.restart()
         return numbers
 

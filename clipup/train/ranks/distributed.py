@@ -1,14 +1,15 @@
 """The ranks of a run and what they tell each other: several processes under torchrun, or a single one.
 
 Two groups connect the ranks. The computing group, torch's default one, has ``options.dist_timeout``: a rank that waits
-longer in it fails, because another one is frozen or gone. In the control group ranks wait for hours: for rank 0, which
-saves and evaluates, and for each other's part of an evaluation. torchrun ends the other ranks of a node when one fails.
+longer in it fails, because another one is frozen or gone. In the control group ranks wait for hours, for each other's
+part of an evaluation. torchrun ends the other ranks of a node when one fails.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ...precision import check_device
 from ..options import TrainOptions
 from .launched import DISTRIBUTED, Launched, first_set
 
+_VOTE_SECONDS = 0.2
 _CONTROL_TIMEOUT = timedelta(hours=4)
 _BACKENDS = {"nccl": "cpu:gloo,cuda:nccl"}
 """The computing group also takes tensors on the CPU."""
@@ -66,25 +68,38 @@ class Ranks:
             values = values / self.world_size
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank. Waits for all of them, for hours."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Every rank's value, on every rank."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=group)
         return values
 
+    def gather_patiently(self, value: Any) -> list[Any]:
+        """``gather`` that waits for hours for a rank."""
+        return self.gather(value, self.control)
+
     def first_does(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 acts while the others wait. Every rank gets what the action returns, or its OSError, ValueError or
-        ImportError."""
-        done = [_outcome(action) if self.first else None]
-        if self.several:
-            dist.broadcast_object_list(done, src=0, group=self.control)
+        """Rank 0 acts while the others wait. Every rank gets what the action returns, or its error.
+
+        It acts in a thread, however long it takes, while all ranks vote whether it has ended: a frozen one does not.
+        """
+        if not self.several:
+            return action()
+        done: list[Any] = [None]
+        worker = threading.Thread(target=lambda: done.__setitem__(0, _outcome(action)), daemon=True)
+        if self.first:
+            worker.start()
+        while self.any(worker.is_alive()):
+            if self.first:
+                worker.join(_VOTE_SECONDS)
+        dist.broadcast_object_list(done, src=0, device=torch.device("cpu"))
         return self._result(0, done[0])
 
     def each_does(self, action: Callable[[], Any]) -> list[Any]:
-        """What the action returns on every rank, or the first such error on all of them."""
-        return [self._result(rank, done) for rank, done in enumerate(self.gather(_outcome(action)))]
+        """What the action returns on every rank, or the first error on all of them."""
+        return [self._result(rank, done) for rank, done in enumerate(self.gather_patiently(_outcome(action)))]
 
     def _result(self, rank: int, outcome: Any) -> Any:
         result, error = outcome
@@ -98,7 +113,7 @@ class Ranks:
 def _outcome(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return action(), None
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
         return None, error
 
 
