@@ -130,7 +130,8 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     else:
         advice = (
             "it holds no shard (.tar) and no CSV file. Images with captions beside them (KEY.jpg, KEY.txt) make a "
-            f"shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar"
+            f"shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar. Or write a CSV file with the "
+            "columns filepath and title, separated by a tab, one image per line, and name that file"
         )
     return ValueError(f"{argument}: {root} is a directory: {advice}")
 
