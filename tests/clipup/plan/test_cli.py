@@ -28,7 +28,9 @@ def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
 
 def test_hours_and_price_follow_from_the_measured_pace(capsys):
     pace = ["--images-per-second", "100", "--price", "3", "--gpus", "1"]
-    run = planned(capsys, *pace, "--epochs", "2", "--train-num-samples", "180000")["plan"]["run"]
+    made = planned(capsys, *pace, "--epochs", "2", "--train-num-samples", "180000")["plan"]
+    run = made["run"]
+    assert made["memory"]["available_bytes"] == 80e9
     assert (run["samples"], run["steps"]) == (358_400, 350)  # 800 pairs of an epoch fill no step
     assert run["gpu_hours"] == pytest.approx(1, rel=0.01) and run["price"] == 3 * run["gpu_hours"]
     assert (

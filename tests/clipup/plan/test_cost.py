@@ -70,7 +70,7 @@ def test_a_locked_tower_runs_forward_alone_and_has_no_gradients(subject):
     locked, plain = (plan(one, options, Cluster(8, H100), 256) for one in (Subject(clip), subject))
     assert plain.flops - locked.flops == pytest.approx(3 * 32 * count(clip).text_gflops * 1e9)
     for name in ("gradients", "optimizer (AdamW)", "activations"):
-        assert sizes(locked)[name] < 0.7 * sizes(plain)[name], name
+        assert sizes(locked)[name] < 0.9 * sizes(plain)[name], name
     assert sizes(locked)["parameters"] == sizes(plain)["parameters"]
 
 
