@@ -15,7 +15,7 @@ EVIL = "<script>alert('caption')</script>\"><img src=x onerror=alert(1)> \ud83d 
 def test_the_page_has_every_number_and_stands_alone(inputs):
     html = render_demo(**inputs)
     page = Page(html)
-    assert html.startswith("<!doctype html>") and html.count("upcycled</text>") == 3
+    assert html.startswith("<!doctype html>") and html.count("upcycled</text>") == 3 and ">15%</text>" in html
     assert_stands_alone(html)
     for make in (comparison_tables.quality, comparison_tables.cost, comparison_tables.splits):
         for cell in (cell for one in make(inputs["report"]).columns for cell in one.cells):
