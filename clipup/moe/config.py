@@ -159,14 +159,17 @@ class MoEConfig:
         check("last_blocks", last, positive, "None for all or, without a list of blocks, an int of at least 1")
 
     def _check_combinations(self) -> None:
-        shards = f"counts shards of MLPs, of which {self.granularity} (granularity) make a whole one"
+        shards = (
+            f"is not a multiple of granularity ({self.granularity}): it counts shards of MLPs, and {self.granularity} "
+            "shards make a whole MLP; round it up or down"
+        )
         weighted = [name for name in _NOT_AVERAGES if getattr(self, name) > 0]
         unused = [name for name, off in _NOT_OF_EXPERT_CHOICE.items() if getattr(self, name) != off]
         unused += ["a decoder in towers"] * ("decoder" in (self.towers or ()))
         for refused, why in (
             (self.top_k > self.num_experts, f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})"),
-            (self.num_experts % self.granularity, f"num_experts ({self.num_experts}) {shards}; round it up or down"),
-            (self.top_k % self.granularity, f"top_k ({self.top_k}) {shards}; round it up or down"),
+            (self.num_experts % self.granularity, f"num_experts ({self.num_experts}) {shards}"),
+            (self.top_k % self.granularity, f"top_k ({self.top_k}) {shards}"),
             (
                 self.load_weight > 0 and self.router_noise == 0,
                 "load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise",

