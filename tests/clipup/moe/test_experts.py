@@ -121,3 +121,10 @@ def test_norm_parameters_keep_their_type_in_autocast(monkeypatch):
         layer(torch.randn(6, D))
     rows, weight, bias, *_ = seen[0]
     assert rows.dtype == torch.bfloat16 and weight is layer.ln_weight and bias is layer.ln_bias
+
+
+def test_a_reset_norm_is_the_identity():
+    layer = make_layer(False)
+    layer.reset_parameters()
+    assert torch.equal(layer.ln_weight, torch.ones_like(layer.ln_weight))
+    assert torch.equal(layer.ln_bias, torch.zeros_like(layer.ln_bias))

@@ -300,7 +300,8 @@ def test_tokens_that_the_attention_mask_masks_are_not_routed(name):
     dense = tiny_hugging_face(name)
     if name == "BertModel":
         dense.set_attn_implementation("eager")
-        dense.config.chunk_size_feed_forward = 1
+        for block in dense.encoder.layer:
+            block.chunk_size_feed_forward = 1  # of all tokens the experts are chosen together
     sparse = upcycle(dense, sparse_config(dense))
     batch = random_batch(dense, 3)
     length = batch["input_ids"].shape[1]
