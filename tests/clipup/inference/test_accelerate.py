@@ -182,7 +182,11 @@ assert difference < 1e-5, difference
 """
 
 
-@pytest.mark.parametrize("machine", [{"CLIPUP_BACKEND": "torch_eager"}, {"CLIPUP_CPU_ISA": "portable"}], ids=str)
+@pytest.mark.parametrize(
+    "machine",
+    [{"CLIPUP_BACKEND": "torch_eager"}, pytest.param({"CLIPUP_CPU_ISA": "portable"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_pickle_is_computed_on_every_cpu(machine):
     model = sparse_clip()
     _, texts = random_inputs(model, batch_size=2)
