@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipup.train import train
+from clipup.train import Every, train
 from clipup.train.checkpoints.open_clip_format import load
 from clipup.train.log.records import LOG
 
@@ -118,3 +118,18 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_no_half_
         train(options(**data, steps=40, save_every_n_steps=2))
 
     assert load(Path(re.search(message, str(raised.value)).group(1)))["step"] >= 4
+
+
+def test_no_data_worker_outlives_a_run_that_fails(model_directory, csv_data, options):
+    workers = []
+
+    def fail(model):
+        workers.extend(multiprocessing.active_children())
+        raise RuntimeError("the callback failed")
+
+    settings = options(model=str(model_directory), train_data=csv_data, workers=2, batch_size=4)
+    with pytest.raises(RuntimeError, match="the callback failed") as raised:
+        train(settings, callbacks=[Every(2, fail)])
+
+    assert len(workers) == 2 and raised.tb is not None  # the traceback holds the frames of the run
+    assert multiprocessing.active_children() == []

@@ -98,7 +98,7 @@ def test_learning_rates_fall_with_the_depth_of_a_tower_and_may_differ_for_router
     assert order == sorted(order, reverse=True)
 
 
-@pytest.mark.parametrize(("before", "now"), [(10.0, 1.0), (1.0, 0.1)])
+@pytest.mark.parametrize(("before", "now"), [(10.0, 0.1), (1.0, 10.0)])
 def test_another_scale_on_resume_is_the_only_one_from_then_on(make_model, options, before, now):
     model, chosen = make_model(SPARSE), options(moe_lr_scale=now, warmup=0, lr_scheduler="const")
     state = optimizer_state(create_optimizer(model, options(moe_lr_scale=before)), model)
