@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -41,9 +41,15 @@ class NothingToPrepare(ValueError):
     """The model has no layer that can be prepared."""
 
 
+@overload
+def accelerate(  # type: ignore[overload-overlap]  # a single MLP is replaced
+    model: nn.Sequential, inplace: bool = False, weights: str | None = None
+) -> nn.Sequential | PreparedMLP: ...
+@overload
+def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M: ...
 @torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
-def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M:
+def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
     The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, and self-attention in the
@@ -83,7 +89,7 @@ def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M
     if not inplace:
         model = copy.deepcopy(model)
     if _is_mlp(model):
-        return cast(M, PreparedMLP(model, weights).requires_grad_(False))
+        return PreparedMLP(model, weights).requires_grad_(False)
     experts: list[Any] = [module for module in model.modules() if type(module) in _PREPARED]
     dense = _dense_mlps(model)
     if not experts and not dense and not any(isinstance(module, Prepared) for module in model.modules()):

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
+
+from typing_extensions import Unpack
 
 from ..checks import boolean, check, is_int, number, one_of, positive_number, width
 
@@ -37,9 +39,6 @@ _CHOICES = {
     "loss_scope": LossScope,
 }
 
-
-_OF_MODELS = ("reinit_ratio", "towers", "blocks", "last_blocks", "padding_aware")
-"""Fields that a single layer does not read."""
 _NOT_AVERAGES = ("importance_weight", "load_weight", "global_entropy_weight")
 """Weights of losses that are not averages over tokens, so that they cannot be computed batch by batch."""
 _NOT_OF_EXPERT_CHOICE: dict[str, Any] = {
@@ -50,6 +49,46 @@ _NOT_OF_EXPERT_CHOICE: dict[str, Any] = {
     "loss_scope": "batch",
 }
 """Fields about experts that tokens choose, and the value that turns them off."""
+
+
+class LayerOptions(TypedDict, total=False):
+    """The fields of ``MoEConfig`` that concern a single layer, as keyword arguments."""
+
+    num_experts: int
+    top_k: int
+    granularity: int
+    shared_expert: bool
+    routing: RoutingKind
+    capacity_factor: float | None
+    eval_capacity_factor: float | None
+    normalize_gates: GateNormalization
+    priority: bool
+    router_noise: float
+    score_function: ScoreFunction
+    selection_bias: SelectionBias
+    selection_bias_rate: float
+    balance_weight: float
+    balance: BalanceForm
+    loss_scope: LossScope
+    z_weight: float
+    importance_weight: float
+    load_weight: float
+    local_entropy_weight: float
+    global_entropy_weight: float
+    entropy_threshold: float | None
+
+
+class MoEOptions(LayerOptions, total=False):
+    """All fields of ``MoEConfig``, as keyword arguments."""
+
+    reinit_ratio: float
+    towers: tuple[Tower, ...] | None
+    blocks: Blocks | tuple[int, ...]
+    last_blocks: int | None
+    padding_aware: bool
+
+
+_OF_MODELS = MoEOptions.__annotations__.keys() - LayerOptions.__annotations__.keys()
 
 
 @dataclass(frozen=True)
@@ -195,14 +234,15 @@ class MoEConfig:
                 raise ValueError(why)
 
     @classmethod
-    def clip_up(cls, **overrides: Any) -> MoEConfig:
+    def clip_up(cls, **overrides: Unpack[MoEOptions]) -> MoEConfig:
         """The CLIP-UP recipe (arXiv 2502.00965): 8 experts, top 2, every other block of both towers, capacity factor 1.
 
         The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
         values, not confirmed by the paper's text.
         """
-        preset: dict[str, Any] = {"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2"}
-        return cls(**preset | overrides)
+        preset: MoEOptions = {"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2"}
+        options: MoEOptions = {**preset, **overrides}
+        return cls(**options)
 
     @property
     def mean_choices(self) -> int:
@@ -216,7 +256,7 @@ class MoEConfig:
         factor = self.capacity_factor if training or self.eval_capacity_factor is None else self.eval_capacity_factor
         return 1.0 if factor is None else factor
 
-    def replace(self, **changes: Any) -> MoEConfig:
+    def replace(self, **changes: Unpack[MoEOptions]) -> MoEConfig:
         """A copy with some fields changed, validated like a new config."""
         return dataclasses.replace(self, **changes)
 
@@ -263,14 +303,14 @@ LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if fi
 """The fields that are weights of auxiliary losses: those named ``LOSS_weight``."""
 
 
-def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConfig:
+def layer_config(config: MoEConfig | None, overrides: LayerOptions) -> MoEConfig:
     """The config of a single layer.
 
     Raises:
         TypeError: ``config`` is not a MoEConfig, or an override is not one of the fields that concern a layer.
     """
     check_config("config", MoEConfig() if config is None else config)
-    if of_models := ", ".join(sorted(overrides.keys() & set(_OF_MODELS))):
+    if of_models := ", ".join(sorted(overrides.keys() & _OF_MODELS)):
         raise TypeError(f"{of_models}: not an option of a sparse layer, but of upcycling a model")
     return (config or MoEConfig()).replace(**overrides)
 

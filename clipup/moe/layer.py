@@ -13,13 +13,14 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import checks
 from ..dense.dense_mlp import DenseMLP
 from ..dense.expert_init import experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import MoEConfig, layer_config
+from .config import LayerOptions, MoEConfig, layer_config
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
@@ -87,7 +88,7 @@ class SparseMoE(Experts):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **overrides: Any,
+        **overrides: Unpack[LayerOptions],
     ) -> None:
         config = layer_config(config, overrides)
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "gated": gated, "norm": norm}

@@ -12,7 +12,7 @@ import peers
 import plot
 import pytest
 import torch
-from moe_layer import Case, check_loads, expert_loads, make_weights, make_x, without_close_calls
+from moe_layer import Case, check_loads, expert_loads, make_weights, make_x
 
 TINY = ["--shapes", "48x16x32", "--threads", "1", "--seconds", "0.05", "--rounds", "2"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -69,17 +69,6 @@ def test_ratios_are_taken_pair_by_pair_after_two_untimed_rounds():
     assert timings["base"].ratio == 1
     assert 1.5 < timings["slow"].ratio < 6
     assert timings["slow"].p20_ms <= timings["slow"].median_ms <= timings["slow"].p80_ms
-
-
-def test_tokens_with_close_calls_are_left_out_of_the_comparison():
-    weights = make_weights(Case(1, 16, 16, 4), 2, torch.float32)
-    x = make_x(500, 16, torch.float32)
-    kept = without_close_calls(x, weights, gap=0.05)
-    assert 250 < len(kept) < 500
-    logits = (kept @ weights.router.T).sort(descending=True).values
-    assert (logits[:, 1] - logits[:, 2]).min() > 0.0499
-    everyone = make_weights(Case(1, 16, 16, 2), 2, torch.float32)
-    assert len(without_close_calls(x, everyone, gap=0.05)) == 500
 
 
 def test_what_fails_or_is_wrong_can_be_left_out_but_never_this_project(monkeypatch, tmp_path, capsys):

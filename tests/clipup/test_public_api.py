@@ -4,12 +4,14 @@ import ast
 import importlib.util
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import clipup
 import clipup_kernels
+from clipup.moe.config import MoEOptions
 
 SOURCE = Path(clipup.__file__)
 ROOT = SOURCE.parents[1]
@@ -78,8 +80,12 @@ net: Net = clipup.upcycle(Net())
 net = clipup.upcycle([net, net], clipup.MoEConfig.clip_up(num_experts=4, towers=("image",)))
 net = clipup.accelerate(net)
 layer: clipup.SparseMoE = clipup.accelerate(clipup.SparseMoE(8, 16, num_experts=4))
-clipup.MoEConfig(n_experts=4)  # error: [call-arg]
-clipup.MoEConfig(routing="expert")  # error: [arg-type]
+clipup.accelerate(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))[0]  # error: [index]
+clipup.SparseMoE(8, 16, n_experts=4)  # error: [call-arg]
+clipup.SparseMoE(8, 16, towers=("image",))  # error: [call-arg]
+clipup.SparseMoE(8, 16, num_experts="4")  # error: [arg-type]
+clipup.MoEConfig.clip_up(n_experts=4)  # error: [call-arg]
+clipup.MoEConfig().replace(routing="expert")  # error: [arg-type]
 """
 
 
@@ -96,3 +102,8 @@ def test_type_checkers_know_what_is_returned_and_refuse_options_that_there_are_n
         for number, line in enumerate(CALLS.splitlines(), 1)
         if "# error: " in line
     ], run.stdout + run.stderr
+
+
+def test_the_typed_options_are_the_fields_of_the_config():
+    fields = typing.get_type_hints(clipup.MoEConfig)
+    assert typing.get_type_hints(MoEOptions) == fields

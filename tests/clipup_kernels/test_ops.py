@@ -46,7 +46,7 @@ def test_router_logits_follow_the_oracle(force_backend, case):
     assert_follows_oracle(router_case(case["size"], case["dtype"], case["masked"]))
 
 
-@pytest.mark.parametrize("backend", {BACKENDS[0], BACKENDS[-1]})
+@pytest.mark.parametrize("backend", dict.fromkeys((BACKENDS[0], BACKENDS[-1])))
 @pytest.mark.parametrize("name", GATINGS)
 def test_gating_follows_the_oracle(force_backend, name, backend):
     force_backend(backend)
