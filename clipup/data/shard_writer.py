@@ -117,8 +117,14 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
+        replaced = aside / "replaced"
         if directory.exists():
-            directory.rename(aside / "replaced")
-        building.rename(directory)
+            directory.rename(replaced)
+        try:
+            building.rename(directory)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(directory)
+            raise
     finally:
         remove_aside(aside)

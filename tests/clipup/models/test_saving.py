@@ -229,8 +229,8 @@ def test_incomplete_directories_are_refused_by_the_name_of_the_file(saved, file,
         clipup.create_model_and_transforms(f"local-dir:{saved}")
     if file == WEIGHTS_NAME:
         assert len(moe_layers(clipup.create_model_and_transforms(str(saved), load_weights=False)[0])) == 4
-    with pytest.raises(ValueError, match="pretrained="):
-        clipup.create_model_and_transforms(str(saved), "openai")
+        with pytest.raises(ValueError, match="pretrained="):
+            clipup.create_model_and_transforms(str(saved), "openai")
 
 
 def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):

@@ -140,6 +140,24 @@ def test_a_build_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch, er
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_failing_rename_puts_the_old_data_set_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    build_few(out)
+    before = content(out)
+    rename = os.rename
+
+    def no_rename_of_new(self, target):
+        if self.name == "out" and self != out:
+            raise OSError("cannot rename")
+        return rename(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", no_rename_of_new)
+    with pytest.raises(OSError, match="cannot rename"):
+        build_few(out, size=16, overwrite=True)
+    assert content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(("named", "options"), [("size", {"size": 4}), ("samples_per_shard", {"samples_per_shard": 0})])
 def test_wrong_options_are_refused_by_name(tmp_path, named, options):
     with pytest.raises(ValueError, match=named):
