@@ -16,19 +16,12 @@ from typing import NamedTuple
 
 from .. import checks
 from ..progress import printable
+from .options import CsvFormat
 from .samples import PackedTexts, Sample, digest_of
 from .skips import RETRIES, Retries, Skips, read_whole
 
 _MOST_SHOWN = 200
 """Characters of the path of an image in a message."""
-
-
-class CsvFormat(NamedTuple):
-    """The column separator, and the columns with image paths and captions."""
-
-    separator: str = "\t"
-    img_key: str = "filepath"
-    caption_key: str = "title"
 
 
 class Row(NamedTuple):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..checks import check, one_of
-from .csv_files import CsvFormat
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
 CSV_EXTENSIONS = (".csv", ".tsv")
 _OF_A_RANK = ("train_data", "workers", "data_retries", "allow_pipe")
 """Options in which ranks may differ: where the files lie, and how they are read."""
+
+
+class CsvFormat(NamedTuple):
+    """The column separator, and the columns with image paths and captions."""
+
+    separator: str = "\t"
+    img_key: str = "filepath"
+    caption_key: str = "title"
 
 
 def is_csv(source: str | None, dataset_type: str = "auto") -> bool:

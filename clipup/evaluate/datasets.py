@@ -24,9 +24,10 @@ import open_clip
 from torch import Tensor
 
 from .. import checks
-from ..data.csv_files import CsvFormat, csv_samples, leaves
+from ..data.csv_files import csv_samples, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
+from ..data.options import CsvFormat
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE

@@ -28,6 +28,7 @@ from . import shard_files
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 _ROUTER = ".router.weight"
 _CHUNK_BYTES = 1 << 24
+_DIRECTORY_ATTRIBUTE = 0x10
 _MAX_SHOWN = 5
 _INITIALIZATIONS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 """Those that a mode sees. The others, and what they draw, take little time."""
@@ -101,6 +102,8 @@ def check_archive(path: Path, suffix: str = "") -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
+                if record.external_attr & _DIRECTORY_ATTRIBUTE:  # torch would read its tensor from uninitialized memory
+                    raise ValueError(f"{record.filename} is marked as a directory")
                 if record.filename.endswith(suffix):
                     with archive.open(record) as content:
                         while content.read(_CHUNK_BYTES):

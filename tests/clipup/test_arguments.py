@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -33,7 +32,6 @@ def make_layer(**options):
         ("dropout", 1.0, ValueError),
         ("dropout", True, TypeError),
         ("entropy_threshold", -5, ValueError),
-        ("num_experts", 2**31, ValueError),
         ("d_model", None, ValueError),
         ("capacity_factor", math.inf, ValueError),
         *[(name, value, error) for name in NUMBERS for value, error in (("x", TypeError), (math.nan, ValueError))],
@@ -44,11 +42,7 @@ def test_invalid_layer_option_is_named_in_the_error(name, value, error):
         make_layer(**{name: value})
 
 
-def test_inputs_must_be_tensors():
-    with pytest.raises(TypeError, match="x must be a tensor"):
-        make_layer()(np.zeros((2, D), np.float32))
-    with pytest.raises(TypeError, match="mask must be a tensor"):
-        make_layer()(torch.zeros(2, D), [True, False])
+def test_images_must_be_a_tensor():
     dense = tiny_clip()
     with pytest.raises(TypeError, match="images must be a tensor"):
         step0_difference(dense, upcycle(dense, MoEConfig(num_experts=4)), images=[1])

@@ -123,22 +123,3 @@ def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options,
 
     directory = Path(options().logs) / "run"
     assert latest(directory)["step"] == 4 and not (directory / "model").exists()
-
-
-def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(make_model, pairs, options):
-    def run(**changes):
-        return train(options(**changes), model=make_model(), loader=pairs())
-
-    folder = run().directory / "checkpoints"
-    state = torch.load(folder / "epoch_latest.pt", weights_only=True)
-    state["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan)
-    for name in ("epoch_latest.pt", "epoch_2.pt"):
-        (folder / name).unlink()
-        torch.save(state, folder / name)
-
-    with pytest.raises(ValueError, match="epoch_2.pt"):
-        run(resume=str(folder / "epoch_2.pt"))
-    resumed = run(resume="latest")
-
-    assert "epoch_1.pt, because" in (resumed.directory / "out.log").read_text()
-    assert [record["step"] for record in resumed.history] == [1, 2, 3, 4, 5, 6]
