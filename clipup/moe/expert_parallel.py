@@ -51,13 +51,20 @@ def whole(tensor: Any) -> Any:
 
 
 def group_of(weight: Any) -> dist.ProcessGroup | None:
-    """The ranks over which a stacked weight's experts are sharded, evenly over one dimension of the mesh; None if every
-    rank has all of them."""
+    """The ranks over which a stacked weight's experts are sharded, over one dimension of the mesh; None if every rank has
+    all of them.
+
+    Raises:
+        ValueError: they cannot be sharded evenly.
+    """
     over = [i for i, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard(0)]
     if not over:
         return None
     (dimension,) = over
-    return weight.device_mesh.get_group(dimension) if weight.device_mesh.size(dimension) > 1 else None
+    ranks = weight.device_mesh.size(dimension)
+    if weight.shape[0] % ranks:
+        raise ValueError(f"{weight.shape[0]} experts cannot be sharded evenly over {ranks} ranks")
+    return weight.device_mesh.get_group(dimension) if ranks > 1 else None
 
 
 def computed_where_the_experts_are(

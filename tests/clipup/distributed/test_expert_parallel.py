@@ -32,13 +32,5 @@ def test_outputs_and_gradients_are_those_of_one_process(errors, case):
     assert max(errors[case]) < TOLERANCES.get(case, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("3 experts", "ValueError: 3 experts cannot be sharded evenly over 2 ranks"),
-        ("two dimensions", "ValueError: the experts are sharded over 2 dimensions of"),
-        ("distributed x", "TypeError: x is a DTensor"),
-    ],
-)
-def test_what_cannot_be_divided_is_refused_by_name(errors, case, message):
-    assert all(found.startswith(message) for found in errors[case]), errors[case]
+def test_experts_that_cannot_be_divided_are_refused_by_number(errors):
+    assert all(found.startswith("ValueError: 3 experts cannot be sharded evenly") for found in errors["3 experts"])
