@@ -34,12 +34,6 @@ def test_flops_of_models_match_published_numbers(published, name):
     assert sparse.image_gflops + sparse.text_gflops == pytest.approx(sparse_both, rel=0.01)
 
 
-def test_sparse_b16_costs_31_percent_of_dense_l14(published):
-    sparse, dense = published["ViT-B-16"][1], published["ViT-L-14"][0]
-    ratio = (sparse.image_gflops + sparse.text_gflops) / (dense.image_gflops + dense.text_gflops)
-    assert ratio == pytest.approx(0.309, rel=0.01)
-
-
 def test_parameters_of_b16_match_published_numbers(published):
     dense, sparse = published["ViT-B-16"]
     assert dense.params == dense.active_params == pytest.approx(150e6, rel=0.01)

@@ -4,12 +4,11 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
-import open_clip
 import pytest
 import timm
 import torch
 from padded_clip import randomise_experts, routed_texts, set_padding_aware, sparse_clip, text_layers, text_tower
-from tiny_clip import tiny_clip, tiny_config
+from tiny_clip import tiny_clip
 from tiny_families import HAS_MODERN_TEXT, HUGGING_FACE, build, coca_cfg, hugging_face_cfg, modern_text_clip
 
 from clipup import MoEConfig, aux_loss, moe_layers, upcycle
@@ -54,14 +53,6 @@ def test_features_and_gradients_equal_those_with_padding(kind, options):
     assert routed_texts(model) == [None, None]
 
 
-def test_experts_with_a_norm_support_masks():
-    model = randomise_experts(upcycle(tiny_clip("custom_blocks", text_cfg={"scale_fc": True}), DROPLESS))
-    features = model.encode_text(make_texts(model))
-    assert all_masked(model) and all(layer.ln_weight is not None for layer in text_layers(model))
-    set_padding_aware(model, False)
-    torch.testing.assert_close(model.encode_text(make_texts(model)), features)
-
-
 @pytest.mark.parametrize(
     ("kind", "row", "pooled"),
     [
@@ -92,15 +83,6 @@ def test_on_the_cpu_blocks_compute_up_to_the_longest_text(kind):
     text_layers(model)[-1].config = text_layers(model)[-1].config.replace(padding_aware=False)
     model.encode_text(texts)
     assert found == [5] * 4 + [3] * 4 + [10] * 4
-
-
-@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns about constants
-def test_traced_tower_accepts_longer_texts_than_in_the_trace():
-    model = tiny_clip().eval().requires_grad_(False)
-    assert make_padding_aware(model)
-    short, long = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0]]), torch.tensor([[5, 7, 8, 9, 4, 3, 2, 1, 6, 63]])
-    traced = torch.jit.trace_module(model, {"encode_text": (short,)})
-    torch.testing.assert_close(traced.encode_text(long), model.encode_text(long))
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_blocks"])
@@ -146,43 +128,6 @@ def test_coca_and_hugging_face_towers_route_every_token(family, tmp_path):
     model = upcycle(dense, DROPLESS)
     model.encode_text(make_texts(model))
     assert all(mask is None for mask in routed_texts(model))
-
-
-def test_towers_with_modified_modules_are_unchanged():
-    block = type("Block", (open_clip.transformer.ResidualAttentionBlock,), {})
-
-    def hide_less(model):
-        model.attn_mask[3, 4] = 0
-
-    def derive(model):
-        model.transformer.resblocks[0].__class__ = block
-
-    for change in (hide_less, derive):
-        model = tiny_clip()
-        change(model)
-        upcycle(model, DROPLESS, inplace=True)
-        model.encode_text(make_texts(model))
-        assert routed_texts(model) == [None, None], change.__name__
-
-
-@pytest.mark.parametrize(("name", "value"), [("pool_type", "last"), ("output_tokens", True), ("attn_mask", None)])
-def test_attributes_assigned_later_are_respected(name, value):
-    model = sparse_clip("custom_text", capacity_factor=None)
-    setattr(model.text, name, value)
-    output = model.text(make_texts(model))
-    assert routed_texts(model) == [None, None]
-    plain = copy.deepcopy(model)
-    plain.text.__class__ = open_clip.transformer.TextTransformer
-    torch.testing.assert_close(output, plain.text(make_texts(model)))
-
-
-def test_config_is_read_at_every_forward():
-    model = sparse_clip(padding_aware=False)
-    second = text_layers(model)[1]
-    for padding_aware in (False, True):
-        second.config = second.config.replace(padding_aware=padding_aware)
-        model.encode_text(make_texts(model))
-        assert [mask is not None for mask in routed_texts(model)] == [False, padding_aware]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -246,16 +191,6 @@ def test_threads_that_share_a_model_do_not_share_masks():
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(torch.inference_mode()(model.encode_text), batches))
     assert all(torch.equal(features, same) for features, same in zip(found, expected, strict=True))
-
-
-def test_model_on_the_meta_device_becomes_padding_aware():
-    with torch.device("meta"):
-        dense = open_clip.CLIP(**tiny_config())
-    model = upcycle(dense, DROPLESS).to_empty(device="cpu")
-    model.load_state_dict(sparse_clip(capacity_factor=None).state_dict())
-    model.attn_mask.copy_(tiny_clip().attn_mask)
-    model.encode_text(make_texts(model))
-    assert all_masked(model)
 
 
 # ---------------------------------------------------------------- towers that mask their padding themselves

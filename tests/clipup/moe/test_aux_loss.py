@@ -1,19 +1,14 @@
 """How auxiliary losses are collected: each forward is counted once, whatever runs around it, and nothing leaks."""
 
-import functools
-import gc
-import warnings
-
 import pytest
 import torch
 from tiny_clip import contrastive_loss, tiny_clip
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics, upcycle
+from clipup import MoEConfig, SparseMoE, aux_loss, collect_aux_losses, moe_metrics, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.moe import layer_state
-from clipup.moe.layer_state import LossRecord
 
 D = 12
 
@@ -33,11 +28,12 @@ def metrics_loss(layer):
     return 0.5 * metrics["balance"] + 0.25 * metrics["z"]
 
 
-def test_loss_of_a_forward_is_counted_once(x):
+def test_the_loss_of_the_only_forward_whose_output_is_used_is_counted_once(x):
     layer = make_layer()
-    layer(x)
+    layer(3 * x)
+    y = layer(x)
     torch.testing.assert_close(aux_loss(layer).detach(), metrics_loss(layer))
-    assert aux_loss(layer) == 0
+    assert y.requires_grad and aux_loss(layer) == aux_loss(nn.Linear(2, 2)) == 0
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -53,18 +49,6 @@ def test_forwards_that_cannot_be_trained_on_leave_no_loss(x, context):
     assert aux_loss(plain) == 0
 
 
-def test_nothing_to_take_is_a_zero_that_can_be_added():
-    for model in (nn.Linear(2, 2), nn.Identity(), make_layer()):
-        loss = aux_loss(model)
-        assert loss == 0 and loss.shape == () and loss.dtype == torch.float32
-
-
-def test_loss_that_nobody_took_goes_with_the_backward_pass(x):
-    layer = make_layer()
-    layer(x).sum().backward()
-    assert aux_loss(layer) == 0
-
-
 def test_loss_goes_when_only_the_forward_of_an_earlier_step_was_trained_on(x):
     layer = make_layer()
     first, second = layer(x), layer(2 * x)
@@ -72,20 +56,6 @@ def test_loss_goes_when_only_the_forward_of_an_earlier_step_was_trained_on(x):
     first.sum().backward()
     torch.testing.assert_close(aux_loss(layer).detach(), expected)
     del second
-
-
-def live_records():
-    gc.collect()
-    return sum(type(thing) is LossRecord for thing in gc.get_objects())
-
-
-def test_forwards_that_nobody_uses_do_not_pile_up(x):
-    layer = make_layer()
-    before = live_records()
-    for _ in range(4):
-        layer(x)
-    assert live_records() == before + 1
-    torch.testing.assert_close(aux_loss(layer).detach(), metrics_loss(layer))
 
 
 def gradients(model, run):
@@ -113,52 +83,15 @@ def test_checkpointed_forward_is_counted_once_with_the_same_gradients(x):
     assert aux_loss(layer) == 0
 
 
-class Rerun(torch.autograd.Function):
-    """Checkpointing of one's own."""
-
-    @staticmethod
-    def forward(ctx, layer, x):
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        return layer(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            ctx.layer(x).backward(gradient)
-        return None, x.grad
-
-
 @pytest.mark.parametrize("config", [{"z_weight": 0.1}, {"selection_bias": "sign"}], ids=["losses", "selection bias"])
-@pytest.mark.parametrize(
-    ("run", "cause"),
-    [(functools.partial(checkpoint, use_reentrant=True), "use_reentrant=False"), (Rerun.apply, "Rerun")],
-    ids=["reentrant checkpointing", "own function"],
-)
-def test_a_training_forward_that_can_store_nothing_warns_once_and_leaves_nothing(x, run, cause, config):
+def test_a_training_forward_that_can_store_nothing_warns_and_leaves_nothing(x, config):
     layer = SparseMoE(D, 16, MoEConfig(num_experts=4, **config))
     layer_state.warn_of.cache_clear()
-    with pytest.warns(UserWarning, match=cause):
-        y = run(layer, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(layer, x)  # it has been said
-        y.sum().backward()
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        y = checkpoint(layer, x, use_reentrant=True)
+    y.sum().backward()
     assert aux_loss(layer) == 0
     assert layer.state.take_load() is None
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_training_forward_that_stores_or_has_nothing_to_store_does_not_warn(x):
-    layer, unweighted = make_layer(), SparseMoE(D, 16, MoEConfig(num_experts=4))
-    layer_state.warn_of.cache_clear()
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
-    with torch.no_grad():
-        layer(x)
-    Rerun.apply(unweighted, x).sum().backward()
-    Rerun.apply(layer.eval(), x).sum().backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -174,15 +107,6 @@ def test_compiled_model_trains_as_the_eager_one(checkpointing):
     assert_equal_steps(step(model), step(compiled))
     assert_equal_steps(step(model), step(compiled))
     assert aux_loss(model) == 0
-
-
-def test_compiled_layer_holds_the_losses_of_its_last_forward(x):
-    layer = make_layer()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    first, second = compiled(x), compiled(2 * x)
-    torch.testing.assert_close(aux_loss(layer).detach(), metrics_loss(layer))
-    assert aux_loss(layer) == 0
-    del first, second
 
 
 @pytest.mark.parametrize("options", [{"selection_bias": "sign", "capacity_factor": 1.0, "shared_expert": True}])
@@ -205,3 +129,44 @@ def test_checkpointed_layer_compiles_to_one_graph_and_is_counted_once(x, options
         assert aux_loss(layers) == 0
         for layer, load in zip(layers, loads, strict=True):
             torch.testing.assert_close(layer.state.take_load(), load)
+
+
+WEIGHTED = MoEConfig(num_experts=4, balance_weight=0.1, z_weight=0.01)
+
+
+def model_of(config=WEIGHTED):
+    torch.manual_seed(0)
+    return nn.Sequential(SparseMoE(D, 24, config), nn.Linear(D, D), SparseMoE(D, 24, config))
+
+
+def test_losses_by_layer_and_their_sum_are_those_of_aux_loss():
+    model, x = model_of(), torch.randn(9, D)
+    model(x)
+    expected = aux_loss(model)
+
+    with collect_aux_losses(model) as losses:
+        model(x)
+
+    assert list(losses.by_layer) == ["0", "2"] and torch.equal(losses.total, expected)
+    assert aux_loss(model) == 0
+    losses.total.backward()
+    assert all(layer.router.weight.grad.abs().sum() > 0 for layer in (model[0], model[2]))
+
+
+def test_two_forward_passes_count_twice_and_earlier_ones_do_not():
+    model, x = model_of(), torch.randn(9, D)
+    model(x)
+    with collect_aux_losses(model) as losses:
+        outputs = model(x), model(x)
+    assert len(outputs) == 2  # the loss of an output that is gone is none
+    with collect_aux_losses(model) as once:
+        model(x)
+    torch.testing.assert_close(losses.total, 2 * once.total)
+
+
+def test_after_an_error_nothing_is_left():
+    model = model_of()
+    with pytest.raises(ZeroDivisionError), collect_aux_losses(model) as losses:
+        model(torch.randn(9, D))
+        raise ZeroDivisionError
+    assert losses.by_layer == {} and aux_loss(model) == 0

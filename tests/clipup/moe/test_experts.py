@@ -3,21 +3,12 @@
 import pytest
 import timm.layers
 import torch
-import torch.nn.functional as F
-from moe_cases import SHAPES, make_experts, randn, route
 from torch import nn
 from torch.func import functional_call
 
-import clipup_kernels as ck
 from clipup import SparseMoE
-from clipup.moe.experts import grouped_layer_norm, unfused_mlp
 
 D, H, E = 12, 20, 4
-
-
-def routed(x, gates, plan, *experts, **norm):
-    rows = unfused_mlp(ck.permute(x, plan), plan.offsets, *experts, **norm)
-    return ck.combine(rows, gates, plan)
 
 
 def loop_over_dense_copies(layer, x):
@@ -68,29 +59,6 @@ def test_normed_experts_and_their_gradients_are_those_of_a_loop_over_dense_copie
         torch.testing.assert_close(one, other, msg=name)
 
 
-@pytest.mark.parametrize("name", ["odd", "no_token", "more_experts_than_rows"])
-@pytest.mark.parametrize("routing", ["dropless", "capacity", "masked", "all_dropped"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_without_norm_and_dropout_the_parts_are_the_fused_op(name, routing, gated):
-    shape = SHAPES[name]
-    experts = make_experts(shape, activation="quick_gelu", gated=gated)
-    gates, plan = route(shape, routing)
-    x = randn(shape.tokens, shape.width)
-    torch.testing.assert_close(routed(x, gates, plan, *experts), ck.expert_mlp(x, gates, plan, *experts))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_grouped_layer_norm_takes_the_weight_of_each_rows_expert(dtype):
-    rows, weight, bias = randn(9, H, dtype=dtype), randn(E, H, seed=1), randn(E, H, seed=2)
-    offsets = torch.tensor([0, 4, 4, 5, 8], dtype=torch.int32)
-    found = grouped_layer_norm(rows, weight, bias, offsets, 1e-3)
-    assert found.dtype == dtype
-    for e in range(E):
-        mine = slice(offsets[e], offsets[e + 1])
-        expected = F.layer_norm(rows[mine].float(), (H,), weight[e], bias[e], 1e-3).to(dtype)
-        torch.testing.assert_close(found[mine], expected)
-
-
 def test_masked_tokens_may_hold_nan():
     layer = make_layer(True, torch.float32)
     x = torch.randn(10, D)
@@ -112,15 +80,6 @@ def test_dropout_is_drawn_in_training_only_and_keeps_the_mean():
     assert not torch.equal(layer(x), layer(x))
     torch.testing.assert_close(torch.stack([layer(x) for _ in range(400)]).mean(0), plain(x), rtol=0, atol=0.1)
     assert torch.equal(layer.eval()(x), plain(x))
-
-
-def test_norm_parameters_keep_their_type_in_autocast(monkeypatch):
-    layer, seen = make_layer(True, torch.float32), []
-    monkeypatch.setattr("clipup.moe.experts.grouped_layer_norm", lambda *args: seen.append(args) or args[0])
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(torch.randn(6, D))
-    rows, weight, bias, *_ = seen[0]
-    assert rows.dtype == torch.bfloat16 and weight is layer.ln_weight and bias is layer.ln_bias
 
 
 def test_a_reset_norm_is_the_identity():

@@ -7,10 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
 
 from clipup import SparseMoE, aux_loss, moe_metrics, update_selection_bias
-from clipup.moe.layer_state import LossRecord
 
 D, THREADS, ROUNDS = 12, 4, 10
 
@@ -77,15 +75,6 @@ def test_metrics_are_of_the_callers_last_forward():
     assert moe_metrics(layer) == {}
 
 
-def test_losses_of_ended_threads_are_refused_instead_of_zero():
-    model = nn.Sequential(nn.Identity(), make_layer())
-    outputs = run_together(lambda index, barrier: model(tokens(index)))
-    with pytest.raises(RuntimeError, match="no losses of this thread"):
-        aux_loss(model)
-    sum(output.sum() for output in outputs).backward()
-    assert aux_loss(model) == 0
-
-
 def test_losses_of_a_running_thread_are_refused_where_the_caller_has_not_run_the_layer():
     layer = make_layer()
     with ThreadPoolExecutor(1) as pool:
@@ -135,16 +124,3 @@ def test_the_load_of_all_threads_is_counted_once():
 def count(kind):
     gc.collect()
     return sum(type(thing) is kind for thing in gc.get_objects())
-
-
-@pytest.mark.slow
-def test_what_ended_threads_left_does_not_pile_up():
-    layer = make_layer(selection_bias="sign")
-    records, threads = count(LossRecord), count(threading.Thread)
-    for index in range(10):
-        thread = threading.Thread(target=lambda index=index: layer(tokens(index)))
-        thread.start()
-        thread.join()
-        update_selection_bias(layer)
-    del thread
-    assert count(LossRecord) == records and count(threading.Thread) <= threads + 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, vmap
 
 from clipup import SparseMoE, aux_loss, moe_metrics
 
@@ -55,9 +55,3 @@ def test_forwards_inside_a_transform_leave_nothing_behind():
     assert all(torch.equal(value, metrics[name]) for name, value in moe_metrics(layer)[""].items())
     layer(x)
     assert torch.equal(aux_loss(layer), loss)
-
-
-def test_forward_mode_is_refused_by_name():
-    layer, x = make_layer(), torch.randn(9, D)
-    with pytest.raises(NotImplementedError, match="clipup::.* has no forward-mode derivative"):
-        jvp(layer, (x,), (x,))

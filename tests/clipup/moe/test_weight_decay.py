@@ -5,7 +5,6 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from tiny_clip import tiny_clip
-from torch import nn
 
 from clipup import MoEConfig, SparseMoE, moe_layers, parameter_groups, upcycle
 
@@ -79,16 +78,3 @@ def test_parameter_groups_are_those_of_open_clip_train(kind):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(map(id, trained)) == sorted(id(p) for group in groups for p in group["params"])
     torch.optim.AdamW(groups, lr=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("model", "weight_decay", "error", "message"),
-    [
-        ([], 0.1, TypeError, "model must be a torch.nn.Module, got list"),
-        (nn.Linear(2, 2), "0.1", TypeError, "weight_decay must be a number, got '0.1'"),
-        (nn.Linear(2, 2), -1, ValueError, "weight_decay must be 0 or more, got -1"),
-    ],
-)
-def test_wrong_arguments_of_parameter_groups_are_refused_by_name(model, weight_decay, error, message):
-    with pytest.raises(error, match=message):
-        parameter_groups(model, weight_decay)
