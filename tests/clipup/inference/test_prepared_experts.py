@@ -1,9 +1,6 @@
 """Prepared layers: one packed copy of their weights, nothing stale, nothing trained or lost by accident."""
 
-import copy
 import gc
-import pickle
-import threading
 import weakref
 from collections import OrderedDict
 
@@ -17,7 +14,6 @@ from clipup.inference.prepared import PreparedMLP
 from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.router import Router
 from clipup_kernels import packed_layout
-from clipup_kernels.backends import registry
 
 LAYERS = {
     "plain": {},
@@ -41,9 +37,6 @@ def tokens(count=50, dtype=torch.float32):
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
-
-
-FORMS = [layer, lambda: layer("shared expert, fine-grained"), lambda: layer("norm"), mlp]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -122,19 +115,6 @@ def test_options_that_the_one_op_lacks_mean_the_same(option, calls):
     assert not calls
 
 
-@needs_packing
-def test_routing_that_failed_its_self_check_is_not_in_the_one_op(calls):
-    prepared = clipup.accelerate(layer())
-    registry.distrust("cpp", "topk_gating", torch.float32, "it is broken")
-    try:
-        prepared(tokens())
-    finally:
-        registry.distrust("cpp", "topk_gating", torch.float32, None)
-    assert not calls
-    prepared(tokens())
-    assert calls
-
-
 WRITES = {
     "one element through numpy": lambda made: made.out_weight.detach().numpy()[0, 1].__setitem__(2, 7.0),
     "an expert re-initialized": lambda made: made.in_weight.data[1].normal_(),
@@ -156,33 +136,6 @@ def test_a_plain_layer_computes_with_the_weights_that_it_has_now(write):
         fresh.load_state_dict(plain.state_dict())
         assert torch.equal(plain(x), fresh(x)) and not torch.equal(plain(x), before)
         assert torch.equal(prepared(x), before)  # which does not follow the layer that it was made of
-
-
-def test_threads_share_a_layer():
-    """First calls at once, of several sizes: nothing is half made when another thread reads it."""
-    made, wrong = clipup.accelerate(layer("plain", num_experts=8)), []
-    inputs, barrier = [tokens(count) for count in (50, 7, 200, 33)], threading.Barrier(4)
-    expected = [copy.deepcopy(made)(x) for x in inputs]
-
-    def run(index):
-        barrier.wait()
-        wrong.extend(index for _ in range(5) if not torch.equal(made(inputs[index]), expected[index]))
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert not wrong
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
-@pytest.mark.parametrize("make", FORMS)
-def test_copies_compute_the_same(make, copied):
-    prepared, x = clipup.accelerate(make()), tokens()
-    other = copied(prepared)
-    assert torch.equal(other(x), prepared(x))
-    assert list(other.state_dict()) == list(prepared.state_dict())
-    other.load_state_dict(make().state_dict())
-    assert torch.equal(other(x), prepared(x))
 
 
 def test_one_copy_of_the_weights_is_held():
@@ -233,21 +186,3 @@ def test_weights_that_do_not_fit_are_refused(change, message):
     change(state)
     with pytest.raises(RuntimeError, match=message):
         prepared.load_state_dict(state)
-
-
-@pytest.mark.parametrize("make", [lambda: layer("shared expert, fine-grained"), mlp])
-def test_prepared_layers_are_compiled_and_exported(make):
-    prepared, x = clipup.accelerate(make()), tokens()
-    with torch.no_grad():
-        assert torch.equal(torch.compile(prepared, fullgraph=True, backend="aot_eager")(x), prepared(x))
-        shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},)
-        exported = torch.export.export(prepared, (x,), dynamic_shapes=shapes).module()
-        assert torch.equal(exported(tokens(7)), prepared(tokens(7)))
-
-
-@pytest.mark.parametrize("make", FORMS)
-def test_writes_to_a_state_dict_reach_no_prepared_layer(make):
-    prepared, x = clipup.accelerate(make()), tokens()
-    before = prepared(x)
-    [value.zero_() for name, value in prepared.state_dict().items() if not name.startswith("router")]
-    assert torch.equal(prepared(x), before)

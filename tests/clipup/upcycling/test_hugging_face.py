@@ -3,11 +3,8 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from tiny_hugging_face import CONFIGS, tiny_hugging_face
@@ -45,17 +42,6 @@ def test_every_family_computes_the_same_function_at_step_zero(name):
     assert len(moe_layers(sparse)) == (4 if name in ("CLIPModel", "SiglipModel", "Siglip2Model") else 2)
     assert step0_difference(dense, sparse) <= 1e-5
     assert not moe_layers(dense) and dense.config.to_dict()["model_type"] == dense.config.model_type
-
-
-@pytest.mark.parametrize("name", ["SiglipModel", "Siglip2Model", "SiglipTextModel"])
-def test_the_pooled_token_of_a_masked_text_is_computed(name):
-    dense = tiny_hugging_face(name)
-    sparse = upcycle(dense)
-    batch = random_batch(dense, 2)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["attention_mask"][1, 3:] = 0
-    of_text = "text_embeds" if "text_embeds" in dense(**batch) else "pooler_output"
-    torch.testing.assert_close(sparse(**batch)[of_text], dense(**batch)[of_text], rtol=1e-4, atol=1e-5)
 
 
 def tensors(output, place=""):
@@ -99,41 +85,11 @@ def test_saved_and_loaded_by_transformers(name, tmp_path):
     assert set(loaded.state_dict()) == set(sparse.state_dict())
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["moe_cfg"] == sparse.moe_config.to_dict() and saved["model_type"].startswith("clipup_")
-    if type(dense.config) in transformers.AutoModel._model_mapping:
-        automatic = transformers.AutoModel.from_pretrained(tmp_path)
+    task = name.partition("For")[2]
+    auto = getattr(transformers, f"AutoModelFor{task}" if task.endswith("Classification") else "AutoModel")
+    if type(dense.config) in auto._model_mapping:
+        automatic = auto.from_pretrained(tmp_path)
         assert moe_layers(automatic) and type(automatic).__name__.startswith("Sparse")
-
-
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
-def test_classes_for_tasks_are_found_too(name, tmp_path):
-    sparse = upcycle(tiny_hugging_face(name))
-    sparse.save_pretrained(tmp_path)
-    auto = getattr(transformers, f"AutoModelFor{name.partition('For')[2]}")
-    assert type(auto.from_pretrained(tmp_path)) is type(sparse)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["clipup", "transformers"])
-def test_auto_model_finds_the_class_once_clipup_is_imported(first, tmp_path):
-    upcycle(tiny_hugging_face("CLIPModel")).save_pretrained(tmp_path)
-    lines = ["import clipup", "from transformers import AutoModel"]
-    program = [
-        *(lines if first == "clipup" else lines[::-1]),
-        f"print(type(AutoModel.from_pretrained({str(tmp_path)!r})))",
-    ]
-    run = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True)
-    assert run.stdout.strip().endswith("SparseCLIPModel'>"), run.stderr
-
-
-@pytest.mark.slow
-def test_without_clipup_loading_fails_by_name(tmp_path):
-    upcycle(tiny_hugging_face("CLIPModel")).save_pretrained(tmp_path)
-    for loader in ("AutoModel", "CLIPModel", "CLIPVisionModel", "CLIPTextModelWithProjection"):
-        program = f"from transformers import {loader}; {loader}.from_pretrained({str(tmp_path)!r})"
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert run.returncode == 1 and "clipup" in run.stderr.strip().splitlines()[-1] + run.stderr, run.stderr
-        named = "`clipup_clip`" if loader == "AutoModel" else "import clipup and use AutoModel"
-        assert named in run.stderr
 
 
 @FAMILIES
@@ -158,30 +114,6 @@ def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp
     assert type(sparse).__name__.startswith("Sparse") and moe_layers(loaded).keys() == moe_layers(sparse).keys()
     for key, value in sparse.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
-
-
-def test_weights_that_a_file_lacks_are_initialized_and_the_others_are_read(tmp_path):
-    sparse = upcycle(tiny_hugging_face("BertModel"))
-    sparse.save_pretrained(tmp_path)
-    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    lacking = next(key for key in weights if key.endswith("in_weight"))
-    kept = lacking.replace("in_weight", "out_weight")
-    rest = {key: value for key, value in weights.items() if key != lacking}
-    safetensors.torch.save_file(rest, tmp_path / "model.safetensors", {"format": "pt"})
-
-    loaded, about = type(sparse).from_pretrained(tmp_path, output_loading_info=True)
-
-    assert set(about["missing_keys"]) == {lacking}
-    assert 0 < loaded.state_dict()[lacking].std() < 1
-    assert torch.equal(loaded.state_dict()[kept], sparse.state_dict()[kept])
-
-
-def test_a_config_that_two_models_share_stays_the_other_ones():
-    config = CONFIGS["ViTModel"]()
-    one, other = transformers.ViTModel(config), transformers.ViTModel(config)
-    sparse = upcycle(one, inplace=True)
-    assert other.config is config and type(config) is transformers.ViTConfig and not hasattr(config, "moe_cfg")
-    assert sparse is one and sparse.config.moe_cfg
 
 
 class Examples(torch.utils.data.Dataset):
@@ -221,13 +153,6 @@ def test_a_decoder_generates_with_a_cache():
     ids, mask = torch.randint(3, 60, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(sparse.generate(ids, **options), dense.generate(ids, **options))
-
-
-def test_a_model_from_a_config_alone_is_sparse_and_random():
-    torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(upcycle(tiny_hugging_face("ViTModel")).config)
-    layers = moe_layers(model)
-    assert len(layers) == 2 and all(layer.router.weight.std() > 0 for layer in layers.values())
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "Dinov2Model", "BertForSequenceClassification"])
@@ -351,23 +276,13 @@ def test_padding_of_images_of_several_sizes_is_not_routed():
 
 
 class OwnForward(transformers.ViTModel):
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs).last_hidden_state
-
-
-class OwnConfig(transformers.ViTConfig):
     pass
-
-
-def vit(kind=transformers.ViTModel, config=transformers.ViTConfig):
-    return kind(config(**tiny_hugging_face("ViTModel").config.to_dict()))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: vit(OwnForward), "the model is a OwnForward"),
-        (lambda: vit(config=OwnConfig), "the config of the model is a OwnConfig"),
+        (lambda: OwnForward(tiny_hugging_face("ViTModel").config), "OwnForward"),
         (lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2)), "GPT2Model"),
         (
             lambda: transformers.VisionTextDualEncoderModel(

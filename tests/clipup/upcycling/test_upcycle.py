@@ -5,13 +5,13 @@ import open_clip
 import pytest
 import torch
 from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_families import timm_model
 from torch import nn
 
 from clipup import MoEConfig, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
 
 CONFIG = MoEConfig.clip_up(num_experts=4, towers=("image", "text"))
-NATIVE = [kind for kind in CONFIGS if kind != "timm"]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -67,17 +67,6 @@ def test_step_zero_check_is_dropless_and_restores_modes_and_configs():
     assert all(layer.config.eval_capacity_factor == 0.25 for layer in moe_layers(sparse).values())
 
 
-@pytest.mark.parametrize("kind", NATIVE)
-def test_every_other_block_of_both_towers_is_sparse_and_block_zero_is_dense(kind):
-    sparse = upcycle(tiny_clip(kind), CONFIG)
-    text = "text." if hasattr(sparse, "text") else ""
-    towers = ("visual.transformer.resblocks", f"{text}transformer.resblocks")
-    expected = {f"{tower}.{index}.mlp" for tower in towers for index in (1, 3)}
-    assert set(moe_layers(sparse)) == expected
-    assert sparse.moe_config == CONFIG
-    assert all(layer.config == CONFIG for layer in moe_layers(sparse).values())
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -121,13 +110,6 @@ def test_dtype_training_mode_and_requires_grad_are_kept():
     assert all(parameter.requires_grad for parameter in sparse.transformer.parameters())
 
 
-def test_meta_model_upcycles():
-    with torch.device("meta"):
-        dense = open_clip.CLIP(**tiny_config())
-    sparse = upcycle(dense, CONFIG)
-    assert len(moe_layers(sparse)) == 4 and all(parameter.is_meta for parameter in sparse.parameters())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_zero_can_be_sparse_in_every_dtype(dtype):
     dense = tiny_clip().to(dtype)
@@ -147,6 +129,7 @@ def one_block_clip():
     return open_clip.CLIP(**config)
 
 
+NORMED = CONFIG.replace(granularity=2, towers=("image",))
 REFUSED = [
     (resnet_clip, CONFIG, TypeError, "the image tower .* has no list of transformer blocks; .*--towers text"),
     (one_block_clip, CONFIG, ValueError, "blocks='every_other' selects none"),
@@ -154,6 +137,7 @@ REFUSED = [
     (tiny_clip, CONFIG.replace(blocks=(3, -1)), ValueError, "blocks=.* twice"),
     (tiny_clip, CONFIG.replace(last_blocks=3), ValueError, "last_blocks is 3"),
     (tiny_clip, CONFIG.replace(num_experts=3, top_k=3, granularity=3), ValueError, "resblocks.1: granularity is 3"),
+    (lambda: timm_model("Block/Mlp, normed"), NORMED, TypeError, r"blocks\.1: granularity is 2, but a norm"),
     (lambda: upcycle(tiny_clip(), CONFIG), CONFIG, ValueError, r"already sparse \(visual.* and 3 more\)"),
     (lambda: nn.Linear(2, 2), CONFIG, TypeError, "a model of timm or transformers, got Linear"),
     (lambda: nn.DataParallel(tiny_clip()), CONFIG, TypeError, "without a wrapper, got DataParallel"),
@@ -167,3 +151,44 @@ def test_unsupported_models_and_configs_are_refused_and_the_model_is_unchanged(m
     with pytest.raises(error, match=message):
         upcycle(model, config, inplace=True)
     assert [type(module) for module in model.modules()] == before
+
+
+SEVERAL = MoEConfig.clip_up(num_experts=5, capacity_factor=None)
+
+
+@pytest.mark.parametrize(("experts", "granularity"), [(5, 1), (6, 2)])
+def test_groups_of_experts_are_the_mlps_of_the_models_in_turn(experts, granularity):
+    dense = [tiny_clip(seed=seed) for seed in range(2)]
+    sparse = upcycle(dense, SEVERAL.replace(num_experts=experts, granularity=granularity))
+    assert len(moe_layers(sparse)) == 4
+    for name, layer in moe_layers(sparse).items():
+        for group in range(experts // granularity):
+            mlp, mine = dense[group % 2].get_submodule(name), slice(granularity * group, granularity * (group + 1))
+            assert torch.equal(layer.in_weight[mine].flatten(0, 1), mlp.c_fc.weight)
+            assert torch.equal(layer.in_bias[mine].flatten(), mlp.c_fc.bias)
+            assert torch.equal(torch.cat(list(layer.out_weight[mine]), 1), mlp.c_proj.weight)
+            torch.testing.assert_close(layer.out_bias[mine].sum(0), mlp.c_proj.bias)
+    assert torch.equal(sparse.token_embedding.weight, dense[0].token_embedding.weight)
+
+
+def test_several_copies_of_one_model_keep_its_function():
+    dense = tiny_clip()
+    assert step0_difference(dense, upcycle([dense, dense, dense], SEVERAL)) <= 2e-6
+    assert torch.equal(*(next(iter(moe_layers(upcycle(m, SEVERAL)).values())).in_weight for m in ([dense], dense)))
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        (lambda: [tiny_clip("quick_gelu")], ValueError, "models must be of one architecture"),
+        (lambda: [upcycle(tiny_clip(), SEVERAL)], ValueError, "already sparse"),
+        (lambda: ["ViT-B-32"], TypeError, "model must be"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused_and_nothing_is_changed(others, error, message):
+    first = tiny_clip()
+    with pytest.raises(error, match=message):
+        upcycle([first, *others()], SEVERAL, inplace=True)
+    assert not moe_layers(first)
+    with pytest.raises(ValueError, match="model is an empty list"):
+        upcycle([], SEVERAL)
