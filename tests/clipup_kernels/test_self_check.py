@@ -8,7 +8,6 @@ import clipup_kernels as ck
 from clipup_kernels import self_check as module
 from clipup_kernels.backends import cpp, extension, registry, torch_eager, torch_matmul
 from clipup_kernels.self_check import cache_file, check_again, check_once, self_check
-from clipup_kernels.self_check_cases import SIZES
 
 pytestmark = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
@@ -80,24 +79,6 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path, monkey
     assert failed(check_once("cpu", torch.float32)) == set() and not recwarn
 
 
-@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_on_a_gpu_the_tiles_of_usual_layers_are_checked(arch, kind):
-    """A kernel is compiled for its tile and for whether the weights' sizes are multiples of the tile's."""
-    configs = pytest.importorskip("clipup_kernels.triton.configs")
-
-    def compiled(kernel, sizes):
-        tokens, width, hidden, experts, k = sizes[:5]
-        config = configs.heuristic(arch, kernel, kind, configs.bucket_of(tokens * k, experts), width, hidden)
-        return config, *config.even(width, hidden).values()
-
-    for kernel in configs.KERNELS:
-        checked = {compiled(kernel, sizes) for sizes in SIZES["cuda"]}
-        for tokens in (197, 4096, 50_000):
-            for layer in ((768, 3072), (512, 2048), (1024, 4096)):
-                assert compiled(kernel, (tokens, *layer, 8, 2)) in checked, (kernel, tokens, layer)
-
-
 def test_a_wrong_op_is_named_and_another_backend_computes_it(broken_expert_mlp):
     findings = self_check("cpu", [torch.float32])
     (finding,) = [finding for finding in findings if finding.reason is not None]
@@ -154,19 +135,6 @@ def test_an_op_that_raises_or_is_wrong_in_any_way_fails(monkeypatch, op, functio
     assert registry.choose(op, first, "cpu").backend.name == "torch_eager"
 
 
-def test_what_failed_stays_failed_while_other_types_and_devices_are_checked(monkeypatch):
-    monkeypatch.setattr(cpp, "permute", lambda x, *plan: x.new_zeros(len(plan[1]), x.shape[1]))
-    self_check("cpu", [torch.float16])
-    self_check("cpu", [torch.float32])
-    registry.distrust("triton", "permute", torch.float32, "it is broken", 1)
-    assert set(ck.backend_info()["failed_checks"]) == {
-        "cpp permute float16", "cpp permute float32", "triton permute float32 cuda:1",
-    }  # fmt: skip
-    triton = registry.by_name("triton")
-    assert registry.failed_check(triton, "permute", torch.float32, 0) is None
-    assert "it is broken" in registry.failed_check(triton, "permute", torch.float32, 1)
-
-
 def test_a_result_without_failures_is_kept_for_the_next_program_by_type(monkeypatch):
     check, checked = module.self_check, []
     monkeypatch.setattr(module, "self_check", lambda device, types: checked.append(list(types)) or check(device, types))
@@ -198,12 +166,3 @@ def test_results_are_kept_by_card_installation_and_tier(monkeypatch, name, value
     other = cache_file("cpu")
     monkeypatch.setenv(registry.FORCE_TIER, "portable")
     assert len({here, other, cache_file("cpu")}) == 3
-
-
-@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda"])
-def test_the_program_refuses_other_devices(device, capsys):
-    if torch.cuda.is_available() and device == "cuda":
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as end:
-        module.main([device])
-    assert end.value.code == 2 and "error: " in capsys.readouterr().err

@@ -61,17 +61,6 @@ def test_outputs_and_gradients_are_those_of_eager(name):
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_follows_float32(name, dtype):
-    exact, _ = pair(name)
-    _, ours = pair(name, dtype)
-    exact.load_state_dict({key: value.float() for key, value in ours.state_dict().items()})
-    expected = exact(**batch()).logits
-    difference = (ours(**batch()).logits.float() - expected).norm() / expected.norm()
-    assert difference < (0.03 if dtype is torch.bfloat16 else 0.004)
-
-
 def test_choices_of_experts_elsewhere_give_nothing():
     _, ours = pair("Mixtral")
     experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
@@ -125,16 +114,6 @@ def test_another_implementation_can_be_set_and_ours_named_when_a_model_is_loaded
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="clipup")
     assert loaded.config._experts_implementation == "clipup"
     torch.testing.assert_close(loaded(**batch()).logits, expected)
-
-
-def test_under_autocast_gradients_keep_their_type():
-    eager, ours = pair("Mixtral")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, found = eager(**batch()), ours(**batch())
-    found.loss.backward()
-    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=2e-2)
-    (gradient, *_) = [p.grad for name, p in ours.named_parameters() if name.endswith("gate_up_proj")]
-    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])

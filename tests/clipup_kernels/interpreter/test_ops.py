@@ -19,7 +19,6 @@ from moe_cases import (
     experts_case,
     gating_case,
     glu_case,
-    make_experts,
     pairwise,
     plan_case,
     randn,
@@ -27,7 +26,6 @@ from moe_cases import (
     router_case,
     rows_cases,
     strided,
-    with_grad,
 )
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -113,12 +111,6 @@ def test_plans_of_many_blocks_and_many_experts_are_the_oracles(monkeypatch, toke
     assert_follows_oracle(plan_case(tokens, experts, 2, 0.9, True))
 
 
-@pytest.mark.parametrize("factor", [1.2, 1e-300, 5e-324, 1e300, 1.7e308])
-def test_capacity_is_computed_in_float64(factor):
-    """1.2 * 25 / 2 is 15; the float32 next to 1.2 is a little more, and its ceiling would be 16."""
-    assert_follows_oracle(plan_case(25, 2, 1, factor))
-
-
 def test_nan_priority_goes_last_and_signed_zeros_tie():
     priority = torch.tensor([torch.nan, -0.0, 0.0, 0.1, -5.0])
     plan = ck.dispatch(torch.zeros(5, 1, dtype=torch.int32), 1, None, priority)
@@ -141,12 +133,6 @@ def test_rows_follow_the_oracle(case):
         assert_follows_oracle(one)
 
 
-@pytest.mark.parametrize("width", [0, 1, 255, 300, 768])
-def test_rows_wider_than_a_tile_follow_the_oracle(width):
-    for case in rows_cases(Shape(21, width, 16, 4, 2), "capacity", torch.float16)[:2]:
-        assert_follows_oracle(case)
-
-
 @pytest.mark.parametrize(
     "case",
     usual(
@@ -159,20 +145,32 @@ def test_experts_follow_the_oracle(case):
     assert_follows_oracle(experts_case(**{"shape": SIZES[-1]} | case))
 
 
-@pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, "full"), (torch.float16, "none")], ids=str)
-def test_experts_in_one_weight_follow_the_oracle(dtype, recompute):
-    assert_follows_oracle(glu_case(ODD, dtype=dtype, recompute=recompute))
+UNUSUAL = {
+    "float32 next to the capacity is larger": plan_case(25, 2, 1, 1.2),  # 1.2 * 25 / 2 is 15 in float64
+    **{f"capacity of {factor}": plan_case(25, 2, 1, factor) for factor in (1e-300, 5e-324, 1e300, 1.7e308)},
+    **{
+        f"{case.op} {width} wide": case
+        for width in (0, 1, 255, 300, 768)
+        for case in rows_cases(Shape(21, width, 16, 4, 2), "capacity", torch.float16)[:2]
+    },
+    "one weight, recomputed": glu_case(ODD, recompute="full"),
+    "one weight": glu_case(ODD, dtype=torch.float16),
+    **{
+        f"no {bias}": experts_case(ODD, activation="silu", gated=True, **{bias: None})
+        for bias in ("in_bias", "gate_bias")
+    },
+    **{
+        f"no {size}, {gated}": experts_case(Shape(20, 16, 16, 2, 2), gated=gated, **{size: 0})
+        for size in ("width", "hidden")
+        for gated in (False, True)
+    },
+    "an epilogue in parts": experts_case(Shape(80, 64, 160, 2, 2), dtype=torch.float16, activation="silu"),
+}
 
 
-@pytest.mark.parametrize("absent", ["in_bias", "gate_bias"])
-def test_gated_experts_with_one_of_two_biases_follow_the_oracle(absent):
-    assert_follows_oracle(experts_case(ODD, activation="silu", gated=True, **{absent: None}))
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("size", [{"width": 0}, {"hidden": 0}], ids=str)
-def test_biases_of_experts_without_a_width_have_their_gradients(gated, size):
-    assert_follows_oracle(experts_case(Shape(20, 16, 16, 2, 2), gated=gated, **size))
+@pytest.mark.parametrize("case", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_calls_follow_the_oracle(case):
+    assert_follows_oracle(case)
 
 
 @pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
@@ -185,10 +183,6 @@ def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gate
     tile = configs.choose("project_in", torch.device("cpu"), dtype, rows, shape.experts, shape.width, shape.hidden)
     assert tile.block_m < rows / shape.experts and tile.block_n < shape.hidden and tile.block_k < shape.width
     assert_follows_oracle(experts_case(shape, "dropless", dtype, gated=gated))
-
-
-def test_wide_tiles_whose_epilogue_has_parts_follow_the_oracle():
-    assert_follows_oracle(experts_case(Shape(80, 64, 160, 2, 2), dtype=torch.float16, activation="silu"))
 
 
 @pytest.fixture
@@ -286,27 +280,10 @@ def test_a_weight_whose_memory_was_freed_is_named():
         ck.expert_mlp(**case.arguments)
 
 
-def test_a_whole_layer_follows_the_oracle_on_triton_alone(on_triton):
-    shape, mask = Shape(50, 32, 48, 6, 2), torch.arange(50) % 5 > 0
-    arguments = randn(6, 32), randn(50, 32, seed=1), make_experts(shape)
-
-    def layer_and_gradients(router, x, experts):
-        logits = ck.router_logits(x, router, mask)
-        gating = ck.topk_gating(logits, 2, True, mask=mask)
-        plan = ck.dispatch(gating.expert_indices, logits.shape[1], 1.25, gating.top_prob, mask)
-        rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
-        unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
-        y = ck.expert_mlp(x, gating.gates, plan, *experts) + unfused
-        loss = y.square().mean() + gating.z_loss + gating.mean_probs.square().sum()
-        return [y, loss, *torch.autograd.grad(loss, [router, x, *experts[:4]])]
-
-    def leaves(router, x, experts):
-        return router.requires_grad_(), x.requires_grad_(), with_grad(experts)
-
-    ours = layer_and_gradients(*leaves(*arguments))
-    assert on_triton == set(registry.by_name("triton").modules) - {"expert_glu_forward", "expert_glu_backward"}
-    for value, want in zip(ours, layer_and_gradients(*leaves(*double(arguments))), strict=True):
-        assert_follows(value, want, torch.float32)
+def test_every_op_is_computed_by_triton(on_triton):
+    for case in (*EVERY_OP, experts_case(ODD), glu_case(ODD)):
+        results(case)
+    assert on_triton == set(registry.by_name("triton").modules)
 
 
 @pytest.mark.parametrize("case", [EVERY_OP[0], *EVERY_OP[3:]], ids=lambda case: case.op)
