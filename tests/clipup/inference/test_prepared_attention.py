@@ -75,14 +75,13 @@ def test_attention_refuses_what_it_does_not_compute():
         attention(*[x.double()] * 3, need_weights=False)
 
 
-def test_attention_with_other_parts_is_left_as_it_is():
-    for other in (nn.MultiheadAttention(64, 4, kdim=32), nn.MultiheadAttention(64, 4, add_bias_kv=True)):
-        assert not can_be_prepared(other)
+@pytest.mark.parametrize("other", [{"kdim": 32}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_attention_with_other_parts_is_left_as_it_is(other):
+    assert not can_be_prepared(nn.MultiheadAttention(64, 4, **other))
     attention = nn.MultiheadAttention(64, 4)
     assert can_be_prepared(attention)
     attention.out_proj = nn.Sequential(attention.out_proj, nn.Tanh())
     assert not can_be_prepared(attention)
-    assert not can_be_prepared(nn.MultiheadAttention(64, 4, add_zero_attn=True))
 
 
 @with_weights

@@ -17,15 +17,6 @@ def make_layer(kind="sign", rate=0.02, **options):
     return SparseMoE(D, 8, num_experts=E, top_k=K, selection_bias=kind, selection_bias_rate=rate, **options)
 
 
-def unbalanced(kind, score_function="softmax"):
-    """A layer whose router prefers the low experts for every token, and tokens with a common direction."""
-    layer = make_layer(kind, rate=1e-3, score_function=score_function)
-    with torch.no_grad():
-        layer.router.weight.mul_(10)
-        layer.router.weight[:, 0] = torch.linspace(2, -2, E)
-    return layer, lambda count: torch.cat([torch.ones(count, 1), torch.randn(count, D - 1)], 1)
-
-
 def load(layer, x):
     with torch.no_grad():
         layer(x)

@@ -1,7 +1,6 @@
 """What a forward leaves belongs to the thread that ran it: losses and routing. The load is the layer's."""
 
 import copy
-import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,8 +118,3 @@ def test_the_load_of_all_threads_is_counted_once():
         update_selection_bias(alone)
         assert torch.equal(together.router.selection_bias, alone.router.selection_bias)
         assert together.router.selection_bias.abs().sum() > 0
-
-
-def count(kind):
-    gc.collect()
-    return sum(type(thing) is kind for thing in gc.get_objects())

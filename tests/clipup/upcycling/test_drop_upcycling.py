@@ -1,5 +1,7 @@
 """Drop-Upcycling (arXiv 2502.19261): which weights are re-initialized, from which distribution, and which are kept."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_families import timm_model
@@ -69,11 +71,9 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
 
 def test_every_expert_selects_its_own_units():
     units = reinitialize_hidden_units(experts_of(dense_mlp(), E), RATIO)
-    sets = [set(chosen.tolist()) for chosen in units]
-    for i, one in enumerate(sets):
-        assert len(one) == RATIO * H
-        for other in sets[:i]:
-            assert 0.4 * H * RATIO < len(one & other) < 0.6 * H * RATIO  # independent halves share a half
+    for one, other in itertools.combinations([set(chosen.tolist()) for chosen in units], 2):
+        assert len(one) == len(other) == RATIO * H
+        assert 0.4 * H * RATIO < len(one & other) < 0.6 * H * RATIO  # independent halves share a half
 
 
 @pytest.mark.parametrize(("ratio", "changed"), [(0.0, 0), (1.0, H)])
