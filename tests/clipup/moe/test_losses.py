@@ -30,6 +30,10 @@ def test_load_balance_counts_first_choices_or_all(logits):
     )
 
 
+def test_router_z_is_that_of_the_op(logits):
+    assert losses.router_z(logits).item() == pytest.approx(topk_gating(logits, K, True).z_loss.item())
+
+
 def test_load_estimates_how_often_an_expert_wins_when_its_noise_is_drawn_again():
     torch.manual_seed(0)
     std, draws = 0.5, 20_000
