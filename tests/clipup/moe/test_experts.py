@@ -3,10 +3,13 @@
 import pytest
 import timm.layers
 import torch
+import torch.nn.functional as F
+from moe_cases import randn
 from torch import nn
 from torch.func import functional_call
 
 from clipup import SparseMoE
+from clipup.moe.experts import grouped_layer_norm
 
 D, H, E = 12, 20, 4
 
@@ -87,3 +90,15 @@ def test_a_reset_norm_is_the_identity():
     layer.reset_parameters()
     assert torch.equal(layer.ln_weight, torch.ones_like(layer.ln_weight))
     assert torch.equal(layer.ln_bias, torch.zeros_like(layer.ln_bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_layer_norm_takes_the_weight_of_each_rows_expert(dtype):
+    rows, weight, bias = randn(9, H, dtype=dtype), randn(E, H, seed=1), randn(E, H, seed=2)
+    offsets = torch.tensor([0, 4, 4, 5, 8], dtype=torch.int32)
+    found = grouped_layer_norm(rows, weight, bias, offsets, 1e-3)
+    assert found.dtype == dtype
+    for e in range(E):
+        mine = slice(offsets[e], offsets[e + 1])
+        expected = F.layer_norm(rows[mine].float(), (H,), weight[e], bias[e], 1e-3).to(dtype)
+        torch.testing.assert_close(found[mine], expected)
