@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from html_page import assert_stands_alone
 
 from clipup.cli import main
 from clipup.demo.pictograms.build import build
@@ -36,6 +37,7 @@ def test_the_report_holds_what_is_promised(demonstration):
         assert entry["gflops_per_pair"] > 0
     assert report["chance_R@1"] == 1 / report["data"]["test_images"]
     assert report["dense_continued"]["steps"] == report["clip_up"]["steps"] == 4
+    assert_stands_alone((out / "report.html").read_text())
 
 
 def test_the_sparse_model_starts_where_the_dense_one_ended(demonstration):
@@ -44,12 +46,6 @@ def test_the_sparse_model_starts_where_the_dense_one_ended(demonstration):
     before, after = (report[arm]["text_to_image_R@10"] for arm in ("dense", "upcycled_step0"))
     assert after == pytest.approx(before, abs=1e-3)
     assert report["clip_up"]["params"] > report["clip_up"]["active_params"] > report["dense"]["params"]
-
-
-def test_the_page_stands_alone(demonstration):
-    page = (demonstration[0] / "report.html").read_text()
-    assert page.lstrip().lower().startswith("<!doctype html")
-    assert 'src="http' not in page and "<link" not in page
 
 
 @pytest.mark.slow

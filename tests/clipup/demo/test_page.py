@@ -1,13 +1,9 @@
 import re
 
-import numpy as np
-import pytest
 from html_page import Page, assert_stands_alone
-from PIL import Image
 
 from clipup.demo import comparison_tables
-from clipup.demo.page import _loss, render_demo
-from clipup.inspection.page import layer_title
+from clipup.demo.page import render_demo
 
 EVIL = "<script>alert('caption')</script>\"><img src=x onerror=alert(1)> \ud83d \x00"
 
@@ -40,40 +36,9 @@ def test_captions_and_names_may_hold_anything(make):
     assert re.search(r'<p class="statement" id="verdict">[^<]*CLIP-UP is behind the dense baseline', html)
 
 
-def test_the_contrastive_loss_is_drawn_and_not_the_sum_with_the_auxiliary_losses(inputs):
-    records = inputs["curves"]["clip_up"]
-    line = _loss("clip_up", records, 1)
-    assert (line.x[0], line.y[0]) == (601, records[0]["contrastive"]) and len(line.x) == 300
-
-
 def test_a_model_that_came_trained_has_no_curve_of_its_training(inputs):
     inputs["report"]["dense"]["steps"] = 0
     for records in (inputs["curves"], inputs["evaluations"]):
         del records["dense"]
     page = render_demo(**inputs)
     assert "upcycled</text>" not in page and "A dense CLIP trained on other images" in page
-
-
-def test_a_page_stays_under_3_mb(make):
-    inputs = make.inputs(make.report(), experts=16)
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (640, 480, 3), dtype=np.uint8))
-    found = {"caption": "x" * 100_000, "target": photo, "rank": 2, "retrieved": [photo] * 5}
-    inputs["retrievals"] = {"best": [found] * 4, "worst": [found] * 4}
-    layers = {f"visual.transformer.resblocks.{i}.mlp": np.zeros((14, 14), dtype=int) for i in range(1, 4, 2)}
-    inputs["routing"] = [{"image": photo, "caption": "x" * 100_000, "layers": layers}] * 8
-    inputs["loads"] = {f"transformer.resblocks.{i}.mlp": next(iter(inputs["loads"].values())) for i in range(6)}
-    inputs["curves"] = {arm: records * 20 for arm, records in inputs["curves"].items()}
-    assert len(render_demo(**inputs).encode()) < 3_000_000
-
-
-@pytest.mark.parametrize(
-    "name, title",
-    [
-        ("visual.transformer.resblocks.3.mlp", "Image tower, block 3"),
-        ("transformer.resblocks.11.mlp", "Text tower, block 11"),
-        ("visual.trunk.stages.2.blocks.5.mlp", "Image tower, block 2.5"),
-        ("something.else", "something.else"),
-    ],
-)
-def test_layers_have_names_for_readers(name, title):
-    assert layer_title(name) == title

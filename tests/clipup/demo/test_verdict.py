@@ -56,9 +56,3 @@ def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of
     sentence = verdict(make.report(0.2191, 0.2461)).sentence.replace("\u00a0", " ")
     assert "−1.2 points of R@1 text → image (21.9 against 23.1 %)" in sentence
     assert "+0.7 points of R@1 image → text (24.6 against 23.9 %)" in sentence
-
-
-def test_one_seed_and_unequal_compute_are_named_and_significance_is_not_claimed(report):
-    sentence, (sampling, compute) = verdict(report)
-    assert "with one seed" in sentence and "1.32 times the FLOPs" in compute
-    assert "No claim of significance" in sampling and "below 3.8 points (2 standard errors)" in sampling

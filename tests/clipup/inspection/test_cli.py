@@ -5,12 +5,10 @@ import tarfile
 import pytest
 import torch
 from html_page import Page, assert_stands_alone
-from PIL import Image
 from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
 
 from clipup import save_pretrained
 from clipup.cli import main
-from clipup.inspection import expert_report
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +40,6 @@ def made(out, *arguments):
     return out.read_text(encoding="utf-8")
 
 
-def refused(capsys, *arguments):
-    assert main(["inspect", *map(str, arguments), "--device", "cpu"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp_path, capsys):
     out = tmp_path / "new" / "report.html"
     html = made(out, model, "--images", images, "--captions", captions)
@@ -56,20 +48,6 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     text = Page(html).text
     assert "The experts of tiny-moe" in text and "4 sparse layers, run on 4 images and 5 captions." in text
     assert "to the dense MLP" not in text
-
-
-def test_photos_stand_upright(model, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(
-        expert_report, "inspect_experts", lambda model, images, *args, **options: shown.extend(images) or 1 / 0
-    )
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter, as phones store it
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (64, 32)).save(tmp_path / "photos" / "photo.jpg", exif=exif)
-    with pytest.raises(ZeroDivisionError):
-        main(["inspect", str(model), "--images", str(tmp_path / "photos")])
-    assert [image.size for image in shown] == [(32, 64)]
 
 
 def test_the_dense_model_is_compared_with(model, images, tmp_path):
@@ -122,30 +100,3 @@ def test_no_more_images_and_captions_are_looked_at_than_asked_for(model, images,
     arguments = ["--images", images, "--captions", captions, "--max-images", 2, "--shown", 1]
     html = made(tmp_path / "r.html", model, *arguments)
     assert "run on 2 images and 2 captions" in Page(html).text and html.count("as the model sees it") == 1
-
-
-def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, capsys):
-    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
-    assert "has no sparse layers" in refused(capsys, tmp_path / "dense", "--images", images)
-    assert f"{tmp_path}/none" in refused(capsys, tmp_path / "none", "--images", images)
-    assert "holds neither a model" in refused(capsys, tmp_path, "--images", images)
-    assert f"images: there is no directory {tmp_path}/none" in refused(capsys, model, "--images", tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    assert "holds no image" in refused(capsys, model, "--images", tmp_path / "empty")
-    (tmp_path / "empty" / "broken.png").write_text("no png")
-    assert "broken.png" in refused(capsys, model, "--images", tmp_path / "empty")
-    (tmp_path / "captions.txt").write_text("\n")
-    assert "captions.txt is empty" in refused(capsys, model, "--captions", tmp_path / "captions.txt")
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ([], "--images, --captions or both"),
-        (["--images", "photos", "--dense-pretrained", "x"], "--dense-pretrained has no effect"),
-        (["--images", "photos", "--max-images", "0"], "--max-images must be at least 1"),
-        (["--images", "photos", "--shown", "-1"], "shown must be at least 0"),
-    ],
-)
-def test_invalid_options_are_refused_by_name(options, named, capsys):
-    assert named in refused(capsys, "model", *options)

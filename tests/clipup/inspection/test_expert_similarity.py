@@ -31,12 +31,6 @@ def test_cosines_are_those_of_the_matrices_as_vectors(gated):
     assert found.first_to_dense is None and found.second_to_dense is None
 
 
-def test_the_mean_is_over_pairs_of_different_experts():
-    cosines = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]])
-    assert mean_cosine(cosines) == pytest.approx(0.5)
-    assert mean_cosine(torch.ones(1, 1)) != mean_cosine(torch.ones(1, 1))
-
-
 def of_every_family(name, tmp_path):
     if name in TIMM:
         return timm_model(name), ("image",)

@@ -1,12 +1,9 @@
-import dataclasses
 import json
 import re
 
 import pytest
 
 from clipup.cli import main
-from clipup.cli.plan import Options
-from clipup.plan import Cluster, Rates
 
 RUN = ["plan", "--model", "clipup-tiny-32", "--gpus", "8", "--batch", "1024"]
 
@@ -20,10 +17,8 @@ def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
     run = ["--samples", "1000000", "--price", "2"]
     assert main([*RUN, "--moe", "--fsdp", "--ep", "2", *run]) == 0
     out = capsys.readouterr().out
-    assert "CLIP-UP of clipup-tiny-32 in amp_bf16, global batch 1,024, on 8 h100" in out
     assert "fits into 80 GB" in out and "expert rows" in out and "what autograd saves" in out
-    assert "a model, not measured" in out and "run of 1,000,000 pairs, 977 steps" in out
-    assert "\nproposed (fits, and sends least" in out and "\n  --batch-size 128" in out
+    assert "run of 1,000,000 pairs, 977 steps" in out and "\n  --batch-size 128" in out
 
 
 def test_hours_and_price_follow_from_the_measured_pace(capsys):
@@ -33,12 +28,6 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
     assert made["memory"]["available_bytes"] == 80e9
     assert (run["samples"], run["steps"]) == (358_400, 350)  # 800 pairs of an epoch fill no step
     assert run["gpu_hours"] == pytest.approx(1, rel=0.01) and run["price"] == 3 * run["gpu_hours"]
-    assert (
-        main([*RUN, "--images-per-second", "1000", "--samples", "10240", "--price", "2.5", "--grad-checkpointing"]) == 0
-    )
-    out = capsys.readouterr().out
-    assert "10,240 pairs, 10 steps: 0.00036 hours, 0.0028 GPU hours, 0.0071 at 2.5" in out
-    assert "timed by FLOPs and mfu, since the measured pace is that of the setting above" in out
 
 
 @pytest.mark.slow
@@ -66,6 +55,9 @@ def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
         (["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"], "--caption-tokens must be 1 to 12"),
         (["--epochs", "2"], "--train-num-samples"),
         (["--epochs", "2", "--train-num-samples", "1000"], "--train-num-samples must be at least batch"),
+        (["--gpus", "0"], "gpus must be"),
+        (["--samples", "9", "--price", "0"], "price must be"),
+        (["--images-per-second", "0"], "images_per_second|images-per-second"),
         (["--samples", "0"], "samples must be at least 1"),
         (["--mfu", "1.5"], "mfu must be above 0 and at most 1"),
         (["--tflops", "inf"], "tflops must be finite"),
@@ -75,9 +67,3 @@ def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
 def test_wrong_options_are_refused_by_name(arguments, named, capsys):
     assert main([*RUN, *arguments]) == 2
     assert re.search(named, capsys.readouterr().err)
-
-
-def test_the_defaults_of_the_command_are_those_of_the_plan():
-    options = Options(model="ViT-B-32", gpus=8, batch=8)
-    assert options.reserve == Cluster.reserve
-    assert all(getattr(options, rate.name) == rate.default for rate in dataclasses.fields(Rates))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
 from studies import cli
 from studies.runner import page as study_page
 
@@ -30,29 +28,3 @@ def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(found, t
     assert names == {"study.md"} | {f"study_{name}.svg" for name in FIGURES}
     page = (tmp_path / "docs" / "study.md").read_text()
     assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page and "1 of 2 runs have no log yet" in page
-
-
-def test_a_study_without_template_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=study_page.TEMPLATE):
-        study_page.write(tmp_path, tmp_path / "study.md")
-
-
-def test_a_page_shows_a_study_beside_it_with_its_figures(found, tmp_path):
-    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
-    for study in (first, second, third):
-        shutil.copytree(tmp_path / "logs", study / "logs")
-    (first / study_page.TEMPLATE).write_text(
-        "{% with tables = study('second') %}{% include 'second/part.md.j2' %}{% endwith %}{{ study('third').starts }}"
-    )
-    (second / study_page.PART).write_text(
-        "{{ tables.starts }} {{ by('name', 'step.csv', 'second').x.ratio }} {{ pending_of('second') | join }}"
-    )
-    for name in ("base", "not-run"):
-        (second / f"{name}.yaml").touch()
-    (second / "step.csv").write_text("name,ratio\nx,1.25\n")
-
-    written = study_page.write(first, tmp_path / "page.md")
-
-    assert (tmp_path / "page.md").read_text() == "[5] 1.25 not-run[5]"
-    figures = {f"page_{part}{name}" for part in ("", "second_") for name in FIGURES}
-    assert {path.stem for path in written} == {"page"} | figures

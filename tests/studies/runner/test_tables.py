@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from clipup.inspection.figures.format import MISSING
 from studies.runner.tables import Tables
 
 OTHERS = {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs"}
@@ -68,36 +67,6 @@ def test_leads_and_verdict_are_those_over_all_seeds(several):
         ["l", "5", "1", "+0.90", "one seed"],
         ["s", "5", "3", "**+1.35 ± 1.12**", "better"],
     ]
-
-
-def test_sentences_have_gains_and_leads_by_split_and_measure(several):
-    assert several.gain("clip_up") == "**+19.35 ± 1.12**" and several.gain("drop") == MISSING
-    assert several.gain("clip_up", ["test_styles"]) == "**+32.25 ± 1.86**"
-    assert several.lead("clip_up", "dense_continued", ["test_styles"]) == "**+2.25 ± 1.86**"
-    assert several.lead("clip_up", "dense_continued", measure="R@5") == "**+2.03 ± 1.68**"  # half as much again
-    assert several.lead("clip_up", "dense_continued", seeds=[1]) == "+1.35"
-    assert several.difference("sparse-2", "dense-0") == "+1.80" and several.difference("sparse-2", "none") == MISSING
-    assert several.validation("sparse-0") == "39.00" and several.similarity("sparse-0") == MISSING
-
-
-def test_starts_are_compared_over_the_seeds_that_all_with_enough_of_them_have(write, make_records):
-    logs = []
-    for steps, gain, lead, seeds in ((5, 0.0, 0.04, 1), (50, 0.02, 0.01, 2), (500, 0.0, 0.04, 3)):
-        logs += [make_records(f"start-{steps}", "dense", score=0.2, steps=steps)]
-        for arm, more in (("dense_continued", 0.0), ("dense_equal_flops", gain), ("clip_up", lead)):
-            for seed in range(seeds):
-                score = 0.5 if seed == 2 else 0.5 + more
-                logs += [make_records(f"{arm}-{steps}-{seed}", arm, seed=seed, score=score, start=f"start-{steps}")]
-    tables = Tables(write(*logs))
-
-    assert tables.starts == [5, 50, 500]
-    assert rows(tables.leads_by_start("clip_up", list(OTHERS)))[2:] == [
-        ["50", "2", "**+1.50 ± 0.00**", "**+0.45 ± 0.00**", "**-0.45 ± 0.00**"],
-        ["500", "2", "+0.00 ± 0.00", "**+1.80 ± 0.00**", "**+1.80 ± 0.00**"],
-    ]
-    assert tables.of_start(500).lead("clip_up", "dense_continued") == "+1.20 ± 2.58"
-    with pytest.raises(ValueError, match="are of one arm, budget"):
-        tables.sweep()
 
 
 def test_a_seed_is_of_one_machine_and_all_logs_of_one_data_set(write, make_records):

@@ -119,13 +119,3 @@ def test_a_second_test_has_scenes_of_training_drawings_that_no_step_has(build_sc
     for part in range(4):
         drawn = SceneStream(out, preprocess, tokenizer, 20, 0, part).batch(0)[0]
         assert not any(torch.allclose(a, b) for a, b in zip(shown, drawn, strict=True))
-
-
-def test_a_damaged_file_of_drawings_is_named_and_built_again(build_scenes, scenes_package):
-    out, _ = build_scenes()
-    whole = content(out)
-    (out / "drawings.npz").write_bytes(whole["drawings.npz"][:-100])
-    with pytest.raises(ValueError, match="drawings.npz"):
-        read_drawings(out)
-    build_scenes(overwrite=True)
-    assert content(out) == whole

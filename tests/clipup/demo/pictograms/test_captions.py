@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipup.demo.pictograms.captions import caption_set, other_names, same_words, useful_tags, words
+from clipup.demo.pictograms.captions import other_names, words
 
 
 def test_names_of_packages_become_words():
@@ -28,19 +28,3 @@ def test_uninformative_aliases_are_not_captions():
     assert other_names("check mark button", [":white_check_mark:"]) == []
     assert other_names("black cat", ["black_feline"]) == ["black feline"]
     assert other_names("pile of poo", [":poop:", ":shit:", ":poop:"]) == ["poop"]
-
-
-def test_tags_add_words_and_are_limited_in_number():
-    tags = ["*updated*", "trees", "emoji", "c++", "sea", "sea", "boat", "sail", "wind", "race", "sport"]
-    assert useful_tags("boat race", tags) == ["trees", "sea", "sail", "wind"]
-
-
-def test_captions_begin_with_the_name_and_no_caption_is_a_tag_alone():
-    captions = caption_set(["automobile", "car"], ["vehicle", "transport"])
-    assert captions == ("automobile", "car", "automobile, vehicle", "automobile, transport")
-    assert caption_set(["car", "car"], []) == ("car",)
-
-
-def test_the_same_words_in_another_order_are_recognised():
-    assert same_words("waving hand") == same_words("hand, waving")
-    assert same_words("waving hand") != same_words("waving hands")

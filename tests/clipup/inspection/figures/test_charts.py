@@ -5,7 +5,6 @@ from xml.etree import ElementTree
 import pytest
 
 from clipup.inspection import Series, line_chart, load_chart, smooth
-from clipup.inspection.figures.charts import spread
 
 SVG = "{http://www.w3.org/2000/svg}"
 TWO = [Series("dense", [0, 10], [1.57, 1.8]), Series("sparse", [0, 10], [1.6, 1.81], points=True)]
@@ -41,26 +40,6 @@ def test_a_line_runs_where_its_values_say_and_has_a_gap_where_there_is_none():
         assert y0 - y1 == pytest.approx(points[0][1] - points[1][1], abs=0.1) and y1 < y0
 
 
-def test_lines_are_dashed_where_the_colors_begin_again():
-    chart = line_chart([Series(f"run {row}", [0, 1], [row, row + 1]) for row in range(9)], "Loss", "step", "nats")
-    plain, dashed = sorted({style for path, style in strokes(chart, "#2266aa")}, key=len)
-    assert "dasharray" not in plain and "stroke-dasharray: 5,3" in dashed
-
-
-def test_intervals_are_bars_side_by_side():
-    both = [
-        Series(name, [0, 10], [1, 1], c, half_intervals=[1, None]) for name, c in (("a", "#ff0000"), ("b", "#0000ff"))
-    ]
-    figure = line_chart(both, "t", "x", "y")
-    places = []
-    for color in ("#ff0000", "#0000ff"):
-        bars = [re.findall(r"[ML] (\S+) (\S+)", path) for path, style in strokes(figure, color) if "1.5" in style]
-        tall = max(bars, key=lambda ends: abs(float(ends[0][1]) - float(ends[-1][1])))
-        assert abs(float(tall[0][1]) - float(tall[-1][1])) > 100, "twice the interval, on an axis that covers it"
-        places.append(float(tall[0][0]))
-    assert 5 < places[1] - places[0] < 11
-
-
 @pytest.mark.parametrize("experts", [1, 16])
 def test_every_expert_has_a_line_and_a_number_that_overlaps_no_other(experts):
     loads = [[0.7, *[0.3 / experts] * (experts - 1)]] * 150
@@ -71,14 +50,6 @@ def test_every_expert_has_a_line_and_a_number_that_overlaps_no_other(experts):
     assert f"dashed: uniform, 1/{experts}" in shown and set(map(str, range(experts))) <= set(texts(figure))
     (line, *_) = strokes(figure, "#2266aa")
     assert line[0].count("L") <= 99
-
-
-def test_labels_are_spread_to_the_nearest_places_with_a_gap():
-    assert spread([], 12, 0, 100) == []
-    assert spread([10, 50, 90], 12, 0, 100) == [10, 50, 90]
-    assert spread([50, 50, 50], 12, 0, 100) == pytest.approx([38, 50, 62])
-    assert spread([1, 1], 12, 0, 100) == pytest.approx([0, 12])
-    assert spread([99, 99], 12, 0, 100) == pytest.approx([88, 100])
 
 
 def test_smoothing_is_a_centered_mean_that_leaves_out_what_is_not_finite():

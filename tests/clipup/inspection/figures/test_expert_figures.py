@@ -1,27 +1,15 @@
 """Figures of experts: what they show, and that they hold any numbers and any words."""
 
-import math
 import re
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
-from clipup.inspection import Figure, Piece, load_bars, patch, routing_map, similarity_heatmap, token_strip
-from clipup.inspection.figures.expert_cards import patch_cards, word_cards
-from clipup.inspection.figures.images import expert_mark
+from clipup.inspection import Figure, Piece, load_bars, patch, similarity_heatmap, token_strip
 from clipup.inspection.figures.palette import EXPERTS
-from clipup.inspection.token_words import WordShare
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def texts(figure):
-    return [element.text for element in ElementTree.fromstring(figure).iter(f"{SVG}text")]
-
-
-def rects(figure):
-    return list(ElementTree.fromstring(figure).iter(f"{SVG}rect"))
 
 
 def test_figures_show_themselves_in_a_notebook_and_are_short_in_words():
@@ -54,12 +42,6 @@ def test_every_cell_of_the_heatmap_has_its_value():
     assert ">.00<" not in similarity_heatmap(np.eye(16), "t")
 
 
-def test_the_mean_of_shards_is_over_pairs_of_the_same_shard():
-    cosines = np.array([[1, 0.1, 0.5, 0.1], [0.1, 1, 0.1, 0.7], [0.5, 0.1, 1, 0.1], [0.1, 0.7, 0.1, 1]])
-    assert "mean of pairs of the same shard: 0.600" in similarity_heatmap(cosines, "t", granularity=2)
-    assert "no two experts were initialized equal" in similarity_heatmap(np.eye(2), "t", granularity=2)
-
-
 def spans(figure):
     return [span for span in ElementTree.fromstring(figure).iter("span") if span.find("sub") is not None]
 
@@ -88,22 +70,3 @@ def test_a_patch_is_framed_where_it_lies_among_its_neighbours():
         ("26.7", "13.3", "13.3", "13.3")
     ] * 2
     assert len({frame.get("stroke") for frame in frames}) == 2
-
-
-def test_fine_maps_have_numbers_too_when_they_are_wide_enough():
-    image = Image.new("RGB", (32, 32), "red")
-    assert len(texts(routing_map(image, np.zeros((14, 14), dtype=int), width=14 * 14))) == 196
-    assert texts(routing_map(image, np.zeros((14, 14), dtype=int))) == []
-
-
-def test_the_mark_of_an_expert_has_its_number():
-    assert texts(expert_mark(11)) == ["11"]
-
-
-def test_cards_say_what_an_expert_takes_and_when_that_is_nothing():
-    words = ElementTree.fromstring(word_cards([0.75, 0.25], [[WordShare("<b>", 3, 4), WordShare("cat", 1, 1)], []]))
-    first, second = ["".join(card.itertext()) for card in words]
-    assert "expert 0, first choice of 75.0%" in first and "<b> 3/4cat 1/1" in first
-    assert "expert 1, first choice of 25.0%" in second and "no word more often than its share" in second
-    shown = patch_cards([1.0, math.nan], [["<i/>", "<i/>"], []])
-    assert shown.count("<i/>") == 2 and "first choice of no patch" in shown
