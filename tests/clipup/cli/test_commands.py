@@ -24,14 +24,6 @@ def dense(tmp_path):
     return directory
 
 
-def test_usage_lists_every_command_and_a_typo_is_answered_with_the_closest(capsys):
-    assert main(["--help"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in COMMANDS)
-    assert main([]) == 2 and main(["upcylce"]) == 2
-    assert "did you mean 'upcycle'?" in capsys.readouterr().err
-
-
 def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path, capsys):
     out = tmp_path / "sparse"
     assert main(["upcycle", str(dense), str(out), "--num-experts", "3", "--blocks", "0", "2"]) == 0
@@ -60,30 +52,6 @@ def test_step_zero_check_refuses_models_that_differ():
     with pytest.raises(ValueError, match="differ"):
         check_step0(float("nan"), MoEConfig())
     assert check_step0(0.01, MoEConfig(normalize_gates="none")) == 0.01
-
-
-def test_upcycle_refuses_a_directory_that_is_not_empty(dense, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("keep me")
-    assert main(["upcycle", str(dense), str(out)]) == 2
-    assert "out is not empty; choose another directory" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--top-k", "9"], "--top-k (9) is larger than --num-experts (8)"),
-        (["--blocks", "7"], "blocks names [7]"),
-        (["--pretrained", "openai"], "cannot be used with the directory"),
-    ],
-)
-def test_user_error_is_one_line_and_exit_code_two(dense, tmp_path, capsys, arguments, named):
-    assert main(["upcycle", str(dense), str(tmp_path / "out"), *arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("clipup upcycle: ") and named in err and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_the_traceback(dense, tmp_path, capsys, monkeypatch):
@@ -141,7 +109,9 @@ print(json.dumps({line: run(line) for line in [*helps, "--help", "upcicle", *sys
         [sys.executable, "-c", program, *unknown], env=environment, capture_output=True, text=True, check=True
     )
     for line, (code, out) in json.loads(done.stdout).items():
-        if line.endswith("--help"):
+        if line == "--help":
+            assert code == 0 and all(f"\n  {command} " in out for command in COMMANDS)
+        elif line.endswith("--help"):
             assert code in (0, None) and "usage: clipup" in out, line
         else:
             expected = "did you mean 'upcycle'" if line == "upcicle" else "'ViT-B-61' is neither an open_clip model"
@@ -162,14 +132,6 @@ def test_flops_prints_only_json(capsys, caplog):
     assert captured.err == caplog.text == ""
     assert main(["flops", "ViT-B-16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["params"] == pytest.approx(150e6, rel=0.01)
-
-
-def test_flops_prints_a_table_of_dense_and_sparse_with_their_ratio(capsys):
-    assert main(["flops", "ViT-B-32"]) == 0
-    head, dense, sparse, ratio = capsys.readouterr().out.splitlines()
-    assert head.split() == ["image", "GFLOP", "text", "GFLOP", "both", "params", "active"]
-    assert dense.split()[:4] == ["dense", "8.82", "5.96", "14.78"] and sparse.split()[3] == "19.55"
-    assert ratio.split() == ["ratio", "1.32", "1.33", "1.32", "2.89", "1.27"]
 
 
 def test_upcycle_accepts_every_option_as_a_flag(dense, tmp_path, capsys):

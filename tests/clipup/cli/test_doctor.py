@@ -35,11 +35,8 @@ def findings(capsys, *arguments):
 def test_table_shows_the_status_of_the_blocks_of_every_tower(dense, capsys):
     assert main(["doctor", dense]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["image", "tower:", "4", "blocks"]
-    assert lines[1] == ["blocks", "class", "MLP", "widths", "activation", "status"]
     assert lines[2] == ["0,", "2", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "dense"]
     assert lines[3] == ["1,", "3", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "sparse"]
-    assert lines[5] == ["text", "tower:", "4", "blocks"]
     assert " ".join(lines[-1]).startswith("upcycle accepts it; parameters: 0.1 M dense, 0.3 M sparse, 0.1 M active")
 
 
@@ -58,10 +55,6 @@ def test_moe_options_are_those_of_upcycle(dense, capsys):
 def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
     cfg = {**tiny_config(), "vision_cfg": RESNET, "custom_text": False}
     directory = saved(build(cfg), cfg, tmp_path / "resnet")
-    assert main(["doctor", directory]) == 0
-    out = capsys.readouterr().out
-    assert "refused: the image tower (visual: ModifiedResNet) has no list of transformer blocks" in out
-    assert "upcycle refuses it; parameters: " in out and "\nsuggestion: --towers text; parameters then: " in out
     found = findings(capsys, directory)
     assert not found["upcycles"] and found["suggestion"] == "--towers text"
     assert found["towers"][0]["blocks"] == [] and found["towers"][1]["refused"] is None
@@ -75,8 +68,6 @@ def test_sparse_model_is_reported_as_already_sparse(tmp_path, capsys):
     found = findings(capsys, directory)
     assert [block["status"] for block in found["towers"][0]["blocks"]] == ["dense", "already sparse"] * 2
     assert not found["upcycles"] and found["sparse_params"] == found["active_params"] == found["params"]
-    assert main(["doctor", directory]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("already sparse; parameters: ")
 
 
 def test_coca_has_three_towers(tmp_path, capsys):
@@ -137,9 +128,3 @@ def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch, tmp_path):
     assert found["failed"] == len(failed) and found["machine"]["processor"]
     assert [one["op"] for one in failed if one["backend"] == "cpp"] == ["combine"] * 3
     assert {one["backend"] for one in failed} <= {"cpp", "torch_matmul"}  # which combines in C++
-
-
-@pytest.mark.parametrize("arguments", [[], ["ViT-B-32", "--device", "cpu"]])
-def test_either_a_model_or_a_device_is_examined(capsys, arguments):
-    assert main(["doctor", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("clipup doctor: pass a MODEL")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from picture_samples import epoch_of, load, preprocess
+from picture_samples import load, preprocess
 from torch.utils.data import DataLoader, Dataset
 
 from clipup.cli import reporting_errors
@@ -209,13 +209,3 @@ def test_a_killed_indexing_process_is_named(pictures, monkeypatch, no_more_child
     with pytest.raises(LostWorker):
         load("webdataset", pictures.shards(), workers=2)
     assert no_more_children()
-
-
-def test_memory_that_runs_out_in_a_data_worker_is_said_in_one_line(pictures):
-    def exhausted(image):
-        raise MemoryError("no room")
-
-    with pytest.raises(MemoryError, match="^no room$"):
-        epoch_of(load("csv", pictures.csv(), workers=1, transform=exhausted))
-    with pytest.raises(MemoryError, match="^no room$"):
-        list(batches("evaluation", pictures.csv(), exhausted))

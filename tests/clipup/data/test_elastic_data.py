@@ -13,7 +13,7 @@ import torch
 from picture_samples import load, preprocess
 
 from clipup.data import shards
-from clipup.data.epoch_order import EpochOrder, GlobalBatches
+from clipup.data.epoch_order import EpochOrder
 from clipup.data.skips import Skips
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
@@ -112,24 +112,6 @@ def test_every_row_is_at_every_place_equally_often(rows):
     assert ((counts - expected) ** 2 / expected).sum() < 4 + 5 * 8**0.5
     if rows > 100:
         assert ((second - expected) ** 2 / expected).sum() < 4 + 5 * 8**0.5
-
-
-def test_the_order_is_that_of_earlier_versions():
-    """Runs continue after an update; another order needs another ``epoch_order.RULE``."""
-    positions = numpy.arange(6)
-    assert EpochOrder(10, 0).rows_at(0, positions).tolist() == [0, 7, 6, 2, 8, 1]
-    large = [404701866, 76182925, 116334787, 370656820, 618142785, 229218032]
-    assert EpochOrder(10**9, 1).rows_at(2, positions).tolist() == large
-    assert EpochOrder(10, 0).seeds(0, positions[:2]).tolist() == [9476934577362572786, 3417920396635165052]
-
-
-def test_no_two_samples_of_a_batch_share_a_spare():
-    batches = GlobalBatches(samples=50, batch_size=4, accum_freq=2)
-    firsts = [list(batches.spares(position))[:5] for position in range(16, 24)]
-    assert len({spare for spares in firsts for spare in spares}) == 8 * 5
-    for position in (0, 17, 49):
-        inside = range(position // 8 * 8, position // 8 * 8 + 8)
-        assert sorted(batches.spares(position)) == [n for n in range(50) if n not in inside]
 
 
 def test_an_index_takes_few_bytes_a_sample_in_a_data_worker(pictures):

@@ -11,7 +11,7 @@ import os
 import tarfile
 
 import pytest
-from picture_samples import preprocess, samples_of, tokenizer
+from picture_samples import load, pictures_of, preprocess, samples_of, tokenizer
 from PIL import Image
 
 from clipup.data.images import load_image
@@ -44,6 +44,17 @@ def listing(pictures, tmp_path):
 
 def consume(source, **options):
     return samples_of(train_loader(source, preprocess, tokenizer, 3, 0, progress=False, **options).dataloader)
+
+
+@pytest.mark.parametrize("read", [consume, lambda source, **options: list(eval_samples(source, preprocess, **options))])
+def test_what_controls_a_terminal_is_escaped_in_names(pictures, picture, read, caplog):
+    """Of a sample without a picture that can be read, and of one without a caption."""
+    evil = "\x1b]0;pwned\x07\u202e"
+    good = [(f"s{n}.{e}", c) for n in range(12) for e, c in (("png", picture(n)), ("txt", b"1 0"))]
+    bad = [(f"{evil}1.png", b"broken"), (f"{evil}1.txt", b"1 0"), (f"{evil}2.png", picture(2))]
+    read(pictures.tar("train.tar", [*bad, *good]), max_skipped=0.5)
+    assert "\\x1b]0;pwned\\x07\\u202e" in caplog.text and caplog.text.count("skipped") == 2
+    assert not {"\x1b", "\x07", "\u202e"} & set(caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -115,37 +126,28 @@ def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(tra
 
 
 def test_members_that_are_not_regular_files_are_ignored(pictures, picture, tmp_path):
-    """Links, absolute names and `..` in a shard: their targets are not read, and nothing is written."""
+    """Links, absolute names and `..` in a shard: no target is read, nothing is written, and what is lost counts."""
     (tmp_path / "secret.txt").write_text("1 0")
+    members = [
+        *(("a.png", picture(1)), ("a.txt", (tarfile.SYMTYPE, str(tmp_path / "secret.txt")))),
+        *(("b.png", picture(1)), ("b.txt", (tarfile.LNKTYPE, "../secret.txt"))),
+        *(("c.png", picture(1)), ("c.txt", (tarfile.FIFOTYPE, ""))),
+        *(("../d.png", picture(7)), ("../d.txt", b"7 0")),
+        *(("/tmp/e.png", picture(8)), ("/tmp/e.txt", b"8 0")),
+        *(("f.png", (tarfile.LNKTYPE, "a.png")), ("f.txt", (tarfile.LNKTYPE, "../d.txt"))),
+    ]
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for name, kind, target in (
-            ("a.txt", tarfile.SYMTYPE, str(tmp_path / "secret.txt")),
-            ("b.txt", tarfile.LNKTYPE, "../secret.txt"),
-            ("c.txt", tarfile.FIFOTYPE, ""),
-        ):
-            image = tarfile.TarInfo(name.replace("txt", "png"))
-            image.size = len(picture(1))
-            tar.addfile(image, io.BytesIO(picture(1)))
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = kind, target
-            tar.addfile(link)
-        for name, content in (
-            ("../d.png", picture(7)),
-            ("../d.txt", b"7 0"),
-            ("/tmp/e.png", picture(8)),
-            ("/tmp/e.txt", b"8 0"),
-        ):
+        for name, content in members:
             info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content
+            tar.addfile(info, io.BytesIO(content) if info.size else None)
     before = sorted(path.name for path in tmp_path.parent.iterdir())
-    for cache in (False, True):
-        data = train_loader(
-            tmp_path / "train.tar", preprocess, tokenizer, 2, 0, cache=cache, progress=False, max_skipped=0.9,
-            **({} if cache else {"train_num_samples": 4}),
-        )  # fmt: skip
-        assert {picture for picture, _, _ in samples_of(data.dataloader)} == {7, 8}
-        assert data.skipped == 3
+    for kind, source in (("webdataset", ""), ("cached webdataset", ""), ("streamed", "file:")):
+        data = load(kind, f"{source}{tmp_path / 'train.tar'}", 2, count=6, max_skipped=0.9)
+        assert set(pictures_of(data)) == {7, 8} and data.skipped == 4
     assert sorted(path.name for path in tmp_path.parent.iterdir()) == before
 
 
@@ -189,26 +191,3 @@ def test_an_icon_cannot_include_a_file_from_disk(tmp_path):
     ):
         with pytest.raises(ValueError, match="an image from a file"):
             iconify.render(iconify._document({"body": body}), 16)
-
-
-@pytest.mark.parametrize("kind", ["indexed", "cached", "streamed", "evaluation", "csv"])
-def test_what_controls_a_terminal_is_escaped_in_names(pictures, picture, kind, caplog):
-    """Of a sample without a picture that can be read, of one without a caption, and before a damaged header."""
-    evil = "\x1b]0;pwned\x07\u202e"
-    if kind == "csv":
-        source = pictures.csv(12)
-        with open(source, "a") as file:
-            file.write(f"{evil}.png\t1 0\n")
-    else:
-        good = [(f"s{n}.{e}", c) for n in range(12) for e, c in (("png", picture(n)), ("txt", b"1 0"))]
-        bad = [(f"{evil}1.png", b"broken"), (f"{evil}1.txt", b"1 0"), (f"{evil}2.png", picture(2))]
-        source = str(pictures.tar("train.tar", [*bad, *good, (f"{evil}3.png", picture(3)), (f"{evil}3.txt", b"1 0")]))
-    if kind == "evaluation":
-        list(eval_samples(source, preprocess, max_skipped=0.5))
-    else:
-        streamed = {"train_num_samples": 14} if kind == "streamed" else {}
-        source = f"file:{source}" if kind == "streamed" else source
-        options = {"cache": kind == "cached", "progress": False, "max_skipped": 0.5, **streamed}
-        list(train_loader(source, preprocess, tokenizer, 1, 0, **options).dataloader)
-    assert "\\x1b]0;pwned\\x07\\u202e" in caplog.text and caplog.text.count("skipped") == (1 if kind == "csv" else 2)
-    assert not {"\x1b", "\x07", "\u202e"} & set(caplog.text)

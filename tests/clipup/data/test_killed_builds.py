@@ -86,14 +86,3 @@ def test_a_build_in_progress_is_not_disturbed_by_another_one(tmp_path, monkeypat
     process.join()
     assert len(build(out)["splits"]) == 3
     assert names(tmp_path) == ["data"]
-
-
-def test_a_finished_data_set_in_a_read_only_directory_is_read(tmp_path, monkeypatch):
-    build(tmp_path / "data")
-
-    def no_lock(*args):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(shard_writer, "exclusive", no_lock)
-
-    assert build(tmp_path / "data")["name"] == "pictograms"

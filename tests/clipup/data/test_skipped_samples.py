@@ -7,14 +7,12 @@ import io
 import json
 import logging
 import os
-import subprocess
 import tarfile
 
 import pytest
-from picture_samples import epoch_of, load, pictures_of, png, preprocess, samples_of
+from picture_samples import epoch_of, load, pictures_of, png, preprocess
 
 from clipup.data.loaders import eval_samples
-from clipup.data.shard_names import not_a_source
 from clipup.evaluate import datasets
 from clipup.evaluate.labelled_images import image_shards
 
@@ -55,19 +53,6 @@ def test_unusable_rows_are_removed_from_the_index(pictures, kind, caplog):
     assert data.skipped == len(caplog.messages) == 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_batch_contains_a_row_twice(pictures, kind):
-    """24 of 240 rows are unreadable: replaced by readable ones, or not in the cache."""
-    data = load(kind, pictures.source(kind, 240, range(0, 240, 10)), 16, count=240)
-    for epoch in range(2):
-        data.set_epoch(epoch)
-        batches = [{picture for picture, _, _ in samples_of([batch])} for batch in data.dataloader]
-        assert len(batches) == (13 if "cached" in kind else 15)
-        exact = batches[:13] if kind == "streamed" else batches  # a stream may start over within the last ones
-        assert all(len(batch) == 16 for batch in exact)
-    assert data.skipped == 24
-
-
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in KINDS), ("csv", 2), ("streamed", 2)])
 def test_reading_stops_above_the_largest_skipped_share(pictures, kind, workers):
     source = pictures.source(kind, 60, range(0, 60, 8))  # 8 of 60
@@ -104,17 +89,7 @@ def test_data_without_any_readable_sample_are_an_error_and_do_not_loop(pictures,
             epoch_of(load("webdataset", source[5:], max_skipped=1.0, dataset_resampled=True, train_num_samples=24))
 
 
-def test_data_with_most_files_missing_are_refused_before_the_first_batch(pictures):
-    source = pictures.csv(100)
-    for n in range(4, 100):
-        (pictures.folder / f"{n}.png").unlink()
-    for read in (lambda: load("csv", source), lambda: eval_samples(source, preprocess)):
-        with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 6 of .*4\.png"):
-            read()
-    assert len(eval_samples(source, preprocess, max_skipped=0.96)) == 4
-
-
-@pytest.mark.parametrize("kind", [*TARS, "evaluation"])
+@pytest.mark.parametrize("kind", TARS)
 def test_incomplete_and_damaged_members_of_a_shard_are_counted_once(pictures, kind, caplog):
     source = pictures.shards()
     for shard, member, header in ((0, "s1.png", False), (1, "s8.png", True), (2, "s14.json", True)):
@@ -124,12 +99,8 @@ def test_incomplete_and_damaged_members_of_a_shard_are_counted_once(pictures, ki
         source += f"::{pictures.folder}/more-{len(text)}.tar"
     source = "::".join(f"file:{part}" for part in source.split("::")) if kind == "streamed" else source
     with caplog.at_level(logging.WARNING):
-        if kind == "evaluation":
-            data = eval_samples(source, preprocess, max_skipped=0.3)
-            seen = {int(image[0, 0, 0]) for _ in range(2) for image, _, _ in data}
-        else:
-            data = load(kind, source, 1, count=26, max_skipped=0.3)
-            seen = {*pictures_of(data, 0), *pictures_of(data, 1)}
+        data = load(kind, source, 1, count=26, max_skipped=0.3)
+        seen = {*pictures_of(data, 0), *pictures_of(data, 1)}
     assert seen == set(range(24)) - {1, 8, 14} and data.skipped == 5
     for name in ("s1", "s8", "s14", "s23"):
         assert sum(f"skipped {name} in" in line for line in caplog.messages) == (2 if name == "s23" else 1)
@@ -151,38 +122,6 @@ def test_a_further_image_of_a_sample_is_no_lost_sample(pictures, kind):
     assert read(kind, pictures.tar("train.tar", members), 4) == (set(range(4)), 0)
 
 
-@pytest.mark.parametrize("kind", TARS)
-@pytest.mark.parametrize("link", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_samples_that_are_links_are_counted(pictures, kind, link):
-    path = pictures.samples("train.tar", {f"s{n}": png(n) for n in range(4)})
-    with tarfile.open(path, "a") as tar:
-        for n, extensions in ((4, ("png", "txt")), (5, ("png",))):
-            for extension in extensions:
-                member = tarfile.TarInfo(f"s{n}.{extension}")
-                member.type, member.linkname = link, f"s0.{extension}"
-                tar.addfile(member)
-        member = tarfile.TarInfo("s5.txt")
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"5 0"))
-    assert read(kind, path, 6) == (set(range(4)), 2)
-
-
-def test_the_advised_command_makes_samples_of_links(pictures, monkeypatch):
-    folder = pictures.folder / "my photos"
-    folder.mkdir()
-    for n in range(2):
-        (folder / f"s{n}.png").write_bytes(png(n))
-        (folder / f"s{n}.txt").write_text(f"{n} 0")
-    for number, link in ((2, os.link), (3, os.symlink)):
-        for extension in ("png", "txt"):
-            link(folder / f"s0.{extension}", folder / f"s{number}.{extension}")
-    monkeypatch.chdir(pictures.folder)
-    command = str(not_a_source("train_data", "my photos")).partition("shard: ")[2].partition(" and name")[0]
-    subprocess.run(command, shell=True, check=True)
-    data = load("webdataset", "data.tar", 1)
-    assert sorted(pictures_of(data)) == [0, 0, 0, 1] and data.skipped == 0
-
-
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @pytest.mark.parametrize("kind", TARS)
 def test_samples_whose_names_need_an_extended_header_are_named(pictures, kind, form, caplog):
@@ -197,15 +136,6 @@ def test_samples_whose_names_need_an_extended_header_are_named(pictures, kind, f
     assert read(kind, path, 20) == (set(range(12)), 8)
     for name in names[12:]:
         assert f"skipped {name} in {'file:' * (kind == 'streamed')}{path}: " in caplog.text
-
-
-def test_what_was_counted_before_a_resume_is_not_counted_again(pictures):
-    source = pictures.source("webdataset", 24, [17])
-    data, resumed = load("webdataset", source), load("webdataset", source)
-    epoch_of(data)
-    resumed.skips.restore(data.skips.samples)
-    epoch_of(resumed)
-    assert data.skipped == resumed.skipped == 1
 
 
 def damages(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from picture_samples import epoch_of, load, pictures_of, preprocess, samples_of, tokenizer
 
 from clipup.data.loaders import train_loader
@@ -27,13 +28,16 @@ def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures,
     assert len(first) == len(last) == 1 and seen[:40] != sorted(seen[:40])
 
 
-def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
+def test_every_worker_of_every_rank_reads_its_own_shards_and_augments_differently(pictures):
     """With one batch per worker, each batch is the shard of one worker."""
-    shards = []
+    noisy = lambda image: preprocess(image) + torch.rand(()) / 2  # noqa: E731
+    shards, noise = [], set()
     for rank in (0, 1):
-        data = stream(pictures, 6, workers=2, world_size=2, rank=rank)
-        shards += [{picture // 6 for picture, _, _ in samples_of([batch])} for batch in data.dataloader]
+        for batch in stream(pictures, 6, workers=2, world_size=2, rank=rank, transform=noisy).dataloader:
+            shards.append({picture // 6 for picture, _, _ in samples_of([batch])})
+            noise |= set((batch[0][:, 0, 0, 0] % 1).tolist())
     assert sorted(map(sorted, shards)) == [[0], [1], [2], [3]]
+    assert len(noise) == 24
 
 
 def test_an_epoch_ends_with_full_batches_of_another_pass(pictures):

@@ -13,7 +13,7 @@ from picture_samples import epoch_of, load, pictures_of, preprocess, tokenizer
 from strangers import MakesFile
 
 import clipup.data
-from clipup.data.loaders import DataOptions, load_train_data, train_loader
+from clipup.data.loaders import train_loader
 
 KINDS = ("webdataset", "csv", "cached webdataset", "cached csv", "streamed")
 
@@ -70,18 +70,6 @@ def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member, cap
     assert set(seen) == set(CAPTIONS)
     said = [message for message in caplog.messages if "captions" in message]
     assert len(said) == ("csv" not in kind and member == "txt")
-
-
-@pytest.mark.parametrize("kind", ["csv", "cached webdataset", "streamed"])
-def test_ranks_share_the_data_and_augment_differently(pictures, kind):
-    source = pictures.source(kind)
-    noisy = lambda image: preprocess(image) + torch.rand(()) / 2  # noqa: E731
-    ranks = [load(kind, source, transform=noisy, world_size=2, rank=rank) for rank in (0, 1)]
-    seen = [torch.cat([images[:, 0, 0, 0] for images, _ in data.dataloader]) for data in ranks]
-    assert len(seen[0]) == len(seen[1]) == 12
-    assert sorted(torch.cat(seen).int().tolist()) == list(range(24))
-    if kind != "cached webdataset":  # where every rank has all images
-        assert not torch.isclose(seen[0] % 1, seen[1] % 1).any()
 
 
 def test_a_directory_stands_for_its_training_shards(small):
@@ -168,16 +156,6 @@ def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypat
     monkeypatch.setattr("os.sysconf", lambda name: 64)
     with pytest.raises(ValueError, match="^cache: "):
         load("cached webdataset", pictures.shards())
-
-
-def test_the_options_of_a_loader_can_be_one_object(pictures):
-    source = pictures.csv(separator=",")
-    options = DataOptions(train_data=source, batch_size=3, workers=0, csv_separator=",", seed=5)
-    assert epoch_of(load_train_data(options, preprocess, tokenizer)) == epoch_of(
-        train_loader(source, preprocess, tokenizer, 3, 0, 5, csv_separator=",")
-    )
-    with pytest.raises(TypeError, match="csv_seperator"):
-        train_loader(source, preprocess, tokenizer, 3, csv_seperator=",")
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached csv", "streamed"])

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from typing import get_args, get_type_hints
 
 import benchmark_layouts as layouts
-import open_clip
 import pytest
-import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-import clipup
 from clipup.cli import eval as module
 from clipup.cli import main
 from clipup.evaluate.retrieval import RECALL_AT, WAYS
@@ -78,45 +73,18 @@ def test_names_of_groups_are_printed_without_what_controls_a_terminal():
 
 
 def test_a_run_stands_for_its_model(directory, val_data, tmp_path, capsys):
-    """That of a finished run; of another one the newest checkpoint."""
-    finished, unfinished = tmp_path / "finished", tmp_path / "unfinished"
-    finished.mkdir()
-    shutil.copytree(directory, finished / "model")
-    (unfinished / "checkpoints").mkdir(parents=True)
-    weights = clipup.create_model_and_transforms(str(directory))[0].state_dict()
-    configs = json.loads((directory / "open_clip_config.json").read_text())
-    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": weights, **configs}
-    torch.save(state, unfinished / "checkpoints" / "epoch_latest.pt")
+    """That of a finished run; of another one the newest checkpoint, as of ``clipup inspect``."""
+    (tmp_path / "finished").mkdir()
+    finished = directory.rename(tmp_path / "finished" / "model")
 
-    found = [
-        results(place, capsys, "--val-data", val_data, "--precision", "bf16")["retrieval"]
-        for place in (directory, finished, unfinished)
-    ]
+    assert run(finished.parent, "--val-data", val_data, "--card") == 0
 
-    assert found[0] == found[1] == found[2]
-    assert run(finished, "--val-data", val_data, "--card") == 0
-    assert "text_to_image_R@1" in (finished / "model" / "README.md").read_text()
-
-
-def test_a_vocabulary_smaller_than_the_tokenizers_ids_is_named(model_cfg, val_data, classes, tmp_path, capsys):
-    config = model_cfg | {"text_cfg": model_cfg["text_cfg"] | {"vocab_size": 100}}
-    clipup.save_pretrained(open_clip.CLIP(**config), tmp_path / "damaged", config)
-    for data in (["--val-data", val_data], classes):
-        assert run(tmp_path / "damaged", *data) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("clipup eval: the tokenizer gives token id 49407") and "embedding [100, 32]" in error
-        assert "hf_tokenizer_name in the text_cfg" in error
+    assert "text_to_image_R@1" in (finished / "README.md").read_text()
 
 
 def results(directory, capsys, *options):
     assert run(directory, *options, "--out", "-") == 0
     return json.loads(capsys.readouterr().out)
-
-
-def test_every_name_of_dataset_has_a_reader_and_something_to_measure():
-    (names, _) = get_args(get_type_hints(module.Options)["dataset"])
-    assert set(get_args(names)) == set(module._BENCHMARKS)
-    assert {*module._RETRIEVAL, *module._CLASSIFICATION} == set(module._BENCHMARKS)
 
 
 def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each_image(directory, tmp_path, capsys):
@@ -147,15 +115,6 @@ def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_
 
     assert shards["retrieval"]["gallery"] == 12 and rows["retrieval"]["gallery"] == 4
     assert rows["root"] == str(val_data) and "split" not in {**shards, **rows}
-
-
-def test_half_precision_runs_on_a_benchmark(directory, tmp_path, capsys):
-    options = ["--dataset", "coco", "--root", layouts.coco(tmp_path / "coco")]
-
-    found = {p: results(directory, capsys, *options, "--precision", p)["retrieval"] for p in ("fp32", "bf16")}
-
-    assert found["fp32"]["captions"] == found["bf16"]["captions"] == 60
-    assert found["bf16"]["text_to_image_R@10"] == pytest.approx(found["fp32"]["text_to_image_R@10"], abs=0.1)
 
 
 def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, capsys):
@@ -205,12 +164,10 @@ def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, t
         (["--val-data", "BROKEN"], "--max-skipped"),
         (["--classes", "nowhere.txt", "--images", "."], "nowhere.txt"),
         ([], "nothing to measure"),
-        (["--dataset", "coco"], "--root"),
         (["--dataset", "coco", "--root", "nowhere"], "nowhere"),
         (["--dataset", "webdataset", "--root", "nowhere", "--split", "val"], "--root"),
         (["--dataset", "csv", "--root", "BROKEN", "--split", "train"], "--split"),
         (["--dataset", "csv", "--root", "BROKEN"], "broken.png"),
-        (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "--val-data"),
         (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "--captions-per-image"),
         (["--val-data", "a.csv", "--captions-per-image", "5"], "--captions-per-image"),
         (["--val-data", "BROKEN", "--int8", "--precision", "amp_bf16"], "int8"),

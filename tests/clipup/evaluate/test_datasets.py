@@ -82,21 +82,21 @@ def test_flickr_images_may_be_in_a_subdirectory(flickr):
     assert pairs(datasets.flickr30k(flickr)) == before
 
 
-def test_imagenets_directories_in_sorted_order_are_open_clips_classes(imagenet):
-    found = datasets.imagenet(imagenet)
+@pytest.mark.parametrize(
+    ("name", "inner", "directory"),
+    [
+        ("imagenet", "val", lambda label: f"n{1440764 + label:08d}"),  # in sorted order
+        ("imagenet_v2", "imagenetv2-matched-frequency-format-val", str),
+    ],
+)
+def test_imagenets_directories_are_open_clips_classes(tmp_path, name, inner, directory):
+    root = getattr(layouts, name)(tmp_path)
+    found = getattr(datasets, name)(root)
 
     assert [label for _, label in found.images] == list(range(0, 1000, 100))
-    assert all(path.parent.name == f"n{1440764 + label:08d}" for path, label in found.images)
+    assert all(path.parent.name == directory(label) for path, label in found.images)
     assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
-    assert datasets.imagenet(imagenet / "val").images == found.images
-
-
-def test_imagenet_v2s_directories_are_class_indices(tmp_path):
-    found = imagenet_v2(layouts.imagenet_v2(tmp_path / "v2"))
-
-    assert [(path.parent.name, label) for path, label in found.images] == [(str(n), n) for n in range(0, 1000, 100)]
-    assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
-    assert imagenet_v2(tmp_path / "v2" / "imagenetv2-matched-frequency-format-val").images == found.images
+    assert getattr(datasets, name)(root / inner).images == found.images
 
 
 def test_clip_benchmarks_shards_give_their_own_type(tmp_path):

@@ -50,29 +50,6 @@ def test_recall_is_that_of_clip_benchmark(images, texts):
         )
 
 
-def naive(image_features, text_features, image_of_text, k):
-    """Recall at k by sorting, for scores without ties."""
-    scores = (text_features @ image_features.T).tolist()
-    owner = image_of_text.tolist()
-    images = range(len(image_features))
-    to_image = [owner[t] in sorted(images, key=lambda i, r=row: -r[i])[:k] for t, row in enumerate(scores)]
-    best = [sorted(range(len(scores)), key=lambda t, i=i: -scores[t][i])[:k] for i in images]
-    to_text = [any(owner[t] == i for t in best[i]) for i in images]
-    return sum(to_image) / len(to_image), sum(to_text) / len(to_text)
-
-
-@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
-def test_recall_equals_a_naive_implementation_for_every_chunk_size(images, more, seed, chunk):
-    drawn = features(images, images + more, seed, noise=2.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK", chunk)
-        result = retrieval(*drawn)
-
-    for k in (1, 5, 10):
-        assert (result[f"text_to_image_R@{k}"], result[f"image_to_text_R@{k}"]) == pytest.approx(naive(*drawn, k))
-
-
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 6), st.integers(1, 12))
 def test_ties_count_as_the_mean_over_all_orders(right, wrong, above, k):
     tied = right + wrong

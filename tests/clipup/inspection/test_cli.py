@@ -5,10 +5,12 @@ import tarfile
 import pytest
 import torch
 from html_page import Page, assert_stands_alone
+from PIL import Image
 from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
 
 from clipup import save_pretrained
 from clipup.cli import main
+from clipup.inspection import expert_report
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,20 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     text = Page(html).text
     assert "The experts of tiny-moe" in text and "4 sparse layers, run on 4 images and 5 captions." in text
     assert "to the dense MLP" not in text
+
+
+def test_photos_stand_upright(model, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        expert_report, "inspect_experts", lambda model, images, *args, **options: shown.extend(images) or 1 / 0
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter, as phones store it
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / "photos" / "photo.jpg", exif=exif)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", str(model), "--images", str(tmp_path / "photos")])
+    assert [image.size for image in shown] == [(32, 64)]
 
 
 def test_the_dense_model_is_compared_with(model, images, tmp_path):

@@ -35,15 +35,6 @@ def test_dense_weights_of_another_model_are_refused(tmp_path, tower, message):
     assert "\n" not in str(caught.value)
 
 
-def test_tokenizer_of_a_name_and_of_a_directory(tmp_path):
-    sparse = upcycle(tiny_clip(), CONFIG)
-    save_pretrained(sparse, tmp_path, tiny_config())
-    assert clipup.get_tokenizer("ViT-B-32")(["a dog"]).shape == (1, 77)
-    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
-        tokens = clipup.get_tokenizer(name)(["a dog", "two cats and a bird"])
-        assert tokens.shape == (2, 10)
-
-
 def test_config_cannot_run_code_of_a_tokenizer(tmp_path, monkeypatch):
     """transformers runs such code if a config sets `trust_remote_code` in `tokenizer_kwargs`."""
     config = tiny_config()

@@ -5,12 +5,11 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image", "text"))
@@ -103,35 +102,6 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
     assert tokens("hf-hub:org/model") == tokens(tmp_path / "model")
     assert main(["upcycle", "hf-hub:org/model", str(tmp_path / "sparse")]) == 0
     assert tokens(tmp_path / "sparse") == tokens(tmp_path / "model")
-
-
-def test_missing_files_and_models_are_named(sparse, tmp_path, publish):
-    save_pretrained(sparse, tmp_path / "model", tiny_config())
-    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
-    cache = publish(tmp_path / "model", "weightless")
-
-    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors"):
-        clipup.create_model_and_transforms("hf-hub:org/weightless", **cache)
-    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/weightless", load_weights=False, **cache)
-    assert len(moe_layers(loaded)) == 4
-    with pytest.raises(FileNotFoundError, match="hf-hub:org/nothing"):
-        clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
-
-
-def test_saved_directory_can_be_pushed(sparse, tmp_path, monkeypatch):
-    save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
-    pushed, validated = [], []
-    monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
-    monkeypatch.setattr(HfApi, "_validate_yaml", lambda self, content, **kwargs: validated.append(content))
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: pushed.extend(operations))
-
-    HfApi().upload_folder(repo_id="org/sparse", folder_path=tmp_path / "model")
-
-    names = {operation.path_in_repo for operation in pushed}
-    assert names == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
-    card = ModelCard(validated[0]).data
-    assert (card.license, card.library_name) == ("mit", "clipup")
-    assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def test_card_describes_the_experts_and_their_cost(directory, sparse):
     for name in moe_layers(sparse):
         assert f"| `{name}` | 3 | 2 | 32 | 128 | " in card
     assert "open_clip alone cannot load these weights" in card and "Not evaluated yet" in card
-    assert (ModelCard(card).data.license, ModelCard(card).data.library_name) == ("other", "clipup")
+    data = ModelCard(card).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("other", "clipup", "zero-shot-image-classification")
 
 
 def run_snippet(directory):

@@ -124,15 +124,6 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"first": b"new", "second": b"new"}
 
 
-def test_tied_parameters_are_saved(tmp_path):
-    model = tiny_clip()
-    model.visual.proj = model.text_projection
-
-    save_pretrained(model, tmp_path, tiny_config())
-
-    assert step0_difference(model, clipup.create_model_and_transforms(str(tmp_path))[0]) == 0
-
-
 WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import clipup
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.models.model_directory import WEIGHTS_NAME
-from clipup.models.state_dicts import assign_weights, drop_parameters, without_random_numbers
+from clipup.models.state_dicts import without_random_numbers
 
 
 @pytest.fixture
@@ -26,18 +26,6 @@ def test_loading_draws_no_random_numbers(directory):
     before = torch.get_rng_state()
     clipup.create_model_and_transforms(str(directory))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_marks_of_parameters_are_kept(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
-    model[0].weight.no_weight_decay = True
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    drop_parameters(model)
-    assert model[0].weight.is_meta and model[0].weight.no_weight_decay
-    assign_weights(model, weights)
-    assert not model[0].weight.is_meta and model[0].weight.no_weight_decay
-    assert not hasattr(model[1].weight, "no_weight_decay")
 
 
 def test_threads_that_load_nothing_draw_random_numbers():

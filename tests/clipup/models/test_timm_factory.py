@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
 from timm.models.vision_transformer import VisionTransformer
 
 import clipup
@@ -76,16 +75,6 @@ def test_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
     assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
-
-
-def test_card_names_timm_and_the_experts(tmp_path):
-    sparse = sparse_of(make("test_vit"))
-    save_pretrained(sparse, tmp_path)
-
-    text = (tmp_path / "README.md").read_text()
-
-    assert ModelCard(text).data.library_name == "clipup" and "create_timm_model" in text
-    assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "text of full" not in text
 
 
 def test_model_without_an_architecture_name_is_not_saved(tmp_path):
