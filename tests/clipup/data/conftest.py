@@ -54,12 +54,12 @@ class Pictures:
                 tar.addfile(info, io.BytesIO(content))
         return self.folder / name
 
-    def csv(self, count: int = 24, separator: str = "\t") -> str:
+    def csv(self, count: int = 24) -> str:
         """A CSV file with the first caption of each sample."""
-        rows = [f"filepath{separator}title"]
+        rows = ["filepath\ttitle"]
         for n in range(count):
             (self.folder / f"{n}.png").write_bytes(png(n))
-            rows.append(f"{self.folder / f'{n}.png'}{separator}{self.captions(n)[0]}")
+            rows.append(f"{self.folder / f'{n}.png'}\t{self.captions(n)[0]}")
         path = self.folder / "train.csv"
         path.write_text("\n".join(rows) + "\n")
         return str(path)

@@ -27,11 +27,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def model_cfg() -> dict:
-    return MODEL_CFG
-
-
-@pytest.fixture
 def model() -> nn.Module:
     """A tiny sparse CLIP."""
     torch.manual_seed(0)
