@@ -63,19 +63,3 @@ def test_unreadable_images_are_skipped_and_counted_once(pictures, workers, caplo
             seen = [int(i) for images, _, _ in samples.batches(2, workers) for i in images[:, 0, 0, 0]]
             assert seen == [0, 1, 3, 5]
     assert samples.skipped == 2 and caplog.text.count("s2 in") == 1
-
-
-@pytest.mark.parametrize(
-    "name, error",
-    [
-        ("test-*.tar", FileNotFoundError),
-        ("none.csv", FileNotFoundError),
-        ("", ValueError),  # a directory
-        ("one.tar", ValueError),
-        ("images.parquet", ValueError),
-    ],
-)
-def test_evaluation_data_that_cannot_be_found_are_an_error(pictures, picture, name, error):
-    pictures.tar("one.tar", [("a.png", picture(1)), ("a.txt", b" \n")])
-    with pytest.raises(error, match="^source: "):
-        eval_samples(pictures.folder / name, preprocess)

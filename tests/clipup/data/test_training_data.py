@@ -6,13 +6,14 @@ import json
 import logging
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
 from picture_samples import epoch_of, load, pictures_of, preprocess, tokenizer
 from strangers import MakesFile
 
-from clipup.data.loaders import train_loader
+from clipup.data.loaders import eval_samples, train_loader
 
 KINDS = ("webdataset", "csv", "cached webdataset", "cached csv", "streamed")
 
@@ -129,7 +130,11 @@ def test_wrong_options_are_refused_by_name(pictures, kind, options):
         load(kind, pictures.source(kind), **options)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+def evaluated(source, transform, *_):
+    return eval_samples(source, transform)
+
+
+@pytest.mark.parametrize("read", [train_loader, partial(train_loader, cache=True), evaluated])
 @pytest.mark.parametrize(
     "name, error",
     [
@@ -141,14 +146,16 @@ def test_wrong_options_are_refused_by_name(pictures, kind, options):
         ("images.parquet", ValueError),
         ("empty.csv", ValueError),
         ("latin.csv", ValueError),
+        ("blank.tar", ValueError),  # of a caption
     ],
 )
-def test_missing_data_are_named(pictures, name, error, cached):
+def test_missing_data_are_named(pictures, picture, name, error, read):
     pictures.shards()
+    pictures.tar("blank.tar", [("a.png", picture(1)), ("a.txt", b" \n")])
     (pictures.folder / "empty.csv").write_text("filepath\ttitle\n")
     (pictures.folder / "latin.csv").write_bytes(b"filepath\ttitle\n1.png\tcaf\xe9\n")
-    with pytest.raises(error, match="^train_data: "):
-        train_loader(pictures.folder / name, preprocess, tokenizer, 3, 0, cache=cached)
+    with pytest.raises(error, match="^(train_data|source): "):
+        read(pictures.folder / name, preprocess, tokenizer, 3, 0)
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypatch):

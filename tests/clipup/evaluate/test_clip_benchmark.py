@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import benchmark_layouts as layouts
 import pytest
@@ -14,9 +15,6 @@ import torch
 from clipup.cli import main
 from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.layer import moe_layers
-
-KS = ("1", "5", "10")
-OURS = ["--json", "-", "--device", "cpu", "--workers", "0"]
 
 
 def benchmark(*arguments):
@@ -27,36 +25,34 @@ def benchmark(*arguments):
     return done.stdout
 
 
-@pytest.mark.slow
-def test_clip_benchmark_measures_the_same_recall_as_clipup_eval(directory, tmp_path, capsys):
-    root = layouts.coco(tmp_path / "data")
-    options = ["--model_type", "clipup", "--model", directory, "--dataset", "mscoco_captions", "--dataset_root", root]
-    benchmark(*options, "--no_amp", "--recall_k", *KS, "--output", tmp_path / "theirs.json")
-    theirs = json.loads((tmp_path / "theirs.json").read_text())["metrics"]
-
-    assert main(["eval", str(directory), "--dataset", "coco", "--root", str(root), *OURS]) == 0
-    found = json.loads(capsys.readouterr().out)["retrieval"]
-
-    assert (found["gallery"], found["captions"]) == (12, 60)
-    for k in KS:
-        assert found[f"text_to_image_R@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
-        assert found[f"image_to_text_R@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
-    assert 0 < found["text_to_image_R@5"] < 1
+WAYS = {"text_to_image": "image_retrieval_recall", "image_to_text": "text_retrieval_recall"}
+TYPED = ["--model_type", "clipup", "--recall_k", 1, 5, 10]
+RECALLS = {f"{ours}_R@{k}": f"{theirs}@{k}" for ours, theirs in WAYS.items() for k in (1, 5, 10)}
 
 
 @pytest.mark.slow
-def test_clip_benchmark_measures_the_same_accuracy_as_clipup_eval(directory, tmp_path, capsys):
-    root = layouts.webdataset(tmp_path / "data", retrieval=False)
-    options = ["--model", directory, "--dataset", "wds/words", "--dataset_root", root]
-    benchmark(*options, "--no_amp", "--output", tmp_path / "theirs.json")
-    theirs = json.loads((tmp_path / "theirs.json").read_text())
+@pytest.mark.parametrize(
+    ("layout", "their_name", "our_name", "flags", "part", "metrics"),
+    [
+        (layouts.coco, "mscoco_captions", "coco", TYPED, "retrieval", RECALLS),
+        (partial(layouts.webdataset, retrieval=False), "wds/words", "webdataset", [], "zero_shot", {"top1": "acc1"}),
+    ],
+)
+def test_clip_benchmark_measures_the_same_as_clipup_eval(
+    directory, tmp_path, capsys, layout, their_name, our_name, flags, part, metrics
+):
+    root, out = layout(tmp_path / "data"), tmp_path / "theirs.json"
+    given = ["--model", directory, "--dataset", their_name, "--dataset_root", root, "--no_amp", *flags]
+    benchmark(*given, "--output", out)
+    theirs = json.loads(out.read_text())
+    options = ["--dataset", our_name, "--root", str(root), "--json", "-", "--device", "cpu", "--workers", "0"]
 
-    assert main(["eval", str(directory), "--dataset", "webdataset", "--root", str(root), *OURS]) == 0
-    found = json.loads(capsys.readouterr().out)["zero_shot"]
+    assert main(["eval", str(directory), *options]) == 0
+    found = json.loads(capsys.readouterr().out)[part]
 
     assert theirs["pretrained"] == ""  # no tag was given, and none is recorded
-    assert found["top1"] == pytest.approx(theirs["metrics"]["acc1"])
-    assert (found["images"], found["classes"]) == (12, 3)
+    for ours, name in metrics.items():
+        assert found[ours] == pytest.approx(theirs["metrics"][name])
 
 
 def test_a_loaded_model_runs_under_clip_benchmarks_autocast(directory, tmp_path):
