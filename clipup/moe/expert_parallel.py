@@ -51,8 +51,8 @@ def whole(tensor: Any) -> Any:
 
 
 def group_of(weight: Any) -> dist.ProcessGroup | None:
-    """The ranks over which a stacked weight's experts are sharded, over one dimension of the mesh; None if every rank has
-    all of them.
+    """The ranks over which a stacked weight's experts are sharded, over one dimension of the mesh; None if every rank
+    has all of them.
 
     Raises:
         ValueError: they cannot be sharded evenly.

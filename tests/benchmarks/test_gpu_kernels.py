@@ -16,8 +16,6 @@ from gpu_choices import USUAL, measure
 from gpu_kernels import Launch, ceilings, launches, predictions
 from gpu_model import predict, products
 
-from clipup_kernels.triton import configs
-
 LAYER = (24, 16, 32, 2, 2)
 PREDICTED = (100_000, 768, 3072, 8)
 
@@ -116,15 +114,6 @@ def test_every_choice_is_compared_with_the_usual_one_and_runs():
     for run in (*found["both passes"].values(), found["expert_gradients"]["a launch for each weight"]):
         run()
     assert all("weights by descriptors" in found[launch] for launch in kernels[:4])
-
-
-def test_tiles_of_both_widths_are_compared_with_and_without_descriptors():
-    for kernel, depth, columns, widths in (
-        ("project_in", 768, 3072, [128, 256, 128]), ("project_rows", 3072, 768, [256, 128, 256]),
-    ):  # fmt: skip
-        tiles = gpu_choices.choices(kernel, configs.heuristic(90, kernel, "half", "many", depth, columns))
-        assert [tile.block_n for tile in tiles.values()] == widths
-        assert [tile.descriptors for tile in tiles.values()] == [False, False, True]
 
 
 @pytest.mark.parametrize(("training", "number"), [(False, 2), (True, 6)])

@@ -2,13 +2,10 @@
 
 import csv
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import moe_bench
@@ -50,13 +47,6 @@ class Suite:
         with (self.out / "steps.csv").open() as file:
             return result, {row["step"]: row for row in csv.DictReader(file)}
 
-    def refusal(self, **environment):
-        """What it says when it refuses to begin."""
-        command = [shutil.which("bash"), str(SUITE), str(self.out)]
-        refused = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-        assert refused.returncode == 2
-        return refused.stderr
-
     def log(self, step):
         return (self.out / f"{step}.log").read_text()
 
@@ -85,18 +75,10 @@ def test_a_step_that_fails_is_recorded_the_others_run_and_what_is_not_installed_
     assert steps["clip_training"]["words"] == "needs open_clip"
 
 
-def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer(whole):
-    suite, *_ = whole
-    assert suite.log("racecheck").startswith("1 sanitizer --tool racecheck ")
-    assert suite.log("memcheck").endswith("tests/clipup_kernels/test_cuda.py -m not slow -k small\n")
-
-
 def test_what_matters_most_comes_first_with_options_of_the_programs(whole):
     suite, _, steps = whole
     order = list(steps)
     assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
-    later = [order.index(name) for name in ("cuda_tests", "forward_sizes", "clip_inference", "memcheck")]
-    assert later == sorted(later)
     for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
         (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
         args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
@@ -130,15 +112,6 @@ def test_a_window_runs_its_own_steps_after_the_build_and_packs_them_beside_other
         assert set(packed.getnames()) == {f"{step}.log" for step in steps} | {"steps.csv"}
 
 
-def test_time_limits_of_a_window_fit_into_the_time_in_all():
-    script = SUITE.read_text()
-    needed = sum(map(int, re.findall(r"^step (?:device|build) (\d+)", script, re.M)))
-    for window in ("main", "choices", "tests", "sizes", "models", "sanitizers"):
-        body = script.partition(f"window_{window}() {{")[2].partition("\n}")[0]
-        limits = re.findall(r"^  (?:step|layer|sanitized) \S+ (\d+)|^  needing \S+ \S+ (\d+)", body, re.M)
-        assert limits and needed + sum(int(one or other) for one, other in limits) <= 520, window
-
-
 @pytest.mark.slow
 def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(suite):
     suite.program("python3", PYTHON.format(python=sys.executable).replace('echo "first"', "exec sleep 60"))
@@ -152,29 +125,6 @@ def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(s
 def test_files_of_something_else_are_left_alone(suite, name):
     suite.out.mkdir()
     (suite.out / name).write_text("of something else")
-    assert "name another OUTDIR" in suite.refusal()
+    refused = subprocess.run([shutil.which("bash"), str(SUITE), str(suite.out)], capture_output=True, text=True)
+    assert refused.returncode == 2 and "name another OUTDIR" in refused.stderr
     assert (suite.out / name).read_text() == "of something else"
-
-
-@pytest.mark.parametrize(("name", "value"), [("PACK", "yes"), ("SECONDS_IN_ALL", "ten"), ("WHEELS", "/nowhere")])
-def test_wrong_settings_are_refused(suite, name, value):
-    assert value in suite.refusal(**{name: value}) and not suite.out.exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_running_step_too(suite, tmp_path, number):
-    suite.program("python3", f"#!/bin/sh\n[ $1 = -c ] && exit 1\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
-    (suite.tools / "sleep").symlink_to(shutil.which("sleep"))
-    command = [shutil.which("bash"), str(SUITE), str(suite.out)]
-    process = subprocess.Popen(command, env=os.environ | {"PATH": str(suite.tools)}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    step = int((tmp_path / "pid").read_text())
-
-    process.send_signal(number)
-
-    assert process.wait(20) == 128 + number
-    with pytest.raises(ProcessLookupError):
-        os.kill(step, 0)

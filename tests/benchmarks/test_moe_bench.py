@@ -88,37 +88,10 @@ def test_what_fails_or_is_wrong_can_be_left_out_but_never_this_project(monkeypat
         moe_bench.main("", False, [*arguments, "--skip-failing"])
 
 
-def test_a_gpu_is_compared_with_its_own_loop_and_the_peers_that_are_there(monkeypatch):
-    absent = ("transformers", "megablocks", "grouped_gemm", "sonicmoe")
-    monkeypatch.setattr(peers, "missing", lambda packages: [name for name in packages if name in absent])
-    common = ["dense_1", "dense_k", "loop_unbind", "loop_sorted", "grouped_mm", "clipup"]
-    assert parsed("--device", "cuda").impl == [*common, "scattermoe"]
-    assert set(parsed().impl) == {*common, "loop", "dense_k_engine", *PREPARED} - {"loop_sorted"}
-
-
 def test_the_dense_baseline_writes_the_gradients_of_one_expert_only():
     candidate = peers.candidates(["dense_k"], Case(8, 16, 32), 2, torch.float32, "cpu")["dense_k"]
     gradients = candidate.runner(training=True)()
     assert [list(gradient.shape) for gradient in gradients] == [[16, 16], [32, 16], [32], [16, 32], [16]]
-
-
-def test_the_peak_is_the_best_rate_so_far_of_a_type_and_threads():
-    peak = gemm_peak.GemmPeak("cpu")
-    peak.best["fp32", 1] = 1e6
-    peak.measure("fp32", torch.float32, 1)
-    peak.measure("fp32", torch.float32, 2)
-    assert peak.best["fp32", 1] == 1e6 and 0 < peak.best["fp32", 2] < 1e6
-    assert peak.share({"tflops": "5e5", "dtype": "fp32", "threads": 1}) == 0.5
-
-
-def test_suites():
-    shapes = {(1576, 768, 3072), (616, 512, 2048)}
-    training, full = parsed(training=True), parsed("--suite", "full")
-    assert {case[:3] for case in training.cases} == shapes == {case[:3] for case in parsed().cases[1:]}
-    assert (training.threads, training.rounds, training.seconds) == ([torch.get_num_threads()], 3, 2)
-    assert (full.rounds, full.seconds, parsed("--suite", "full", "--rounds", "9").rounds) == (5, 5, 9)
-    assert len(full.cases) == len(set(full.cases)) == 8 and set(moe_bench.FULL) <= set(full.cases)
-    assert full.threads == sorted({1, torch.get_num_threads()})
 
 
 def test_the_chart_shows_every_implementation_type_and_case(tmp_path):

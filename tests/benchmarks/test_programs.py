@@ -94,20 +94,6 @@ def test_throughput_has_a_row_for_every_model_whose_rates_come_from_times_and_fl
     assert len(marks) == len(set(marks)) == len(rows)
 
 
-def test_a_model_without_enough_memory_is_left_out_by_name(monkeypatch, rows_of, capsys):
-    build = clip_throughput.build
-
-    def without_memory(name, *which):
-        if name == FORMS[1]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.26 GiB.\nand advice")
-        return build(name, *which)
-
-    monkeypatch.setattr(clip_throughput, "build", without_memory)
-    rows = rows_of(clip_throughput, "--models", *FORMS, "--batch-size", "4", *SHORT)
-    assert of(rows, "model") == [(FORMS[0],), (FORMS[2],)]
-    assert f"left out: {FORMS[1]} in bf16, fwd: CUDA out of memory" in capsys.readouterr().err
-
-
 def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(rows_of, capsys, monkeypatch):
     monkeypatch.setattr(latency, "missing", lambda packages: ["onnxruntime"])
     arguments = ["--models", *latency.MODELS, "--dtype", "fp32", "--threads", "1", "--rounds", "10"]
@@ -118,12 +104,6 @@ def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(row
     assert {row["model"] for row in rows if row["input"] == "token"} >= {"dense MLP", "SparseMoE int8"}
     assert all(0 < float(row["p50_ms"]) <= float(row["p99_ms"]) for row in rows)
     assert rows[0]["ratio_to_first"] == "1.000"
-
-
-def test_calls_take_turns():
-    order = []
-    taken = latency.in_turn({name: lambda n=name: order.append(n) for name in "ab"}, rounds=3)
-    assert order == ["a", "b"] * 5 and {name: len(seconds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
 
 
 @pytest.mark.slow

@@ -9,12 +9,11 @@ from typing import Any
 import numpy
 import open_clip
 import torch
+from tiny_parallel import TEXT, VISION
 
 import clipup
 from clipup.train import TrainOptions, train
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-TEXT = {"context_length": 4, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 GLOBAL_BATCH = 8
 MODELS = {
     "sparse": {"capacity_factor": None, "router_noise": 0.0},
@@ -54,7 +53,7 @@ def run(folder: Path, name: str, kind: str, steps: int, changes: dict[str, Any] 
     torch.set_num_threads(1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(0)
-    clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
+    clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg={**TEXT, "context_length": 4}, output_dict=True)
     config = {"num_experts": 4, "balance_weight": 0.0, "importance_weight": 0.0, "load_weight": 0.0} | MODELS[kind]
     clipup.upcycle(clip, clipup.MoEConfig(**config), inplace=True)
     noted = folder / f"{name}-rank_{rank}.txt"

@@ -11,12 +11,11 @@ from typing import Any
 
 import open_clip
 import torch
+from tiny_parallel import TEXT, VISION
 
 from clipup.train import Every, NonFiniteGradients, TrainOptions, TrainResult, train
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 BATCH_NORMS = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
-TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 
 
 def run(

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: when they run, tensors moved there and back, memory that shows unwritten outputs."""
+"""What the tests on a GPU share: when they run, tensors moved there, memory that shows unwritten outputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 NEEDS_GPU = [
     pytest.mark.cuda,
@@ -18,19 +19,7 @@ NEEDS_GPU = [
 
 def on_gpu(value):
     """A tensor, or the tensors of a tuple, on the current GPU."""
-    if isinstance(value, torch.Tensor):
-        return value.cuda()
-    if isinstance(value, tuple):
-        items = [on_gpu(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
-def on_cpu(value):
-    """The same in the other direction, without gradients."""
-    if isinstance(value, tuple):
-        return type(value)(*(on_cpu(item) for item in value))
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+    return tree_map_only(torch.Tensor, torch.Tensor.cuda, value)
 
 
 def poison_memory() -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clipup.precision import autocast
 from clipup.train import TrainOptions
@@ -60,7 +61,7 @@ class Collectives(TorchDispatchMode):
             ]
             if name in _COLLECTIVES and groups[0].size() > 1:
                 place = _WHOLE.get(name, _INPUT.get(name, 0))
-                self.payload[_COLLECTIVES[name]] += sum(tensor.nbytes for tensor in _tensors(args[place]))
+                self.payload[_COLLECTIVES[name]] += sum(tensor.nbytes for tensor in tree_leaves(args[place]))
         result = func(*args, **(kwargs or {}))
         if func.namespace == "_c10d_functional" and func._opname in _FUNCTIONAL:
             kind = _FUNCTIONAL[func._opname]
@@ -78,25 +79,14 @@ def norms_in_float32() -> Iterator[None]:
 def _wide(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu"):
-            args = tuple(_widened(value) for value in args)
-            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
         return norm(*args, **kwargs)
 
     return wide
 
 
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) else value
-
-
 def _is_group(value: torch.ScriptObject) -> bool:
     return "ProcessGroup" in str(value._type())
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for each in value for tensor in _tensors(each)]
 
 
 def batches(count: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import clipup_kernels as ck
 
@@ -121,12 +122,7 @@ def make_experts(
 
 def double(value):
     """The same arguments in float64 (tensors of indices stay as they are)."""
-    if isinstance(value, Tensor):
-        return value.detach().double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        items = [double(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
+    return tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t, value)
 
 
 def assert_follows(actual: Tensor, oracle: Tensor, dtype: torch.dtype, what: str = "output") -> None:
@@ -279,14 +275,7 @@ def dense_oracle(x, **mlp) -> Tensor:
 
 def results(case: Case, oracle: bool = False, frozen: Iterable[str] = (), device: str = "cpu") -> dict[str, Tensor]:
     """The outputs of a call, and the gradients of its floating arguments but those that are frozen."""
-
-    def moved(value):
-        value = double(value) if oracle else value
-        if isinstance(value, ck.Plan):
-            return ck.Plan(*map(moved, value))
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    given = {name: moved(value) for name, value in case.arguments.items()}
+    given = tree_map_only(Tensor, lambda t: t.to(device), double(case.arguments) if oracle else case.arguments)
     if oracle:
         given.pop("recompute", None)
     constant = {"selection_bias", "priority", *(given if case.op == "dense_mlp" else frozen)}
@@ -333,10 +322,4 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 def strided(case: Case) -> Case:
     """The same call with every tensor in memory with gaps."""
-
-    def spread(value):
-        if isinstance(value, ck.Plan):
-            return ck.Plan(*map(spread, value))
-        return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
-
-    return case._replace(arguments={name: spread(value) for name, value in case.arguments.items()})
+    return case._replace(arguments=tree_map_only(Tensor, lambda t: torch.stack([t, t], -1)[..., 0], case.arguments))

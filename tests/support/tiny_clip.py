@@ -54,10 +54,14 @@ def tiny_clip(kind: str = "gelu", seed: int = 0, text_cfg: dict | None = None) -
     config = tiny_config(kind)
     config["text_cfg"].update(text_cfg or {})
     model_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    model = model_class(**config)
+    return draw_biases_and_norms(model_class(**config))
+
+
+def draw_biases_and_norms(model: nn.Module) -> nn.Module:
+    """Adds noise to biases and norms, which start as zeros or ones and would have no effect in a test."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 and "logit_scale" not in name:
+            if parameter.dim() < 2 and "logit" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 

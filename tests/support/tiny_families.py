@@ -13,6 +13,7 @@ from open_clip.coca_model import CoCa
 from timm.layers import GluMlp, SwiGLU
 from timm.models import convnext, eva, swin_transformer, swin_transformer_v2, vision_transformer_relpos, vitamin
 from timm.models import vision_transformer as vit
+from tiny_clip import draw_biases_and_norms
 from torch import nn
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 16}
@@ -128,12 +129,3 @@ def timm_model(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = TIMM[name]() if name in TIMM else timm.create_model(name)
     return draw_biases_and_norms(model)
-
-
-def draw_biases_and_norms(model: nn.Module) -> nn.Module:
-    """Adds noise to biases and norms, which start as zeros or ones and would have no effect in a test."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 and "logit_scale" not in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model

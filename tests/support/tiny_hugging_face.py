@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_clip import draw_biases_and_norms
 
 _SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
 _IMAGE = {"image_size": 16, "patch_size": 8}
@@ -61,9 +62,4 @@ def tiny_hugging_face(name: str, seed: int = 0) -> Any:
         for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if hasattr(part, option):
                 setattr(part, option, 0.0)
-    model = getattr(transformers, name.split(",")[0])(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 and "logit" not in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return draw_biases_and_norms(getattr(transformers, name.split(",")[0])(config).eval())

@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import tiny_parallel
 from measured_steps import measure
-from rank_processes import ranks
+from rank_processes import on_ranks
 from tiny_parallel import DROPLESS
 
 from clipup.plan import Subject
@@ -65,10 +65,7 @@ def measured(tmp_path_factory):
     def of_all(count, quick):
         out = tmp_path_factory.mktemp(f"ranks-{count}")
         cases = {name: case for name, case in CASES[count].items() if (name in QUICK) == quick}
-        with ranks(out, measure, out, cases, count=count, world_size=count) as processes:
-            for process in processes:
-                code, error = process.ended()
-                assert code == 0, error
+        on_ranks(out, count, measure, out, cases)
         return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(count)]
 
     return lambda count, name: [results[name] for results in of_all(count, name in QUICK)]

@@ -81,6 +81,22 @@ def test_train_makes_the_model_sparse_trains_evaluates_and_saves_it(command, run
     assert names == {"checkpoints", "evaluations.jsonl", "metrics.jsonl", "model", "options.json", "out.log"}
 
 
+def test_skipped_samples_are_counted_in_the_last_line_and_on_mostly_missing_data_no_run_starts(
+    command, run, tmp_path, capsys
+):
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "11.png").write_bytes(b"no picture")
+    assert main([*command, "--epochs", "2"]) == 0
+    assert ", 2 samples skipped; see" in capsys.readouterr().out.strip().splitlines()[-1]
+    assert "2 samples skipped" in (run / "out.log").read_text()
+
+    for row in range(4, 24):
+        (tmp_path / f"{row}.png").unlink(missing_ok=True)
+    assert main([*command, "--epochs", "2", "--name", "other"]) == 2
+    assert "clipup train: --max-skipped: 21 of 24 samples" in capsys.readouterr().err
+    assert not run.with_name("other").exists()
+
+
 @pytest.mark.parametrize(
     "when, message", [("0", "the gradient norm is nan at step"), ("10", "contains NaN or infinity")]
 )
@@ -95,22 +111,6 @@ def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command
     assert not (run / "model").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130(command, start, run, capsys, stop):
-    process = start("--steps", "100000", "--workers", "2")
-    wait_for(lambda: lines(run / "metrics.jsonl") >= 4, process)
-
-    os.killpg(process.pid, stop)  # as a terminal or a scheduler does: the data workers get it too
-
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error
-    assert "with --name run --resume latest" in error.strip().splitlines()[-1]
-    done = steps_saved(run)
-    assert main([*command, "--steps", str(done + 2), "--resume", "latest"]) == 0
-    assert f"{done + 2} steps" in capsys.readouterr().out
-
-
 def of_session(leader):
     """Processes of a session that live, in ps's words."""
     listed = subprocess.run(["ps", "-o", "stat=,args=", "-s", str(leader)], capture_output=True, text=True).stdout
@@ -123,13 +123,14 @@ def opened(fifo):
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("csv", 2), ("program", 0))]
+ALL = [("csv", 2, stop) for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (*ALL, ("csv", 2, None), ("program", 0, None))]
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-@pytest.mark.parametrize("kind, workers", [("csv", 0), ("program", 1), *SLOW])
-def test_a_run_whose_data_stall_stops_at_a_sigterm_with_its_last_step_saved(
-    start, run, csv_data, shards, tmp_path, kind, workers
+@pytest.mark.parametrize("kind, workers, to_all", [("csv", 0, None), ("program", 1, None), *SLOW])
+def test_a_run_whose_data_stall_stops_at_a_signal_with_its_last_step_saved(
+    start, run, csv_data, shards, tmp_path, kind, workers, to_all
 ):
     fifo, metrics = tmp_path / "fifo", run / "metrics.jsonl"
     os.mkfifo(fifo)
@@ -148,11 +149,15 @@ def test_a_run_whose_data_stall_stops_at_a_sigterm_with_its_last_step_saved(
         os.replace(tmp_path / "link", image)
     writer = wait_for(lambda: opened(fifo), process)
 
-    process.terminate()
+    if to_all is None:
+        process.terminate()
+    else:
+        os.killpg(process.pid, to_all)  # as a terminal or a scheduler does: the data workers get it too
     error = process.communicate(timeout=60)[1]
 
     os.close(writer)
     assert process.returncode == 130 and "Traceback" not in error, error
+    assert "with --name run --resume latest" in error.strip().splitlines()[-1]
     assert steps_saved(run) == lines(metrics)
     assert of_session(process.pid) == []
 
@@ -181,6 +186,7 @@ def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
         (["--opt", "nadamw", "--fused", "True"], "--fused"),
         (["--distill-pretrained", "openai"], "--distill-pretrained"),
         (["--siglip", "--no-local-loss"], "--no-local-loss"),
+        (["--name", "b", "--force", "--resume", "latest"], "--force"),
     ],
 )
 def test_flags_without_effect_are_refused(capsys, arguments, flag):

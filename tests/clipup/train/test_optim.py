@@ -7,6 +7,7 @@ import open_clip_train.scheduler
 import pytest
 import timm.optim
 import torch
+from same_runs import Killed, assert_same_run, killed
 from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
@@ -39,17 +40,12 @@ def by_name(groups, key):
 def test_optimizers_of_torch_and_timm_train_and_resume_bitwise(make_model, pairs, options, opt):
     settings = {"opt": opt, "lr": 1e-3, "save_every_n_steps": 2, "wd_exclude": ("*router*",), "steps": 4}
 
-    def stop(_):
-        raise KeyboardInterrupt
-
     whole = train(options(name="whole", **settings), model=make_model(SPARSE), loader=pairs())
-    with pytest.raises(KeyboardInterrupt):
-        train(options(**settings), model=make_model(SPARSE), loader=pairs(), callbacks=[clipup.train.Every(3, stop)])
+    with pytest.raises(Killed):
+        train(options(**settings), model=make_model(SPARSE), loader=pairs(), callbacks=[clipup.train.Every(3, killed)])
     resumed = train(options(resume="latest", **settings), model=make_model(SPARSE, seed=1), loader=pairs())
 
-    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_same_run(whole, resumed)
 
 
 def test_optimizers_get_the_groups_the_given_arguments_and_clips_or_their_own_defaults(make_model, options):
@@ -129,7 +125,10 @@ def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
 
 
-def changed(before, model):
+def changed(model, loader, chosen):
+    """The names of what a run changes."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(chosen, model=model, loader=loader)
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -146,20 +145,14 @@ ROUTERS, EXPERTS = {"router.weight", "router.selection_bias"}, PARTS | {f"shared
 )
 def test_training_can_be_of_routers_or_experts_alone(make_model, pairs, options, train_only, parts):
     model = make_model(SPARSE.replace(towers=("text",), shared_expert=True))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-
-    train(options(logs=None, steps=2, warmup=0, train_only=train_only), model=model, loader=pairs())
-
-    assert {name.partition(".mlp.")[2] for name in changed(before, model)} == parts
+    found = changed(model, pairs(), options(logs=None, steps=2, warmup=0, train_only=train_only))
+    assert {name.partition(".mlp.")[2] for name in found} == parts
 
 
 def test_a_locked_image_tower_keeps_its_experts_routers_and_selection_biases(make_model, pairs, options):
     model = make_model(SPARSE)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-
-    train(options(logs=None, steps=2, warmup=0, lock_image=True, accum_freq=2), model=model, loader=pairs())
-
-    assert changed(before, model) == {name for name in before if not name.startswith("visual.")} - {"attn_mask"}
+    found = changed(model, pairs(), options(logs=None, steps=2, warmup=0, lock_image=True, accum_freq=2))
+    assert found == {name for name in model.state_dict() if not name.startswith("visual.")} - {"attn_mask"}
 
 
 @pytest.mark.parametrize("custom, unlocked", [(False, 0), (True, 1), (False, 2), (True, 3)])
@@ -190,12 +183,9 @@ def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_
 def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, freeze):
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = [(torch.randn(4, 3, 32, 32), texts[:4]) for _, texts in pairs()]
-
-    train(options(logs=None, steps=2, lock_image=True, lock_image_freeze_bn_stats=freeze), model=model, loader=loader)
-
-    image = {name for name in changed(before, model) if name.startswith("visual.")}
+    found = changed(model, loader, options(logs=None, steps=2, lock_image=True, lock_image_freeze_bn_stats=freeze))
+    image = {name for name in found if name.startswith("visual.")}
     assert (image == set()) == freeze and all("running_" in name or "tracked" in name for name in image)
 
 

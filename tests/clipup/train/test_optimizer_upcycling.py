@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from same_runs import assert_same_weights
 from tiny_families import TIMM, timm_model
 
 import clipup
@@ -102,8 +103,7 @@ def test_a_run_from_a_dense_checkpoint_resumes_and_reinitialized_weights_are_ref
     run(steps=2)
     resumed = run(steps=4, resume="latest")
 
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_same_weights(whole, resumed)
     with pytest.raises(ValueError, match="reinit_ratio"):
         run(name="other", moe_cfg=MOE.replace(reinit_ratio=0.5))
 

@@ -34,8 +34,3 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_weights_and_selection_bia
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     torch.compiler.reset()
-
-
-def test_a_backend_that_does_not_exist_is_refused(make_model, pairs, options):
-    with pytest.raises((ValueError, RuntimeError), match="nothing"):
-        train(options(torchcompile=True, torchcompile_backend="nothing"), model=make_model(), loader=pairs())

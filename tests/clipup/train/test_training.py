@@ -43,6 +43,11 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
         assert 0 < record["step_time"] < record["batch_time"] and "mfu" not in record
         assert set(record["layers"]) == set(clipup.moe_layers(model))
         assert all(sum(layer["load"]) == pytest.approx(1) for layer in record["layers"].values())
+        for name in {name for layer in record["layers"].values() for name in layer}:
+            assert f"``{name}``" in clipup.train.__doc__ and f"``{name}``" in clipup.moe_metrics.__doc__
+        for name in ("dropped", "router_entropy"):
+            values = [layer[name] for layer in record["layers"].values()]
+            assert record[name] == pytest.approx(sum(values) / len(values))
     assert "step 6" in (result.directory / "out.log").read_text()
 
 

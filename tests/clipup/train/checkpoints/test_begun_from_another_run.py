@@ -6,36 +6,22 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+from same_runs import Killed, assert_same_weights, contents, killed
 
-from clipup.cli import main
 from clipup.train.checkpoints import open_clip_format, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed(*args, **kwargs):
-    raise Killed
-
-
-def tree(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 def assert_is_rest_of(resumed, once):
     assert [record["step"] for record in resumed.history] == list(range(4, 10))
-    for name, value in once.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_same_weights(once, resumed)
 
 
 @KINDS
 def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from_it(run, monkeypatch, kind):
     once = run(fsdp_checkpoint=kind)
-    before = tree(once.directory)
+    before = contents(once.directory)
     start = str(once.directory / "checkpoints" / ("epoch_1.pt" if kind == "full" else "epoch_1"))
 
     with pytest.raises(FileExistsError, match="its run has gone on: epoch_.* at step 9"):
@@ -48,7 +34,7 @@ def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from
         run(fsdp_checkpoint=kind, resume=start, name="other")
 
     assert_is_rest_of(run(fsdp_checkpoint=kind, resume="latest", name="other"), once)
-    assert tree(once.directory) == before
+    assert contents(once.directory) == before
     assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
 
 
@@ -74,11 +60,6 @@ def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, monkeypat
         assert_is_rest_of(after, once)
     else:
         assert [record["step"] for record in after.history] == list(range(1, 10))
-
-
-def test_a_run_is_not_discarded_and_continued_at_once(capsys):
-    assert main(["train", "--model", "ViT-B-32", "--name", "b", "--force", "--resume", "latest"]) == 2
-    assert "--force has no effect with --resume latest" in capsys.readouterr().err
 
 
 def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):

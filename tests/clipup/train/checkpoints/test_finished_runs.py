@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from same_runs import Killed, assert_same_run, killed
 
 import clipup
 from clipup.train import Every, Trainer, train
@@ -11,14 +12,6 @@ from clipup.train.checkpoints import open_clip_format
 from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed(*args, **kwargs):
-    raise Killed
 
 
 @pytest.fixture
@@ -30,12 +23,6 @@ def run(make_model, pairs, options, named_model):
         return train(options(**usual, **changes), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
 
     return run
-
-
-def assert_same(one, other):
-    assert [record["loss"] for record in one.history] == [record["loss"] for record in other.history]
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
 
 
 def contents(directory):
@@ -54,8 +41,8 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_still_be_extended_ex
     assert contents(first.directory) == before
     assert idle.already_finished and not first.already_finished
     assert (idle.steps, idle.history, idle.evaluations) == (first.steps, first.history, first.evaluations)
-    assert_same(first, idle)
-    assert_same(run(steps=6, resume="latest"), whole)
+    assert_same_run(first, idle)
+    assert_same_run(run(steps=6, resume="latest"), whole)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -77,10 +64,16 @@ def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, 
     assert [load(folder / name)["step"] for name in names] == [3, 6, 6]
 
 
-def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("clipup.models.saving.save_with_tokenizer", killed)
+@pytest.mark.parametrize("error", [Killed, OSError])
+def test_a_run_that_ends_before_its_model_was_saved_is_finished_by_the_next(run, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="No space left"):
+        patch.setattr("clipup.models.saving.save_with_tokenizer", full)
         run(steps=4, save_every_n_steps=4)
+    state = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")
+    assert state["step"] == 4 and not state["finished"]
     torch.rand(5)
 
     finished = run(steps=4, save_every_n_steps=4, resume="latest")
@@ -88,19 +81,6 @@ def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, mo
     assert not finished.already_finished
     assert (finished.directory / "model" / "open_clip_model.safetensors").is_file()
     assert run(steps=4, resume="latest").already_finished
-
-
-def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("clipup.models.saving.save_with_tokenizer", full)
-
-    with pytest.raises(OSError, match="No space left"):
-        run(steps=2)
-
-    state = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")
-    assert state["step"] == 2 and not state["finished"]
 
 
 def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_epoch(run, monkeypatch):

@@ -10,72 +10,59 @@ import signal
 import open_clip
 import pytest
 import torch
+from same_runs import assert_same_run, without_times
 
 import clipup
 from clipup.train import Every, TrainingInterrupted, train
 from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
-TIMES = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")
+SLOW = [pytest.param(source, marks=pytest.mark.slow) for source in ("csv", "webdataset")]
 
 
-def stop_in(step: int) -> Every:
-    """Sends the process a signal in step ``step``."""
-    calls = []
-
-    def send(model):
-        calls.append(model)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return Every(1, send)
-
-
-def without_times(records):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+def damage(folder):
+    """Three pictures that are missing or no pictures, and one in a shard whose bytes are not."""
+    (folder / "2.png").unlink()
+    for row in (5, 11):
+        (folder / f"{row}.png").write_bytes(b"no picture")
+    path = folder / "train-0.tar"
+    content = path.read_bytes()
+    start = content.index(b"\x89PNG", content.index(b"4.png"))
+    path.write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
 
 
-def assert_same_run(one, other):
-    assert without_times(one.history) == without_times(other.history)
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
-
-
-@pytest.fixture(params=["memory", "csv with workers", "cached csv", "streamed"])
-def run(request, make_model, pairs, options, csv_data, shards):
-    """Trains a sparse model with router noise on in-memory data, or on files with random crops."""
-    source = request.param
-    preprocess = open_clip.image_transform(16, is_train=True)
-    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+@pytest.mark.parametrize("source", ["memory", "csv with workers", "cached csv", "streamed", *SLOW])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(
+    source, make_model, pairs, options, csv_data, shards, tmp_path
+):
+    """A sparse model with router noise, on pairs in memory or on files with random crops, of which some cannot be read,
+    before and after the interruption."""
+    damage(tmp_path)
+    settings = {"train_data": csv_data, "workers": 2 * ("workers" in source), "cache_data": "cached" in source}
+    if source in ("webdataset", "streamed"):
+        settings = {"train_data": shards, "workers": 0}
+    if source == "streamed":
+        settings |= {"train_data": f"file:{shards}", "train_num_samples": 24}
+    data = {
+        "preprocess": open_clip.image_transform(16, is_train=True),
+        "tokenizer": open_clip.SimpleTokenizer(context_length=8),
+    }
+    if source == "memory":
+        settings, data = {}, {"loader": pairs()}
 
     def run(callbacks=(), **changes):
-        settings = {"steps": 8, "batch_size": 8, **changes}
-        if source == "memory":
-            return train(options(**settings), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
-        settings |= {"workers": 2 * ("workers" in source), "cache_data": "cached" in source}
-        data = {"train_data": csv_data}
-        if source == "streamed":
-            data = {"train_data": f"file:{shards}", "train_num_samples": 24}
-        return train(
-            options(**data, **settings),
-            model=make_model(NOISY),
-            preprocess=preprocess,
-            tokenizer=tokenizer,
-            callbacks=callbacks,
-        )
+        chosen = options(steps=8, batch_size=8, max_skipped=0.2, **settings, **changes)
+        return train(chosen, model=make_model(NOISY), callbacks=callbacks, **data)
 
-    return run
-
-
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(run):
     whole = run(name="whole")
-    with pytest.raises(TrainingInterrupted):
-        run(callbacks=[stop_in(5)])  # the second step of the second of three epochs
+    with pytest.raises(TrainingInterrupted):  # the second step of the second of three epochs
+        run(callbacks=[Every(5, lambda model: os.kill(os.getpid(), signal.SIGINT))])
     torch.rand(17)
 
     resumed = run(resume="latest")
 
     assert resumed.steps == 8
+    assert resumed.skipped == whole.skipped == (0 if source == "memory" else 3 if "csv" in source else 1)
     assert_same_run(whole, resumed)
 
 

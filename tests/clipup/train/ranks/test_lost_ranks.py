@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 
 import pytest
 from faulty_run import evaluating, stalling
-from rank_processes import children, ranks, torchrun, wait_for_lines
+from rank_processes import ranks, wait_for_lines
 
 import clipup
 from clipup.cli import main
@@ -32,10 +31,6 @@ def command(model_directory, csv_data, tmp_path):
     return ["train", *map(str, usual)]
 
 
-def messages(ended):
-    return [line for _, error in ended for line in error.splitlines() if line.startswith("clipup train: ")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("lost", [0, 1])
@@ -50,18 +45,6 @@ def test_a_frozen_or_killed_rank_ends_the_others(command, tmp_path, run, number,
     assert code == 2 and "another rank is lost" in error and "Traceback" not in error
     newest = max((run / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
     assert load(newest)["step"] >= 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_torchrun_ends_the_other_ranks(command, tmp_path, run, nodes):
-    with torchrun(tmp_path, "-m", "clipup", "--", *command, "--dist-timeout", 60, nodes=nodes) as launchers:
-        wait_for_lines(run / "metrics.jsonl", 3, launchers)
-        os.kill(children(launchers)[-1], signal.SIGKILL)
-        ended = [launcher.ended(40) for launcher in launchers]
-
-    assert all(code != 0 for code, _ in ended)
-    assert load(run / "checkpoints" / "epoch_latest.pt")["step"] >= 2
 
 
 @pytest.mark.slow
@@ -114,4 +97,5 @@ def test_two_ranks_share_an_evaluation_and_judge_unreadable_samples_together(com
     with ranks(tmp_path, main, [*command, "--name", "bad", "--no-cache-data", "--steps", "9"]) as processes:
         ended = [process.ended() for process in processes]
     assert [code for code, _ in ended] == [2, 2]
-    assert all("--max-skipped: 3 of 24 samples cannot be read" in message for message in messages(ended))
+    said = "".join(error for _, error in ended)
+    assert said.count("clipup train: ") == said.count("clipup train: --max-skipped: 3 of 24 samples cannot be read") > 0

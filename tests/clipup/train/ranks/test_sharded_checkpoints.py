@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from rank_processes import ranks
+from rank_processes import on_ranks, ranks
 from sharded_runs import FOUR, LAST, SHARDED, SPREAD, THEN, continued, of_four, of_two, stuck
 from tiny_parallel import DROPLESS, model, newest, resume_all, run
 
@@ -21,20 +21,13 @@ from clipup.train.checkpoints.open_clip_format import load
 pytestmark = pytest.mark.slow
 
 
-def on_ranks(out, count, program, *arguments):
-    with ranks(out, program, out, *arguments, count=count, world_size=count) as processes:
-        for process in processes:
-            code, error = process.ended(400)
-            assert code == 0, error
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """Runs of two ranks that were stopped after two steps and continued, and what one process made of them."""
     out = tmp_path_factory.mktemp("runs")
     run(out, "alone", DROPLESS, lr_scheduler="const", **SHARDED)
     run(out, "one process", DROPLESS, lr_scheduler="const", steps=2, **SHARDED)
-    on_ranks(out, 2, of_two)
+    on_ranks(out, 2, of_two, out)
     resume_all(out, {LAST: {}, "full": {}}, {"one process": SHARDED})
     return out
 
@@ -98,7 +91,7 @@ def test_ranks_killed_while_they_write_lose_the_steps_since_the_checkpoint_befor
 
     if victims == [1]:
         assert ended[0][0] != 0 and "another rank is lost" in ended[0][1]
-        on_ranks(tmp_path, 2, continued, "killed", SPREAD[LAST])
+        on_ranks(tmp_path, 2, continued, tmp_path, "killed", SPREAD[LAST])
     else:
         continued(tmp_path, "killed", {})
 
@@ -110,7 +103,7 @@ def test_four_ranks_continue_what_others_began(out, tmp_path):
     first, second = FOUR
     for name in ("fsdp", LAST):
         shutil.copytree(out / name, tmp_path / name)
-    on_ranks(tmp_path, 4, of_four)
+    on_ranks(tmp_path, 4, of_four, tmp_path)
     resume_all(tmp_path, {first: {}}, {"one process": SHARDED})
 
     assert_same(tmp_path / f"{first}, {first}", tmp_path / f"{first}, whole", bitwise=True)

@@ -88,7 +88,7 @@ def runs_of(count, tmp_path_factory):
     """The directory with these runs of the ranks in ``ranks`` and those of one process in ``alone``."""
     out = tmp_path_factory.mktemp(f"runs-{count}")
     cases, same_as = cases_of(count)
-    with ranks(out, run_all, out / "ranks", cases, count=count, world_size=count) as processes:
+    with ranks(out, run_all, out / "ranks", cases, count=count) as processes:
         for name, (moe, options) in alone_cases(count).items():
             if name in same_as.values():
                 run(out / "alone", name, moe, **options)

@@ -7,7 +7,7 @@ import json
 import pytest
 from elastic_run import run, write_csv
 from picture_samples import png
-from rank_processes import ranks
+from rank_processes import on_ranks
 
 from clipup.train.checkpoints.open_clip_format import load
 
@@ -34,13 +34,6 @@ def samples(folder, name, world_size, accum_freq=1):
     return [sum(step, []) for step in zip(*of_ranks, strict=True)]
 
 
-def on_ranks(folder, world_size, *arguments):
-    with ranks(folder, run, folder, *arguments, count=world_size, world_size=world_size) as processes:
-        for process in processes:
-            code, error = process.ended()
-            assert code == 0, error
-
-
 @pytest.mark.slow
 def test_two_ranks_then_four_then_one_equal_one_process(tmp_path):
     """Six steps an epoch; changes after step 2 of the first and after step 3 of the second."""
@@ -56,7 +49,7 @@ def test_two_ranks_then_four_then_one_equal_one_process(tmp_path):
         if world_size == 1:
             run(tmp_path, *arguments)
         else:
-            on_ranks(tmp_path, world_size, *arguments)
+            on_ranks(tmp_path, world_size, run, tmp_path, *arguments)
         seen += samples(tmp_path, "elastic", world_size)
 
     assert seen == expected
@@ -74,7 +67,7 @@ def test_with_batches_of_the_same_size_noise_and_dropping_are_the_same_too(tmp_p
     run(tmp_path, "elastic", "noisy", 3, divided)
     (tmp_path / "elastic-rank_0.txt").unlink()
 
-    on_ranks(tmp_path, 2, "elastic", "noisy", 8, {"batch_size": 4, "resume": "latest"})
+    on_ranks(tmp_path, 2, run, tmp_path, "elastic", "noisy", 8, {"batch_size": 4, "resume": "latest"})
 
     assert samples(tmp_path, "elastic", 2) == samples(tmp_path, "whole", 1, accum_freq=2)[3:]
     assert losses(tmp_path, "elastic") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
