@@ -52,7 +52,7 @@ test: $(call installed,test)
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
-OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py router_logits.py)
+OP_TESTS = $(addprefix tests/clipup_kernels/test_,ops.py packed_weights.py sparse_mlp.py transforms.py)
 test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-faults
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
