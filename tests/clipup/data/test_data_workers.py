@@ -64,6 +64,7 @@ def test_a_killed_data_worker_is_an_error_in_one_line(pictures, kind, capsys):
 def test_a_data_worker_that_is_killed_while_a_batch_is_used_is_noticed_when_the_next_one_is_read(pictures):
     read = iter(batches("webdataset", pictures.shards(), preprocess))
     next(read)
+    time.sleep(0.3)  # until the workers wait: torch hangs where one dies that holds the lock of an event
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.3)  # torch would interrupt this

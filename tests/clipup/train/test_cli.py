@@ -148,6 +148,7 @@ def test_a_run_whose_data_stall_stops_at_a_signal_with_its_last_step_saved(
         os.link(fifo, tmp_path / "link")
         os.replace(tmp_path / "link", image)
     writer = wait_for(lambda: opened(fifo), process)
+    time.sleep(0.2)  # a signal between two system calls does not interrupt the second one
 
     if to_all is None:
         process.terminate()
