@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Recorder:
             return
         for kind in KINDS:
             _keep(directory / f"{kind}.jsonl", steps_done, evaluations_done if kind == "evaluations" else None)
-        self._handler = logging.FileHandler(directory / "out.log", encoding="utf-8")
+        self._handler = _LogFile(directory / "out.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self._log_before = LOG.level, LOG.propagate
         LOG.setLevel(logging.INFO)
@@ -143,6 +144,15 @@ def read_records(path: Path) -> list[Record]:
         except ValueError:
             continue
     return records
+
+
+class _LogFile(logging.FileHandler):
+    """Prints no traceback when a line cannot be written: on a full disk the metrics or the next checkpoint end the run,
+    with one message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _keep(path: Path, steps_done: int, most: int | None) -> None:

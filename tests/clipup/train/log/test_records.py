@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import clipup
 from clipup.clip.flops import count
 from clipup.train import Every, loop, train
 from clipup.train.cards import pairs_per_second_at_peak
+from clipup.train.log.records import Recorder
 
 SPARSE = clipup.MoEConfig(num_experts=2)
 RECALL = "text_to_image_R@1"
@@ -106,3 +108,12 @@ def test_a_resumed_run_continues_its_trackio_run(stub, make_model, pairs, option
 
     assert [kwargs["resume"] for function, _, kwargs in calls if function == "init"] == ["never", "allow"]
     assert [kwargs["step"] for function, _, kwargs in calls if function == "log"] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_under_the_log_prints_no_traceback(tmp_path, capsys):
+    (tmp_path / "out.log").symlink_to("/dev/full")
+    recorder = Recorder(tmp_path)
+    recorder.say(logging.ERROR, "a line")
+    with pytest.raises(OSError, match="No space left"):
+        recorder.close()
+    assert capsys.readouterr().err == ""
