@@ -46,7 +46,7 @@ class Source(Protocol):
     def read(self, row: int) -> tuple[bytes, list[str]]:
         """The content of the image's file, and the captions.
 
-        Raises OSError or ValueError where they cannot be read, SourceError where that is no fault of the sample.
+        Raises OSError or ValueError if they cannot be read, SourceError if the source is at fault and not the sample.
         """
 
 

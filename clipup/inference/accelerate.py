@@ -136,7 +136,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         module
         for module in model.modules()
         if class_name(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
-        if "forward" not in vars(module)  # which may read weights in place of a call
+        if "forward" not in vars(module)  # it may read weights directly instead of calling a layer
     ]
 
 

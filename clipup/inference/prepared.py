@@ -1,8 +1,8 @@
 """Dense layers that hold packed weights instead of plain ones, for inference on CPUs; made by ``clipup.accelerate``.
 
 Packing happens once, ahead of time. A prepared layer has no plain weights that could be trained or written to, so there
-is one copy of each weight and none can go stale. Its state dict is that of the plain layer, of which it keeps an empty
-copy: what reads the tensors of a plain layer also says where to put them back.
+is one copy of each weight and none can go stale. Its state dict is that of the plain layer. It keeps an empty
+copy of that layer: what reads the tensors of a plain layer also says where to put them back.
 
 Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 """

@@ -75,10 +75,8 @@ def check_weights(path: Path) -> None:
 
 
 @contextmanager
-def temporary(config: dict[str, Any], files: Mapping[str, bytes] = {}) -> Iterator[str]:
-    """The name of a directory with this config and these files, which exists in this context."""
+def temporary(config: dict[str, Any]) -> Iterator[str]:
+    """The name of a directory with this config, which exists in this context."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
-        for name, content in files.items():
-            (Path(directory) / name).write_bytes(content)
         yield f"{LOCAL_PREFIX}{directory}"

@@ -3,7 +3,7 @@
     DIR/*.safetensors          the parts, as torch.distributed.checkpoint (DCP) writes them: a file a rank
     DIR/index.json             sizes and checksums of these files, which DCP does not check, and the configs of the
                                model; written last
-    DIR/state.pt               the position of the run (``clipup.train.checkpoints.sharded_checkpoints``)
+    DIR/state.pt               the position of the run (``clipup.train.checkpoints.sharded``)
 
 The tensors are "model.NAME" and "optimizer.NAME.KEY". Nothing in these files is executed when they are read: they are
 JSON, safetensors, and a pickle of plain values and tensors (``state_dicts.read_pickle``).

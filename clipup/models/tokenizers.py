@@ -117,12 +117,6 @@ def for_checkpoint(files: dict[str, bytes]) -> dict[str, str]:
     return {name: base64.b64encode(content).decode("ascii") for name, content in files.items()}
 
 
-def from_files(model_cfg: dict[str, Any], files: dict[str, bytes]) -> Any:
-    """The tokenizer of a model's config and its files, as ``get_tokenizer`` gives it for a directory with both."""
-    with model_directory.temporary({"model_cfg": model_cfg}, files) as name:
-        return get_tokenizer(name)
-
-
 def _snapshot(model_name: str, cache_dir: str | None) -> Path | None:
     """The cached directory of a model on the hub with those of its tokenizer's files that it has; None if it is not an
     open_clip model."""

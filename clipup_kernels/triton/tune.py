@@ -260,8 +260,8 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = {configs.bucket_of(number * options.top_k, options.experts): number for number in options.tokens}
     if len(sizes) < len(options.tokens):
         parser.error(
-            f"--tokens: got {options.tokens}, of which some share a class of rows per expert ({configs.BUCKETS}); "
-            "name one number of tokens for each class"
+            f"--tokens: got {options.tokens}; some fall into the same class of rows per expert "
+            f"({configs.BUCKETS}); name one number of tokens for each class"
         )
     if not torch.cuda.is_available():
         parser.error("no CUDA device: tiles can only be measured on one")

@@ -238,7 +238,7 @@ def rows_cases(shape, routing, dtype=torch.float32, bias=True, seed=0) -> list[C
 def experts_case(
     shape="odd", routing="capacity", dtype=torch.float32, activation="gelu", bias=True, gated=False, seed=0, **options
 ) -> Case:
-    """``options`` are further arguments of the op, and sizes in place of the shape's."""
+    """``options``: further arguments of the op, or sizes that replace those of the shape."""
     shape = SHAPES.get(shape, shape)
     shape = shape._replace(**{name: options.pop(name) for name in ("width", "hidden") if name in options})
     gates, plan = route(shape, routing, seed)

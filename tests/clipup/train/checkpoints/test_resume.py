@@ -35,7 +35,7 @@ def damage(folder):
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(
     source, make_model, pairs, options, csv_data, shards, tmp_path
 ):
-    """A sparse model with router noise, on pairs in memory or on files with random crops, of which some cannot be read,
+    """A sparse model with router noise, on pairs in memory or on files with random crops; some cannot be read,
     before and after the interruption."""
     damage(tmp_path)
     settings = {"train_data": csv_data, "workers": 2 * ("workers" in source), "cache_data": "cached" in source}
