@@ -65,24 +65,6 @@ def gradients(model, run):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_steps(one, other):
-    torch.testing.assert_close(one[0], other[0])
-    assert one[1].keys() == other[1].keys()
-    for name in one[1]:
-        torch.testing.assert_close(one[1][name], other[1][name], msg=name)
-
-
-def test_checkpointed_forward_is_counted_once_with_the_same_gradients(x):
-    layer = make_layer(capacity_factor=1.0, router_noise=1.0, load_weight=0.1)
-
-    def step(run):
-        torch.manual_seed(3)
-        return gradients(layer, lambda: run(x).square().sum() + aux_loss(layer))
-
-    assert_equal_steps(step(layer), step(lambda x: checkpoint(layer, x, use_reentrant=False)))
-    assert aux_loss(layer) == 0
-
-
 @pytest.mark.parametrize("config", [{"z_weight": 0.1}, {"selection_bias": "sign"}], ids=["losses", "selection bias"])
 def test_a_training_forward_that_can_store_nothing_warns_and_leaves_nothing(x, config):
     layer = SparseMoE(D, 16, MoEConfig(num_experts=4, **config))
@@ -104,13 +86,15 @@ def test_compiled_model_trains_as_the_eager_one(checkpointing):
     def step(run):
         return gradients(model, lambda: contrastive_loss(run, images, texts) + aux_loss(model))
 
-    assert_equal_steps(step(model), step(compiled))
-    assert_equal_steps(step(model), step(compiled))
+    torch.testing.assert_close(step(model), step(compiled))
+    torch.testing.assert_close(step(model), step(compiled))
     assert aux_loss(model) == 0
 
 
-@pytest.mark.parametrize("options", [{"selection_bias": "sign", "capacity_factor": 1.0, "shared_expert": True}])
-def test_checkpointed_layer_compiles_to_one_graph_and_is_counted_once(x, options):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_layers_are_counted_once_and_compile_to_one_graph(x, compiled):
+    options = {"selection_bias": "sign", "capacity_factor": 1.0, "shared_expert": True}
+    options |= {} if compiled else {"selection_bias": "none", "router_noise": 1.0, "load_weight": 0.1}
     layers = nn.ModuleList([make_layer(**options), make_layer(**options)])
 
     def run(x):
@@ -119,54 +103,42 @@ def test_checkpointed_layer_compiles_to_one_graph_and_is_counted_once(x, options
         return x
 
     def step(run):
-        return gradients(layers, lambda: run(x).square().sum() + aux_loss(layers))
+        torch.manual_seed(3)
+        found = gradients(layers, lambda: run(x).square().sum() + aux_loss(layers))
+        return *found, [layer.state.take_load() for layer in layers]
 
     plain = step(lambda x: layers[1](layers[0](x)))
-    loads = [layer.state.take_load() for layer in layers]
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     for _ in range(2):
-        assert_equal_steps(step(compiled), plain)
+        torch.testing.assert_close(step(run), plain)
         assert aux_loss(layers) == 0
-        for layer, load in zip(layers, loads, strict=True):
-            torch.testing.assert_close(layer.state.take_load(), load)
 
 
-WEIGHTED = MoEConfig(num_experts=4, balance_weight=0.1, z_weight=0.01)
+def model_of():
+    return nn.Sequential(make_layer(), nn.Linear(D, D), make_layer())
 
 
-def model_of(config=WEIGHTED):
-    torch.manual_seed(0)
-    return nn.Sequential(SparseMoE(D, 24, config), nn.Linear(D, D), SparseMoE(D, 24, config))
-
-
-def test_losses_by_layer_and_their_sum_are_those_of_aux_loss():
-    model, x = model_of(), torch.randn(9, D)
+def test_losses_of_a_block_are_by_layer_those_of_aux_loss_and_earlier_ones_do_not_count(x):
+    model = model_of()
     model(x)
     expected = aux_loss(model)
+    earlier = model(x)
 
     with collect_aux_losses(model) as losses:
         model(x)
+    with collect_aux_losses(model) as twice:
+        outputs = model(x), model(x), earlier  # the loss of an output that is gone is none
 
     assert list(losses.by_layer) == ["0", "2"] and torch.equal(losses.total, expected)
-    assert aux_loss(model) == 0
+    torch.testing.assert_close(twice.total, 2 * expected)
+    assert len(outputs) == 3 and aux_loss(model) == 0
     losses.total.backward()
     assert all(layer.router.weight.grad.abs().sum() > 0 for layer in (model[0], model[2]))
 
 
-def test_two_forward_passes_count_twice_and_earlier_ones_do_not():
-    model, x = model_of(), torch.randn(9, D)
-    model(x)
-    with collect_aux_losses(model) as losses:
-        outputs = model(x), model(x)
-    assert len(outputs) == 2  # the loss of an output that is gone is none
-    with collect_aux_losses(model) as once:
-        model(x)
-    torch.testing.assert_close(losses.total, 2 * once.total)
-
-
-def test_after_an_error_nothing_is_left():
+def test_after_an_error_nothing_is_left(x):
     model = model_of()
     with pytest.raises(ZeroDivisionError), collect_aux_losses(model) as losses:
-        model(torch.randn(9, D))
+        model(x)
         raise ZeroDivisionError
     assert losses.by_layer == {} and aux_loss(model) == 0

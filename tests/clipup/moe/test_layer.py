@@ -1,10 +1,14 @@
+"""``SparseMoE`` against its definition, written out in float64, and how it is made, copied, cast and refused."""
+
 import copy
+import itertools
 import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_cases import assert_follows, pairwise
 from torch import nn
 
 import clipup
@@ -12,7 +16,7 @@ from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics
 from clipup_kernels import ACTIVATIONS
 from clipup_kernels.reference import activate
 
-D, H, E, K = 12, 20, 4, 2
+D, H, E, K, T = 12, 20, 4, 2, 21
 
 
 def make_layer(seed=0, **options):
@@ -20,52 +24,170 @@ def make_layer(seed=0, **options):
     layer = SparseMoE(D, H, **{"num_experts": E, "top_k": K, **options})
     with torch.no_grad():
         layer.router.weight.mul_(30)
+        for name, parameter in layer.named_parameters():
+            if "ln_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        if layer.router.selection_bias is not None:
+            layer.router.selection_bias.normal_()
     return layer
 
 
-def by_hand(layer, x):
-    """The definition, token by token in float64, nothing dropped."""
-    p = {name: parameter.double() for name, parameter in layer.named_parameters()}
-    outputs = []
-    for token in x.reshape(-1, D).double():
-        probs = (p["router.weight"] @ token).softmax(-1)
-        gates, experts = probs.topk(layer.config.top_k)
-        gates = gates / gates.sum()
-        y = torch.zeros_like(token)
-        for gate, e in zip(gates, experts, strict=True):
-            z = F.linear(token, p["in_weight"][e], p["in_bias"][e] if "in_bias" in p else None)
-            if "gate_weight" in p:
-                gate_bias = p["gate_bias"][e] if "gate_bias" in p else None
-                a = activate(F.linear(token, p["gate_weight"][e], gate_bias), layer.activation) * z
-            else:
-                a = activate(z, layer.activation)
-            y = y + gate * F.linear(a, p["out_weight"][e], p["out_bias"][e] if "out_bias" in p else None)
-        outputs.append(y)
-    return torch.stack(outputs).view(x.shape)
+def expert_output(experts, number, x):
+    p = {name: value[number].double() for name, value in experts.named_parameters(recurse=False)}
+    hidden = F.linear(x, p["in_weight"], p.get("in_bias"))
+    if "gate_weight" in p:
+        hidden = activate(F.linear(x, p["gate_weight"], p.get("gate_bias")), experts.activation) * hidden
+    else:
+        hidden = activate(hidden, experts.activation)
+    if "ln_weight" in p:
+        hidden = F.layer_norm(hidden, (experts.d_hidden,), p["ln_weight"], p["ln_bias"], experts.norm_eps)
+    return F.linear(hidden, p["out_weight"], p.get("out_bias"))
 
 
-FORMS = [{"bias": False}, {"gated": True}, {"gated": True, "bias": False}, {"top_k": E}]
-HALVES = [({"dtype": torch.bfloat16}, 2e-2), ({"dtype": torch.float16}, 3e-3)]
-FULL = [(options, 1e-5) for options in (*({"activation": name} for name in ACTIVATIONS), *FORMS)]
+def choices(layer, probs, able):
+    """The choices that are made and those that get a slot, [K, T, E]; where experts choose, K is 1."""
+    config, shape = layer.config, (*probs.shape,)
+    factor = config.capacity_factor if layer.training else config.eval_capacity_factor
+    if config.routing == "expert_choice":
+        factor = config.capacity_factor if factor is None else factor
+        places = math.ceil((factor or 1.0) * config.top_k * len(able) / shape[1])
+        made = torch.zeros(1, *shape, dtype=torch.bool)
+        for e in range(shape[1]):
+            made[0, sorted(able, key=lambda t: -probs[t, e].item())[:places], e] = True
+        return made, made
+    places = math.inf if factor is None else math.ceil(factor * config.top_k * len(able) / shape[1])
+    biased = probs if layer.router.selection_bias is None else probs + layer.router.selection_bias
+    ranked = biased.argsort(-1, descending=True)
+    line = sorted(able, key=lambda t: -probs[t].max().item()) if config.priority else able
+    made = torch.zeros(config.top_k, *shape, dtype=torch.bool)
+    kept = made.clone()
+    for k, t in itertools.product(range(config.top_k), line):
+        e = ranked[t, k]
+        made[k, t, e] = True
+        kept[k, t, e] = kept[:, :, e].sum() < places
+    return made, kept
 
 
-@pytest.mark.parametrize(("options", "tolerance"), FULL + HALVES, ids=str)
-def test_layer_computes_its_definition(options, tolerance):
-    layer = make_layer(**options)
-    x = torch.randn(3, 5, D, dtype=layer.in_weight.dtype)
-    y = layer(x)
-    assert y.dtype == x.dtype
-    torch.testing.assert_close(y.double(), by_hand(layer, x), rtol=1e-4, atol=tolerance)
+def entropy(probs):
+    return -(probs * probs.log()).sum(-1)
 
 
-def test_gradients_are_those_of_the_definition():
-    layer, x = make_layer(gated=True).double(), torch.randn(9, D, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(9, D, dtype=torch.float64)
-    inputs = (x, *layer.parameters())
-    found = torch.autograd.grad((layer(x) * weights).sum(), inputs)
-    expected = torch.autograd.grad((by_hand(layer, x) * weights).sum(), inputs)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+def definition(layer, x, mask):
+    """y [T, D], the gates of the choices that got a slot [T, E], the metrics, and the weighted losses."""
+    config, count = layer.config, layer.config.num_experts
+    x = x.double().where(mask[:, None], 0)
+    logits = x @ layer.router.weight.double().T
+    scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(-1)
+    probs = scores / scores.sum(-1, keepdim=True)
+    made, kept = choices(layer, probs, mask.nonzero().flatten().tolist())
+    gates = probs * kept.any(0)
+    if config.normalize_gates != "none":
+        summed = kept if config.normalize_gates == "after_drop" else made
+        gates = gates / (probs * summed.any(0)).sum(-1, keepdim=True).clamp_min(1e-30)
+    y = config.granularity * sum(gates[:, [e]] * expert_output(layer, e, x) for e in range(count))
+    if layer.shared is not None:
+        y = (y + mask[:, None] * expert_output(layer.shared, 0, x)) / 2
+
+    probs, logits, made_by, mean = probs[mask], logits[mask], made.sum(1).double(), probs[mask].mean(0)
+    share = made_by[0] if config.balance == "top2" else made_by.sum(0)
+    dropped = 1 - kept.sum() / made.sum()
+    if config.routing == "expert_choice":
+        dropped = (~made.any(0).any(-1))[mask].double().mean()
+    metrics = {
+        "load": made_by.sum(0) / made_by.sum(),
+        "dropped": dropped,
+        "router_entropy": entropy(probs).mean(),
+        "balance": count * (share / share.sum()) @ mean,
+        "z": logits.logsumexp(-1).square().mean(),
+    }
+    losses = [
+        config.balance_weight * metrics["balance"],
+        config.z_weight * metrics["z"],
+        config.local_entropy_weight * metrics["router_entropy"],
+        config.importance_weight * mean.var(correction=0) / mean.mean().square(),
+        config.global_entropy_weight * (config.global_entropy_threshold - entropy(mean)).clamp_min(0),
+    ]
+    return y, gates, metrics, sum(losses)
+
+
+ROUTINGS = {
+    "dropless": {},
+    "capacity": {"capacity_factor": 0.6, "eval_capacity_factor": 0.5},
+    "priority": {"capacity_factor": 0.5, "eval_capacity_factor": 0.6, "priority": True},
+    "biased": {"selection_bias": "sign"},
+    "shards": {"num_experts": 2 * E, "granularity": 2},
+    "experts choose": {"routing": "expert_choice"},
+    "experts choose few": {"routing": "expert_choice", "capacity_factor": 0.4},
+    "experts choose all": {"routing": "expert_choice", "capacity_factor": 0.3, "eval_capacity_factor": 9.0},
+}
+FORMS = {
+    **{name: {"activation": name} for name in ACTIVATIONS},
+    "no bias": {"bias": False, "shared_expert": True},
+    "gated": {"gated": True, "shared_expert": True},
+    "gated, no bias": {"gated": True, "bias": False},
+    "norm": {"norm": "layer", "norm_eps": 1e-3, "shared_expert": True},
+    "gated norm": {"norm": "layer", "norm_eps": 1e-6, "gated": True, "activation": "silu"},
+}
+WEIGHTS = {"balance_weight": 0.5, "z_weight": 0.25, "local_entropy_weight": 0.7, "importance_weight": 0.3}
+GATES = {
+    "none": {"normalize_gates": "none", "global_entropy_weight": 2.0, "entropy_threshold": 0.9},
+    "before_drop": {"normalize_gates": "before_drop", "balance": "top2", "global_entropy_weight": 0.9},
+    "after_drop": {"normalize_gates": "after_drop", **dict.fromkeys(WEIGHTS, 0.0), "z_weight": 1.0},
+}
+CASES = pairwise(
+    routing=ROUTINGS,
+    form=FORMS,
+    gates=GATES,
+    k=(1, 2, 4),
+    score=("softmax", "sigmoid"),
+    how=(("train", "all"), ("train", "masked"), ("eval", "all"), ("eval", "masked")),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_layer_and_its_gradients_losses_and_metrics_are_those_of_its_definition(case):
+    routing, (mode, masked) = ROUTINGS[case["routing"]], case["how"]
+    options = FORMS[case["form"]] | routing | WEIGHTS | GATES[case["gates"]] | {"score_function": case["score"]}
+    layer = make_layer(top_k=case["k"] * routing.get("granularity", 1), dtype=torch.float64, **options)
+    layer.train(mode == "train")
+    x, mask = torch.randn(T, D, dtype=torch.float64), torch.arange(T) % 3 > 0 if masked == "masked" else None
+    x = x.masked_fill(torch.zeros(T, 1, dtype=torch.bool) if mask is None else ~mask[:, None], torch.nan)
+    leaves = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
+
+    found, routing = layer(x.view(3, 7, D), None if mask is None else mask.view(3, 7), return_routing=True)
+    metrics, loss = moe_metrics(layer)[""], aux_loss(layer)
+    every = torch.ones(T, dtype=torch.bool) if mask is None else mask
+    y, gates, expected_metrics, expected_loss = definition(layer, x, every)
+
+    torch.testing.assert_close(found.view(T, D), y)
+    at = F.one_hot(routing.experts.view(T, -1).clamp_min(0).long(), gates.shape[1]) * routing.kept.view(T, -1, 1)
+    torch.testing.assert_close((at * routing.gates.view(T, -1, 1)).sum(1), gates)
+    assert torch.equal(metrics["expert_indices"], routing.experts.flatten(0, 1)) and at.sum() == (gates > 0).sum()
+    for name, value in expected_metrics.items():
+        torch.testing.assert_close(metrics[name].double(), value.double(), rtol=1e-5, atol=1e-6, msg=name)
+    expected_loss = expected_loss if layer.training else 0 * expected_loss
+    torch.testing.assert_close(loss.double(), expected_loss)
+    weights = torch.randn(T, D, dtype=torch.float64)
+    results = [(found.view(T, D) * weights).sum() + loss, (y * weights).sum() + expected_loss]
+    given = [torch.autograd.grad(result, tuple(leaves.values())) for result in results]
+    for name, one, other in zip(leaves, *given, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["gelu", "gated", "norm"])
+def test_every_type_follows_the_definition(form, dtype):
+    layer, x = make_layer(dtype=dtype, **FORMS[form]), torch.randn(T, D, dtype=dtype)
+    found = layer(x)
+    assert found.dtype == dtype
+    assert_follows(found, definition(layer, x, torch.ones(T, dtype=torch.bool))[0], dtype)
+
+
+def test_dropout_is_drawn_in_training_only_and_keeps_the_mean():
+    layer, plain, x = make_layer(dropout=0.5), make_layer(), torch.randn(7, D)
+    assert not torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(torch.stack([layer(x) for _ in range(400)]).mean(0), plain(x), rtol=0, atol=0.1)
+    assert torch.equal(layer.eval()(x), plain(x))
 
 
 def test_every_expert_is_drawn_like_a_linear_layer_of_its_own():
@@ -79,49 +201,33 @@ def test_every_expert_is_drawn_like_a_linear_layer_of_its_own():
     assert layer.out_bias.abs().max().item() <= linear_out.weight.abs().max().item()
 
 
-def test_reset_parameters_draws_everything_anew():
-    layer = make_layer(gated=True)
+def test_reset_parameters_draws_everything_anew_and_norms_are_the_identity():
+    layer = make_layer(gated=True, norm="layer", shared_expert=True)
     before = copy.deepcopy(layer.state_dict())
     layer.reset_parameters()
     assert all(not torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(layer.ln_weight, torch.ones_like(layer.ln_weight)) and not layer.ln_bias.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_a_mask_of_integers_means_what_a_tokenizer_means(dtype):
     layer, x = make_layer(), torch.randn(4, 6, D)
     mask = torch.rand(4, 6) > 0.4
     assert torch.equal(layer(x, mask.to(dtype)), layer(x, mask))
 
 
-def test_masked_tokens_change_nothing_for_the_others():
-    layer = make_layer(capacity_factor=1.0, balance_weight=0.01, z_weight=0.01)
-    x = torch.randn(4, 6, D)
-    mask = torch.rand(4, 6) > 0.4
-    alone = layer(x[mask])
-    loss_alone = aux_loss(layer)
-    together = layer(x, mask)[mask]
-    assert torch.equal(alone, together)
-    torch.testing.assert_close(aux_loss(layer), loss_alone)
-
-
+@pytest.mark.parametrize(
+    "options", [{"capacity_factor": 1.0}, {"routing": "expert_choice"}, {"norm": "layer"}], ids=str
+)
 @pytest.mark.parametrize("shape", [(0, D), (2, 0, D), (1, D), (D,)])
-def test_few_tokens_and_none_are_served(shape):
-    layer = make_layer(capacity_factor=1.0, balance_weight=0.1)
+def test_few_tokens_and_none_are_served(shape, options):
+    layer = make_layer(balance_weight=0.1, **options)
     x = torch.randn(shape, requires_grad=True)
-    y = layer(x)
-    (y.sum() + aux_loss(layer)).backward()
-    assert y.shape == x.shape and x.grad.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_capacity_drops_in_training_and_nothing_in_evaluation():
-    layer = make_layer(capacity_factor=0.5)
-    x = torch.randn(64, D)
-    dropless = make_layer()(x)
-    assert not torch.allclose(layer(x), dropless)
-    assert torch.equal(layer.eval()(x), dropless)
-    halves = torch.cat([layer(x[:20]), layer(x[20:])])
-    torch.testing.assert_close(halves, dropless)
+    for mask in (None, torch.zeros(shape[:-1], dtype=torch.bool)):
+        y = layer(x, mask)
+        (y.sum() + aux_loss(layer)).backward()
+        assert y.shape == x.shape and x.grad.isfinite().all() and (mask is None or not y.any())
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_another_config_takes_effect_at_the_next_forward():
@@ -213,24 +319,6 @@ def test_bad_options_are_refused_by_name(options, error):
         SparseMoE(**{"d_model": D, "d_hidden": H, "num_experts": E, **options})
 
 
-def test_the_output_is_the_gated_sum_over_the_kept_choices():
-    layer = make_layer(capacity_factor=0.5).train()
-    x = torch.randn(3, 7, D)
-
-    y, routing = layer(x, return_routing=True)
-
-    assert torch.equal(y, layer(x))
-    assert routing.gates.shape == routing.experts.shape == routing.kept.shape == (3, 7, 2)
-    assert routing.kept.any() and not routing.kept.all()
-    expected = torch.zeros_like(x)
-    for expert in range(4):
-        z = torch.nn.functional.gelu(x @ layer.in_weight[expert].T + layer.in_bias[expert])
-        out = z @ layer.out_weight[expert].T + layer.out_bias[expert]
-        share = (routing.gates * (routing.experts == expert) * routing.kept).sum(-1, keepdim=True)
-        expected += share * out
-    torch.testing.assert_close(y, expected)
-
-
 def test_every_form_of_the_layer_returns_its_routing():
     layer = make_layer(shared_expert=True, capacity_factor=None).eval()
     x = torch.randn(2, 5, D)
@@ -243,27 +331,3 @@ def test_every_form_of_the_layer_returns_its_routing():
         found, same = other(x, return_routing=True)
         torch.testing.assert_close(found, y)
         assert torch.equal(same.experts, routing.experts) and torch.equal(same.kept, routing.kept)
-
-
-T = 40
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_metrics_say_what_the_last_forward_did(training):
-    layer = make_layer(capacity_factor=0.5, balance="top2").train(training)
-    layer(torch.randn(3, D))
-    x = torch.randn(2, T // 2, D)
-    layer(x)
-    metrics = moe_metrics(nn.ModuleDict({"first": layer, "second": make_layer()}))["first"]
-    probs = (x.view(T, D) @ layer.router.weight.T).softmax(-1)
-    experts = probs.topk(K).indices
-    counts = torch.bincount(experts.flatten(), minlength=E)
-    assert torch.equal(metrics["expert_indices"].long(), experts)
-    torch.testing.assert_close(metrics["load"], counts / (K * T))
-    capacity = math.ceil(0.5 * K * T / E)
-    dropped = (counts - capacity).clamp_min(0).sum().item() / (K * T) if training else 0
-    assert metrics["dropped"].item() == pytest.approx(dropped)
-    torch.testing.assert_close(metrics["router_entropy"], -(probs * probs.log()).sum(-1).mean())
-    first = torch.bincount(experts[:, 0], minlength=E) / T
-    torch.testing.assert_close(metrics["balance"], E * (first * probs.mean(0)).sum())
-    torch.testing.assert_close(metrics["z"], (x.view(T, D) @ layer.router.weight.T).logsumexp(-1).square().mean())

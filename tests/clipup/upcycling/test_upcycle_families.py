@@ -18,11 +18,10 @@ from clipup.clip.inputs import random_inputs
 
 CONFIG = MoEConfig.clip_up(num_experts=3, capacity_factor=None)
 IMAGE = CONFIG.replace(towers=("image",))
-SMALL = ["test_convnext"]
 
 
 def assert_upcycles_and_every_expert_learns(dense, config, loss):
-    """Checks equality at step 0, then one training step with finite, nonzero gradients in every expert."""
+    """Checks equality at step 0, and that the gradients of every expert are finite and not zero."""
     torch.manual_seed(0)
     sparse = upcycle(dense, config)
     assert step0_difference(dense, sparse) <= 2e-6
@@ -36,10 +35,6 @@ def assert_upcycles_and_every_expert_learns(dense, config, loss):
         for kind, parameter in layer.named_parameters(recurse=False):
             gradient = parameter.grad.flatten(1)
             assert gradient.isfinite().all() and (gradient.abs().amax(1) > 0).all(), f"{name}.{kind}"
-    before = {name: layer.in_weight.detach().clone() for name, layer in layers.items()}
-    torch.optim.SGD(sparse.parameters(), lr=0.1).step()
-    for name, layer in layers.items():
-        assert (layer.in_weight != before[name]).flatten(1).any(1).all(), name
     return sparse
 
 
@@ -53,7 +48,7 @@ def regression(model):
     return model(random_inputs(model, 6)[0]).square().sum()
 
 
-@pytest.mark.parametrize("name", [*TIMM, *SMALL])
+@pytest.mark.parametrize("name", [*TIMM, "test_convnext"])
 def test_timm_model_upcycles(name):
     assert_upcycles_and_every_expert_learns(timm_model(name), IMAGE, regression)
 
@@ -79,14 +74,16 @@ def test_coca_upcycles_in_all_towers():
         "text_decoder.cross_attn.1.mlp",
     ]
     assert len(moe_layers(upcycle(build(coca_cfg()), CONFIG))) == 2  # the decoder is dense by default
-
-
-def test_step_zero_check_covers_the_decoder():
-    dense = build(coca_cfg())
-    sparse = upcycle(dense, CONFIG.replace(towers=("decoder",)))
     with torch.no_grad():
         sparse.text_decoder.cross_attn[0].mlp.out_bias.mul_(2)
-    assert step0_difference(dense, sparse) > 1e-3
+    assert step0_difference(build(coca_cfg()), sparse) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["Block/GluMlp", "Block/GeGluMlp"])
+def test_gated_families_split_into_shards(family):
+    dense = timm_model(family)
+    sparse = upcycle(dense, IMAGE.replace(num_experts=8, top_k=4, granularity=2))
+    assert step0_difference(dense, sparse) <= 1e-6
 
 
 def test_norm_before_the_projections_is_shared_by_all_experts():
