@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import checks
-from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from .inputs import encoders, ignore_padding, image_dtype, image_size, text_length
 
@@ -48,17 +47,17 @@ def count(model: nn.Module) -> TowerCounts:
     checks.plain_weights("model", model)
     meta = meta_copy(model).eval()
     for layer in moe_layers(meta).values():  # plans of expert choice have places for all experts of a token
-        layer.config = _as_token_choice(layer.config)
+        layer.config = layer.config.replace(routing="token_choice", top_k=layer.config.mean_choices)
     ignore_padding(meta)
     encode = encoders(meta)
     images = torch.empty(1, 3, *image_size(model), dtype=image_dtype(model), device="meta")
-    text_flops = 0
+    inputs = {"image": images}
     if "text" in encode:
-        texts = torch.zeros(1, text_length(model), dtype=torch.long, device="meta")
-        text_flops = _flops(encode["text"], texts)
+        inputs["text"] = torch.zeros(1, text_length(model), dtype=torch.long, device="meta")
+    gflops = {name: _flops(encode[name], values) / 1e9 for name, values in inputs.items()}
     return TowerCounts(
-        image_gflops=_flops(encode["image"], images) / 1e9,
-        text_gflops=text_flops / 1e9,
+        image_gflops=gflops["image"],
+        text_gflops=gflops.get("text", 0.0),
         params=sum(parameter.numel() for parameter in model.parameters()),
         active_params=count_active(model),
     )
@@ -71,11 +70,6 @@ def count_active(model: nn.Module) -> int:
         experts = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
         active -= experts - experts // layer.config.num_experts * layer.config.mean_choices
     return active
-
-
-def _as_token_choice(config: MoEConfig) -> MoEConfig:
-    """With as many choices per token."""
-    return config.replace(routing="token_choice", top_k=config.mean_choices)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -41,8 +41,7 @@ class WordTokenizer:
             if split_words(word) != [word]:
                 raise ValueError(f"words: {word!r} is not a single word of lower-case letters and digits")
         if len(set(words)) < len(words):
-            duplicate = Counter(words).most_common(1)[0][0]
-            raise ValueError(f"words: {duplicate!r} is duplicated")
+            raise ValueError(f"words: {Counter(words).most_common(1)[0][0]!r} is duplicated")
         if not isinstance(context_length, int) or context_length < 3:
             raise ValueError(f"context_length: got {context_length!r}, expected at least 3 (start, a word, end)")
         self.words = tuple(words)
@@ -79,16 +78,6 @@ def count_vocabulary(captions: Iterable[str], at_least: int) -> list[str]:
     return sorted(frequent, key=lambda word: (-counts[word], word))
 
 
-def read_vocabulary(name: str, directory: Path | None = None) -> list[str]:
-    """The words of the vocabulary that a config names ("words:icons"), from a model's directory or this package.
-
-    Raises:
-        FileNotFoundError: found in neither.
-        ValueError: the name is not valid (it could be a path), or the file is not UTF-8 text.
-    """
-    return vocabulary_text(name, directory).split()
-
-
 def uses_words(text_cfg: dict) -> bool:
     """Whether a model's ``text_cfg`` names a word vocabulary as its tokenizer."""
     name = text_cfg.get("hf_tokenizer_name")
@@ -122,18 +111,12 @@ def from_text(vocabulary: str, text_cfg: dict, context_length: int | None = None
 
 
 def vocabulary_text(name: str, directory: Path | None = None) -> str:
-    """The content of the file that ``read_vocabulary`` reads."""
-    return _text(_file(name, directory))
+    """The words of the vocabulary that a config names ("words:icons"), from a model's directory or this package.
 
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the vocabulary {path} is not UTF-8 text: {error}") from error
-
-
-def _file(name: str, directory: Path | None) -> Path:
+    Raises:
+        FileNotFoundError: found in neither.
+        ValueError: the name is not valid (it could be a path), or the file is not UTF-8 text.
+    """
     bare = name.removeprefix(PREFIX)
     if not _NAME.fullmatch(bare):
         raise ValueError(
@@ -144,7 +127,7 @@ def _file(name: str, directory: Path | None) -> Path:
     candidates = [shipped] if directory is None else [directory / FILE_NAME, shipped]
     for path in candidates:
         if path.is_file():
-            return path
+            return path.read_text(encoding="utf-8")
     raise FileNotFoundError(
         f"the vocabulary {name} was not found as {' or '.join(map(str, candidates))}; install the clipup "
         "version that the model was made with"

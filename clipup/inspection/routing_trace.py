@@ -168,7 +168,7 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
         for handle in handles:
             handle.remove()
         for layer, last in before.items():
-            layer.state.last_routing = last
+            layer.state.mine.last_routing = last
 
 
 def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -73,17 +73,18 @@ class Experts(nn.Module):
         self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
         self.norm_eps, self.dropout = norm_eps, dropout
 
-        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if wanted else None
-
-        self.register_parameter("in_weight", parameter(d_hidden, d_model))
-        self.register_parameter("in_bias", parameter(d_hidden, wanted=bias))
-        self.register_parameter("out_weight", parameter(d_model, d_hidden))
-        self.register_parameter("out_bias", parameter(d_model, wanted=bias))
-        self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
-        self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
-        self.register_parameter("ln_weight", parameter(d_hidden, wanted=norm is not None))
-        self.register_parameter("ln_bias", parameter(d_hidden, wanted=norm is not None))
+        for name, wanted, *shape in (
+            ("in_weight", True, d_hidden, d_model),
+            ("in_bias", bias, d_hidden),
+            ("out_weight", True, d_model, d_hidden),
+            ("out_bias", bias, d_model),
+            ("gate_weight", gated, d_hidden, d_model),
+            ("gate_bias", gated and bias, d_hidden),
+            ("ln_weight", norm is not None, d_hidden),
+            ("ln_bias", norm is not None, d_hidden),
+        ):
+            values = torch.empty(num_experts, *shape, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
         self.reset_experts()
 
     def reset_experts(self) -> None:

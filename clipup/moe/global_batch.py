@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 
-from .layer import SparseMoE, moe_layers
+from .layer import moe_layers
+from .layer_state import LastRouting
 from .step_counts import StepCounts, over_ranks
 
 
@@ -33,23 +35,17 @@ class StepCounting:
 
     def add(self) -> None:
         """Adds the last forward pass of the calling thread."""
-        counts = [_last(layer) for layer in self._layers]
+        last = [cast(LastRouting, layer.state.last_routing) for layer in self._layers]
+        counts = [StepCounts.of_batch(routing.tokens_per_expert) for routing in last]
         self._counts = [a.plus(b) for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Inside, the losses of this thread's forward passes are those of one batch of the step. A collective."""
         for layer, counts in zip(self._layers, over_ranks(self._counts), strict=True):
-            layer.state.step_counts = counts
+            layer.state.mine.step_counts = counts
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.state.step_counts = None
-
-
-def _last(layer: SparseMoE) -> StepCounts:
-    routing = layer.state.last_routing
-    if routing is None:
-        raise RuntimeError("StepCounting.add counts the last forward pass, and there was none in this thread")
-    return StepCounts.of_batch(routing.tokens_per_expert)
+                layer.state.mine.step_counts = None

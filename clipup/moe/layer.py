@@ -6,7 +6,7 @@ token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal, overload
@@ -218,7 +218,7 @@ class SparseMoE(Experts):
         """[] float32."""
         if self.config.loss_scope == "batch":
             return weighted_losses(routing, self.config)
-        counts = self.state.step_counts
+        counts = self.state.mine.step_counts
         if counts is None:
             counts = over_ranks([StepCounts.of_batch(routing.gating.tokens_per_expert)])[0]
         return weighted_losses(routing, self.config, counts)
@@ -287,35 +287,36 @@ def aux_loss(model: nn.Module) -> Tensor:
         RuntimeError: there is nothing to take, but there are untaken losses of a thread that has ended, or of any other
             thread if the calling thread has not run the model itself.
     """
-    layers = moe_layers(model)
-    taken = [loss for layer in layers.values() for loss in layer.state.take_losses()]
-    if taken:
-        return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
-    if not torch.compiler.is_compiling() and any(layer.state.untaken_elsewhere() for layer in layers.values()):
+    layers = moe_layers(model).values()
+    taken = [loss for layer in layers for loss in layer.state.take_losses()]
+    if not (taken or torch.compiler.is_compiling()) and any(layer.state.untaken_elsewhere() for layer in layers):
         raise RuntimeError(
             "aux_loss found no losses of this thread, but some that forwards left in other threads. A forward's losses "
             "belong to the thread that ran it: call aux_loss there, with nn.DataParallel inside the wrapped module, "
             "and return its value with the output"
         )
-    parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    return _sum(taken, model)
+
+
+def _sum(losses: Collection[Tensor], model: nn.Module) -> Tensor:
+    first = next(iter((*losses, *model.parameters())), None)
+    if not losses or first is None:
+        return torch.zeros((), device=None if first is None else first.device)
+    return torch.stack([loss.to(first.device) for loss in losses]).sum()
 
 
 class CollectedLosses:
     """The weighted auxiliary losses of the forward passes in a ``with collect_aux_losses(model)`` block."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.by_layer: dict[str, Tensor] = {}
         """By the layer's name; 0-d float32 tensors with their graphs. Empty until the block has ended."""
 
     @property
     def total(self) -> Tensor:
         """Their sum; 0 if there are none."""
-        losses = list(self.by_layer.values())
-        if not losses:
-            return torch.zeros((), device=self._device)
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        return _sum(self.by_layer.values(), self._model)
 
 
 @contextmanager
@@ -332,8 +333,7 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
         TypeError: ``model`` is not a module.
     """
     layers = moe_layers(model)
-    parameter = next(model.parameters(), None)
-    collected = CollectedLosses(None if parameter is None else parameter.device)
+    collected = CollectedLosses(model)
     for layer in layers.values():
         layer.state.take_losses()
     try:

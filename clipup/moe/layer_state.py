@@ -12,7 +12,6 @@ record of a loss is released
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import warnings
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import CheckpointFunction
 
 from clipup_kernels import Gating, Plan
 
@@ -113,6 +111,7 @@ class _State:
         self.last_routing: LastRouting | Callable[[], LastRouting] | None = None
         self.newest: LossRecord | None = None
         self.step_counts: StepCounts | None = None
+        """The counts of all batches of an accumulated step, which the thread's losses use."""
         self.kept = _Kept()
 
 
@@ -135,30 +134,21 @@ class LayerState:
         self._threads = _OfThread(self._everyone, self._lock)
 
     @property
+    def mine(self) -> _State:
+        """The calling thread's part."""
+        return self._threads.state
+
+    @property
     def last_routing(self) -> LastRouting | None:
         """The routing of the calling thread's last forward pass."""
-        routing = self._threads.state.last_routing
+        routing = self.mine.last_routing
         return routing() if callable(routing) else routing
-
-    @last_routing.setter
-    def last_routing(self, routing: LastRouting | None) -> None:
-        self._threads.state.last_routing = routing
 
     def keep_inference(self, routing: Callable[[], LastRouting]) -> None:
         """``keep`` for a forward pass that has no losses; ``routing`` is called when somebody asks for it."""
-        state = self._threads.state
-        state.ran_layer = True
+        self.mine.ran_layer = True
         if not _in_transform():
-            state.last_routing = routing
-
-    @property
-    def step_counts(self) -> StepCounts | None:
-        """The counts of all batches of an accumulated step, which the calling thread's losses use."""
-        return self._threads.state.step_counts
-
-    @step_counts.setter
-    def step_counts(self, counts: StepCounts | None) -> None:
-        self._threads.state.step_counts = counts
+            self.mine.last_routing = routing
 
     def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
         """Stores the state of the forward pass that returns ``output``; ``loss`` is None if there is none to train on.
@@ -173,7 +163,7 @@ class LayerState:
             self._keep(routing, output, loss, counts_load)
 
     def _keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
-        mine = self._threads.state
+        mine = self.mine
         mine.ran_layer = True
         if not _in_transform():
             mine.last_routing = LastRouting.of(routing.noisy_logits, routing.gating, routing.plan, routing.mask)
@@ -185,7 +175,7 @@ class LayerState:
 
     def _keep_loss(self, loss: Tensor, output: Tensor) -> None:
         """Under ``torch.compile`` the newest loss replaces all earlier ones."""
-        record, mine = LossRecord(loss), self._threads.state
+        record, mine = LossRecord(loss), self.mine
         if not torch.compiler.is_compiling():
             if output.requires_grad:
                 output.register_hook(record.drop)
@@ -194,7 +184,7 @@ class LayerState:
 
     def take_losses(self) -> list[Tensor]:
         """Returns and releases the untaken losses of the calling thread's forward passes."""
-        mine = self._threads.state
+        mine = self.mine
         records = [*(ref() for ref in mine.kept.waiting), mine.newest]
         mine.newest, mine.kept.waiting = None, []
         losses = [record.take() for record in records if record is not None]
@@ -203,7 +193,7 @@ class LayerState:
     def untaken_elsewhere(self) -> int:
         """Number of losses of other threads that the caller may have meant to take: those of threads that have ended,
         and those of all threads if the caller has not run the layer itself."""
-        mine = self._threads.state
+        mine = self.mine
         with self._lock:
             others = [kept for kept in self._everyone if kept is not mine.kept]
         return sum(kept.untaken() for kept in others if not (mine.ran_layer and kept.thread.is_alive()))
@@ -218,9 +208,6 @@ class LayerState:
                     news.append(load if counted is None else load - counted)
                     kept.counted = load
         return torch.stack([load.to(news[0].device) for load in news]).sum(0) if news else None
-
-    def __deepcopy__(self, memo: dict) -> LayerState:
-        return LayerState()
 
     def __reduce__(self) -> tuple:
         return LayerState, ()
@@ -255,17 +242,9 @@ def warn_inside_function() -> None:
     while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
     if frame is not None:
-        warn_of(frame.f_locals["cls"])
-
-
-@functools.cache
-def warn_of(function: type) -> None:
-    """Warns once of each function."""
-    inside = f"the autograd.Function {function.__qualname__}"
-    if function is CheckpointFunction:
-        inside = "reentrant activation checkpointing; use use_reentrant=False"
-    warnings.warn(
-        "the training forward of a sparse layer stores no auxiliary losses and counts no load for loss-free "
-        f"balancing, because gradients are off inside {inside}",
-        stacklevel=2,
-    )
+        warnings.warn(
+            "the training forward of a sparse layer stores no auxiliary losses and counts no load for loss-free "
+            f"balancing, because gradients are off inside the autograd.Function {frame.f_locals['cls'].__qualname__}; "
+            "of activation checkpointing (CheckpointFunction) use use_reentrant=False",
+            stacklevel=2,
+        )

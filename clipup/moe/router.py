@@ -173,9 +173,8 @@ class Router(nn.Module):
         """The arguments by which ``packed_sparse_mlp`` routes as this module does in inference; None if only calling it
         does: hooks, options that the op lacks."""
         config = self._config
-        if self.training or self.has_hooks() or config.routing != "token_choice":
-            return None
-        if config.score_function != "softmax" or config.normalize_gates == "after_drop":
+        other = config.routing != "token_choice" or config.score_function != "softmax"
+        if self.training or self.has_hooks() or other or config.normalize_gates == "after_drop":
             return None
         return {
             "router_weight": whole(self.weight).float(),
@@ -259,27 +258,23 @@ def weighted_losses(routing: Routing, config: MoEConfig, step: StepCounts | None
     """
     gating, mask = routing.gating, routing.mask
     counts = gating.tokens_per_expert if step is None else step.tokens_per_expert
-    terms = []
-    if config.balance_weight > 0:
-        balance = losses.load_balance(gating.mean_probs, counts, config.balance)
-        terms.append(config.balance_weight * balance)
-    if config.z_weight > 0:
-        terms.append(config.z_weight * z_loss(gating.z_loss, routing.noisy_logits, mask, config))
-    if config.importance_weight > 0:
-        noisy = routing.noisy_logits is not routing.logits
-        mean_probs = gating.mean_probs
-        if noisy:
-            mean_probs = losses.mean_over_tokens(log_scores(routing.logits, config.score_function).softmax(-1), mask)
-        terms.append(config.importance_weight * losses.importance(mean_probs))
-    if config.load_weight > 0:
-        noise_std = config.router_noise / config.num_experts
-        load = losses.load(routing.logits, routing.noisy_logits, noise_std, config.top_k, mask)
-        terms.append(config.load_weight * load)
-    if config.local_entropy_weight > 0:
-        scores = log_scores(routing.noisy_logits, config.score_function)
-        terms.append(config.local_entropy_weight * losses.local_entropy(scores, mask))
-    if config.global_entropy_weight > 0:
-        loss = losses.global_entropy(gating.mean_probs, config.global_entropy_threshold)
-        terms.append(config.global_entropy_weight * loss)
-    total = torch.stack(terms).sum()
+    noise_std = config.router_noise / config.num_experts
+
+    def noiseless_mean() -> Tensor:
+        if routing.noisy_logits is routing.logits:
+            return gating.mean_probs
+        return losses.mean_over_tokens(log_scores(routing.logits, config.score_function).softmax(-1), mask)
+
+    formulas = {
+        "balance_weight": lambda: losses.load_balance(gating.mean_probs, counts, config.balance),
+        "z_weight": lambda: z_loss(gating.z_loss, routing.noisy_logits, mask, config),
+        "importance_weight": lambda: losses.importance(noiseless_mean()),
+        "load_weight": lambda: losses.load(routing.logits, routing.noisy_logits, noise_std, config.top_k, mask),
+        "local_entropy_weight": lambda: losses.local_entropy(
+            log_scores(routing.noisy_logits, config.score_function), mask
+        ),
+        "global_entropy_weight": lambda: losses.global_entropy(gating.mean_probs, config.global_entropy_threshold),
+    }
+    weights = {name: getattr(config, name) for name in formulas}
+    total = torch.stack([weight * formulas[name]() for name, weight in weights.items() if weight > 0]).sum()
     return total if step is None else total * step.weight_of(gating.tokens_per_expert)

@@ -36,19 +36,19 @@ def update_selection_bias(model: nn.Module) -> None:
     synchronize with the device. A model without such layers is left unchanged, and so are layers with a locked router
     (``requires_grad=False``).
     """
-    layers = moe_layers(model).values()
-    for layer in layers:
-        if not layer.router.weight.requires_grad:
-            layer.state.take_load()
-    found = [(layer, layer.router.selection_bias) for layer in layers if layer.router.weight.requires_grad]
-    biased = [(layer, bias) for layer, bias in found if bias is not None]
-    if not biased:
+    loads = {layer: layer.state.take_load() for layer in moe_layers(model).values()}
+    biased = [(layer, layer.router.selection_bias) for layer in loads if layer.router.weight.requires_grad]
+    counted = [
+        (layer, bias, torch.zeros_like(bias, dtype=torch.int64) if (load := loads[layer]) is None else load)
+        for layer, bias in biased
+        if bias is not None
+    ]
+    if not counted:
         return
-    loads = [_load(layer.state.take_load(), bias) for layer, bias in biased]
-    together = torch.cat([load.to(loads[0].device) for load in loads])
+    together = torch.cat([load.to(counted[0][1].device) for _, _, load in counted])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(together)
-    for (layer, bias), load in zip(biased, together.split([load.numel() for load in loads]), strict=True):
+    for (layer, bias, _), load in zip(counted, together.split([bias.numel() for _, bias, _ in counted]), strict=True):
         step = _STEPS[layer.config.selection_bias](load.to(bias.device, bias.dtype))
         bias.add_(step, alpha=layer.config.selection_bias_rate)
 
@@ -57,7 +57,3 @@ def forget_loads(model: nn.Module) -> None:
     """Discards the load of a step that was not applied; call it in place of ``update_selection_bias``."""
     for layer in moe_layers(model).values():
         layer.state.take_load()
-
-
-def _load(load: Tensor | None, bias: Tensor) -> Tensor:
-    return torch.zeros_like(bias, dtype=torch.int64) if load is None else load

@@ -7,7 +7,6 @@ one pass over the data with the memory of one batch suffices.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,14 +62,12 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
             "model that it was upcycled from"
         )
     fits = {name: _Fit(name, layer, lr) for name, layer in students.items() if _experts(layer)}
-    if not fits:
-        raise ValueError("no expert of model has requires_grad=True, so there is nothing to calibrate")
     for name, fit in fits.items():
-        teachers[name].register_forward_hook(partial(_fit_hook, fit))
+        teachers[name].register_forward_hook(fit.step)
     with evaluating_dropless(model):
         run_batches(teacher, batches)
-    if not all(fit.errors for fit in fits.values()):
-        raise ValueError("batches is empty, so nothing was calibrated")
+    if not any(fit.errors for fit in fits.values()):
+        raise ValueError("nothing was calibrated: batches is empty, or no expert of model has requires_grad=True")
     return {name: fit.errors for name, fit in fits.items()}
 
 
@@ -84,8 +81,9 @@ class _Fit:
         self.errors: list[float] = []
 
     @torch.enable_grad()
-    def step(self, x: Tensor, mask: Tensor | None, target: Tensor) -> None:
-        difference = (self.layer(x, mask) - target).float()
+    def step(self, teacher: SparseMoE, inputs: tuple[Any, ...], target: Tensor) -> None:
+        """Forward hook of a layer of the teacher: one optimizer step on its input and output."""
+        difference = (self.layer(*inputs) - target).float()
         error = difference.square().sum() / target.float().square().sum()
         self.errors.append(error.item())
         if not error.isfinite():
@@ -102,9 +100,3 @@ def _experts(layer: SparseMoE) -> list[nn.Parameter]:
     """The parameters that require a gradient, without the router's."""
     named = layer.named_parameters()
     return [parameter for name, parameter in named if parameter.requires_grad and not name.startswith("router.")]
-
-
-def _fit_hook(fit: _Fit, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a teacher layer: one optimizer step on its input and output. Returns None to keep the output."""
-    x, mask = inputs if len(inputs) == 2 else (*inputs, None)
-    fit.step(x, mask, output)

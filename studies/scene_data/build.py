@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipup.clip.word_tokenizer import read_vocabulary
+from clipup.clip.word_tokenizer import vocabulary_text
 from clipup.data import shard_writer
 from clipup.data.processes import each
 from clipup.progress import progress as shown
@@ -133,7 +133,7 @@ def _drawings(
     of_set = concepts.split_of_sets(train_sets, test_sets, seed)
     described, icons = iconify.read_sets(package, tuple(of_set), progress)
     splits = [of_set[icon.set] for icon in icons]
-    words = set(read_vocabulary(VOCABULARY))
+    words = set(vocabulary_text(VOCABULARY).split())
     texts = [text if set(text.split()) <= words else "" for text in captions.of_icons(icons)[0]]
     wanted = concepts.candidates(texts, [icon.set for icon in icons], splits, int(_SPARE * number))
     rows = [row for row, text in enumerate(texts) if text in set(wanted)]

@@ -41,19 +41,27 @@ def test_parameters_of_b16_match_published_numbers(published):
     assert sparse.active_params == pytest.approx(191e6, rel=0.01)
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_upcycling_adds_the_flops_of_active_experts_and_the_router(top_k):
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"top_k": 1}, 1),
+        ({"top_k": 3}, 3),
+        ({"top_k": 2, "shared_expert": True}, 3),
+        ({"top_k": 2, "routing": "expert_choice"}, 2),
+        ({"top_k": 2, "routing": "expert_choice", "capacity_factor": 1.25}, 3),
+    ],
+)
+def test_upcycling_adds_the_flops_of_active_experts_and_the_router(options, passes):
     model = tiny_clip()
-    dense, sparse = count(model), count(upcycle(model, MoEConfig(num_experts=3, top_k=top_k, towers=("text",))))
+    dense, sparse = count(model), count(upcycle(model, MoEConfig(num_experts=3, towers=("text",), **options)))
     tokens, width, hidden, layers = 10, 32, 128, 2
-    passes = 2 * tokens * 2 * width * hidden
-    router = 2 * tokens * 3 * width
-    added = layers * ((top_k - 1) * passes + router)
+    one_pass, router = 2 * tokens * 2 * width * hidden, 2 * tokens * 3 * width
+    added = layers * ((passes - 1) * one_pass + router)
     assert (sparse.text_gflops - dense.text_gflops) * 1e9 == pytest.approx(added)
     assert sparse.image_gflops == dense.image_gflops > 0
     expert = 2 * width * hidden + width + hidden
-    assert sparse.params - dense.params == layers * (2 * expert + 3 * width)
-    assert sparse.active_params - dense.params == layers * ((top_k - 1) * expert + 3 * width)
+    assert sparse.params - dense.params == layers * ((2 + ("shared_expert" in options)) * expert + 3 * width)
+    assert sparse.active_params - dense.params == layers * ((passes - 1) * expert + 3 * width)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
