@@ -72,16 +72,6 @@ def width(name: str, value: Any) -> None:
     check(name, value, is_int(value) and value >= 1, "a positive int")
 
 
-def tensor(name: str, value: object) -> None:
-    import torch  # options are checked without it
-
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
-
-
 def read_json(path: Path, argument: str = "") -> Any:
     """The content of a JSON file.
 

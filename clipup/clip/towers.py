@@ -106,10 +106,7 @@ def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
 
 def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:
     """The blocks in the list ``name`` of a module, by name. If it is a list of stages, the blocks of each stage."""
-    try:
-        listed = module.get_submodule(name)
-    except AttributeError:
-        return {}
+    listed = dict(module.named_modules()).get(name)
     if not isinstance(listed, nn.ModuleList | nn.Sequential):
         return {}
     found: dict[str, nn.Module] = {}

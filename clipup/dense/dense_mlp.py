@@ -52,10 +52,8 @@ class DenseMLP:
     """A norm in front of the projections. It is not part of an expert: it stays in front of the router."""
 
     def __post_init__(self) -> None:
-        biases = {bias is None for name, bias in vars(self).items() if name in ("in_bias", "out_bias")}
-        if self.gate_weight is not None:
-            biases.add(self.gate_bias is None)
-        if len(biases) > 1:
+        linears = [name for name in ("in", "out", "gate") if getattr(self, f"{name}_weight") is not None]
+        if len({getattr(self, f"{name}_bias") is None for name in linears}) > 1:
             raise TypeError("cannot read an MLP with a bias in only one of its projections")
         if (self.ln_weight is None) != (self.ln_bias is None):
             raise TypeError("cannot read an MLP with a layer norm that lacks weight or bias")

@@ -38,15 +38,14 @@ def find_mlp(block: nn.Module) -> BlockMLP:
         TypeError: the class of the block or of a part of its MLP belongs to no family, or the MLP has an unsupported
             part (an unknown activation, a norm other than layer norm); the message names it.
     """
-    for family in FAMILIES:
-        if class_name(block) not in family.blocks:
-            continue
-        modules = [block.get_submodule(path) for path, _ in family.parts if _has(block, path)]
+    inner = dict(block.named_modules())
+    for family in (family for family in FAMILIES if class_name(block) in family.blocks):
+        modules = [inner[path] for path, _ in family.parts if path in inner]
         if [class_name(module) for module in modules] == [name for _, name in family.parts]:
             dense = family.read(*modules)
             refuse_changed(*modules)
             return BlockMLP(block, family, dense, modules[0])
-    inside = f" with an mlp of class {class_name(block.get_submodule('mlp'))}" if _has(block, "mlp") else ""
+    inside = f" with an mlp of class {class_name(inner['mlp'])}" if "mlp" in inner else ""
     raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {ANY_OTHER}")
 
 
@@ -63,11 +62,3 @@ def read_mlp(*parts: nn.Module) -> DenseMLP:
             refuse_changed(*parts)
             return dense
     raise TypeError(f"cannot read {' and '.join(names) or 'nothing'} as an MLP; {ANY_OTHER}")
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

@@ -59,14 +59,6 @@ def _read_open_clip_swiglu(mlp: Any) -> DenseMLP:
     return _read_halves(("in", "gate"), mlp.w12, mlp.w3, activation="silu")
 
 
-def _read_timm_mlp(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.act, **_between(mlp))
-
-
-def _read_timm_swiglu(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.fc1_x, "gate": mlp.fc1_g, "out": mlp.fc2}, mlp.act, **_between(mlp))
-
-
 def _read_timm_glu(mlp: Any) -> DenseMLP:
     check_linears(mlp.fc1, mlp.fc2)
     order = ("in", "gate") if mlp.gate_last else ("gate", "in")
@@ -84,26 +76,28 @@ def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **othe
     return DenseMLP(**fields, **others)
 
 
-def _read_timm_geglu(mlp: Any) -> DenseMLP:
+def _geglu_others(mlp: Any) -> dict[str, Any]:
     refuse_dropout("drop2", mlp.drop2)
-    dropout = read_dropout("drop1", mlp.drop1)
-    linears = {"in": mlp.w1, "gate": mlp.w0, "out": mlp.w2}
-    return read_linears(linears, mlp.act, dropout=dropout, input_norm=mlp.norm)
+    return {"dropout": read_dropout("drop1", mlp.drop1), "input_norm": mlp.norm}
 
 
-def _between(mlp: Any) -> dict:
+def _between(mlp: Any) -> dict[str, Any]:
     """The parts of timm's MLPs between their projections; dropout after them is refused."""
     refuse_dropout("drop2", mlp.drop2)
     return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
 
 
-def _read_mt5(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.wi, "out": mlp.wo}, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
+def _mt5_others(mlp: Any) -> dict[str, Any]:
+    return {"dropout": read_dropout("dropout", mlp.dropout)}
 
 
-def _read_gated_mt5(mlp: Any) -> DenseMLP:
-    linears = {"in": mlp.wi_1, "gate": mlp.wi_0, "out": mlp.wo}
-    return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
+def _linears(
+    names: dict[str, str], activation: str, others: Callable[[Any], dict[str, Any]] = lambda mlp: {}
+) -> Callable[[Any], DenseMLP]:
+    """The reader of MLPs whose linear layers and activation have these names. ``others``: further fields."""
+    return lambda mlp: read_linears(
+        {name: getattr(mlp, path) for name, path in names.items()}, getattr(mlp, activation), **others(mlp)
+    )
 
 
 def _read_modern_bert(mlp: Any) -> DenseMLP:
@@ -112,18 +106,9 @@ def _read_modern_bert(mlp: Any) -> DenseMLP:
     return _read_halves(("gate", "in"), mlp.Wi, mlp.Wo, activation=read_activation(mlp.act), dropout=dropout)
 
 
-def _read_fc(mlp: Any) -> DenseMLP:
-    """Of CLIP, SigLIP, ViT and DINOv2."""
-    return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.activation_fn)
-
-
-def _read_up_down(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.up_proj, "out": mlp.down_proj}, mlp.act_fn)
-
-
-def _read_gate_up_down(mlp: Any) -> DenseMLP:
-    """Of Llama and its relatives."""
-    return read_linears({"in": mlp.up_proj, "gate": mlp.gate_proj, "out": mlp.down_proj}, mlp.act_fn)
+_FC = {"in": "fc1", "out": "fc2"}
+_UP_DOWN = {"in": "up_proj", "out": "down_proj"}
+_GATE_UP_DOWN = {**_UP_DOWN, "gate": "gate_proj"}
 
 
 def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
@@ -157,8 +142,12 @@ def _hugging_face(model: str, block: str, mlp: str, read: Callable[..., DenseMLP
     return Family((full_name(model, block),), ((path, full_name(model, mlp)),), read)
 
 
+def _mt5(mlp: str, names: dict[str, str]) -> Family:
+    return _hugging_face("mt5", "MT5Block", mlp, _linears(names, "act", _mt5_others), "layer.1.DenseReluDense")
+
+
 def _llama(model: str, name: str) -> Family:
-    return _hugging_face(model, f"{name}DecoderLayer", f"{name}MLP", _read_gate_up_down)
+    return _hugging_face(model, f"{name}DecoderLayer", f"{name}MLP", _linears(_GATE_UP_DOWN, "act_fn"))
 
 
 def _pair(model: str, name: str) -> Family:
@@ -169,24 +158,24 @@ def _pair(model: str, name: str) -> Family:
 FAMILIES: tuple[Family, ...] = (
     Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_sequential),
     Family(_OPEN_CLIP_BLOCKS, (("mlp", "open_clip.transformer.SwiGLU"),), _read_open_clip_swiglu),
-    _timm("timm.layers.mlp.Mlp", _read_timm_mlp),
-    _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
+    _timm("timm.layers.mlp.Mlp", _linears(_FC, "act", _between)),
+    _timm("timm.layers.mlp.SwiGLU", _linears({"in": "fc1_x", "gate": "fc1_g", "out": "fc2"}, "act", _between)),
     _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
-    _timm("timm.models.vitamin.GeGluMlp", _read_timm_geglu),
-    _hugging_face("mt5", "MT5Block", "MT5DenseActDense", _read_mt5, "layer.1.DenseReluDense"),
-    _hugging_face("mt5", "MT5Block", "MT5DenseGatedActDense", _read_gated_mt5, "layer.1.DenseReluDense"),
+    _timm("timm.models.vitamin.GeGluMlp", _linears({"in": "w1", "gate": "w0", "out": "w2"}, "act", _geglu_others)),
+    _mt5("MT5DenseActDense", {"in": "wi", "out": "wo"}),
+    _mt5("MT5DenseGatedActDense", {"in": "wi_1", "gate": "wi_0", "out": "wo"}),
     _hugging_face("modernbert", "ModernBertEncoderLayer", "ModernBertMLP", _read_modern_bert),
     _pair("bert", "Bert"),
     _pair("roberta", "Roberta"),
     _pair("xlm_roberta", "XLMRoberta"),
-    _hugging_face("clip", "CLIPEncoderLayer", "CLIPMLP", _read_fc),
-    _hugging_face("siglip", "SiglipEncoderLayer", "SiglipMLP", _read_fc),
-    _hugging_face("siglip2", "Siglip2EncoderLayer", "Siglip2MLP", _read_fc),
-    _hugging_face("vit", "ViTLayer", "ViTMLP", _read_fc),
-    _hugging_face("dinov2", "Dinov2Layer", "Dinov2MLP", _read_fc),
-    _hugging_face("dinov2", "Dinov2Layer", "Dinov2SwiGLUFFN", _read_gate_up_down),
-    _hugging_face("dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTMLP", _read_up_down),
-    _hugging_face("dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTGatedMLP", _read_gate_up_down),
+    _hugging_face("clip", "CLIPEncoderLayer", "CLIPMLP", _linears(_FC, "activation_fn")),
+    _hugging_face("siglip", "SiglipEncoderLayer", "SiglipMLP", _linears(_FC, "activation_fn")),
+    _hugging_face("siglip2", "Siglip2EncoderLayer", "Siglip2MLP", _linears(_FC, "activation_fn")),
+    _hugging_face("vit", "ViTLayer", "ViTMLP", _linears(_FC, "activation_fn")),
+    _hugging_face("dinov2", "Dinov2Layer", "Dinov2MLP", _linears(_FC, "activation_fn")),
+    _hugging_face("dinov2", "Dinov2Layer", "Dinov2SwiGLUFFN", _linears(_GATE_UP_DOWN, "act_fn")),
+    _hugging_face("dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTMLP", _linears(_UP_DOWN, "act_fn")),
+    _hugging_face("dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTGatedMLP", _linears(_GATE_UP_DOWN, "act_fn")),
     _llama("llama", "Llama"),
     _llama("mistral", "Mistral"),
     _llama("qwen2", "Qwen2"),

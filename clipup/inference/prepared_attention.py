@@ -207,9 +207,8 @@ def linear_can_be_prepared(linear: nn.Linear) -> bool:
 
 def can_be_prepared(attention: Any) -> bool:
     """Whether ``prepared_attention`` computes and stores all that a module of ``ATTENTION_MODULES`` does."""
-    if attention.in_proj_weight is None or type(attention.out_proj) not in _OUT_PROJECTIONS:
-        return False
-    if not is_replaceable(attention, PreparedAttention.read(attention)):
+    read = attention.in_proj_weight is not None and type(attention.out_proj) in _OUT_PROJECTIONS
+    if not (read and is_replaceable(attention, PreparedAttention.read(attention))):
         return False
     if isinstance(attention, nn.MultiheadAttention):
         return not attention.add_zero_attn

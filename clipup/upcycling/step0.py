@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face, random_batch
@@ -40,8 +40,7 @@ def step0_difference(
     for model in (dense, sparse):
         towers(model)  # refuses what has none
     for name, given in (("images", images), ("texts", texts)):
-        if given is not None:
-            checks.tensor(name, given)
+        checks.check(name, given, given is None or isinstance(given, Tensor), "a tensor", TypeError)
     if is_hugging_face(dense):
         named = {"pixel_values": images, "input_ids": texts}
         batch = {name: value for name, value in named.items() if value is not None} or random_batch(dense, batch_size=8)
@@ -67,17 +66,5 @@ def _outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
         outputs = [encode[name](value) for name, value in batch.items()]
         if len(batch) == 2 and hasattr(model, "text_decoder"):
             outputs.append(model(*batch.values())["logits"])
-    return [F.normalize(value.float(), dim=-1).cpu() for value in _tensors(outputs)]
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested outputs that are vectors or batches of them."""
-    if isinstance(output, Tensor):
-        if output.dim() > 0 and output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _tensors(value)
+    vectors = (value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.dim() > 0)
+    return [F.normalize(value.float(), dim=-1).cpu() for value in vectors if value.is_floating_point()]

@@ -8,7 +8,7 @@ the sparse model has the same outputs as the dense one. ``step0_difference`` mea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -65,7 +65,6 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
         forms = {(mlp.activation, *((name, value.shape) for name, value in mlp.parameters().items())) for mlp in same}
         if len(forms) > 1:
             raise ValueError(f"models must be of one architecture; their MLPs {number} are {forms}")
-    adopt: Callable[[nn.Module, MoEConfig], None] | None = None
     if is_hugging_face(first):
         from .sparse_hugging_face import adopt, check_classes  # imports transformers, which is optional
 
@@ -73,6 +72,6 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     if not inplace:
         first = copy.deepcopy(first)
     make_sparse(first, config, more)
-    if adopt is not None:
+    if is_hugging_face(first):
         adopt(first, config)
     return first

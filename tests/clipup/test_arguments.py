@@ -11,9 +11,10 @@ from torch import nn
 
 import clipup
 from clipup import MoEConfig, SparseMoE, aux_loss, calibrate, moe_layers, moe_metrics, step0_difference, upcycle
-from clipup.clip.inputs import random_inputs
 
 D = 12
+NAMED = (clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config, clipup.create_timm_model)
+RATES = ((math.nan, ValueError), (0, ValueError), ("x", TypeError))
 NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")
 
 
@@ -42,76 +43,43 @@ def test_invalid_layer_option_is_named_in_the_error(name, value, error):
         make_layer(**{name: value})
 
 
-def test_images_must_be_a_tensor():
-    dense = tiny_clip()
-    with pytest.raises(TypeError, match="images must be a tensor"):
-        step0_difference(dense, upcycle(dense, MoEConfig(num_experts=4)), images=[1])
-
-
-def test_config_must_be_a_moe_config():
-    layer, config = make_layer(), {"num_experts": 4}
-    before = layer.config
-    for call in (
-        lambda: setattr(layer, "config", config),
-        lambda: upcycle(tiny_clip(), config),
-    ):
-        with pytest.raises(TypeError, match="config must be a clipup.MoEConfig"):
-            call()
-    assert layer.config is before
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda dense: step0_difference(dense, dense, images=[1]), TypeError, "images must be a tensor"),
+        (lambda dense: upcycle(dense, {"num_experts": 4}), TypeError, "config must be a clipup.MoEConfig"),
+        (lambda dense: setattr(make_layer(), "config", {}), TypeError, "config must be a clipup.MoEConfig"),
+        *((lambda dense, f=function: f(Path("runs")), TypeError, "name must be a str") for function in NAMED),
+        *((lambda dense, lr=lr: calibrate(dense, dense, [], lr=lr), error, "lr must be") for lr, error in RATES),
+    ],
+)
+def test_wrong_argument_is_named_in_the_error(call, error, message):
+    with pytest.raises(error, match=message):
+        call(tiny_clip())
 
 
 @pytest.mark.parametrize("model", ["ViT-B-32", (nn.Identity(), None, None)], ids=type)
 def test_model_must_be_a_module(model):
-    one = [aux_loss, moe_layers, moe_metrics, clipup.update_selection_bias]
-    calls = [lambda function=function: function(model) for function in one]
-    calls += [
-        lambda: calibrate(model, tiny_clip(), []),
-        lambda: clipup.save_pretrained(model, "nowhere"),
-        lambda: clipup.load_checkpoint(model, "nowhere"),
-        lambda: step0_difference(model, model),
-    ]
-    for call in calls:
+    functions = {aux_loss: (), moe_layers: (), moe_metrics: (), clipup.update_selection_bias: ()}
+    functions |= {calibrate: (tiny_clip(), []), clipup.save_pretrained: ("nowhere",), clipup.load_checkpoint: ("no",)}
+    functions |= {step0_difference: (model,)} | ({upcycle: ()} if isinstance(model, str) else {})
+    for function, others in functions.items():
         with pytest.raises(TypeError, match="must be a torch.nn.Module"):
-            call()
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
-        upcycle("ViT-B-32")
+            function(model, *others)
 
 
-def test_model_name_must_be_a_str():
-    for function in (
-        *(clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config),
-        clipup.create_timm_model,
-    ):
-        with pytest.raises(TypeError, match="name must be a str"):
-            function(Path("runs"))
-
-
-@pytest.mark.parametrize("lr", [math.nan, 0, "x"])
-def test_learning_rate_is_checked(lr):
-    dense = tiny_clip()
-    sparse = upcycle(dense, MoEConfig(num_experts=4))
-    with pytest.raises((TypeError, ValueError), match="lr must be"):
-        calibrate(sparse, dense, [random_inputs(dense, 2)], lr=lr)
-
-
-@pytest.mark.parametrize(("dtype", "sparse"), [(torch.int64, False), (torch.complex64, True)])
-def test_weights_of_non_floating_dtypes_are_refused(tmp_path, dtype, sparse):
-    model = tiny_clip()
-    if sparse:
-        model = upcycle(model, MoEConfig(num_experts=4), inplace=True)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_of_non_floating_dtypes_are_refused(tmp_path, dtype):
+    model = upcycle(tiny_clip(), MoEConfig(num_experts=4), inplace=True)
     clipup.save_pretrained(model, tmp_path, model_cfg=tiny_config(), preprocess_cfg={})
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    name = "visual.ln_post.weight"
-    weights[name] = weights[name].to(dtype)
-    path = tmp_path / "open_clip_model.safetensors"
-    safetensors.torch.save_file(weights, path)
-    torch.save({"state_dict": weights}, tmp_path / "weights.pt")
-    for call in (
-        lambda: clipup.create_model_and_transforms(str(tmp_path)),
-        lambda: clipup.load_checkpoint(model, path),
-        lambda: clipup.load_checkpoint(model, tmp_path / "weights.pt"),
-    ):
-        with pytest.raises(ValueError, match=f"{name} is {dtype} in the file"):
+    weights["visual.ln_post.weight"] = weights["visual.ln_post.weight"].to(dtype)
+    paths = tmp_path / "open_clip_model.safetensors", tmp_path / "weights.pt"
+    safetensors.torch.save_file(weights, paths[0])
+    torch.save({"state_dict": weights}, paths[1])
+    calls = [lambda path=path: clipup.load_checkpoint(model, path) for path in paths]
+    for call in (lambda: clipup.create_model_and_transforms(str(tmp_path)), *calls):
+        with pytest.raises(ValueError, match=f"visual.ln_post.weight is {dtype} in the file"):
             call()
 
 

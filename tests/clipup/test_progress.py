@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,46 +12,26 @@ import clipup.progress
 from clipup.progress import Progress, progress
 
 
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    """A clock that the test sets."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(clipup.progress, "time", clock)
     return clock
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def times_of_lines(clock, capsys, seconds, **options):
-    """When lines are printed, in seconds since the start, for a task with one step per second."""
+@pytest.mark.parametrize(
+    ("seconds", "options", "times"),
+    [(130, {}, [5, 15, 35, 65, 95, 125]), (40, {"line_at_once": True}, [1, 6, 16, 36])],
+)
+def test_lines_are_printed_after_growing_pauses_and_then_every_30_seconds(clock, capsys, seconds, options, times):
     found = []
     with Progress("sorting", "letters", seconds, **options) as task:
-        for _ in range(seconds):
+        for second in range(1, seconds + 1):
             clock.now += 1
             task.update()
-            if capsys.readouterr().err:
-                found.append(clock.now - 1000)
-    return found
-
-
-def test_lines_are_printed_after_growing_pauses_and_then_every_30_seconds(clock, capsys):
-    assert times_of_lines(clock, capsys, 130) == [5, 15, 35, 65, 95, 125]
-
-
-def test_line_at_once_prints_a_line_at_the_first_step(clock, capsys):
-    assert times_of_lines(clock, capsys, 40, line_at_once=True) == [1, 6, 16, 36]
+            found += [second] if capsys.readouterr().err else []
+    assert found == times
 
 
 def test_last_line_shows_the_final_count_and_a_short_task_prints_nothing(clock, capsys):
@@ -69,7 +50,8 @@ def test_resumed_task_estimates_the_remaining_time(clock, capsys):
 
 
 def test_terminal_shows_a_bar_and_other_lines_above_it(monkeypatch):
-    terminal = Terminal()
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("sorting", "letters", 2) as task:
         task.update(1)

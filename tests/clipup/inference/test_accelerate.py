@@ -5,22 +5,21 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from tiny_clip import CONFIGS, tiny_clip
-from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
-from tiny_hugging_face import CONFIGS as TRANSFORMERS
+from tiny_families import HAS_MODERN_TEXT, HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
 from tiny_hugging_face import tiny_hugging_face
 from torch import nn
 
 import clipup
 import clipup_kernels
 from clipup.clip.hugging_face import random_batch
-from clipup.clip.inputs import random_inputs
+from clipup.clip.inputs import encoders, random_inputs
 from clipup.clip.towers import tower_blocks
 from clipup.dense.dense_mlp import class_name
 from clipup.inference.prepared import Prepared, PreparedMLP
@@ -30,18 +29,9 @@ needs_kernels = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"]
 with_weights = pytest.mark.parametrize("weights", [None, pytest.param("int8", marks=needs_kernels)])
 
 
-def features(model, seed=0):
-    torch.manual_seed(seed)
-    images, texts = random_inputs(model, batch_size=3)
-    with torch.inference_mode():
-        return model.encode_image(images), model.encode_text(texts)
-
-
-def of_timm(model):
-    torch.manual_seed(0)
-    images, _ = random_inputs(model, 2)
-    with torch.inference_mode():
-        return [model(images)]
+@torch.inference_mode()
+def features(model):
+    return [encode(batch) for encode, batch in zip(encoders(model).values(), random_inputs(model, 3), strict=False)]
 
 
 def assert_follows(ours, theirs, weights):
@@ -53,8 +43,8 @@ def assert_follows(ours, theirs, weights):
             assert F.cosine_similarity(output.flatten(1), same.flatten(1)).min() > 0.98
 
 
-def sparse_clip(kind="gelu", **options):
-    return clipup.upcycle(tiny_clip(kind), clipup.MoEConfig(**options)).eval()
+def upcycled(kind="gelu", seed=0):
+    return clipup.upcycle(tiny_clip(kind, seed), clipup.MoEConfig()).eval()
 
 
 def prepared_parts(model, kind=Prepared):
@@ -65,7 +55,7 @@ def prepared_parts(model, kind=Prepared):
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_features_and_state_dict_are_those_of_the_plain_model(kind, sparse, weights):
-    model = sparse_clip(kind) if sparse else tiny_clip(kind).train()
+    model = upcycled(kind) if sparse else tiny_clip(kind).train()
     fast = clipup.accelerate(model, weights=weights)
     assert_follows(features(fast), features(model.eval()), weights)
     assert list(clipup.moe_layers(fast)) == list(clipup.moe_layers(model))
@@ -84,9 +74,7 @@ def test_features_and_state_dict_are_those_of_the_plain_model(kind, sparse, weig
 
 @with_weights
 def test_a_prepared_model_loads_other_weights(weights):
-    other, fast = sparse_clip(), clipup.accelerate(sparse_clip(), weights=weights)
-    with torch.no_grad():
-        [parameter.mul_(1.1) for parameter in other.parameters()]
+    other, fast = upcycled(seed=1), clipup.accelerate(upcycled(), weights=weights)
     fast.load_state_dict(other.state_dict())
     assert all(map(torch.equal, features(fast), features(clipup.accelerate(other, weights=weights))))
 
@@ -101,13 +89,13 @@ def test_timm_families_are_accelerated_and_loaded(name, weights):
         return
     fast = clipup.accelerate(model, weights=weights)
     assert len(prepared_parts(fast, PreparedMLP)) == len(tower_blocks(model, "image"))
-    assert_follows(of_timm(fast), of_timm(model), weights)
+    assert_follows(features(fast), features(model), weights)
     if weights is None:
-        with torch.no_grad():
-            [parameter.mul_(1.5) for parameter in model.parameters()]
-        fast.load_state_dict(model.state_dict())
-        model.load_state_dict(fast.state_dict())
-        assert_follows(of_timm(fast), of_timm(model), weights)
+        other = {key: 1.5 * value if value.is_floating_point() else value for key, value in model.state_dict().items()}
+        for form in (fast, model):
+            form.load_state_dict(other)
+        torch.testing.assert_close(fast.state_dict(), other, rtol=0, atol=0)
+        assert_follows(features(fast), features(model), weights)
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
@@ -121,32 +109,21 @@ def test_hugging_face_towers_are_accelerated_if_their_mlp_is_one_module(name, tm
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["CLIPModel", "Siglip2Model", "ViTModel", "Dinov2ForImageClassification"])
-def test_transformers_models_are_quantized_with_their_attention(name):
-    assert name in TRANSFORMERS
-    model = tiny_hugging_face(name)
+@pytest.mark.parametrize("name", ["CLIPModel", "Siglip2Model", "ViTModel", "Dinov2ForImageClassification", "CoCa"])
+def test_other_models_are_quantized_with_their_self_attention(name):
+    model = build(coca_cfg()).eval() if name == "CoCa" else tiny_hugging_face(name)
     int8 = clipup.accelerate(model, weights="int8")
-    assert len(prepared_parts(int8, PreparedLinear)) >= 8
-    inputs = random_batch(model, 2)
+    assert name == "CoCa" or len(prepared_parts(int8, PreparedLinear)) >= 8
+    inputs = {"args": random_inputs(model, 2)} if name == "CoCa" else {"kwargs": random_batch(model, 2)}
     with torch.inference_mode():
-        ours, theirs = int8(**inputs), model(**inputs)
-    compared = [name for name in ("image_embeds", "text_embeds") if name in theirs] or [next(iter(theirs))]
-    assert_follows([ours[name] for name in compared], [theirs[name] for name in compared], "int8")
-
-
-@needs_kernels
-def test_coca_keeps_its_cross_attention():
-    torch.manual_seed(0)
-    model = build(coca_cfg()).eval()
-    int8 = clipup.accelerate(model, weights="int8")
-    inputs = random_inputs(model, batch_size=2)
-    with torch.inference_mode():
-        assert_follows([int8(*inputs)["logits"]], [model(*inputs)["logits"]], "int8")
+        ours, theirs = (form(*inputs.get("args", ()), **inputs.get("kwargs", {})) for form in (int8, model))
+    compared = [key for key in ("image_embeds", "text_embeds", "logits") if key in theirs] or [next(iter(theirs))]
+    assert_follows([ours[key] for key in compared], [theirs[key] for key in compared], "int8")
 
 
 @with_weights
 def test_copies_pickles_and_threads_compute_the_same(weights):
-    prepared = clipup.accelerate(sparse_clip(), weights=weights)
+    prepared = clipup.accelerate(upcycled(), weights=weights)
     expected = features(prepared)
     for same in (
         copy.deepcopy(prepared),
@@ -154,18 +131,9 @@ def test_copies_pickles_and_threads_compute_the_same(weights):
         clipup.accelerate(prepared, weights=weights),
     ):
         assert all(map(torch.equal, features(same), expected))
-    torch.manual_seed(0)
-    images, _ = random_inputs(prepared, batch_size=3)
-    right = []
-
-    def call():
-        with torch.inference_mode():
-            right.extend(torch.equal(prepared.encode_image(images), expected[0]) for _ in range(5))
-
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(right) == 20 and all(right)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(features, [prepared] * 20):
+            assert all(map(torch.equal, found, expected))
 
 
 LOADED = """
@@ -183,7 +151,7 @@ assert difference < 1e-5, difference
     ids=str,
 )
 def test_a_pickle_is_computed_on_every_cpu(machine):
-    model = sparse_clip()
+    model = upcycled()
     _, texts = random_inputs(model, batch_size=2)
     with torch.inference_mode():
         content = pickle.dumps((clipup.accelerate(model), texts, model.encode_text(texts)))
@@ -192,12 +160,11 @@ def test_a_pickle_is_computed_on_every_cpu(machine):
 
 @with_weights
 def test_a_model_is_compiled_and_exported(weights):
-    visual = clipup.accelerate(sparse_clip(), weights=weights).visual
-    images, _ = random_inputs(tiny_clip(), batch_size=3)
+    visual = clipup.accelerate(upcycled(), weights=weights).visual
+    images, more = (random_inputs(tiny_clip(), count)[0] for count in (3, 5))
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(visual, (images,), dynamic_shapes=({0: batch},)).module()
     compiled = torch.compile(visual, backend="eager")
-    more, _ = random_inputs(tiny_clip(), batch_size=5)
     with torch.inference_mode():
         torch.testing.assert_close(exported(more), visual(more))
         assert torch.equal(compiled(images), visual(images))
@@ -216,7 +183,7 @@ def test_a_model_is_cast_before_it_is_prepared():
 
 @needs_kernels
 def test_int8_models_hold_their_weights_once_and_no_plain_ones(tmp_path):
-    model = sparse_clip().bfloat16()
+    model = upcycled().bfloat16()
     half, int8 = clipup.accelerate(model), clipup.accelerate(model, weights="int8")
     sizes = [sum(b.nbytes for n, b in m.named_buffers() if n.endswith("_packed")) for m in (half, int8)]
     assert sizes[1] < 0.75 * sizes[0]  # tiny layers: scales and padding count
@@ -267,54 +234,45 @@ def test_wrong_arguments_are_refused_by_name(model, options, error, message):
 # ---------------------------------------------------------------- what is left as it is
 
 
-def thrice(output):
-    return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
-
-
-def hook(module):
-    module.register_forward_hook(lambda module, args, output: thrice(output))
-
-
 def replace_forward(module):
     plain = module.forward
-    module.forward = lambda *args, **options: 3 * plain(*args, **options)
+    module.forward = lambda *args: 3 * plain(*args)
 
 
-def hold_more(module):
-    module.register_buffer("amax", torch.ones(3))  # as calibration does
+CHANGES = {
+    "a hook": lambda module: module.register_forward_hook(lambda module, args, output: 3 * output),
+    "another forward": replace_forward,
+    "a buffer": lambda module: module.register_buffer("amax", torch.ones(3)),  # as calibration does
+    "a hook of loading": lambda module: module.register_load_state_dict_post_hook(lambda *_: None),
+}
 
 
-def call_when_loading(module):
-    module.register_load_state_dict_post_hook(lambda *_: None)
-
-
-@pytest.mark.parametrize("change", [hook, replace_forward, hold_more, call_when_loading])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp", "mlp.fc1"])
 def test_what_is_not_as_its_class_says_is_left_as_it_is(path, change):
     model = timm_model("Block/Mlp").eval()
-    change(model.blocks[0].get_submodule(path))
-    theirs, state = of_timm(model), model.state_dict()
-    fast = clipup.accelerate(model, inplace=change is replace_forward)  # copies of the closure call the original
+    CHANGES[change](model.blocks[0].get_submodule(path))
+    theirs, state = features(model), model.state_dict()
+    fast = clipup.accelerate(model, inplace=change == "another forward")  # copies of the closure call the original
     names = path.split(".")
     above = [fast.blocks[0].get_submodule(".".join(names[: end + 1])) for end in range(len(names))]
     assert not any(isinstance(module, Prepared) for module in above) and prepared_parts(fast.blocks[1])
-    assert_follows(of_timm(fast), theirs, None)
+    assert_follows(features(fast), theirs, None)
     fast.load_state_dict(state)
 
 
-def test_blocks_that_ask_for_attention_weights_keep_their_attention():
+class OwnBlock(ResidualAttentionBlock):
     """Tools that draw attention replace the method of a block, or its class."""
 
-    class OwnBlock(ResidualAttentionBlock):
-        def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
-            y, self.shares = self.attn(q_x, q_x, q_x, need_weights=True, attn_mask=attn_mask)
-            return y
+    def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        y, self.shares = self.attn(q_x, q_x, q_x, need_weights=True, attn_mask=attn_mask)
+        return y
 
-    model = sparse_clip()
-    block = model.visual.transformer.resblocks[1]  # a sparse one: of others the class would not be read
-    if type(block.attn) is not nn.MultiheadAttention:
-        pytest.skip("open_clip 4's attention gives no weights")
-    block.__class__ = OwnBlock
+
+@pytest.mark.skipif(HAS_MODERN_TEXT, reason="open_clip 4's attention gives no weights")
+def test_blocks_that_ask_for_attention_weights_keep_their_attention():
+    model = upcycled()
+    model.visual.transformer.resblocks[1].__class__ = OwnBlock  # a sparse one: of others the class would not be read
     fast = clipup.accelerate(model)
     assert_follows(features(fast), features(model), None)
     assert fast.visual.transformer.resblocks[1].shares is not None
@@ -327,5 +285,5 @@ def test_weights_of_another_order_are_computed(path):
     weight = transposed.weight.detach().clone()
     transposed.weight = nn.Parameter(weight.t().contiguous().t())
     fast = clipup.accelerate(model)
-    assert_follows(of_timm(fast), of_timm(model), None)
+    assert_follows(features(fast), features(model), None)
     assert torch.equal(fast.state_dict()[f"blocks.0.{path}.weight"], weight)

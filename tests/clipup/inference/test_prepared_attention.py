@@ -60,19 +60,20 @@ def test_attention_of_open_clip_4_follows_it(mask, dtype, weights):
     assert not can_be_prepared(Attention(64, num_heads=4, qk_norm=True))
 
 
-def test_attention_refuses_what_it_does_not_compute():
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"key": torch.zeros(7, 2, 64)}, NotImplementedError),
+        ({"need_weights": True}, NotImplementedError),
+        ({"is_causal": True}, NotImplementedError),
+        ({"key_padding_mask": torch.zeros(2, 7)}, NotImplementedError),
+        ({"query": (wide := torch.zeros(7, 2, 64).double()), "key": wide, "value": wide}, TypeError),
+    ],
+)
+def test_attention_refuses_what_it_does_not_compute(options, error):
     attention, x = PreparedAttention(nn.MultiheadAttention(64, 4).eval(), "int8"), torch.randn(7, 2, 64)
-    padding = {"need_weights": False, "key_padding_mask": torch.zeros(2, 7)}
-    for key, options in (
-        (x.clone(), {"need_weights": False}),
-        (x, {}),
-        (x, {"need_weights": False, "is_causal": True}),
-        (x, padding),
-    ):
-        with pytest.raises(NotImplementedError, match="key and value must be query, need_weights=False"):
-            attention(x, key, x, **options)
-    with pytest.raises(TypeError, match="prepared in torch.float32"):
-        attention(*[x.double()] * 3, need_weights=False)
+    with pytest.raises(error, match="key and value must be query, need_weights=False|prepared in torch.float32"):
+        attention(**{"query": x, "key": x, "value": x, "need_weights": False} | options)
 
 
 @pytest.mark.parametrize("other", [{"kdim": 32}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)

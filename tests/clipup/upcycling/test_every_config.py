@@ -128,11 +128,7 @@ def test_config_is_upcycled_or_its_block_is_refused(name, without_network):
         assert kinds(tower_blocks(model, "decoder")) == {NATIVE}
         wanted.append("decoder")
     chosen = [name for tower in wanted for name in list(tower_blocks(model, tower))[1::2]]
-    dense = sum(parameter.numel() for parameter in model.parameters())
     upcycle(model, CONFIG.replace(towers=tuple(wanted)), inplace=True)
     layers = moe_layers(model)
     assert len(layers) == len(chosen) > 0
     assert all(any(layer.startswith(f"{block}.") for block in chosen) for layer in layers)
-    experts = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False))
-    routers = sum(layer.router.weight.numel() for layer in layers.values())
-    assert sum(parameter.numel() for parameter in model.parameters()) == dense + experts // 2 + routers

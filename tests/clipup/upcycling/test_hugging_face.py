@@ -103,24 +103,27 @@ def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp
     torch.testing.assert_close(loaded.state_dict(), sparse.state_dict(), rtol=0, atol=0)
 
 
-def examples_of(batch):
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+def trained(model, batch, path, **options):
+    arguments = transformers.TrainingArguments(path, report_to=[], use_cpu=True, logging_steps=1, **options)
+
+    def collate(examples):
+        return transformers.default_data_collator(examples) | ({} if "labels" in batch else {"return_loss": True})
+
+    examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, data_collator=collate)
+    trainer.train()
+    return next(line["loss"] for line in trainer.state.log_history if "loss" in line)
 
 
 def test_the_layers_losses_weigh_the_same_however_a_step_is_accumulated(tmp_path):
     dense = transformers.BertLMHeadModel(CONFIGS["BertModel"]())
     ids = torch.randint(3, 60, (8, 10), generator=torch.Generator().manual_seed(0))
-    examples = examples_of({"input_ids": ids, "labels": ids})
     losses = []
     for batch, accumulated in ((8, 1), (2, 4)):
         sparse = upcycle(dense, MoEConfig(num_experts=4, towers=("text",), balance_weight=10.0, capacity_factor=None))
-        arguments = transformers.TrainingArguments(
-            tmp_path / str(batch), max_steps=1, per_device_train_batch_size=batch, learning_rate=0.0, report_to=[],
-            gradient_accumulation_steps=accumulated, use_cpu=True, logging_steps=1, save_strategy="no",
-        )  # fmt: skip
-        trainer = transformers.Trainer(sparse, arguments, train_dataset=examples)
-        trainer.train()
-        losses.append(next(line["loss"] for line in trainer.state.log_history if "loss" in line))
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "max_steps": 1}
+        options |= {"learning_rate": 0.0, "save_strategy": "no"}
+        losses.append(trained(sparse, {"input_ids": ids, "labels": ids}, tmp_path, **options))
     assert losses[0] > 20 and losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
@@ -173,18 +176,9 @@ def test_trainer_trains_every_expert(name, checkpointing, tmp_path):
     sparse = upcycle(dense, sparse_config(dense, top_k=4, balance="topk"))
     before = {name: parameter.detach().clone() for name, parameter in sparse.named_parameters()}
     batch = random_batch(dense, 8)
-    pairs = "For" not in name
-    batch |= {} if pairs else {"labels": torch.arange(8) % 3}
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
-        gradient_checkpointing=checkpointing, save_steps=2, logging_steps=1,
-    )  # fmt: skip
-
-    def with_loss(examples):
-        return transformers.default_data_collator(examples) | ({"return_loss": True} if pairs else {})
-
-    trainer = transformers.Trainer(sparse, arguments, train_dataset=examples_of(batch), data_collator=with_loss)
-    trainer.train()
+    batch |= {"labels": torch.arange(8) % 3} if "For" in name else {}
+    options = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    trained(sparse, batch, tmp_path, gradient_checkpointing=checkpointing, **options)
 
     for layer_name, layer in moe_layers(sparse).items():
         changed = (layer.in_weight != before[f"{layer_name}.in_weight"]).flatten(1).any(1)
