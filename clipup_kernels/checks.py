@@ -22,11 +22,7 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[to
     if value.layout != torch.strided or value.is_nested:  # their sizes and memory are not what the kernels read
         kind = "a nested tensor" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
-    fits = value.dim() == len(shape)
-    if fits:
-        for have, size in zip(value.shape, shape, strict=True):
-            fits = fits and (isinstance(size, str) or have == size)
-    if not fits:  # formatted only here: torch.compile cannot trace it for symbolic sizes
+    if not _fits(value, shape):  # formatted only here: torch.compile cannot trace it for symbolic sizes
         want = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{want}], got {list(value.shape)}")
     if value.dtype not in dtypes:
@@ -34,6 +30,11 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[to
         raise TypeError(f"{name} must be {wanted}, got {type_name(value.dtype)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, but the other arguments are on {like.device}; move it there")
+
+
+def _fits(value: Tensor | PackedWeight, shape: tuple[int | str, ...]) -> bool:
+    sizes = zip(value.shape, shape, strict=False)
+    return len(value.shape) == len(shape) and all(isinstance(size, str) or have == size for have, size in sizes)
 
 
 def memory(value: Tensor) -> None:
@@ -132,9 +133,7 @@ def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> No
     """Checks a packed weight for a product with x; ``shape`` as in ``tensor``."""
     if not isinstance(value, PackedWeight):
         raise TypeError(f"{name} must be packed like the other weights, got {type(value).__name__}; pack all or none")
-    if len(value.shape) != len(shape) or any(
-        not isinstance(size, str) and have != size for have, size in zip(value.shape, shape, strict=True)
-    ):
+    if not _fits(value, shape):
         want = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must be packed from a weight of shape [{want}], got {list(value.shape)}")
     if not x.is_cpu:
@@ -149,13 +148,4 @@ def no_gradient(*tensors: Tensor | None) -> None:
         raise NotImplementedError(
             "packed weights have no derivative, and an argument beside them requires a gradient; compute under "
             "torch.no_grad() or torch.inference_mode(), or train with the plain weights"
-        )
-
-
-def layout(packed_for: str, runs: str) -> None:
-    """Refuses a weight that was packed for other kernels than this process runs."""
-    if packed_for != runs:
-        raise ValueError(
-            f"the weight was packed as {packed_for}, but the kernels of this process read {runs}; pack the weight "
-            "again here: pack_weight(packed)"
         )

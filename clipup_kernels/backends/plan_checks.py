@@ -12,10 +12,8 @@ def check_offsets(offsets: Tensor, num_rows: int) -> None:
     """Raises ValueError unless ``offsets`` [E + 1] starts with 0, ascends, and ends at ``num_rows`` or before."""
     if offsets.device.type == "cpu":
         _check_range("offsets", offsets, 0, num_rows)
-        if int(offsets[0]) != 0:
-            raise ValueError(f"offsets: expected 0 first, got {int(offsets[0])}")
-        if bool((offsets.diff() < 0).any()):
-            raise ValueError("offsets: expected ascending values")
+        if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"offsets: expected ascending values from 0 on, got {offsets.tolist()}")
 
 
 def check_choices(choice_of_row: Tensor, offsets: Tensor) -> None:

@@ -85,9 +85,8 @@ def _without_triton(index: int | None = None) -> str | None:
 
 
 def _without_cuda_extension(index: int | None = None) -> str | None:
-    if (reason := _without_extension()) is not None:
-        return reason
-    return None if extension.NATIVE.build_info()["cuda"] else "the compiled extension was built without CUDA"
+    without_cuda = "the compiled extension was built without CUDA"
+    return _without_extension() or (None if extension.NATIVE.build_info()["cuda"] else without_cuda)
 
 
 def _matmul_is_faster(dtype: torch.dtype) -> str | None:
@@ -151,10 +150,6 @@ BACKENDS = (
 """Best first: an op goes to the first backend that computes it, is available and is preferred to those below it."""
 
 
-def by_name(name: str) -> Backend:
-    return next(backend for backend in BACKENDS if backend.name == name)
-
-
 def forced() -> str | None:
     """The backend that ``CLIPUP_BACKEND`` names: it computes every op that it has.
 
@@ -190,8 +185,7 @@ def choose(op: str, dtype: torch.dtype, device: str, index: int | None = None) -
             raise RuntimeError(
                 f"{FORCE_BACKEND}={choice.backend.name} is set, but {failure}; unset it to run another backend"
             )
-    failures = [failed_check(choice.backend, op, dtype, index) for choice in possible]
-    reasons = [f"{choice.backend.name}: {failure}" for choice, failure in zip(possible, failures, strict=True)]
+    reasons = [f"{one.backend.name}: {failed_check(one.backend, op, dtype, index)}" for one in possible]
     reasons += [
         f"{backend.name}: {reason}"
         for backend in BACKENDS
@@ -226,9 +220,8 @@ def distrust(backend: str, op: str, dtype: torch.dtype, reason: str | None, inde
     Args:
         index: of the CUDA device; None for the CPU.
     """
-    if reason is None:
-        _DISTRUSTED.pop((backend, op, dtype, index), None)
-    else:
+    _DISTRUSTED.pop((backend, op, dtype, index), None)
+    if reason is not None:
         _DISTRUSTED[backend, op, dtype, index] = reason
     function_of.cache_clear()
     all_computed_by.cache_clear()
@@ -328,13 +321,10 @@ def _warn_without_triton(index: int) -> None:
 def kernel_of(op: str, device: str) -> Callable:
     """What is registered for an op on a device type: it looks up the backend at every call."""
 
-    def on_cpu(first: Tensor, *args):
-        return function_of(op, first.dtype, "cpu")(first, *args)
+    def kernel(first: Tensor, *args):
+        return function_of(op, first.dtype, device, first.device.index)(first, *args)
 
-    def on_cuda(first: Tensor, *args):
-        return function_of(op, first.dtype, "cuda", first.device.index)(first, *args)
-
-    return {"cpu": on_cpu, "cuda": on_cuda}[device]
+    return kernel
 
 
 def packed_kernel_of(op: str, check_layout: Callable[[torch.dtype, str], None]) -> Callable:

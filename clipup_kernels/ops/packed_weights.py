@@ -41,7 +41,12 @@ def _layout(dtype: torch.dtype, quantize: str | None) -> str:
 
 def check_layout(dtype: torch.dtype, layout: str) -> None:
     """Refuses a weight packed for other kernels than this process runs."""
-    checks.layout(layout, _layout(dtype, quantization_of(layout)))
+    runs = _layout(dtype, quantization_of(layout))
+    if layout != runs:
+        raise ValueError(
+            f"the weight was packed as {layout}, but the kernels of this process read {runs}; pack the weight again "
+            "here: pack_weight(packed)"
+        )
 
 
 def pack_weight(

@@ -178,10 +178,8 @@ def choose(
 
 @functools.cache
 def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
-    name = entry_name(arch, kernel, kind, bucket, depth, columns)
-    if name in table():
-        return table()[name]
-    return heuristic(arch, kernel, kind, bucket, depth, columns)
+    measured = table().get(entry_name(arch, kernel, kind, bucket, depth, columns))
+    return measured or heuristic(arch, kernel, kind, bucket, depth, columns)
 
 
 def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> str:

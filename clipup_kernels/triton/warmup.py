@@ -61,8 +61,7 @@ def warmup(
             route(tokens_of_router, router_weight, mask)
             gates, plan = route(tokens_of_router, router_weight, None)
         routed = (x, gates, *plan, *parameters)
-        y, z = expert_mlp.expert_mlp_forward(*routed, activation, False)
-        if training:
-            expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)
-            y, z = expert_mlp.expert_mlp_forward(*routed, activation, True)
-            expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)
+        for keep_z in (False, True) if training else (False,):
+            y, z = expert_mlp.expert_mlp_forward(*routed, activation, keep_z)
+            if training:
+                expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

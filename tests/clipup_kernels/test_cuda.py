@@ -19,6 +19,9 @@ from moe_cases import (
     double,
     experts_case,
     gating_case,
+    layer,
+    layer_and_gradients,
+    layer_arguments,
     make_experts,
     plan_case,
     randn,
@@ -26,6 +29,7 @@ from moe_cases import (
     router_case,
     rows_cases,
     seeded,
+    usual,
 )
 
 import clipup_kernels as ck
@@ -115,40 +119,12 @@ def test_rows_and_grouped_products_follow_the_oracle(case):
     "case",
     covering(shape=SHAPES, routing=ROUTINGS, dtype=DTYPES, gated=(False, True))
     + covering(shape=("tiled", "many_rows"), routing=("dropless", "capacity", "one_expert_takes_all"), dtype=DTYPES[1:])
-    + covering(activation=ck.ACTIVATIONS, bias=(True, False), gated=(False, True), recompute=("none", "full")),
+    + covering(activation=ck.ACTIVATIONS, bias=(True, False), gated=(False, True), recompute=("none", "full"))
+    + usual(shape=("small",), routing=("capacity",), dtype=DTYPES),
 )
 def test_experts_follow_the_oracle(case):
     case = {"shape": "small", "dtype": torch.bfloat16} | case
     assert_follows_oracle(experts_case(**case | {"shape": LAYERS[case["shape"]]}), "cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_small_experts_follow_the_oracle(dtype):
-    assert_follows_oracle(experts_case(LAYERS["small"], "capacity", dtype), "cuda")
-
-
-def layer(router, x, experts, mask=None):
-    gating = ck.topk_gating(ck.router_logits(x, router, mask), 2, True, mask=mask)
-    plan = ck.dispatch(gating.expert_indices, len(router), 1.25, gating.top_prob, mask)
-    fused = ck.expert_mlp(x, gating.gates, plan, *experts)
-    rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
-    unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
-    return fused + unfused, gating.z_loss + gating.mean_probs.square().sum()
-
-
-def layer_and_gradients(router, x, experts, mask):
-    leaves = [router, x, *(e for e in experts if isinstance(e, torch.Tensor))]
-    y, loss = layer(router, x, experts, mask)
-    return [y, loss, *torch.autograd.grad(y.float().square().mean() + loss, leaves)]
-
-
-def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda", gated=False):
-    shape = Shape(tokens, 64, 128, 8, 2)
-    experts = make_experts(shape, dtype, gated=gated)
-    experts = type(experts)(*(e.to(device).requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts))
-    router = (randn(8, shape.width) / 8).to(device).requires_grad_()
-    x = randn(tokens, shape.width, dtype=dtype, seed=1).to(device).requires_grad_()
-    return router, x, experts, torch.arange(tokens, device=device) % 5 > 0
 
 
 def test_inference_gives_what_training_gives():
@@ -226,9 +202,7 @@ def test_float64_is_plain_torchs():
 
 def test_compiled_without_graph_breaks_gives_the_eager_result():
     arguments = layer_arguments()
-    results = (function(*arguments) for function in (layer, torch.compile(layer, fullgraph=True)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments))
 
 
 def test_rows_behind_two_to_the_31_elements_are_found():

@@ -188,16 +188,25 @@ def test_wrong_calls_are_refused_by_name(named, arguments):
         ck.pack_weight(*arguments)
 
 
-def test_experts_of_other_layouts_or_scales_are_refused():
+@pytest.mark.parametrize(
+    ("named", "name", "change"),
+    [
+        ("out_weight", "out_weight", lambda weight: ck.pack_weight(weight)),
+        ("packed_gate", "gate_weight", lambda weight: ck.pack_weight(weight, "int8", torch.full((19,), 2.0))),
+        ("takes .* bytes", "in_weight", lambda weight: with_block(weight, lambda block: block[:-4])),
+        (
+            "takes .* bytes",
+            "in_weight",
+            lambda weight: with_block(weight, lambda block: torch.stack([block] * 2, 1)[:, 0]),
+        ),
+    ],
+)
+def test_experts_of_other_layouts_or_scales_or_without_all_their_memory_are_refused(named, name, change):
     plain = experts_case("odd", "dropless", gated=True).arguments
-    other = ck.pack_weight(plain["gate_weight"], "int8", torch.full((SHAPES["odd"].width,), 2.0))
-    for change in ({"out_weight": ck.pack_weight(plain["out_weight"])}, {"gate_weight": other}):
-        with pytest.raises(ValueError, match="out_weight|packed_gate"):
-            ck.expert_mlp(**int8(plain) | change)
+    with pytest.raises(ValueError, match=named):
+        ck.expert_mlp(**int8(plain) | {name: change(plain[name])})
 
 
-def test_a_weight_that_is_too_short_or_has_gaps_is_refused_before_it_is_read():
-    packed = ck.pack_weight(WEIGHT[:1], "int8")
-    for block in (packed.block[:-4], torch.stack([packed.block] * 2, 1)[:, 0]):
-        with pytest.raises(ValueError, match="takes .* bytes"):
-            linear(randn(3, 40), packed._replace(block=block))
+def with_block(weight, change):
+    packed = ck.pack_weight(weight, "int8")
+    return packed._replace(block=change(packed.block))

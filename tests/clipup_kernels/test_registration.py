@@ -8,13 +8,15 @@ from moe_cases import (
     experts_case,
     gating_case,
     glu_case,
+    layer,
+    layer_and_gradients,
+    layer_arguments,
     make_experts,
     plan_case,
     randn,
     route,
     router_case,
     rows_cases,
-    with_grad,
 )
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,22 +106,6 @@ def test_every_op_is_checked():
     assert not missing or (not PACKS and all("packed" in name for name in missing))
 
 
-def moe(logits, x, experts, mask=None, capacity_factor=1.25):
-    gating = ck.topk_gating(logits, 2, True, mask=mask)
-    plan = ck.dispatch(gating.expert_indices, logits.shape[1], capacity_factor, gating.top_prob, mask)
-    y = ck.expert_mlp(x, gating.gates, plan, *experts)
-    return y, gating.z_loss + gating.mean_probs.square().sum()
-
-
-def moe_and_gradients(function=moe, tokens=96, dtype=torch.float32, gated=False, **options):
-    logits = randn(tokens, SHAPE.experts).requires_grad_()
-    x = randn(tokens, SHAPE.width, dtype=dtype, seed=1).requires_grad_()
-    experts = with_grad(make_experts(SHAPE, dtype, gated=gated))
-    y, loss = function(logits, x, experts, **options)
-    (y.float().square().mean() + loss).backward()
-    return [y.detach(), loss.detach(), *(leaf.grad for leaf in (logits, x, *experts[:4]))]
-
-
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("backend", "dtype", "gated"),
@@ -130,46 +116,40 @@ def test_compiled_without_graph_breaks_gives_the_eager_result_for_any_size_and_c
 ):
     force_backend(backend)
     torch._dynamo.reset()  # what other tests have compiled counts towards the limit
-    compiled = torch.compile(moe, fullgraph=True, backend=compiler)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     for tokens, factor in ((96, 1.25), (40, 0.5), (40, None)):
-        options = dict(tokens=tokens, dtype=dtype, gated=gated, capacity_factor=factor)
-        for eager, other in zip(moe_and_gradients(**options), moe_and_gradients(compiled, **options), strict=True):
-            torch.testing.assert_close(other, eager)
-
-
-@pytest.mark.parametrize(("gated", "products"), [(False, 2), (True, 3)], ids=["plain", "gated"])
-@pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_flops_are_counted_forward_backward_and_recomputed(gated, products, glu, recompute):
-    gates, plan = route(SHAPE)
-    one = 2 * SHAPE.tokens * SHAPE.k * SHAPE.width * SHAPE.hidden
-    x, experts = randn(SHAPE.tokens, SHAPE.width).requires_grad_(), with_grad(make_experts(SHAPE, gated=gated))
-    with FlopCounterMode(display=False) as forward:
-        if glu:
-            products, whole = 3, torch.cat((experts.in_weight, experts.in_weight), 1)
-            y = ck.expert_glu(x, gates, plan, whole, experts.out_weight, recompute=recompute)
-        else:
-            y = ck.expert_mlp(x, gates, plan, *experts, recompute=recompute)
-    with FlopCounterMode(display=False) as backward:
-        y.sum().backward()
-    again = products - 1 if recompute == "full" else 0
-    assert forward.get_total_flops() == products * one
-    assert backward.get_total_flops() == (2 * products + again) * one
+        options = dict(
+            zip(("router", "x", "experts", "mask"), layer_arguments(dtype, tokens, "cpu", gated), strict=True)
+        )
+        options["capacity_factor"] = factor
+        eager, other = (layer_and_gradients(function=each, **options) for each in (layer, compiled))
+        torch.testing.assert_close(other, eager)
 
 
 SIZE = SHAPE.width * SHAPE.hidden
+ONE = 2 * SHAPE.tokens * SHAPE.k * SIZE
+"""One product of all experts, of which both passes have three for each weight; z is recomputed by all but the last."""
+EXPERTS = [
+    (
+        make("plain", "dropless", recompute=recompute, **form),
+        (3 * weights + (weights - 1) * (recompute == "full")) * ONE,
+    )
+    for recompute in ("none", "full")
+    for make, form, weights in ((experts_case, {}, 2), (experts_case, {"gated": True}, 3), (glu_case, {}, 3))
+]
 
 
 @pytest.mark.parametrize(
     ("case", "flops"),
     [
-        (rows_cases("plain", "dropless")[2], 3 * 2 * SHAPE.tokens * SHAPE.k * SIZE),
+        *EXPERTS,
+        (rows_cases("plain", "dropless")[2], 3 * ONE),
         (router_case((96, 32, 8)), 3 * 2 * SHAPE.tokens * SHAPE.width * SHAPE.experts),
         (dense_case("plain"), 2 * 2 * SHAPE.tokens * SIZE),
     ],
     ids=lambda value: getattr(value, "op", None),
 )
-def test_flops_of_the_other_products_are_counted(case, flops):
+def test_flops_of_both_passes_are_counted(case, flops):
     with FlopCounterMode(display=False) as counter:
         run(case, backward=case.op != "dense_mlp")
     assert counter.get_total_flops() == flops

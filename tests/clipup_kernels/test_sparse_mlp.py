@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_cases import DTYPES, SHAPES, make_experts, pairwise, randn, seeded
+from moe_cases import DTYPES, SHAPES, assert_same, make_experts, pairwise, randn, seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
@@ -36,11 +36,6 @@ class Layer:
         plan = ck.dispatch(gating.expert_indices, self.shape.experts, capacity_factor, priority, mask)
         y = ck.expert_mlp(self.x, gate_scale * gating.gates, plan, *self.experts)
         return y, logits, *gating, *plan
-
-
-def assert_same(one, single):
-    for got, wanted in zip(one, single, strict=True):
-        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(

@@ -10,46 +10,41 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import checks
 from checks import Checkpoints, logged_steps
-from faults import DAMAGE, FAULTS, MOMENTS, Damage, Missed, SmallDisk
+from faults import DAMAGE, FAULTS, MOMENTS, Damage, Missed, SmallDisk, fill_disk, unreadable
 from starts import Start
 from workload import Workload
 
 IDLE, DIVERGING = "resume of a finished run", "learning rate far too large"
 FORKED = 0.8
 """Share of one-process starts that are forks of this process; the others are new processes."""
-FORK_SECONDS = 1.0
-"""About how long a fork takes to begin training."""
+STARTUP_SECONDS = {"fork": 1.0, "new": 6.0}
+"""About how long a process takes to begin training."""
 _WRITE_SECONDS = 0.02
 
 
-class Lost(Exception):
-    """A check failed: something was lost or wrong, or a message was bad."""
-
-
 class Campaign:
-    """The faults of one seed on a number of processes, in a directory of its own."""
+    """The faults of one seed on a number of processes, in a directory of its own.
+
+    An AssertionError of a method says that something was lost or wrong, or that a message was bad.
+    """
 
     def __init__(self, options: argparse.Namespace, processes: int) -> None:
         """
         Args:
             options: those of ``inject.py``.
         """
-
-        def wanted(name: str) -> bool:
-            return options.faults is None or any(word in name for word in options.faults)
-
+        self.wanted = lambda name: options.faults is None or any(word in name for word in options.faults)
         self.seed, self.attempts = options.seed, options.attempts
         self.scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
         self.workload = Workload(self.scratch, processes, options.parallel, options.checkpoint, options.epochs)
         self.workload.make()
-        self.faults = [fault for fault in FAULTS if processes in fault.processes and wanted(fault.name)]
-        self.damage = [each for each in DAMAGE if wanted(each.name)]
-        self.besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
+        self.faults = [fault for fault in FAULTS if processes in fault.processes and self.wanted(fault.name)]
+        self.damage = [each for each in DAMAGE if self.wanted(each.name)]
         self.struck: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
         """The rows of the figures below the faults."""
@@ -59,47 +54,35 @@ class Campaign:
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             print(f"SKIPPED: disk full ({error}); the limit on file sizes stands in for it")
             self.disk = None
-            self.faults = [fault for fault in self.faults if not fault.needs_disk]
 
     def make_reference(self) -> None:
         """The uninterrupted run. ``story`` is what happened to the current one."""
         self.reference = self.directory = self.scratch / "reference" / "run"
-        self.story = ["the run without faults"]
-        began, start = time.monotonic(), self.begin()
-        while start.running and not logged_steps(self.reference):
-            time.sleep(0.01)
-        self.startup_seconds = time.monotonic() - began
-        self._must_end(start, {"finished"})
-        found = Checkpoints.of(self.reference)
-        if found.damaged or found.not_finite or found.step != self.workload.steps:
-            raise Lost("the checkpoints of the run without faults")
+        self.number, self.story = 0, ["the run without faults"]
+        self._must_end(self.begin(), {"finished"})
+        assert self._sound().step == self.workload.steps, "the run without faults has not all its checkpoints"
 
     def run(self, number: int, until: float) -> None:
-        """One run, from its first start to its end; raises Lost."""
-        self.story = []
+        """One run, from its first start to its end."""
+        self.number, self.story = number, []
         draw = random.Random(f"{self.seed}/{number}")
-        self.on_disk = self.disk is not None and draw.random() < 0.6
-        self.directory = (self.disk.path if self.on_disk else self.scratch / "runs") / f"run-{number}"
-        self._excused: set[str] = set()
+        self.directory = (self.disk.path if self.disk else self.scratch / "runs") / f"run-{number}"
         attempts = self.attempts or draw.randint(3, 8)
         for attempt in itertools.count():
             self.draw = random.Random(f"{self.seed}/{number}/{attempt}")
             if self._attempt(attempt >= attempts or time.monotonic() > until):
                 break
-        if IDLE in self.besides and draw.random() < 0.4:
+        if self.wanted(IDLE) and draw.random() < 0.4:
             before = checks.contents(self.directory)
             self._beside(IDLE, {"finished"}, "--resume", "latest")
-            if checks.contents(self.directory) != before:
-                raise Lost("the resume of a finished run changed it")
+            assert checks.contents(self.directory) == before, "the resume of a finished run changed it"
         self._end_run()
         self.numbers["runs to the end"] += 1
-        if DIVERGING in self.besides and draw.random() < 0.2:
+        if self.wanted(DIVERGING) and draw.random() < 0.2:
             self.directory = self.scratch / "runs" / "diverging"
             options = ("--lr", draw.choice(["30", "1e4", "1e30"]), "--warmup", "1", "--save-every-n-steps", "1")
             self._beside(DIVERGING, {"refused", "finished"}, *options)
-            found = Checkpoints.of(self.directory)
-            if found.damaged or found.not_finite:
-                raise Lost("a run with a learning rate far too large left checkpoints that are not finite")
+            self._sound()
             self._end_run()
 
     def clear(self) -> None:
@@ -115,7 +98,7 @@ class Campaign:
         """Starts ``clipup`` on the current run."""
         self.numbers["starts"] += 1
         arguments = self.workload.command(self.directory.parent, self.directory.name, *options)
-        start = Start(arguments, self.workload.processes, self.scratch / "starts", self.directory, fork)
+        start = Start(arguments, self.workload.processes, self.scratch / "starts", fork)
         self._starts.append(start)
         return start
 
@@ -129,20 +112,26 @@ class Campaign:
         self.tell(f"{what} {1 + pids.index(pid)} of {len(pids)}")
         return pid
 
+    def _sound(self, known: Container[str] = ()) -> Checkpoints:
+        """The checkpoints of the run, none of which is damaged, but those whose digests are known, or not finite."""
+        found = Checkpoints.of(self.directory)
+        broken = [path.name for path, seen in found.damaged.items() if seen not in known]
+        assert not (broken or found.not_finite), f"{broken} cannot be read, {found.not_finite} are not finite"
+        return found
+
     def _end_run(self) -> None:
         for start in self._starts:
-            if left := start.clear(seconds=15):
-                raise Lost(f"of {start.describe()} the processes {left} are left, 15 s after its end")
+            left = start.clear(seconds=15)
+            assert not left, f"of {start.describe()} the processes {left} are left, 15 s after its end"
         self._starts.clear()
         shutil.rmtree(self.directory)
 
     def _must_end(self, start: Start, allowed: set[str]) -> str:
         ending = start.ending() if start.wait(self.workload.longest) else f"running after {self.workload.longest:g} s"
-        if ending not in allowed:
-            raise Lost(
-                f"{start.describe()} is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; "
-                f"it said:\n{start.said().strip()[-3000:]}"
-            )
+        assert ending in allowed, (
+            f"{start.describe()} is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; "
+            f"it said:\n{start.said().strip()[-3000:]}"
+        )
         self.story[-1] += f" -> {ending}{f' ({start.code})' if start.code else ''}"
         return ending
 
@@ -155,33 +144,30 @@ class Campaign:
     def _attempt(self, faultless: bool) -> bool:
         """Possibly damages the run, starts it, injects a fault, and checks the outcome. Returns whether it finished."""
         whole = Checkpoints.of(self.directory)
-        damage = None if faultless or self.draw.random() < 0.4 else self._damage()
-        self.before, logged, files = (
-            Checkpoints.of(self.directory),
-            logged_steps(self.directory),
-            checks.contents(self.directory),
-        )
+        damage = None if faultless or not whole.steps or self.draw.random() < 0.4 else self._damage()
+        self.before, logged = Checkpoints.of(self.directory), logged_steps(self.directory)
         hidden = [path.name for path in self.before.damaged if path in whole.steps]
+        set_back = self.before.step != whole.step
         fork = self.workload.processes == 1 and self.draw.random() < FORKED
+        files = checks.contents(self.directory)
         self.start = self.begin("--resume", "latest", fork=fork)
         try:
-            allowed = self._strike(damage is not None, faultless, FORK_SECONDS if fork else self.startup_seconds)
-            if damage is not None and (damage.passing or self.before.step is None and hidden):
+            allowed = self._strike(damage is not None, faultless, STARTUP_SECONDS["fork" if fork else "new"])
+            if damage is not None and (damage.strike is unreadable or self.before.step is None and hidden):
                 allowed |= {"refused"}
             ending = self._must_end(self.start, allowed)
         finally:
             if self.disk:
                 self.disk.empty()
-        resumed, said = self.start.resumed_at(), self.start.said() + self.start.logged()
-        if self.before.step != whole.step and (resumed is not None or ending == "refused"):
-            if not any(name in said for name in hidden):
-                raise Lost(f"it does not say what is wrong with {', '.join(hidden)}")
+        resumed, said = self.start.resumed_at(), self.start.said()
+        if set_back and (resumed is not None or ending == "refused"):
+            assert any(name in said for name in hidden), f"it does not say what is wrong with {', '.join(hidden)}"
         if resumed is not None:
-            self._check_resumed(resumed, max(0, logged - resumed), damaged=self.before.step != whole.step)
+            self._check_resumed(resumed, max(0, logged - resumed), set_back)
         elif ending == "refused" and damage is not None:
             after = checks.contents(self.directory)
-            if changed := [name for name, digest in files.items() if after.get(name) != digest]:
-                raise Lost(f"a start that refused has changed {', '.join(changed)}")
+            changed = [name for name, digest in files.items() if after.get(name) != digest]
+            assert not changed, f"a start that refused has changed {', '.join(changed)}"
             shutil.rmtree(self.directory)
             shutil.copytree(self.scratch / "backup", self.directory, symlinks=True)
             return False
@@ -189,22 +175,19 @@ class Campaign:
         return ending == "finished"
 
     def _damage(self) -> Damage | None:
-        if not self.damage or not self.directory.is_dir():
+        if not self.damage:
             return None
-        damage = self.draw.choices(self.damage, [each.weight for each in self.damage])[0]
+        (damage,) = self.draw.choices(self.damage, [each.weight for each in self.damage])
         shutil.rmtree(self.scratch / "backup", ignore_errors=True)
         shutil.copytree(self.directory, self.scratch / "backup", symlinks=True)
-        said = damage.strike(self.directory, self.draw)
-        if said is None:
-            return None
-        self.story.append(f"damage: {said}")
+        self.story.append(f"damage: {damage.strike(self.directory, self.draw)}")
         self.struck[damage.name] += 1
         return damage
 
     def _strike(self, damaged: bool, faultless: bool, startup_seconds: float) -> set[str]:
         """Injects a fault. Returns the endings that are correct then."""
-        moments = set(MOMENTS[1:] if damaged else MOMENTS)
-        able = [fault for fault in self.faults if self.on_disk or not fault.needs_disk]
+        able = [fault for fault in self.faults if self.disk or fault.strike is not fill_disk]
+        moments = set(MOMENTS[damaged:])
         if self.attempts:  # after a fault that does not end its start, or in the last seconds, the run would end
             able = [fault for fault in able if fault.ends]
             moments -= {MOMENTS[3]}
@@ -212,11 +195,10 @@ class Campaign:
         if faultless or not able:
             self.story.append("start without a fault")
             return {"finished"}
-        fault = self.draw.choices(able, [each.weight for each in able])[0]
+        (fault,) = self.draw.choices(able, [each.weight for each in able])
         self.story.append(f"start: {fault.name}")
         try:
-            moment = self.draw.choice([moment for moment in fault.moments if moment in moments])
-            self._reach(moment, startup_seconds)
+            self._reach(self.draw.choice([each for each in fault.moments if each in moments]), startup_seconds)
             allowed = fault.strike(self)
         except Missed:
             self.tell("which came too late")
@@ -243,39 +225,35 @@ class Campaign:
     def _until(self, reached: Callable[[], bool]) -> None:
         until = time.monotonic() + self.workload.longest
         while not reached():
-            if not self.start.running:
+            if self.start.code is not None:
                 raise Missed
-            if time.monotonic() > until:
-                raise Lost(f"{self.start.describe()} makes no progress")
+            assert time.monotonic() < until, f"{self.start.describe()} makes no progress"
             time.sleep(0.001)
 
     def _check_resumed(self, step: int, again: int, damaged: bool) -> None:
-        if self.before.step is None and self.before.damaged:
-            raise Lost(f"no checkpoint can be read, and the run began at step {step}")
-        if step != (self.before.step or 0):
-            raise Lost(f"it went on from step {step}, the newest good checkpoint has {self.before.step or 'none'}")
+        newest = self.before.step
+        assert newest is not None or not self.before.damaged, f"no checkpoint can be read, it began at step {step}"
+        assert step == (newest or 0), f"it went on from step {step}, the newest good checkpoint has {newest or 'none'}"
         self.numbers["starts from a checkpoint"] += bool(self.before.steps)
         self.numbers["steps computed again"] += again
         if not damaged:
             self.numbers["most of them after one fault"] = max(self.numbers["most of them after one fault"], again)
-            if again > self.workload.most_lost:
-                raise Lost(f"{again} steps are lost, and at most {self.workload.most_lost} may be")
+            most = self.workload.most_lost
+            assert again <= most, f"{again} steps are lost, and at most {most} may be"
 
     def _check_files(self, ending: str, resumed: int | None) -> None:
         """After every start: no intact file became damaged, and the records so far are correct."""
-        after, logged = Checkpoints.of(self.directory), logged_steps(self.directory)
-        broken = [path.name for path, seen in after.damaged.items() if self.before.damaged.get(path) != seen]
-        if broken or after.not_finite:
-            raise Lost(f"{broken} cannot be read, {after.not_finite} hold values that are not finite")
-        if (after.step or 0) < (self.before.step or 0):
-            raise Lost(f"the newest checkpoint was of step {self.before.step}, it is of step {after.step} now")
-        if ending == "stopped" and resumed is not None and after.step != logged:
-            raise Lost(f"it stopped after step {logged}, and the newest checkpoint is of step {after.step}")
-        self._excused |= {path.relative_to(self.directory).as_posix() for path in after.damaged}
-        self._excused -= {path.relative_to(self.directory).as_posix() for path in after.steps}
+        after, before, logged = (
+            self._sound(self.before.damaged.values()),
+            self.before.step,
+            logged_steps(self.directory),
+        )
+        assert (after.step or 0) >= (before or 0), f"the newest checkpoint was of step {before}, it is of {after.step}"
+        if ending == "stopped" and resumed is not None:
+            assert after.step == logged, f"it stopped after step {logged}, the newest checkpoint is of {after.step}"
         finished = ending == "finished"
         if not finished:
             self.numbers["half-written files of killed writers"] += len([*self.directory.rglob("*.tmp")])
         if finished or resumed is not None:
-            if wrong := checks.differences(self.directory, self.reference, finished, self._excused):
-                raise Lost("; ".join(wrong))
+            wrong = checks.differences(self.directory, self.reference, finished, set(after.damaged))
+            assert not wrong, "; ".join(wrong)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -46,18 +45,12 @@ class Checkpoints:
 
     @classmethod
     def of(cls, run: Path) -> Checkpoints:
-        found = cls({}, {}, [])
-        for path in sorted((run / "checkpoints").glob("*_*")):
-            if _CHECKPOINT.fullmatch(path.name):
-                state = read_checkpoint(path)
-                if state is None:
-                    found.damaged[path] = digest(path)
-                    continue
-                found.steps[path] = state["step"]
-                tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
-                if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
-                    found.not_finite.append(path)
-        return found
+        paths = [path for path in sorted((run / "checkpoints").glob("*_*")) if _CHECKPOINT.fullmatch(path.name)]
+        states = {path: read_checkpoint(path) for path in paths}
+        whole = {path: state for path, state in states.items() if state is not None}
+        damaged = {path: digest(path) for path in paths if path not in whole}
+        steps = {path: state["step"] for path, state in whole.items()}
+        return cls(steps, damaged, [path for path, state in whole.items() if not _is_finite(state)])
 
     @property
     def step(self) -> int | None:
@@ -66,6 +59,10 @@ class Checkpoints:
 
     def newest(self) -> list[Path]:
         return [path for path, step in self.steps.items() if step == self.step]
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    return all(leaf.isfinite().all() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 def digest(path: Path) -> str:
@@ -91,10 +88,7 @@ def contents(run: Path) -> dict[str, str]:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file without a truncated last one."""
-    try:
-        text = path.read_bytes()
-    except OSError:
-        return []
+    text = path.read_bytes() if path.is_file() else b""
     return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
@@ -104,24 +98,23 @@ def logged_steps(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def differences(run: Path, reference: Path, finished: bool, excused: Set[str] = frozenset()) -> list[str]:
+def differences(run: Path, reference: Path, finished: bool, damaged: Set[Path] = frozenset()) -> list[str]:
     """What is wrong with a run, in words. Each step must be logged once, in order, with the reference's numbers;
     of a finished one, weights, optimizer, model and files must be the same as well.
 
     Args:
-        excused: names of files that the harness damaged and that the run had no reason to rewrite.
+        damaged: checkpoints that were damaged and that the run had no reason to rewrite.
     """
     wrong = []
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         here, there = (_records(root / name) for root in (run, reference))
         if here != (there if finished else there[: len(here)]):
-            at = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), None)
-            what = f"{len(here)} records for {len(there)}" if at is None else f"{here[at]}, expected {there[at]}"
-            wrong.append(f"{name} differs from the uninterrupted run: {what}")
+            other = [f"{one}, expected {two}" for one, two in zip(here, there, strict=False) if one != two]
+            wrong.append(f"{name} differs: {len(here)} records for {len(there)}, {'; '.join(other[:1])}")
     if not finished:
         return wrong
     here, there = ({path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference))
-    excused = {name for name in here | there if excused & {name, Path(name).parent.as_posix()}}
+    excused = {name for name in here | there if damaged & {run / name, (run / name).parent}}
     wrong += [f"{name} was left behind" for name in sorted(here - there - excused)]
     wrong += [f"{name} is missing" for name in sorted(there - here - excused)]
     for name in sorted(here & there - excused):
@@ -144,16 +137,10 @@ def _checkpoint_differs(name: str, one: dict[str, Any] | None, other: dict[str, 
     for state in (one, other):
         for group in state["optimizer"].get("param_groups", ()):
             group.pop("lr", None)
-    differ = [key for key in other if key not in _MAY_DIFFER and not _equal(one.get(key), other[key])]
+    differ = [key for key in other if key not in _MAY_DIFFER and _values(one.get(key)) != _values(other[key])]
     return [f"{name} differs from the uninterrupted run's in {', '.join(differ)}"] if differ else []
 
 
-def _equal(one: Any, other: Any) -> bool:
-    (ours, shape), (theirs, shape_of_other) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return shape == shape_of_other and all(map(_same, ours, theirs))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(other, Tensor):
-        return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    return bool(one == other)
+def _values(state: Any) -> Any:
+    """A state whose tensors are lists, so that it can be compared."""
+    return pytree.tree_map_only(Tensor, lambda tensor: (tensor.dtype, tensor.tolist()), state)

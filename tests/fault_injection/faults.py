@@ -7,7 +7,6 @@ them only where a rank has lost another one: it ends within the timeout and not 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checks import Checkpoints, logged_steps, whole_lines
+from checks import Checkpoints, logged_steps
 from workload import RANK_TIMEOUT
 
 from clipup.atomic_files import replace_files
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
 LOST = {"refused", "killed", "crashed"}
 DISK_SIZE = 64 << 20
-Strike = Callable[[Path, random.Random], str | None]
+Strike = Callable[[Path, random.Random], str]
 
 
 class Missed(Exception):
@@ -44,7 +43,6 @@ class Fault:
     weight: float = 1
     processes: tuple[int, ...] = (1, 2)
     moments: tuple[str, ...] = MOMENTS
-    needs_disk: bool = False
     ends: bool = True
     """Whether it ends the start, as a rule."""
 
@@ -53,10 +51,8 @@ class Fault:
 class Damage:
     name: str
     strike: Strike
-    """Damages a run directory and returns how; None if there is nothing to damage."""
+    """Damages the directory of a run that has a checkpoint, and returns how."""
     weight: float = 1
-    passing: bool = False
-    """Whether the file itself is intact, so that refusing is correct even if there is an older checkpoint."""
 
 
 class SmallDisk:
@@ -90,27 +86,22 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Campaign], set[
 
     def strike(it: Campaign) -> set[str]:
         start, begun = it.start, it.start.resumed_at() is not None
-        if whom == "the process":
-            pids = [start.pid]
-        elif whom == "all processes":
-            pids = start.alive()
-        else:
-            pids = [it.one_of(start.ranks() if whom == "a rank" else start.data_workers(), whom)]
+        found = {"the process": lambda: [start.pid], "all processes": start.alive}
+        found |= {"a rank": start.ranks, "a data worker": start.data_workers}
+        everything, worker = whom == "all processes", whom == "a data worker"
+        pids = [it.one_of(found[whom](), whom)] if whom.startswith("a ") else found[whom]()
         for _ in range(times):
             start.send(number, *pids)
             time.sleep(0.05 * (times > 1))
-        several, everything = start.several, whom == "all processes"
+        lost = LOST if start.several else {"refused"} if worker else set()
         if number == signal.SIGKILL:
-            lost = LOST if several else {"refused"} if whom == "a data worker" else set()
-            return (
-                {"finished"} | (set() if everything else lost) | (set() if whom == "a rank" and begun else {"killed"})
-            )
-        if whom == "a data worker":
-            return {"refused", "finished", "stopped"} | (LOST if several else set())
-        twice = times > 1 or (several and everything)  # torchrun forwards its own
+            return {"finished", "killed"} | (set() if everything else lost)
+        if worker:
+            return {"refused", "finished", "stopped"} | lost
+        twice = times > 1 or (start.several and everything)  # torchrun forwards its own
         late = logged_steps(it.directory) >= it.workload.steps
         allowed = {"stopped", "finished"} | ({"interrupted", "killed"} if twice or late or not begun else set())
-        return allowed | (LOST if several and (twice or not begun) else set())  # a rank may end before the other one
+        return allowed | (lost if twice or not begun else set())  # a rank may end before the other one
 
     return strike
 
@@ -129,7 +120,7 @@ def _freeze_for_long(it: Campaign) -> set[str]:
     pid, others = it.one_of(it.start.ranks(), "rank"), set()
     it.start.send(signal.SIGSTOP, pid)
     until = time.monotonic() + 3 * RANK_TIMEOUT
-    while it.start.running and (others := set(it.start.ranks()) - {pid}) and time.monotonic() < until:
+    while it.start.code is None and (others := set(it.start.ranks()) - {pid}) and time.monotonic() < until:
         time.sleep(0.1)
     it.start.send(signal.SIGCONT, pid)
     return {"finished"} if others else LOST
@@ -140,14 +131,12 @@ def _limit_files(it: Campaign) -> set[str]:
     size = int(10 ** it.draw.uniform(3, 6.7))
     it.tell(f"files are limited to {size} bytes")
     for pid in it.start.ranks():
-        try:
+        with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
-        except ProcessLookupError:
-            raise Missed from None
     return {"refused", "finished"}
 
 
-def _fill_disk(it: Campaign) -> set[str]:
+def fill_disk(it: Campaign) -> set[str]:
     room = int(10 ** it.draw.uniform(2, 6.7))
     it.tell(f"{room} bytes left on the disk")
     it.disk.fill(room)
@@ -170,9 +159,9 @@ def _second_start(*options: str, frozen: bool) -> Callable[[Campaign], set[str]]
         if ending == "refused":
             timed_out = it.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
             return {"finished"} | (LOST if timed_out else set())
-        if not frozen and ending == "finished":  # it was first, or started after the end of the other
-            return {"refused", "finished"}
-        raise AssertionError(f"of two starts of one run the second is {ending}: {second.said().strip()[-2000:]}")
+        said = f"of two starts of one run the second is {ending}: {second.said().strip()[-2000:]}"
+        assert not frozen and ending == "finished", said
+        return {"refused", "finished"}  # it was first, or started after the end of the other
 
     return strike
 
@@ -182,90 +171,76 @@ def _file_of(path: Path, draw: random.Random) -> Path:
     return draw.choice(sorted(path.iterdir())) if path.is_dir() else path
 
 
-def _newest(how: Callable[[bytes, random.Random], bytes]) -> Strike:
+def _rewrite(path: Path, how: str, draw: random.Random, in_place: bool = False) -> None:
+    """in_place: the file's other names show the damage as well."""
+    content = path.read_bytes()
+    cut, bit = draw.randrange(len(content)), draw.randrange(8 * len(content))
+    start = draw.choice((0, cut, cut))
+    zeros = bytes(min(len(content) - start, int(4096 * 10 ** draw.uniform(0, 3))))
+    if not in_place:
+        path.unlink()
+    damaged = {
+        "truncated": content[:cut],
+        "emptied": b"",
+        "zeroed": content[:start] + zeros + content[start + len(zeros) :],
+        "flipped": content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :],
+        "replaced": b"<html><body>503 Service Unavailable</body></html>\n",
+    }
+    path.write_bytes(damaged[how])
+
+
+def _newest(how: str) -> Strike:
     """Damage to the newest checkpoint, under one of its names or under all."""
 
-    def strike(run: Path, draw: random.Random) -> str | None:
-        newest = Checkpoints.of(run).newest()
-        if not newest:
-            return None
-        path, in_place = _file_of(draw.choice(newest), draw), draw.random() < 0.5
-        content = how(path.read_bytes(), draw)
-        if not in_place:
-            path.unlink()
-        path.write_bytes(content)
-        return (
-            f"{path.relative_to(run / 'checkpoints')} {how.__name__[1:]}{', with its other names' if in_place else ''}"
-        )
+    def strike(run: Path, draw: random.Random) -> str:
+        path, in_place = _file_of(draw.choice(Checkpoints.of(run).newest()), draw), draw.random() < 0.5
+        _rewrite(path, how, draw, in_place)
+        return f"{path.relative_to(run / 'checkpoints')} {how}{', with its other names' if in_place else ''}"
 
     return strike
 
 
-def _truncated(content: bytes, draw: random.Random) -> bytes:
-    return content[: draw.randrange(len(content))]
-
-
-def _emptied(content: bytes, draw: random.Random) -> bytes:
-    return b""
-
-
-def _zeroed(content: bytes, draw: random.Random) -> bytes:
-    start = 0 if draw.random() < 0.3 else draw.randrange(len(content))
-    end = min(len(content), start + int(4096 * 10 ** draw.uniform(0, 3)))
-    return content[:start] + bytes(end - start) + content[end:]
-
-
-def _flipped(content: bytes, draw: random.Random) -> bytes:
-    bit = draw.randrange(8 * len(content))
-    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
-
-
-def _replaced(content: bytes, draw: random.Random) -> bytes:
-    return b"<html><body>503 Service Unavailable</body></html>\n"
-
-
-def _all_checkpoints(run: Path, draw: random.Random) -> str | None:
+def _all_checkpoints(run: Path, draw: random.Random) -> str:
     paths = [_file_of(path, draw) for path in Checkpoints.of(run).steps]
     for path in paths:
-        content = _truncated(path.read_bytes(), draw)
-        path.unlink()
-        path.write_bytes(content)
-    return f"all {len(paths)} checkpoints truncated" if paths else None
+        _rewrite(path, "truncated", draw)
+    return f"all {len(paths)} checkpoints truncated"
 
 
-def _read_error(run: Path, draw: random.Random) -> str | None:
-    """Reading the newest checkpoint gives EIO, as /proc/self/mem does at its start."""
-    newest = [_file_of(path, draw) for path in Checkpoints.of(run).newest()]
-    for path in newest:
+def unreadable(run: Path, draw: random.Random) -> str:
+    """Reading the newest checkpoint gives EIO, as /proc/self/mem does at its start. The files may be intact, so that
+    refusing is correct even if there is an older checkpoint."""
+    paths = [_file_of(path, draw) for path in Checkpoints.of(run).newest()]
+    for path in paths:
         path.unlink()
         path.symlink_to("/proc/self/mem")
-    return f"{' and '.join(path.name for path in newest)} give an I/O error" if newest else None
+    return f"{' and '.join(path.name for path in paths)} give an I/O error"
 
 
 def _cut_records(name: str) -> Strike:
-    """Truncates the last line if its step is computed again; otherwise appends a truncated line."""
+    """Appends a truncated line."""
 
-    def strike(run: Path, draw: random.Random) -> str | None:
-        lines = whole_lines(run / name)
-        if not lines:
-            return None
-        again = json.loads(lines[-1])["step"] > (Checkpoints.of(run).step or 0)
-        kept = lines[-1][: draw.randrange(1, len(lines[-1]))]
-        (run / name).write_bytes(b"".join(lines[:-1] if again else lines) + kept)
-        return f"{name} ends {len(kept)} bytes into a line"
+    def strike(run: Path, draw: random.Random) -> str:
+        line = b'{"step": 1, "loss": 2.718281828459045, "note": "\xc3\xa4"}'
+        with (run / name).open("ab") as file:
+            size = file.write(line[: draw.randrange(1, len(line))])
+        return f"{name} ends {size} bytes into a line"
 
     return strike
 
 
-def _leftovers(run: Path, draw: random.Random) -> str | None:
+def _cut_options(run: Path, draw: random.Random) -> str:
+    _rewrite(run / "options.json", "truncated", draw, in_place=True)
+    return "options.json truncated"
+
+
+def _leftovers(run: Path, draw: random.Random) -> str:
     """Files of writers that were killed while writing; the next start must remove them."""
-    targets = [run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "model" / "README.md"]
-    killed = [path for path in targets if path.parent.is_dir() and draw.random() < 0.7]
-    for path in killed:
+    for path in (run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt"):
         if (child := os.fork()) == 0:
             replace_files({path: _half_written})
         os.waitpid(child, 0)
-    return f"killed while writing: {', '.join(path.name for path in killed)}" if killed else None
+    return "killed while writing metrics.jsonl and a checkpoint"
 
 
 def _half_written(path: Path) -> None:
@@ -273,22 +248,14 @@ def _half_written(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _cut_options(run: Path, draw: random.Random) -> str | None:
-    path = run / "options.json"
-    if not path.is_file():
-        return None
-    os.truncate(path, draw.randrange(path.stat().st_size))
-    return "options.json truncated"
-
-
 DAMAGE = (
-    Damage("checkpoint truncated", _newest(_truncated)),
-    Damage("checkpoint emptied", _newest(_emptied), 0.5),
-    Damage("checkpoint zeroed", _newest(_zeroed)),
-    Damage("checkpoint with a flipped bit", _newest(_flipped), 1.5),
-    Damage("checkpoint of another format", _newest(_replaced), 0.5),
+    Damage("checkpoint truncated", _newest("truncated")),
+    Damage("checkpoint emptied", _newest("emptied"), 0.5),
+    Damage("checkpoint zeroed", _newest("zeroed")),
+    Damage("checkpoint with a flipped bit", _newest("flipped"), 1.5),
+    Damage("checkpoint of another format", _newest("replaced"), 0.5),
     Damage("all checkpoints truncated", _all_checkpoints, 0.7),
-    Damage("I/O error at a checkpoint", _read_error, 0.7, passing=True),
+    Damage("I/O error at a checkpoint", unreadable, 0.7),
     Damage("metrics.jsonl cut in a line", _cut_records("metrics.jsonl")),
     Damage("evaluations.jsonl cut in a line", _cut_records("evaluations.jsonl"), 0.5),
     Damage("leftovers of dead writers", _leftovers),
@@ -303,19 +270,18 @@ FAULTS = (
     Fault("SIGKILL of a rank", _signal(signal.SIGKILL, "a rank"), 1, (2,)),
     Fault("SIGKILL of all processes", _signal(signal.SIGKILL, "all processes"), 2),
     Fault("SIGKILL of a data worker", _signal(signal.SIGKILL, "a data worker"), 0.5, moments=WRITING),
-    Fault("SIGTERM to the process", _signal(signal.SIGTERM, "the process")),
-    Fault("SIGTERM to all processes", _signal(signal.SIGTERM, "all processes")),
-    Fault("SIGTERM to a rank", _signal(signal.SIGTERM, "a rank"), 1, (2,)),
+    *(
+        Fault(f"{number.name} to {whom}", _signal(number, whom), 1, (2,) if whom == "a rank" else (1, 2))
+        for number in (signal.SIGTERM, signal.SIGINT)
+        for whom in ("the process", "all processes", "a rank")
+    ),
     Fault("SIGTERM to a data worker", _signal(signal.SIGTERM, "a data worker"), 0.5, moments=WRITING),
-    Fault("SIGINT to the process", _signal(signal.SIGINT, "the process")),
-    Fault("SIGINT to all processes", _signal(signal.SIGINT, "all processes")),
-    Fault("SIGINT to a rank", _signal(signal.SIGINT, "a rank"), 1, (2,)),
     Fault("SIGINT twice", _signal(signal.SIGINT, "the process", 2), 0.5),
     Fault("SIGTERM twice", _signal(signal.SIGTERM, "the process", 2), 0.5),
     Fault("a process frozen and woken", _freeze, ends=False),
     Fault("a rank frozen for longer than the others wait", _freeze_for_long, 0.5, (2,), WRITING),
     Fault("file size limit", _limit_files, moments=WRITING),
-    Fault("disk full", _fill_disk, 3, moments=TRAINING, needs_disk=True),
+    Fault("disk full", fill_disk, 3, moments=TRAINING),
     Fault(
         "second start beside a frozen run",
         _second_start("--resume", "latest", frozen=True),

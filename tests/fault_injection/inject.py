@@ -26,7 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, even if another clipup is installed
 
 import torch  # noqa: E402
-from campaign import Campaign, Lost  # noqa: E402
+from campaign import Campaign  # noqa: E402
 from workload import EPOCHS, ROOT  # noqa: E402
 
 from clipup_kernels.machine import processor_name  # noqa: E402
@@ -46,10 +46,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{processes} processes, seed {options.seed}, {options.seconds:.0f} s, {campaign.scratch}", flush=True)
         try:
             _work(campaign, options)
+        except AssertionError as lost:
+            campaign.numbers["failures"] += 1
+            again = f"--processes {processes} --seed {options.seed} --first-run {campaign.number} --runs 1"
+            lines = [f"FAILED: {lost}", f"  what happened to run {campaign.number} of seed {options.seed}:"]
+            lines += [
+                *(f"    {line}" for line in campaign.story),
+                f"  again: python {os.path.relpath(__file__)} {again}",
+            ]
+            print("\n".join(lines), f"  kept: {campaign.scratch}", sep="\n", file=sys.stderr, flush=True)
+            return 1
         finally:
             campaign.clear()
-        if campaign.numbers["failures"]:
-            return 1
         shutil.rmtree(campaign.scratch)
     print(as_markdown(campaigns))
     return 0
@@ -81,22 +89,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _work(campaign: Campaign, options: argparse.Namespace) -> None:
-    """Runs until the time is over or a check fails, which the numbers then have; prints what happens."""
-    number = options.first_run
-    try:
-        campaign.make_reference()
-        began = time.monotonic()
-        while time.monotonic() < began + options.seconds and number < options.first_run + options.runs:
-            campaign.run(number, began + options.seconds)
-            campaign.numbers["minutes"] = round((time.monotonic() - began) / 60)
-            print("\n".join(f"run {number}: {line}" for line in campaign.story), flush=True)
-            number += 1
-    except Lost as lost:
-        campaign.numbers["failures"] += 1
-        again = f"--processes {campaign.workload.processes} --seed {options.seed} --first-run {number} --runs 1"
-        lines = [f"FAILED: {lost}", f"  what happened to run {number} of seed {options.seed}:"]
-        lines += [*(f"    {line}" for line in campaign.story), f"  again: python {os.path.relpath(__file__)} {again}"]
-        print("\n".join(lines), f"  kept: {campaign.scratch}", sep="\n", file=sys.stderr, flush=True)
+    """Runs until the time is over, and prints what happens."""
+    campaign.make_reference()
+    began = time.monotonic()
+    for number in range(options.first_run, options.first_run + options.runs):
+        if time.monotonic() > began + options.seconds:
+            break
+        campaign.run(number, began + options.seconds)
+        campaign.numbers["minutes"] = round((time.monotonic() - began) / 60)
+        print("\n".join(f"run {number}: {line}" for line in campaign.story), flush=True)
 
 
 def as_markdown(campaigns: list[Campaign]) -> str:

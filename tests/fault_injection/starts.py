@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from workload import ROOT
@@ -41,10 +41,9 @@ class Start:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, arguments: list[str], processes: int, logs: Path, run: Path, fork: bool = False) -> None:
+    def __init__(self, arguments: list[str], processes: int, logs: Path, fork: bool = False) -> None:
         """
         Args:
-            run: the run's directory, whose log tells what this start added to it.
             fork: the process is a fork of this one, which has imported everything, so that it trains seconds earlier.
         """
         number = next(self._numbers)
@@ -53,35 +52,21 @@ class Start:
         self.signals: set[int] = set()
         """The signals that it was sent."""
         self._killed = False
-        self._log = run / "out.log"
-        self._log_offset = self._log.stat().st_size if self._log.is_file() else 0
         command = [sys.executable]
         if self.several:
             command += [*TORCHRUN, f"--nproc-per-node={processes}", f"--log-dir={self.logs / 'ranks'}", "--redirects=3"]
         command += ["-m", "clipup", *(["--"] if self.several else []), *arguments]
-        (self.logs / "command").write_text(" ".join(command) + "\n")
-        self._forked = self._started = None
-        with open(self.logs / "stdout", "wb") as out, open(self.logs / "stderr", "wb") as err:
-            if fork:
-                signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the fork has its own handlers
-                context = multiprocessing.get_context("fork")
-                self._forked = context.Process(target=_become_clipup, args=(arguments, out.fileno(), err.fileno()))
-                self._forked.start()
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-            else:
-                environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark}
-                self._started = subprocess.Popen(
-                    command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-                )
-        self.pid: int = (self._forked or self._started).pid
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the fork has its own handlers
+        program = (lambda: cli.main(arguments)) if fork else (lambda: os.execv(command[0], command))
+        self._process = multiprocessing.get_context("fork").Process(target=self._become, args=(program,))
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+        self.pid: int = self._process.pid
 
     @property
     def code(self) -> int | None:
-        return self._started.poll() if self._forked is None else self._forked.exitcode
-
-    @property
-    def running(self) -> bool:
-        return self.code is None
+        """The exit code; None while it runs."""
+        return self._process.exitcode
 
     def describe(self) -> str:
         return f"{'torchrun' if self.several else 'the process'} {self.pid} ({self.logs})"
@@ -93,12 +78,12 @@ class Start:
     def ranks(self) -> list[int]:
         """The processes that train."""
         if not self.several:
-            return [self.pid] if self.running else []
-        return [pid for pid in self.alive() if _leads_session(pid) and "\0RANK=" in _read(pid, "environ")]
+            return [self.pid] if self.code is None else []
+        return [pid for pid in self.alive() if _leads_session(pid) and "\0RANK=" in _proc(pid, "environ")]
 
     def data_workers(self) -> list[int]:
         """Processes that a training process forked."""
-        return [pid for pid in self.alive() if not _leads_session(pid) and "tracker" not in _read(pid, "cmdline")]
+        return [pid for pid in self.alive() if not _leads_session(pid) and "tracker" not in _proc(pid, "cmdline")]
 
     def send(self, number: int, *pids: int) -> None:
         self.signals.add(number)
@@ -110,7 +95,7 @@ class Start:
     def wait(self, seconds: float) -> bool:
         """Waits until it has ended, including ranks that torchrun left behind. Returns whether it ended in time."""
         until = time.monotonic() + seconds
-        while self.running or (self.several and self.ranks()):
+        while self.code is None or (self.several and self.ranks()):
             if time.monotonic() > until:
                 return False
             time.sleep(0.05)
@@ -122,27 +107,17 @@ class Start:
         while (left := self.alive()) and time.monotonic() < until:
             time.sleep(0.05)
         self.send(signal.SIGKILL, *left)
-        while self.running:
-            time.sleep(0.01)
+        self._process.join()
         return left
 
     def said(self) -> str:
         """The output of ``clipup``, without torchrun's own."""
-        files = [self.logs / "stdout", self.logs / "stderr"]
-        if self.several:
-            files = sorted((self.logs / "ranks").rglob("std*.log"))
-        return "".join(file.read_text(errors="replace") for file in files)
-
-    def logged(self) -> str:
-        """What it added to the run's log."""
-        try:
-            return self._log.read_bytes()[self._log_offset :].decode(errors="replace")
-        except OSError:
-            return ""
+        files = sorted((self.logs / "ranks").rglob("std*.log") if self.several else self.logs.glob("std*"))
+        return "".join(map(_read, files))
 
     def resumed_at(self) -> int | None:
         """The step after which it began to train; None if it never did."""
-        found = _FROM_STEP.search(self.logged()) or _FROM_STEP.search(self.said())
+        found = _FROM_STEP.search(self.said())
         return int(found[1]) if found else None
 
     def ending(self) -> str:
@@ -165,20 +140,20 @@ class Start:
             return "finished"
         return "killed" if self.several or -code in self.signals else "crashed"
 
+    def _become(self, program: Callable[[], int]) -> None:
+        """What the new process does: ``clipup`` in this fork, without the imports, or another program in its place."""
+        os.setsid()
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(self.logs / name, os.O_WRONLY | os.O_CREAT), number)
+        os.environ |= {"PYTHONPATH": str(ROOT), MARK: self.mark}
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+        sys.exit(program())
+
     def _is_ours(self, pid: int) -> bool:
         if _stat(pid)[:1] in ([], ["Z"], ["X"]):
             return False
-        return f"{MARK}={self.mark}\0" in _read(pid, "environ") if self.several else _stat(pid)[3:4] == [str(self.pid)]
-
-
-def _become_clipup(arguments: list[str], out: int, err: int) -> None:
-    """Does in a fork what a new process would do, without the imports."""
-    os.setsid()
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    sys.exit(cli.main(arguments))
+        return f"{MARK}={self.mark}\0" in _proc(pid, "environ") if self.several else _stat(pid)[3:4] == [str(self.pid)]
 
 
 def _leads_session(pid: int) -> bool:
@@ -186,13 +161,17 @@ def _leads_session(pid: int) -> bool:
     return _stat(pid)[3:4] == [str(pid)]
 
 
-def _read(pid: int, name: str) -> str:
+def _read(path: Path) -> str:
     try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+        return path.read_text(errors="replace")
     except OSError:
         return ""
 
 
+def _proc(pid: int, name: str) -> str:
+    return _read(Path(f"/proc/{pid}/{name}"))
+
+
 def _stat(pid: int) -> list[str]:
     """The fields behind the program's name: state, parent, process group, session."""
-    return _read(pid, "stat").rpartition(")")[2].split()
+    return _proc(pid, "stat").rpartition(")")[2].split()

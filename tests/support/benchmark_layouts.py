@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy
 from PIL import Image
+from webdataset import TarWriter
 
 WORDS = "cat dog sun sea tree house road boat bird fish man woman child red blue old small big near under".split()
-CAPTIONS = 5
 
 
 def picture(seed: int) -> Image.Image:
@@ -20,40 +19,42 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(noise).resize((40, 30), Image.Resampling.NEAREST)
 
 
-def caption(seed: int) -> str:
-    """Words with a comma, as in real captions."""
-    words = numpy.random.default_rng(seed).choice(WORDS, 6)
-    return f"{' '.join(words[:3])}, {' '.join(words[3:])}."
-
-
 def captions(image: int) -> list[str]:
-    return [caption(1000 * image + number) for number in range(CAPTIONS)]
+    """Five, of words with a comma, as in real captions."""
+    words = numpy.random.default_rng(1000 * image).choice(WORDS, (5, 6))
+    return [f"{' '.join(of[:3])}, {' '.join(of[3:])}." for of in words]
 
 
 def coco(root: Path, images: int = 12) -> Path:
     """val2014 and coco_test_karpathy.json, as in CLIP_benchmark; ids are not sorted."""
     (root / "val2014").mkdir(parents=True)
     ids = [int(id) for id in numpy.random.default_rng(images).permutation(images) + 391895]
-    listed, annotations = [], []
-    for number, id in enumerate(ids):
-        name = f"COCO_val2014_{id:012d}.jpg"
+    names = [f"COCO_val2014_{id:012d}.jpg" for id in ids]
+    for number, name in enumerate(names):
         picture(number).save(root / "val2014" / name)
-        listed.append({"id": id, "file_name": name, "height": 30, "width": 40})
-        annotations += [{"image_id": id, "id": 10 * id + n, "caption": c} for n, c in enumerate(captions(number))]
+    listed = [{"id": id, "file_name": name, "height": 30, "width": 40} for id, name in zip(ids, names, strict=True)]
+    annotations = [
+        {"image_id": id, "id": 10 * id + n, "caption": caption}
+        for number, id in enumerate(ids)
+        for n, caption in enumerate(captions(number))
+    ]
     (root / "coco_test_karpathy.json").write_text(json.dumps({"images": listed, "annotations": annotations[::-1]}))
     return root
 
 
 def karpathy(root: Path, name: str, images: int = 12) -> None:
     """Karpathy's JSON for the pictures of ``coco`` or ``flickr30k``: half are test, half restval."""
-    folder = "val2014" if name == "dataset_coco.json" else ""
-    files = sorted((root / folder).glob("*.jpg"))[:images]
-    listed = []
-    for number, file in enumerate(files):
-        split = "test" if number % 2 == 0 else "restval"
-        sentences = [{"raw": text, "tokens": text.split()} for text in captions(number)]
-        entry = {"filename": file.name, "imgid": number, "split": split, "sentences": sentences}
-        listed.append({**entry, "filepath": folder} if folder else entry)
+    folder = {"filepath": "val2014"} if name == "dataset_coco.json" else {}
+    listed = [
+        {
+            "filename": file.name,
+            "imgid": number,
+            "split": "restval" if number % 2 else "test",
+            "sentences": [{"raw": text, "tokens": text.split()} for text in captions(number)],
+            **folder,
+        }
+        for number, file in enumerate(sorted(root.joinpath(*folder.values()).glob("*.jpg"))[:images])
+    ]
     (root / name).write_text(json.dumps({"images": listed, "dataset": name}))
 
 
@@ -70,21 +71,20 @@ def flickr30k(root: Path, images: int = 12) -> Path:
 
 def imagenet(root: Path, classes: int = 1000) -> Path:
     """val with one directory per WordNet id; every hundredth has a picture."""
-    for number in range(classes):
-        folder = root / "val" / f"n{1440764 + number:08d}"
-        folder.mkdir(parents=True)
-        if number % 100 == 0:
-            picture(number).save(folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
-    return root
+    return _classes(root, "val/n{0:08d}", "ILSVRC2012_val_{0:08d}.JPEG", range(1440764, 1440764 + classes))
 
 
 def imagenet_v2(root: Path, classes: int = 1000) -> Path:
     """One directory per class, named by its index; every hundredth has a picture."""
-    for number in range(classes):
-        folder = root / "imagenetv2-matched-frequency-format-val" / str(number)
-        folder.mkdir(parents=True)
+    return _classes(root, "imagenetv2-matched-frequency-format-val/{0}", "0a1b2c.jpeg", range(classes))
+
+
+def _classes(root: Path, folder: str, name: str, classes: range) -> Path:
+    for number, label in enumerate(classes):
+        path = root / folder.format(label)
+        path.mkdir(parents=True)
         if number % 100 == 0:
-            picture(number).save(folder / "0a1b2c.jpeg")
+            picture(number).save(path / name.format(number + 1))
     return root
 
 
@@ -93,24 +93,14 @@ def webdataset(root: Path, retrieval: bool, images: int = 12, shards: int = 2) -
     (root / "test").mkdir(parents=True)
     (root / "test" / "nshards.txt").write_text(f"{shards}\n")
     for shard in range(shards):
-        with tarfile.open(root / "test" / f"{shard}.tar", "w") as tar:
+        with TarWriter(str(root / "test" / f"{shard}.tar")) as tar:
             for number in range(shard, images, shards):
-                content = io.BytesIO()
-                picture(number).save(content, "WEBP")
-                _add(tar, f"s{number:07d}.webp", content.getvalue())
-                if retrieval:
-                    _add(tar, f"s{number:07d}.txt", "\n".join(captions(number)).encode())
-                else:
-                    _add(tar, f"s{number:07d}.cls", str(number % 3).encode())
-    if retrieval:
-        (root / "dataset_type.txt").write_text("retrieval")
-    else:
-        (root / "classnames.txt").write_text("cat\ndog\nsea\n")
-        (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+                picture(number).save(content := io.BytesIO(), "WEBP")
+                known = {"txt": "\n".join(captions(number))} if retrieval else {"cls": str(number % 3)}
+                tar.write({"__key__": f"s{number:07d}", "webp": content.getvalue(), **known})
+    kind = {"dataset_type.txt": "retrieval"}
+    classes = {"classnames.txt": "cat\ndog\nsea\n"}
+    classes["zeroshot_classification_templates.txt"] = "a photo of a {c}.\nthe {c}\n"
+    for name, text in (kind if retrieval else classes).items():
+        (root / name).write_text(text)
     return root
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))

@@ -43,11 +43,11 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 def tables(page: Path) -> list[list[list[str]]]:
     """The tables of a page: rows of cells, without emphasis, the head first."""
-    found = []
-    for lines in re.findall(r"(?:^\|.*\|$\n?)+", _prose(page), re.MULTILINE):
-        rows = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines.splitlines()]
-        found.append([rows[0], *rows[2:]])
-    return found
+    found = [table.splitlines() for table in re.findall(r"(?:^\|.*\|$\n?)+", _prose(page), re.MULTILINE)]
+    return [
+        [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in (head, *rows)]
+        for head, _, *rows in found
+    ]
 
 
 def inline_code(page: Path) -> list[str]:
@@ -58,14 +58,10 @@ def inline_code(page: Path) -> list[str]:
 def commands(page: Path) -> Iterator[list[str]]:
     """The command lines of a page as words, without comments and leading variables: those of its bash blocks,
     and inline ones that have options and no ellipsis."""
-    inline = [
-        code for code in inline_code(page) if re.fullmatch(r"clipup [^|\[]* --[^|\[]*", code) and "..." not in code
-    ]
+    inline = [code for code in inline_code(page) if re.fullmatch(r"clipup (?!.*\.\.\.)[^|\[]* --[^|\[]*", code)]
     lines = [line for block in blocks(page, "bash") for line in block.text.replace("\\\n", " ").splitlines()]
     for line in [*lines, *inline]:
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"\w+=", words[0]):
-            words = words[1:]
+        words = shlex.split(re.sub(r"^(\w+=\S* +)+", "", line), comments=True)
         if words:
             yield words
 
@@ -81,13 +77,8 @@ def commands_of(page: Path, program: str) -> Iterator[list[str]]:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MyST make them."""
-    seen: dict[str, int] = {}
-    for heading in _HEADING.findall(_prose(page)):
-        anchor = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-        seen[anchor] = seen.get(anchor, -1) + 1
-        if seen[anchor]:
-            seen[f"{anchor}-{seen[anchor]}"] = 0
-    return set(seen)
+    headings = [heading.strip().lower() for heading in _HEADING.findall(_prose(page))]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
 def broken_links(page: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytest
 import torch
-from tiny_parallel import TEXT, VISION
+from tiny_parallel import TEXT, USUAL, VISION
 
 from clipup.train import Every, NonFiniteGradients, TrainOptions, TrainResult, train
 
@@ -32,28 +34,23 @@ def run(
         bad: a rank, and the number of its batch whose images are NaN.
         slow: the number of the batch for which rank 1 waits a minute.
     """
-    torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     vision = BATCH_NORMS if changes.get("name") == "batch norms" else VISION
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT, output_dict=True)
-    size = vision["image_size"]
-    pairs = [(torch.randn(4, 3, size, size) + rank, torch.randint(1, 64, (4, 8))) for _ in range(batches)]
+    size = (4, 3, vision["image_size"], vision["image_size"])
+    pairs = [(torch.randn(size) + rank, torch.randint(1, 64, (4, 8))) for _ in range(batches)]
+    numbers = itertools.count()
 
     class Batches(list):
-        served = 0
-
         def __iter__(self) -> Any:
             for images, texts in super().__iter__():
-                if slow == self.served and rank == 1:
-                    time.sleep(60)
-                spoilt = bad == (rank, self.served)
-                self.served += 1
-                yield images * math.nan if spoilt else images, texts
+                number = next(numbers)
+                time.sleep(60 if (rank, number) == (1, slow) else 0)
+                yield images * (math.nan if bad == (rank, number) else 1), texts
 
-    usual = {"device": "cpu", "logs": str(out), "name": "run", "warmup": 0, "lr": 1e-3, "lr_scheduler": "const"}
-    options = TrainOptions(**(usual | {"max_nonfinite_steps": 1} | changes))
-    return train(options, model=model, loader=Batches(pairs), callbacks=callbacks)
+    usual = {**USUAL, "logs": str(out), "name": "run", "lr_scheduler": "const", "max_nonfinite_steps": 1}
+    return train(TrainOptions(**(usual | changes)), model=model, loader=Batches(pairs), callbacks=callbacks)
 
 
 def stalling(out: Path) -> None:
@@ -82,17 +79,14 @@ def resumed(out: Path) -> None:
     parameters = zip(second.model.parameters(), whole.model.parameters(), strict=True)
     found["same"] = all(torch.equal(one, other) for one, other in parameters)
     diverging = {"name": "diverging", "steps": 6, "save_every_n_steps": 1, "max_nonfinite_steps": 0}
-    try:
+    with pytest.raises(NonFiniteGradients) as stopped:
         run(out, bad=(1, 1), **diverging)
-    except NonFiniteGradients as error:
-        found["stopped"] = str(error)
     for path in (out / "diverging" / "checkpoints").glob("*.pt") if os.environ["RANK"] == "0" else ():
         path.write_bytes(path.read_bytes()[:1000])
     torch.distributed.barrier()
-    try:
+    with pytest.raises(ValueError, match="none can be used"):
         run(out, resume="latest", **diverging)
-    except ValueError as error:
-        found["refused"] = str(error)
+    found["stopped"] = str(stopped.value)
     normed = run(out, name="batch norms", steps=2).model.state_dict()
     found["statistics"] = [float(value.sum()) for name, value in normed.items() if "running_mean" in name]
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))

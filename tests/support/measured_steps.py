@@ -29,18 +29,16 @@ from clipup.train.ranks.distributed import joined
 from clipup.train.step import TrainStep
 
 _COLLECTIVES = {
-    "allreduce_": "all_reduce",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "scatter_": "reduce_scatter",  # of which gloo makes one
-    "alltoall_base_": "all_to_all",
-    "send": "send",
-    "broadcast_": "broadcast",
+    "allreduce_": ("all_reduce", 0),
+    "allgather_": ("all_gather", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "scatter_": ("reduce_scatter", 1),  # of which gloo makes one
+    "alltoall_base_": ("all_to_all", 1),
+    "send": ("send", 0),
+    "broadcast_": ("broadcast", 0),
 }
-_WHOLE = {"allgather_": 0, "_allgather_base_": 0}
-"""Where an op's payload is not its input but its result: the place among its arguments."""
-_INPUT = {"scatter_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
+"""What an op is, and the place of its payload among its arguments: the input, or the result where that is larger."""
 
 _FUNCTIONAL = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 """Those of torch's functional collectives, with which open_clip 4 gathers features: they return their result."""
@@ -55,13 +53,10 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._opname
-            groups = [
-                dist.ProcessGroup.unbox(one) for one in args if isinstance(one, torch.ScriptObject) and _is_group(one)
-            ]
-            if name in _COLLECTIVES and groups[0].size() > 1:
-                place = _WHOLE.get(name, _INPUT.get(name, 0))
-                self.payload[_COLLECTIVES[name]] += sum(tensor.nbytes for tensor in tree_leaves(args[place]))
+            groups = [dist.ProcessGroup.unbox(one) for one in args if _is_group(one)]
+            if func._opname in _COLLECTIVES and groups[0].size() > 1:
+                kind, place = _COLLECTIVES[func._opname]
+                self.payload[kind] += sum(tensor.nbytes for tensor in tree_leaves(args[place]))
         result = func(*args, **(kwargs or {}))
         if func.namespace == "_c10d_functional" and func._opname in _FUNCTIONAL:
             kind = _FUNCTIONAL[func._opname]
@@ -85,8 +80,8 @@ def _wide(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return wide
 
 
-def _is_group(value: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(value._type())
+def _is_group(value: Any) -> bool:
+    return isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
 
 
 def batches(count: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -132,22 +127,20 @@ def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 def saved_in_forward(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
     """Bytes that autograd saves in a forward pass, besides parameters and inputs."""
-    storages: dict[int, Any] = {}
-    known = [tensor.untyped_storage() for tensor in (*batch, *model.buffers())]
+    saved, known = {}, {}
 
-    def note(module: torch.nn.Module, *_: Any) -> None:
-        known.extend(parallel.shard_of(parameter).untyped_storage() for parameter in module.parameters())
+    def note(found: dict[int, Any], *tensors: torch.Tensor) -> torch.Tensor:
+        found |= {storage._cdata: storage for storage in map(torch.Tensor.untyped_storage, tensors)}
+        return tensors[0] if tensors else None
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
+    def parameters_of(module: torch.nn.Module, *_: Any) -> None:
+        note(known, *map(parallel.shard_of, module.parameters()))
 
-    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    note(known, *batch, *model.buffers())
+    hooks = [module.register_forward_pre_hook(parameters_of) for module in model.modules()]
+    with saved_tensors_hooks(lambda tensor: note(saved, tensor), lambda tensor: tensor):
         output = model(*batch)
-    ids = {storage._cdata for storage in known}
-    size = sum(storage.nbytes() for key, storage in storages.items() if key not in ids)
     sum(output[name].sum() for name in ("image_features", "text_features")).backward()
     for hook in hooks:
         hook.remove()
-    return size
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in known)

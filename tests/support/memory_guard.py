@@ -6,7 +6,7 @@ tensor goes unnoticed if it hits something that belongs to the process.
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 from torch import Tensor
@@ -17,64 +17,41 @@ class OutsideOfTensors(IndexError):
     """A kernel read or wrote memory of none of its arguments."""
 
 
-class _Guarded:
-    """The interpreter's memory functions behind a check of the addresses."""
-
-    def __init__(self, functions: Any) -> None:
-        self.functions = functions
-        self.starts = self.ends = np.empty(0, np.uint64)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.functions, name)
-
-    def allow(self, tensors: list[Tensor]) -> None:
-        """Only the memory of these tensors."""
-        ranges: list[list[int]] = []
-        for start, end in sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors if t.numel()):
-            if ranges and start < ranges[-1][1]:
-                ranges[-1][1] = max(ranges[-1][1], end)
-            else:
-                ranges.append([start, end])
-        self.starts, self.ends = (np.array(column, np.uint64) for column in zip(*ranges, strict=True) or ((), ()))
-
-    def load(self, pointers, mask, other, dtype):
-        self._check(pointers, mask, np.dtype(dtype).itemsize, "load")
-        return self.functions.load(pointers, mask, other, dtype)
-
-    def store(self, pointers, values, mask):
-        self._check(pointers, mask, values.dtype.itemsize, "store")
-        return self.functions.store(pointers, values, mask)
-
-    def _check(self, pointers, mask, size: int, what: str) -> None:
-        mask = np.asarray(mask, bool)  # a memoryview where Triton 3.6 reads by a descriptor
-        addresses = pointers[mask].astype(np.uint64)
-        if addresses.size == 0:
-            return
-        place = np.searchsorted(self.starts, addresses, "right")
-        inside = place > 0
-        inside[inside] = addresses[inside] + np.uint64(size) <= self.ends[place[inside] - 1]
-        if not inside.all():
-            address = int(addresses[~inside][0])
-            nearest = min((abs(address - int(edge)) for edge in (*self.starts, *self.ends)), default=0)
-            raise OutsideOfTensors(f"a {what} of {size} bytes, {nearest} bytes from the nearest end of an argument")
-
-
 def _extent(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def guard(monkeypatch) -> None:
     """Checks every launch from now on."""
-    guarded = _Guarded(interpreter._interpreter)
-    prepare = interpreter.GridExecutor._init_args_hst
+    functions, prepare = interpreter._interpreter, interpreter.GridExecutor._init_args_hst
+    tensors: list[Tensor] = []
+
+    def check(pointers, mask, size: int, what: str) -> None:
+        mask = np.asarray(mask, bool)  # a memoryview where Triton 3.6 reads by a descriptor
+        addresses = pointers[mask].astype(np.int64)
+        inside = np.zeros(addresses.shape, bool)
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            inside |= (start <= addresses) & (addresses + size <= start + _extent(tensor))
+        if not inside.all():
+            raise OutsideOfTensors(f"a {what} of {size} bytes is in none of the arguments")
+
+    def load(pointers, mask, other, dtype):
+        check(pointers, mask, np.dtype(dtype).itemsize, "load")
+        return functions.load(pointers, mask, other, dtype)
+
+    def store(pointers, values, mask):
+        check(pointers, mask, values.dtype.itemsize, "store")
+        return functions.store(pointers, values, mask)
 
     def with_bounds(self, arguments, keywords):
         ours, ours_by_name = prepare(self, arguments, keywords)
         values = [getattr(value, "base", value) for value in (*ours, *ours_by_name.values())]
-        guarded.allow([value for value in values if isinstance(value, Tensor)])
+        tensors[:] = [value for value in values if isinstance(value, Tensor)]
         return ours, ours_by_name
 
+    guarded = SimpleNamespace(**vars(functions) | {"load": load, "store": store})
     monkeypatch.setattr(interpreter, "_interpreter", guarded)
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", with_bounds)

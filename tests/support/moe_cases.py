@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,6 +61,16 @@ def covering(**axes: Iterable) -> list:
     ]
 
 
+def usual(**axes: Iterable) -> list:
+    """The cases of ``pairwise`` as parameters of a test."""
+    return [pytest.param(case, id="-".join(map(str, case.values()))) for case in pairwise(**axes)]
+
+
+def calls_of(make: Callable[..., Case | list[Case]], *cases: Any) -> list:
+    """Parameters of a test: a function that makes calls of ops, and the keywords of each case."""
+    return [pytest.param(make, *case.values, marks=case.marks, id=f"{make.__name__}-{case.id}") for case in cases]
+
+
 ROUTINGS = ("dropless", "capacity", "priority", "masked", "all_masked", "all_dropped", "one_expert_takes_all")
 
 
@@ -77,13 +87,9 @@ def route(shape: Shape, routing: str = "dropless", seed: int = 0) -> tuple[Tenso
     logits = randn(shape.tokens, shape.experts, seed=seed)
     if routing == "one_expert_takes_all":
         logits[:, 0] += 100
-    mask = None
-    if routing == "masked":
-        mask = torch.rand(shape.tokens, generator=seeded(seed + 1)) < 0.6
-    if routing == "all_masked":
-        mask = torch.zeros(shape.tokens, dtype=torch.bool)
+    mask = masked_out(shape.tokens, {"masked": 0.4, "all_masked": 1.0}.get(routing))
     gating = ck.reference.topk_gating(logits, shape.k, renormalize=True, mask=mask)
-    factor = {"capacity": 0.6, "priority": 0.6, "all_dropped": None}.get(routing)
+    factor = 0.6 if routing in ("capacity", "priority") else None
     priority = gating.top_prob if routing == "priority" else None
     plan = ck.reference.dispatch(gating.expert_indices, shape.experts, factor, priority, mask)
     if routing == "all_dropped":
@@ -134,16 +140,6 @@ def assert_follows(actual: Tensor, oracle: Tensor, dtype: torch.dtype, what: str
     scale = oracle.abs().max().item() or 1.0
     error = (actual.double() - oracle).abs().max().item() / scale
     assert error <= TOLERANCE[dtype], f"{what}: error {error:.2e} of the largest entry, allowed {TOLERANCE[dtype]:.0e}"
-
-
-def with_grad(value):
-    """Leaves that require grad for every floating tensor in a tuple."""
-    return type(value)(
-        *(
-            item.detach().clone().requires_grad_() if isinstance(item, Tensor) and item.is_floating_point() else item
-            for item in value
-        )
-    )
 
 
 class Case(NamedTuple):
@@ -273,8 +269,13 @@ def dense_oracle(x, **mlp) -> Tensor:
     return ck.reference.expert_mlp(x, x.new_ones(len(x), 1), plan, **experts)
 
 
-def results(case: Case, oracle: bool = False, frozen: Iterable[str] = (), device: str = "cpu") -> dict[str, Tensor]:
-    """The outputs of a call, and the gradients of its floating arguments but those that are frozen."""
+def results(
+    case: Case, oracle: bool = False, frozen: Iterable[str] = (), device: str = "cpu", only: str | None = None
+) -> dict[str, Tensor]:
+    """The outputs of a call, and the gradients of its floating arguments but those that are frozen.
+
+    only: the name of the one output whose gradient comes in.
+    """
     given = tree_map_only(Tensor, lambda t: t.to(device), double(case.arguments) if oracle else case.arguments)
     if oracle:
         given.pop("recompute", None)
@@ -288,7 +289,7 @@ def results(case: Case, oracle: bool = False, frozen: Iterable[str] = (), device
     out = op(**(given | leaves))
     outputs = {"output": out} if isinstance(out, Tensor) else out._asdict()
     found = {name: value.detach() for name, value in outputs.items()}
-    smooth = [value for value in outputs.values() if value.requires_grad]
+    smooth = [value for name, value in outputs.items() if value.requires_grad and only in (None, name)]
     if not smooth:
         return found
     drawn = (randn(value.numel(), dtype=case.dtype, seed=77 + n) for n, value in enumerate(smooth))
@@ -299,13 +300,15 @@ def results(case: Case, oracle: bool = False, frozen: Iterable[str] = (), device
     return found | {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}
 
 
-def assert_follows_oracle(case: Case, device: str = "cpu") -> None:
+def assert_follows_oracle(case: Case, device: str = "cpu", only: str | None = None) -> None:
     """Every output and every gradient against the op in plain torch in float64."""
-    ours, oracle = results(case, device=device), results(case, oracle=True, device=device)
+    ours, oracle = (results(case, oracle, device=device, only=only) for oracle in (False, True))
     assert ours.keys() == oracle.keys()
+    assert_same(
+        *({what: value for what, value in of.items() if not value.is_floating_point()} for of in (ours, oracle))
+    )
     for what, value in ours.items():
         if not value.is_floating_point():
-            assert torch.equal(value, oracle[what]), what
             continue
         argument = case.arguments.get(what.removeprefix("gradient of "), next(iter(case.arguments.values())))
         wide = case.op == "router_logits" and what == "output"
@@ -315,11 +318,41 @@ def assert_follows_oracle(case: Case, device: str = "cpu") -> None:
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     """Bitwise the same results."""
-    assert first.keys() == second.keys()
-    for what, value in first.items():
-        assert torch.equal(value, second[what]), what
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def strided(case: Case) -> Case:
     """The same call with every tensor in memory with gaps."""
     return case._replace(arguments=tree_map_only(Tensor, lambda t: torch.stack([t, t], -1)[..., 0], case.arguments))
+
+
+def assert_nan_chooses_existing_experts() -> None:
+    logits = randn(64, 8)
+    logits[::3, 2] = torch.nan
+    logits[1::3] = torch.nan
+    experts = ck.topk_gating(logits, 3, True).expert_indices
+    assert ((experts >= 0) & (experts < 8)).all()
+    assert all(len(set(row)) == 3 for row in experts.tolist())
+
+
+def layer(router, x, experts, mask=None, capacity_factor=1.25) -> tuple[Tensor, Tensor]:
+    """A sparse layer by the fused and by the single ops: outputs and a loss."""
+    gating = ck.topk_gating(ck.router_logits(x, router, mask), 2, True, mask=mask)
+    plan = ck.dispatch(gating.expert_indices, len(router), capacity_factor, gating.top_prob, mask)
+    fused = ck.expert_mlp(x, gating.gates, plan, *experts)
+    rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
+    unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
+    return fused + unfused, gating.z_loss + gating.mean_probs.square().sum()
+
+
+def layer_and_gradients(router, x, experts, mask=None, function=layer, **options) -> list[Tensor]:
+    leaves = [router, x, *(e for e in experts if isinstance(e, Tensor))]
+    y, loss = function(router, x, experts, mask, **options)
+    return [y, loss, *torch.autograd.grad(y.float().square().mean() + loss, leaves)]
+
+
+def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda", gated=False) -> tuple:
+    experts = make_experts(Shape(tokens, 64, 128, 8, 2), dtype, gated=gated)
+    router, x = randn(8, 64) / 8, randn(tokens, 64, dtype=dtype, seed=1)
+    leaves = tree_map_only(Tensor, lambda t: t.to(device).requires_grad_(), (router, x, experts))
+    return *leaves, torch.arange(tokens, device=device) % 5 > 0

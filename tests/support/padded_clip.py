@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from sparse_clip import randomise_experts
 from tiny_clip import tiny_clip
 from torch import Tensor, nn
 
@@ -15,15 +15,6 @@ def sparse_clip(kind: str = "gelu", **options: Any) -> nn.Module:
     """CLIP-UP with 4 experts in training mode. ``options`` are passed to ``MoEConfig``."""
     model = upcycle(tiny_clip(kind), MoEConfig.clip_up(**{"num_experts": 4, **options}), inplace=True)
     return randomise_experts(model)
-
-
-@torch.no_grad()
-def randomise_experts(model: nn.Module) -> nn.Module:
-    for layer in moe_layers(model).values():
-        layer.router.weight.mul_(10)
-        for name, parameter in layer.named_parameters(recurse=False):
-            parameter.add_((0.3 if "weight" in name else 0.1) * torch.randn_like(parameter))
-    return model
 
 
 def text_tower(model: nn.Module) -> nn.Module:

@@ -41,10 +41,12 @@ def samples_of(batches) -> list[tuple[int, int, int]]:
 
 def load(kind, source, batch_size=3, workers=0, transform=preprocess, tokenize=tokenizer, count=24, **options):
     """Training data of a kind."""
-    options = {"progress": False, "cache": "cached" in kind, **options}
-    if kind == "streamed":
-        options = {"train_num_samples": count, **options}
-    return train_loader(source, transform, tokenize, batch_size, workers, **options)
+    usual = {
+        "progress": False,
+        "cache": "cached" in kind,
+        **({"train_num_samples": count} if kind == "streamed" else {}),
+    }
+    return train_loader(source, transform, tokenize, batch_size, workers, **usual | options)
 
 
 def epoch_of(data, epoch=0):

@@ -6,36 +6,38 @@ import atexit
 import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["clipup.train.run", "clipup.data.indexed", "clipup.data.streamed", "torch.distributed"])
 
 
+@dataclass
 class RankProcess:
     """A process that writes its stderr to a file."""
 
-    def __init__(self, process: Any, stderr: Path) -> None:
-        self.process, self._stderr = process, stderr
+    process: Any
+    stderr: Path
 
     def poll(self) -> int | None:
         return self.process.exitcode
 
     @property
     def error(self) -> str:
-        return self._stderr.read_text("utf-8")
+        return self.stderr.read_text("utf-8")
 
     def ended(self, timeout: float = 120) -> tuple[int, str]:
         """Its exit code and what it wrote to stderr, once it has ended."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self.error}"
-            time.sleep(0.02)
+        self.process.join(timeout)
+        assert self.poll() is not None, f"still running after {timeout} s:\n{self.error}"
         return self.poll(), self.error
 
     def send(self, number: int) -> None:
@@ -50,18 +52,15 @@ def ranks(directory: Path, program: Callable[..., Any], *arguments: Any, count: 
         directory: for what they write to stderr.
         program: a function of a module; what it returns is the exit code.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     started = []
+    for rank in range(count):
+        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        stderr = directory / f"stderr-{rank}"
+        process = _FORKS.Process(target=_rank, args=(stderr, variables, program, arguments))
+        process.start()
+        started.append(RankProcess(process, stderr))
     try:
-        for rank in range(count):
-            variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            stderr = directory / f"stderr-{rank}"
-            process = _FORKS.Process(target=_rank, args=(stderr, variables, program, arguments))
-            process.start()
-            started.append(RankProcess(process, stderr))
         yield started
     finally:
         for one in started:
@@ -78,8 +77,6 @@ def on_ranks(directory: Path, count: int, program: Callable[..., Any], *argument
 
 
 def _rank(stderr: Path, variables: dict[str, str], program: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    import torch
-
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(variables)
     torch.set_num_threads(1)

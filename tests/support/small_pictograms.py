@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -34,20 +35,14 @@ def small(tmp_path_factory):
     return out, build.build(out, samples_per_shard=64, processes=2, progress=False, only=few)
 
 
-def read_tar(path: Path) -> dict[str, dict[str, bytes]]:
-    """Members by key and extension."""
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return samples
-
-
 def read_split(directory: Path, split: str) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
+    """Members by key and extension."""
+    samples: dict[str, dict[str, bytes]] = defaultdict(dict)
     for path in sorted(directory.glob(f"{split}-*.tar")):
-        samples |= read_tar(path)
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples[key][extension] = tar.extractfile(member).read()
     return samples
 
 

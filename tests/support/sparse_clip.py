@@ -37,11 +37,16 @@ def sparse_clip(noise: float = 0.02, **options) -> nn.Module:
     config = MoEConfig(**{"num_experts": EXPERTS, "top_k": CHOICES, **options})
     model = upcycle(dense_clip(), config).eval()
     torch.manual_seed(1)
-    with torch.no_grad():
-        for layer in moe_layers(model).values():
-            layer.router.weight.mul_(20)
-            for weight in (layer.in_weight, layer.out_weight):
-                weight.add_(noise * torch.randn_like(weight))
+    return randomise_experts(model, noise)
+
+
+@torch.no_grad()
+def randomise_experts(model: nn.Module, noise: float = 0.3) -> nn.Module:
+    """Experts that differ, and confident routers."""
+    for layer in moe_layers(model).values():
+        layer.router.weight.mul_(20)
+        for parameter in layer.parameters(recurse=False):
+            parameter.add_(noise * torch.randn_like(parameter))
     return model
 
 

@@ -50,11 +50,32 @@ def tiny_clip(kind: str = "gelu", seed: int = 0, text_cfg: dict | None = None) -
     Args:
         text_cfg: overrides of the kind's text tower options.
     """
-    torch.manual_seed(seed)
     config = tiny_config(kind)
     config["text_cfg"].update(text_cfg or {})
-    model_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    return draw_biases_and_norms(model_class(**config))
+    return build(config, seed)
+
+
+def coca_cfg(context_length: int = 10) -> dict:
+    """open_clip's ``model_cfg`` of a CoCa: image and text towers, and a decoder with 2 layers."""
+    text, vision = {**_TEXT, "layers": 2, "context_length": context_length}, {**_VISION, "layers": 2}
+    return {
+        "embed_dim": 32,
+        "vision_cfg": {**vision, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**text, "attn_pooler_heads": 2},
+        "custom_text": True,
+    }
+
+
+def build(cfg: dict, seed: int = 0) -> nn.Module:
+    """The model of a ``model_cfg``, in training mode with random parameters."""
+    torch.manual_seed(seed)
+    cfg = dict(cfg)
+    custom = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP
+    model = (custom if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg)
+    if custom is open_clip.CoCa:
+        nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
+    return draw_biases_and_norms(model)
 
 
 def draw_biases_and_norms(model: nn.Module) -> nn.Module:

@@ -9,11 +9,10 @@ import open_clip
 import timm
 import torch
 import transformers
-from open_clip.coca_model import CoCa
 from timm.layers import GluMlp, SwiGLU
 from timm.models import convnext, eva, swin_transformer, swin_transformer_v2, vision_transformer_relpos, vitamin
 from timm.models import vision_transformer as vit
-from tiny_clip import draw_biases_and_norms
+from tiny_clip import build, coca_cfg, draw_biases_and_norms  # noqa: F401
 from torch import nn
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 16}
@@ -99,30 +98,7 @@ def hugging_face_cfg(config: transformers.PretrainedConfig, directory: Path) -> 
     config.save_pretrained(directory)
     text = {"hf_model_name": str(directory), "hf_model_pretrained": False, "hf_tokenizer_name": str(directory)}
     text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
-    return {"embed_dim": 16, "vision_cfg": dict(_VISION), "text_cfg": text}
-
-
-def coca_cfg() -> dict:
-    """open_clip's ``model_cfg`` of a CoCa: image and text towers, and a decoder with 2 layers."""
-    return {
-        "embed_dim": 32,
-        "vision_cfg": {**_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-        "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {**_TEXT, "attn_pooler_heads": 2},
-        "custom_text": True,
-    }
-
-
-def build(cfg: dict, seed: int = 0) -> nn.Module:
-    """The model of a ``model_cfg``, in training mode with random parameters."""
-    torch.manual_seed(seed)
-    cfg = dict(cfg)
-    is_custom = cfg.pop("custom_text", True)
-    if "multimodal_cfg" in cfg:
-        model = CoCa(**cfg)
-        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
-        return draw_biases_and_norms(model)
-    return draw_biases_and_norms((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**cfg))
+    return {"embed_dim": 16, "vision_cfg": dict(_VISION), "text_cfg": text, "custom_text": True}
 
 
 def timm_model(name: str, seed: int = 0) -> nn.Module:

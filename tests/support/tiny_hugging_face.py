@@ -14,6 +14,7 @@ _IMAGE = {"image_size": 16, "patch_size": 8}
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _VISION = {**_SIZE, **_IMAGE}
 _WORDS = {**_SIZE, **_TEXT}
+_BERT = {**_WORDS, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _PATCHES = {**_SIZE, "patch_size": 4, "num_patches": 16}
 
 
@@ -44,11 +45,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "DINOv3ViTModel": lambda: transformers.DINOv3ViTConfig(**_VISION, mlp_bias=True),
     "DINOv3ViTModel, gated": lambda: transformers.DINOv3ViTConfig(**_VISION, mlp_bias=True, use_gated_mlp=True),
-    "BertModel": lambda: transformers.BertConfig(**_WORDS),
-    "BertForSequenceClassification": lambda: transformers.BertConfig(**_WORDS, num_labels=3),
-    "RobertaModel": lambda: transformers.RobertaConfig(**_WORDS),
-    "RobertaForSequenceClassification": lambda: transformers.RobertaConfig(**_WORDS, num_labels=3),
-    "XLMRobertaModel": lambda: transformers.XLMRobertaConfig(**_WORDS),
+    "BertModel": lambda: transformers.BertConfig(**_BERT),
+    "BertForSequenceClassification": lambda: transformers.BertConfig(**_BERT, num_labels=3),
+    "RobertaModel": lambda: transformers.RobertaConfig(**_BERT),
+    "RobertaForSequenceClassification": lambda: transformers.RobertaConfig(**_BERT, num_labels=3),
+    "XLMRobertaModel": lambda: transformers.XLMRobertaConfig(**_BERT),
     "ModernBertModel": lambda: transformers.ModernBertConfig(**_WORDS, cls_token_id=1, sep_token_id=2),
 }
 """The config of each model."""
@@ -57,9 +58,4 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def tiny_hugging_face(name: str, seed: int = 0) -> Any:
     """A float32 model without dropout, in evaluation mode; all parameters are random, also biases and norms."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
-    for part in (config, getattr(config, "text_config", config), getattr(config, "vision_config", config)):
-        for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if hasattr(part, option):
-                setattr(part, option, 0.0)
-    return draw_biases_and_norms(getattr(transformers, name.split(",")[0])(config).eval())
+    return draw_biases_and_norms(getattr(transformers, name.split(",")[0])(CONFIGS[name]()).eval())

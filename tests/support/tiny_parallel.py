@@ -10,6 +10,8 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.distributed as dist
+from tiny_clip import build, coca_cfg
 
 import clipup
 from clipup.train import TrainOptions, TrainResult, train
@@ -18,6 +20,8 @@ from clipup.train.checkpoints import open_clip_format
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 GLOBAL_BATCH, BATCHES = 16, 2
+USUAL: dict[str, Any] = {"warmup": 0, "lr": 1e-3, "eps": 1e-3, "device": "cpu", "steps": 4}
+"""Options. Adam divides tiny gradients by their size: with a small eps rounding would decide their sign."""
 
 DROPLESS = {"capacity_factor": None, "loss_scope": "global_batch"}
 """Sparse layers whose outputs and losses do not depend on how a step is divided."""
@@ -26,17 +30,11 @@ DROPLESS = {"capacity_factor": None, "loss_scope": "global_batch"}
 def model(moe: dict[str, Any] | None, siglip: bool = False, coca: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     if coca:
-        multimodal = {**TEXT, "attn_pooler_heads": 2}
-        text, vision = {**TEXT, "embed_cls": True, "output_tokens": True}, {**VISION, "output_tokens": True}
-        pool = {"attentional_pool": True, "attn_pooler_heads": 2}
-        coca = open_clip.CoCa(32, multimodal_cfg=multimodal, text_cfg=text, vision_cfg={**vision, **pool})
-        torch.nn.init.normal_(coca.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
-        return coca
+        return build(coca_cfg(TEXT["context_length"]))
     bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if siglip else {}
     clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True, **bias)
-    if moe is None:
-        return clip
-    return clipup.upcycle(clip, clipup.MoEConfig.clip_up(**{"num_experts": 4, **moe}), inplace=True)
+    config = clipup.MoEConfig.clip_up(**{"num_experts": 4, **(moe or {})})
+    return clip if moe is None else clipup.upcycle(clip, config, inplace=True)
 
 
 def batches(accum_freq: int = 1, repeated: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -55,9 +53,7 @@ def batches(accum_freq: int = 1, repeated: bool = False) -> list[tuple[torch.Ten
 
 def run(out: Path, name: str, moe: dict[str, Any] | None = None, **options: Any) -> TrainResult:
     """Trains for four steps; checkpoints and metrics are in OUT/NAME."""
-    # Adam divides tiny gradients by their size: with a small eps rounding would decide their sign
-    usual: dict[str, Any] = {"warmup": 0, "lr": 1e-3, "eps": 1e-3, "device": "cpu", "steps": 4}
-    chosen = TrainOptions(logs=str(out), name=name, **(usual | options))
+    chosen = TrainOptions(logs=str(out), name=name, **(USUAL | options))
     clip = model(moe, chosen.siglip, coca=chosen.coca_contrastive_loss_weight == 0)
     return train(chosen, model=clip, loader=batches(chosen.accum_freq, chosen.multi_positive))
 
@@ -91,5 +87,5 @@ def resume_all(out: Path, before: dict[str, dict[str, Any]], after: dict[str, di
 
 
 def _together() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if dist.is_initialized():
+        dist.barrier()

@@ -41,6 +41,11 @@ def pair(name, dtype=torch.float32):
     return eager, ours
 
 
+def mixtral_and_experts():
+    _, ours = pair("Mixtral")
+    return ours, next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+
+
 def batch():
     torch.manual_seed(1)
     ids = torch.randint(0, 64, (3, 9))
@@ -62,8 +67,7 @@ def test_outputs_and_gradients_are_those_of_eager(name):
 
 
 def test_choices_of_experts_elsewhere_give_nothing():
-    _, ours = pair("Mixtral")
-    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+    ours, experts = mixtral_and_experts()
     torch.manual_seed(2)
     x, weights = torch.randn(40, 32), torch.rand(40, 2)
     index = torch.stack([torch.randperm(7)[:2] for _ in range(40)])  # 5 experts here; 5 and 6 are elsewhere
@@ -88,8 +92,7 @@ def test_choices_of_experts_elsewhere_give_nothing():
     ],
 )
 def test_other_experts_are_refused_by_name(change, named):
-    _, ours = pair("Mixtral")
-    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+    ours, experts = mixtral_and_experts()
     for name, value in change.items():
         setattr(experts, name, value)
     with pytest.raises(NotImplementedError, match=f"MixtralExperts.*{named}"):

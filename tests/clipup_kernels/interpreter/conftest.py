@@ -27,7 +27,7 @@ def on_triton(monkeypatch):
 
     computed, function_of = set(), registry.function_of
 
-    def as_on_cuda(op, dtype, device):
+    def as_on_cuda(op, dtype, device, index=None):
         if registry.choose(op, dtype, "cuda").backend.name == "triton":
             computed.add(op)
         return function_of(op, dtype, "cuda")
