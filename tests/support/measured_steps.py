@@ -29,19 +29,19 @@ from clipup.train.ranks.distributed import joined
 from clipup.train.step import TrainStep
 
 _COLLECTIVES = {
-    "allreduce_": ("all_reduce", 0),
-    "allgather_": ("all_gather", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "scatter_": ("reduce_scatter", 1),  # of which gloo makes one
-    "alltoall_base_": ("all_to_all", 1),
-    "send": ("send", 0),
-    "broadcast_": ("broadcast", 0),
+    "c10d.allreduce_": ("all_reduce", 0),
+    "c10d.allgather_": ("all_gather", 0),
+    "c10d._allgather_base_": ("all_gather", 0),
+    "c10d._reduce_scatter_base_": ("reduce_scatter", 1),
+    "c10d.scatter_": ("reduce_scatter", 1),  # of which gloo makes one
+    "c10d.alltoall_base_": ("all_to_all", 1),
+    "c10d.send": ("send", 0),
+    "c10d.broadcast_": ("broadcast", 0),
+    "_c10d_functional.all_gather_into_tensor": ("all_gather", None),
+    "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter", 0),
 }
-"""What an op is, and the place of its payload among its arguments: the input, or the result where that is larger."""
-
-_FUNCTIONAL = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
-"""Those of torch's functional collectives, with which open_clip 4 gathers features: they return their result."""
+"""What an op is, and where its payload is: the place among its arguments of the larger one of input and result, None if
+it returns that. With the functional ones open_clip 4 gathers features."""
 
 
 class Collectives(TorchDispatchMode):
@@ -52,15 +52,12 @@ class Collectives(TorchDispatchMode):
         self.payload: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            groups = [dist.ProcessGroup.unbox(one) for one in args if _is_group(one)]
-            if func._opname in _COLLECTIVES and groups[0].size() > 1:
-                kind, place = _COLLECTIVES[func._opname]
-                self.payload[kind] += sum(tensor.nbytes for tensor in tree_leaves(args[place]))
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "_c10d_functional" and func._opname in _FUNCTIONAL:
-            kind = _FUNCTIONAL[func._opname]
-            self.payload[kind] += (result if kind == "all_gather" else args[0]).nbytes
+        kind, place = _COLLECTIVES.get(str(func._overloadpacket), (None, 0))
+        groups = [dist.ProcessGroup.unbox(one) for one in args if _is_group(one)]
+        if kind is not None and all(group.size() > 1 for group in groups):
+            payload = result if place is None else args[place]
+            self.payload[kind] += sum(tensor.nbytes for tensor in tree_leaves(payload))
         return result
 
 
