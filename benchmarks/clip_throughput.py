@@ -20,12 +20,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 from statistics import median
 
 import open_clip
 import torch
-from harness import DTYPES, Timing, alternate, begin, built_from, on_device, report, timed_options, write_csv
+from harness import DTYPES, Timing, alternate, built_from, on_device, one_line, run, timed_options, write_csv
 from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
 from torch import Tensor, nn
 
@@ -42,17 +43,16 @@ MODELS = (
     "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
-UNTIMED = 2  # calls before the timed ones
-
-
-Built = tuple[nn.Module | OnnxInt8, TowerCounts, Tensor]
-"""A model, what it costs on paper, and images for it."""
+UNTIMED = 3  # calls of the check and of `alternate`, before the timed ones
 
 
 def build(
     name: str, dtype: torch.dtype, texts: Tensor, device: str = "cpu", training: bool = False, threads: int = 1
-) -> Built:
-    """``dtype`` is that of the images, and of the model unless onnxruntime runs it; there is an image for each text."""
+) -> tuple[nn.Module | OnnxInt8, TowerCounts, Tensor]:
+    """A model, what it costs on paper, and images for it.
+
+    ``dtype`` is that of the images, and of the model unless onnxruntime runs it; there is an image for each text.
+    """
     architecture, *options = name.split()
     with expecting_random_weights():
         model = create_model_and_transforms(architecture, load_weights=False)[0]
@@ -65,113 +65,101 @@ def build(
     return OnnxInt8(model, images, texts, threads) if ONNX in options else model, counts, images
 
 
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def inference(
+    model: nn.Module | OnnxInt8, images: Tensor, texts: Tensor, seconds: list[tuple[float, float]]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A run that encodes a batch of pairs; adds to ``seconds`` what the images and the texts of every call took."""
+    synchronise = torch.accelerator.synchronize if images.device.type != "cpu" else lambda: None
 
-
-class Inference:
-    """Encodes a batch of pairs; keeps what the images and the texts of every call took, in seconds."""
-
-    def __init__(self, model: nn.Module | OnnxInt8, images: Tensor, texts: Tensor) -> None:
-        self.model, self.images, self.texts = model, images, texts
-        self.device = images.device.type
-        self.image_seconds: list[float] = []
-        self.text_seconds: list[float] = []
-
-    def __call__(self) -> None:
+    def run() -> tuple[Tensor, ...]:
         start = time.perf_counter()
-        self.model.encode_image(self.images)
-        synchronise(self.device)
+        of_images = model.encode_image(images)
+        synchronise()
         middle = time.perf_counter()
-        self.model.encode_text(self.texts)
-        synchronise(self.device)
-        self.image_seconds.append(middle - start)
-        self.text_seconds.append(time.perf_counter() - middle)
+        of_texts = model.encode_text(texts)
+        synchronise()
+        seconds.append((middle - start, time.perf_counter() - middle))
+        return of_images, of_texts
 
-    def check(self) -> bool:
-        """Whether features are finite."""
-        towers = (self.model.encode_image(self.images), self.model.encode_text(self.texts))
-        return all(features.isfinite().all() for features in towers)
+    return run
 
 
-class TrainingStep:
-    """One step on a batch of pairs."""
+def training_step(model: nn.Module, images: Tensor, texts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A run of one step on a batch of pairs, which returns its loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    loss = open_clip.ClipLoss()
 
-    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor) -> None:
-        self.model, self.images, self.texts = model, images, texts
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        self.loss = open_clip.ClipLoss()
-        self.last = torch.zeros(())
+    def run() -> tuple[Tensor, ...]:
+        optimizer.zero_grad()
+        total = loss(*model(images, texts)) + clipup.aux_loss(model)
+        total.backward()
+        optimizer.step()
+        return (total.detach(),)
 
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        self.last = self.loss(*self.model(self.images, self.texts)) + clipup.aux_loss(self.model)
-        self.last.backward()
-        self.optimizer.step()
-
-    def check(self) -> bool:
-        """Whether a step's loss is finite."""
-        self()
-        return bool(self.last.isfinite())
+    return run
 
 
-def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
+def measure(args: argparse.Namespace) -> list[dict]:
+    caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
+    texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
+    rows: list[dict] = []
+    for pass_, dtype in product(args.passes, args.dtype):
+        rows += measure_pass(args, pass_, dtype, texts)
+        if args.csv:
+            write_csv(args.csv, rows)
+    return rows
+
+
+def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
-    counts: dict[str, TowerCounts] = {}
-    chosen = [name for name in MODELS if name in {*args.models, BASELINE}]
     left_out = (ONNX,) if missing(ONNX_PACKAGES) or args.device != "cpu" else ()
     left_out += (ACCELERATED, INT8, ONNX) if training else ()
-    wanted = [name for name in chosen if not name.endswith(left_out)]
+    counts: dict[str, TowerCounts] = {}
+    timings: dict[str, Timing] = {}
+    towers: dict[str, list[tuple[float, float]]] = {}
 
-    def runner(name: str) -> Inference | TrainingStep:
+    def runner(name: str) -> Callable[[], object]:
         model, counts[name], images = build(name, DTYPES[dtype], texts, args.device, training, args.threads)
-        run = (TrainingStep if training else Inference)(model, images, texts)
+        towers[name] = []
+        run = training_step(model, images, texts) if training else inference(model, images, texts, towers[name])
         with torch.inference_mode(not training):
-            finite = run.check()
-        if not finite:
-            raise SystemExit(f"{name} in {dtype}: values that are not finite; nothing was timed")
+            if not all(values.isfinite().all() for values in run()):
+                raise SystemExit(f"{name} in {dtype}: values that are not finite; nothing was timed")
         return run
 
-    timings: dict[str, Timing] = {}
-    towers: dict[str, list[float]] = {}
     base = runner(BASELINE)
-
-    def measure_one(name: str) -> None:
-        run = base if name == BASELINE else runner(name)
-        pair = {BASELINE: base, name: run}
-        with torch.inference_mode(not training):
-            timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
-        if not training:
-            towers[name] = [median(seconds[UNTIMED:]) for seconds in (run.image_seconds, run.text_seconds)]
-        print(f"{pass_} {dtype} {name}: {timings[name].median_ms:.0f} ms", file=sys.stderr, flush=True)
-
-    for name in wanted:
-        try:
-            measure_one(name)  # the next model takes its memory
+    for name in MODELS:
+        if name not in {*args.models, BASELINE} or name.endswith(left_out):
+            continue
+        try:  # the next model takes this one's memory
+            pair = {BASELINE: base, name: base if name == BASELINE else runner(name)}
+            with torch.inference_mode(not training):
+                timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
         except torch.OutOfMemoryError as failure:
-            if name == BASELINE:
-                raise
-            words = str(failure).partition("\n")[0]
-            print(f"left out: {name} in {dtype}, {pass_}: {words}", file=sys.stderr, flush=True)
-    measured = [name for name in wanted if name in args.models and name in timings]
-    return [row(args, pass_, dtype, name, timings, counts[name], towers.get(name, [])) for name in measured]
+            print(f"left out: {name} in {dtype}, {pass_}: {one_line(failure)}", file=sys.stderr, flush=True)
+        else:
+            print(f"{pass_} {dtype} {name}: {timings[name].median_ms:.0f} ms", file=sys.stderr, flush=True)
+    return [
+        row(args, pass_, dtype, name, timings, counts[name], towers[name][UNTIMED:])
+        for name in timings
+        if name in args.models
+    ]
 
 
 def row(
     args: argparse.Namespace, pass_: str, dtype: str, name: str, timings: dict[str, Timing], counted: TowerCounts,
-    tower_seconds: list[float],
+    tower_seconds: list[tuple[float, float]],
 ) -> dict:  # fmt: skip
     timing = timings[name]
     gflops = (counted.image_gflops + counted.text_gflops) * (1 if pass_ == "fwd" else 3)
     pairs_per_second = args.batch_size / timing.median_ms * 1e3
-    image_rate, text_rate = [f"{args.batch_size / s:.2f}" for s in tower_seconds] or ("", "")
+    rates = [f"{args.batch_size / median(seconds):.2f}" for seconds in zip(*tower_seconds, strict=True)] or ("", "")
     return {
         **on_device(args, dtype), "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words,
         "model": name,
         **timing.columns(),
-        "images_per_s": image_rate, "texts_per_s": text_rate, "pairs_per_s": f"{pairs_per_second:.2f}",
+        "images_per_s": rates[0], "texts_per_s": rates[1], "pairs_per_s": f"{pairs_per_second:.2f}",
         "gflops_per_pair": f"{gflops:.4g}", "gflop_per_s": f"{gflops * pairs_per_second:.4g}",
         "params_m": f"{counted.params / 1e6:.0f}", "active_params_m": f"{counted.active_params / 1e6:.0f}",
         "speed_to_b16": f"{1 / timing.ratio:.3f}",
@@ -190,20 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
     parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
-    args = parser.parse_args(argv)
-    begin(args, f"ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model")
-    caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
-    texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
-    rows = []
-    for pass_, dtype in product(args.passes, args.dtype):
-        rows += measure(args, pass_, dtype, texts)
-        if args.csv:
-            write_csv(args.csv, rows)
-    columns = (
-        "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair gflop_per_s speed_to_b16 speed_to_l14"
-    )
-    report(rows, columns, args.csv)
-    return 0
+    columns = "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair gflop_per_s speed_to_b16 "
+    note = f"ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model"
+    return run(parser.parse_args(argv), measure, columns + "speed_to_l14", note)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
-from harness import DTYPES, alternate, begin_on_gpu, gpu_options, print_table, tell, write_csv
+from gpu_kernels import layer_tensors
+from harness import DTYPES, GpuTable, alternate, gpu_options, print_table
 
-from clipup_kernels.triton import configs, dispatch, expert_mlp, expert_mlp_backward, topk_gating, tune
+from clipup_kernels.triton import configs, expert_mlp, expert_mlp_backward, tune
 from clipup_kernels.triton.configs import Config
 
 COLUMNS = "layer launch choice ms p20_ms p80_ms ratio"
@@ -74,28 +76,16 @@ def comparisons(
 
 def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Run | None]:
     """Both passes of the experts with the usual tiles, and with all weights by descriptors."""
-    width, hidden, num_experts, top_k = layer
-
-    def randn(*size: int) -> torch.Tensor:
-        return torch.randn(size, device=device).to(dtype)
-
-    x, dy = randn(tokens, width), randn(tokens, width)
-    weights = [randn(num_experts, hidden, width) / 8, randn(num_experts, hidden)]
-    weights += [randn(num_experts, width, hidden) / 8, randn(num_experts, width)]
-    gates, indices, *_ = topk_gating.topk_gating(torch.randn(tokens, num_experts, device=device), top_k, True)
-    routed = (x, gates, *dispatch.dispatch(indices, num_experts), *weights, None, None)
+    t = layer_tensors(tokens, *layer, dtype, device)
     choose = configs.choose
 
     def run(descriptors: bool) -> None:
         def chosen(kernel: str, *which) -> Config:
             return choose(kernel, *which)._replace(descriptors=descriptors and kernel not in configs.GRADIENTS)
 
-        configs.choose = chosen
-        try:
-            _, z = expert_mlp.expert_mlp_forward(*routed, "gelu", True)
-            expert_mlp_backward.expert_mlp_backward(dy, *routed, z, "gelu", [True] * 4)
-        finally:
-            configs.choose = choose
+        with mock.patch.object(configs, "choose", chosen):
+            _, z = expert_mlp.expert_mlp_forward(*t.routed, "gelu", True)
+            expert_mlp_backward.expert_mlp_backward(t.dy, *t.routed, z, "gelu", [True] * 4)
 
     return {USUAL: lambda: run(False), "all weights by descriptors": lambda: run(True)}
 
@@ -104,33 +94,20 @@ def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds
     """A row for each choice, empty where it cannot run."""
     able = {name: run for name, run in runs.items() if run is not None}
     found = alternate(able, USUAL, seconds, device, min_rounds)
-    rows = []
-    for name in runs:
-        times = [f"{value:.4f}" for value in found[name]] if name in found else ["left out", "", "", ""]
-        rows.append({"choice": name} | dict(zip(("ms", "p20_ms", "p80_ms", "ratio"), times, strict=True)))
-    return rows
+    times = {name: [f"{value:.4f}" for value in timing] for name, timing in found.items()}
+    columns, left_out = ("choice", "ms", "p20_ms", "p80_ms", "ratio"), ["left out", "", "", ""]
+    return [dict(zip(columns, [name, *times.get(name, left_out)], strict=True)) for name in runs]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = gpu_options(__doc__)
     parser.add_argument("--seconds", type=float, default=8, help="timing of one launch's choices (default 8)")
-    options = parser.parse_args(argv)
-    about = begin_on_gpu(options, "{}x{}x{}".format(TOKENS, *LAYER[:2]))
-    layer = about.pop("layer")
-    table, failures = [], 0
-    for launch, prepare in comparisons(LAYER, TOKENS, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
-        try:
-            found = measure(prepare(), options.seconds, "cuda")
-        except Exception as failure:  # a compiler's or a driver's, of many kinds
-            tell(launch, failure)
-            failures += 1
-            continue
-        fresh = [{"layer": layer, "launch": launch, **row, **about} for row in found]
-        table += fresh
-        print_table(fresh, COLUMNS.split())
-        if options.csv:
-            write_csv(options.csv, table)
-    return int(failures > 0)
+    args = parser.parse_args(argv)
+    table = GpuTable(args, "{}x{}x{}".format(TOKENS, *LAYER[:2]))
+    for launch, prepare in comparisons(LAYER, TOKENS, DTYPES[args.dtype], "cuda", os.cpu_count() or 1):
+        table.measure(launch, lambda prepare=prepare: measure(prepare(), args.seconds, "cuda"))
+    print_table(table.rows, COLUMNS.split())
+    return int(table.failures > 0)
 
 
 if __name__ == "__main__":

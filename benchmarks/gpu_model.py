@@ -25,33 +25,54 @@ CUBLAS_FLOPS = 650e12
 """Of dense_k's products in torch. ``gpu_kernels.py`` measures them ("torch, in" and "torch, out")."""
 
 
-class Product(NamedTuple):
-    """A launch that multiplies; R rows of D or H."""
+class Launch(NamedTuple):
+    """A launch of either pass, or those of an op together; R rows of D or H."""
 
     name: str
-    depth: float
-    """Terms of a sum."""
-    outputs: tuple[float, float]
+    bytes: float
+    """From and to memory."""
+    depth: float = 0
+    """Terms of a sum on the tensor cores; 0: only moves rows."""
+    outputs: tuple[float, float] = (0, 0)
     """Rows and columns of the output; tiles of rows may be part full at the end of every expert."""
-    parts: int
+    parts: int = 0
     """Experts at whose ends tiles of rows are part full."""
-    dram_bytes: float
     epilogue_bytes: int = 2
     """Bytes that the epilogue reads and writes for each output."""
+    kernels: int = 1
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.depth * self.outputs[0] * self.outputs[1]
 
 
-def products(rows: float, width: int, hidden: int, experts: int, training: bool) -> Iterator[Product]:
-    """The products of a forward pass, or of both, in bfloat16."""
-    weight = 2 * experts * width * hidden
+def launches(
+    tokens: float, width: int, hidden: int, experts: int, top_k: int, training: bool
+) -> Iterator[Launch]:  # fmt: skip
+    """A forward pass, or both, in 16 bits: the products, routing, and what only moves rows."""
+    rows = tokens * top_k
+    weight, logits, token_rows = 2 * experts * width * hidden, 4 * tokens * experts, 2 * tokens * width
     narrow, wide = 2 * rows * width, 2 * rows * hidden
-    written = 2 if training else 1
-    yield Product("project_in", width, (rows, hidden), experts, narrow + weight + written * wide, 2 * written)
-    yield Product("project_rows", hidden, (rows, width), experts, wide + weight + narrow)
+    to_hidden, to_width = (width, (rows, hidden), experts), (hidden, (rows, width), experts)
     if training:
-        yield Product("project_back", width, (rows, hidden), experts, narrow + weight + 3 * wide, 6)
+        yield Launch("project_in, z kept", narrow + weight + 2 * wide, *to_hidden, epilogue_bytes=4)
+    else:
+        yield Launch("project_in", narrow + weight + wide, *to_hidden)
+    yield Launch("project_rows", wide + weight + narrow, *to_width)
+    yield Launch("router_logits", token_rows + logits)
+    yield Launch("topk_gating", logits + 8 * rows + 4 * tokens, kernels=2)
+    yield Launch("dispatch", 16 * rows, kernels=3)
+    yield Launch("combine", narrow + token_rows)
+    if training:
         both_weights = 2 * experts * hidden, width
-        yield Product("expert_gradients", rows / experts, both_weights, 0, 2 * (narrow + wide + weight))
-        yield Product("project_rows, dx", hidden, (rows, width), experts, wide + weight + narrow)
+        yield Launch("project_back", narrow + weight + 3 * wide, *to_hidden, epilogue_bytes=6)
+        yield Launch("expert_gradients", 2 * (narrow + wide + weight), rows / experts, both_weights)
+        yield Launch("project_rows, dx", wide + weight + narrow, *to_width)
+        yield Launch("gate_gradient", 4 * rows * hidden / 128 + token_rows)
+        yield Launch("gather_sum", narrow + token_rows)
+        yield Launch("topk_gating_backward", 2 * logits + 8 * rows + 4 * tokens)
+        yield Launch("router_logits_backward", 2 * token_rows + 2 * logits + 8 * 2048 * width, kernels=3)
+        yield Launch("sum of x's gradients", 3 * token_rows)
 
 
 class Prediction(NamedTuple):
@@ -66,48 +87,23 @@ class Prediction(NamedTuple):
     """Blocks that share a multiprocessor."""
 
 
-def predict(product: Product, l2_bytes: float) -> Prediction:
+def predict(launch: Launch, l2_bytes: float) -> Prediction:
     """The model of the file's first lines."""
-    kernel = product.name.partition(",")[0]
+    dram, start = launch.bytes / DRAM_BYTES * 1e3, launch.kernels * LAUNCH * 1e3
+    if not launch.depth:
+        return Prediction(0, 0, dram, dram + start, 0, 0)
+    kernel = launch.name.partition(",")[0]
     tile = configs.heuristic(90, kernel, "half", "many", 768, 3072)
     block_m, block_n, block_k = tile[:3]
-    tiles = (product.outputs[0] / block_m + product.parts / 2) * (product.outputs[1] / block_n)
+    tiles = (launch.outputs[0] / block_m + launch.parts / 2) * (launch.outputs[1] / block_n)
     blocks = min(2, SHARED_BYTES // (2 * (block_m + block_n) * block_k * tile.num_stages))
-    tensor = 2 * block_m * block_n * product.depth / TENSOR_FLOPS
-    through_l2 = 2 * (block_m + block_n) * product.depth + product.epilogue_bytes * block_m * block_n
+    tensor = 2 * block_m * block_n * launch.depth / TENSOR_FLOPS
+    through_l2 = 2 * (block_m + block_n) * launch.depth + launch.epilogue_bytes * block_m * block_n
     l2 = through_l2 / (l2_bytes / MULTIPROCESSORS / CLOCK)
     waves = tiles / (MULTIPROCESSORS * blocks)
     in_all = tiles / MULTIPROCESSORS / CLOCK * 1e3
-    dram = product.dram_bytes / DRAM_BYTES * 1e3
-    total = max(-(-waves // 1) * blocks * max(tensor, l2) / CLOCK * 1e3, dram) + LAUNCH * 1e3
+    total = max(-(-waves // 1) * blocks * max(tensor, l2) / CLOCK * 1e3, dram) + start
     return Prediction(tensor * in_all, l2 * in_all, dram, total, waves, blocks)
-
-
-class Move(NamedTuple):
-    """An op without products on tensor cores, or torch's."""
-
-    name: str
-    bytes: float
-    launches: int = 1
-
-    @property
-    def milliseconds(self) -> float:
-        return 1e3 * (self.bytes / DRAM_BYTES + self.launches * LAUNCH)
-
-
-def moves(rows: float, width: int, hidden: int, experts: int, tokens: float, training: bool) -> Iterator[Move]:
-    """Routing, and the launches that only move rows."""
-    token_rows, logits = 2 * tokens * width, 4 * tokens * experts
-    yield Move("router_logits", token_rows + logits)
-    yield Move("topk_gating", logits + 8 * rows + 4 * tokens, 2)
-    yield Move("dispatch", 16 * rows, 3)
-    yield Move("combine", 2 * rows * width + token_rows)
-    if training:
-        yield Move("gate_gradient", 4 * rows * hidden / 128 + token_rows)
-        yield Move("gather_sum", 2 * rows * width + token_rows)
-        yield Move("topk_gating_backward", 2 * logits + 8 * rows + 4 * tokens)
-        yield Move("router_logits_backward", 2 * token_rows + 2 * logits + 8 * 2048 * width, 3)
-        yield Move("sum of x's gradients", 3 * token_rows)
 
 
 def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: float = CUBLAS_FLOPS) -> float:
@@ -118,27 +114,28 @@ def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: fl
     return 1e3 * (flops / cublas_flops + passes / DRAM_BYTES)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """The options that name a layer, the main case by default."""
     for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_layer(parser)
     parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
     parser.add_argument("--cublas", type=float, default=650, help="TFLOP/s of dense_k's products (default 650)")
-    options = parser.parse_args(argv)
-    rows = options.tokens * options.top_k
-    layer = rows, options.width, options.hidden
+    args = parser.parse_args(argv)
+    layer = args.tokens, args.width, args.hidden, args.experts, args.top_k
     print(f"{'launch':22} {'blocks':>6} {'waves':>6} {'tensor':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
     for training in (False, True):
         total = 0.0
-        for product in products(*layer, options.experts, training):
-            found = predict(product, options.l2 * 1e12)
+        for launch in launches(*layer, training):
+            found = predict(launch, args.l2 * 1e12)
             total += found.total
-            times = (found.tensor, found.l2, found.dram, found.total)
-            print(f"{product.name:22} {found.blocks:6} {found.waves:6.1f} " + " ".join(f"{ms:7.2f}" for ms in times))
-        for move in moves(*layer, options.experts, options.tokens, training):
-            total += move.milliseconds
-            print(f"{move.name:22} {'':29} {move.milliseconds:7.2f} {move.milliseconds:7.2f}")
-        peer = dense(*layer, training, options.cublas * 1e12)
+            times = " ".join(f"{ms:7.2f}" for ms in found[:4])
+            print(f"{launch.name:22} {found.blocks or '':6} {found.waves:6.1f} {times}")
+        peer = dense(args.tokens * args.top_k, *layer[1:3], training, args.cublas * 1e12)
         what = "forward + backward" if training else "forward"
         print(f"{what:22} {total:44.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 
 import torch
-from harness import alternate, built_from, print_table, require_device, write_csv
+from harness import alternate, built_from, options, run, write_csv
 
 from clipup_kernels.backends import cpp_cuda
 from clipup_kernels.machine import processor_name
@@ -52,11 +54,6 @@ def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, C
         yield name, lambda f=peer, given=given: f(*given), lambda f=ours, given=given: f(*given)
 
 
-def check(name: str, theirs: object, ours: object) -> None:
-    """Stops the program where the two differ by more than rounding."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda words: f"{name}: {words}")
-
-
 def captured(call: Call) -> Call:
     """The call as a CUDA graph that is replayed."""
     call()
@@ -70,52 +67,48 @@ def captured(call: Call) -> Call:
 def in_a_row(call: Call) -> Call:
     """CALLS of them, waited for."""
 
-    def run() -> None:
+    def calls() -> None:
         for _ in range(CALLS):
             call()
         torch.cuda.synchronize()
 
-    return run
+    return calls
 
 
-def measure(tokens: int, num_experts: int, k: int, seconds: float) -> Iterator[dict]:
-    for name, theirs, ours in stages(tokens, num_experts, k):
-        check(name, theirs(), ours())
-        for how, wrap, clock, calls in (
-            ("launched", lambda call: call, "cuda", 1),
-            ("graph", captured, "cuda", 1),
-            ("in a row", in_a_row, "cpu", CALLS),
-        ):
-            times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", seconds, clock)
-            yield {
-                "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
-                "how": how, "triton_us": f"{times['triton'].median_ms * 1e3 / calls:.1f}",
-                "cuda_us": f"{times['cuda'].median_ms * 1e3 / calls:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
-                **built_from(),
-            }  # fmt: skip
+WAYS: dict[str, tuple[Callable[[Call], Call], str, int]] = {
+    "launched": (lambda call: call, "cuda", 1),
+    "graph": (captured, "cuda", 1),
+    "in a row": (in_a_row, "cpu", CALLS),
+}
+"""How a call is run, the clock, and how many calls that are."""
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for tokens, (num_experts, k) in product(args.tokens, SIZES):
+        for name, theirs, ours in stages(tokens, num_experts, k):
+            torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))
+            for how, (wrap, clock, calls) in WAYS.items():
+                times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", args.seconds, clock)
+                rows.append({
+                    "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts,
+                    "top_k": k, "how": how, "triton_us": f"{times['triton'].median_ms * 1e3 / calls:.1f}",
+                    "cuda_us": f"{times['cuda'].median_ms * 1e3 / calls:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
+                    **built_from(),
+                })  # fmt: skip
+        if args.csv:
+            write_csv(args.csv, rows)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows to FILE, updated after every number of tokens")
+    parser = options(__doc__)
+    parser.set_defaults(device="cuda")
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)")
+    add("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
     args = parser.parse_args(argv)
-    require_device("cuda")
-    if not cpp_cuda.built():
-        raise SystemExit("clipup_kernels/_C is built without CUDA: put nvcc on PATH and build it again")
-    rows = []
-    for tokens in args.tokens:
-        for num_experts, k in SIZES:
-            rows += measure(tokens, num_experts, k, args.seconds)
-        if args.csv:
-            write_csv(args.csv, rows)
-    print_table(rows, ["stage", "tokens", "experts", "top_k", "how", "triton_us", "cuda_us", "ratio"])
-    return 0
+    return run(args, measure, "stage tokens experts top_k how triton_us cuda_us ratio", "microseconds a call")
 
 
 if __name__ == "__main__":

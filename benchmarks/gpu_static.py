@@ -26,7 +26,7 @@ from clipup_kernels.triton.variants import ARCHITECTURES, SHARED_BYTES, Compiled
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS")
 """Counted in the table: tensor cores of sm_90, of sm_100 and of sm_80; loads by TMA and by cp.async."""
 COLUMNS = ("arch", "kernel", "registers", "stack", "shared", "limit", *INSTRUCTIONS, "verdict")
-WIDTHS = (6, 52, 9, 5, 7, 7, 5, 7, 5, 7, 6, 0)
+LINE = "{:6} {:52} {:>9} {:>5} {:>7} {:>7} {:>5} {:>7} {:>5} {:>7} {:>6} {}"
 
 
 def all_variants(arch: int) -> Iterator[Variant]:
@@ -51,22 +51,15 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     return found + [f"no {name}" for name in missing]
 
 
-def line(values: tuple) -> str:
-    """A row of the table: words to the left, numbers to the right."""
-    cells = [str(v).rjust(w) if isinstance(v, int) else str(v).ljust(w) for v, w in zip(values, WIDTHS, strict=True)]
-    return " ".join(cells).rstrip()
-
-
-def check(variant: Variant, arch: int) -> tuple[str, bool]:
-    """A variant's row of the table, and whether all is well with it."""
+def checked(variant: Variant, arch: int) -> tuple[object, ...]:
+    """A variant's row of the table; the verdict is "ok" if all is well with it."""
     try:
         compiled = variants.compile_variant(variant, arch)
     except Exception as error:  # the compiler's own, of many kinds: it is counted, and the table continues
-        return line((f"sm_{arch}", variant.name, *("",) * (len(COLUMNS) - 3), f"does not compile: {error}")), False
-    found = faults(variant, compiled, arch)
+        return (f"sm_{arch}", variant.name, *("",) * (len(COLUMNS) - 3), f"does not compile: {error}")
     counts = (variants.count(name, compiled.sass) for name in INSTRUCTIONS)
     numbers = (compiled.registers, compiled.stack_bytes, compiled.shared_bytes, SHARED_BYTES[arch], *counts)
-    return line((f"sm_{arch}", variant.name, *numbers, "; ".join(found) or "ok")), not found
+    return (f"sm_{arch}", variant.name, *numbers, "; ".join(faults(variant, compiled, arch)) or "ok")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,17 +68,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--match", nargs="+", default=[""], help="compile the kernels whose name holds one of these (default: all)"
     )
-    arguments = parser.parse_args(argv)
-    print(line(COLUMNS))
-    kernels, failures = 0, 0
-    for arch in arguments.arch:
+    args = parser.parse_args(argv)
+    print(LINE.format(*COLUMNS))
+    verdicts = []
+    for arch in args.arch:
         for variant in all_variants(arch):
-            if any(text in variant.name for text in arguments.match):
-                row, well = check(variant, arch)
-                print(row, flush=True)
-                kernels, failures = kernels + 1, failures + (not well)
-    print(f"{kernels} kernels, {failures} failures")
-    return int(failures > 0 or kernels == 0)
+            if any(text in variant.name for text in args.match):
+                row = checked(variant, arch)
+                print(LINE.format(*row), flush=True)
+                verdicts.append(row[-1])
+    failures = len(verdicts) - verdicts.count("ok")
+    print(f"{len(verdicts)} kernels, {failures} failures")
+    return int(failures > 0 or not verdicts)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def read(path: Path) -> list[Row]:
 
 def layer_rows(folder: Path) -> list[Row]:
     """The rows of moe_forward.py and moe_training.py, of all their files."""
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
-    return [row for row in rows if row.get("ratio_to_dense_k")]
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("ratio_to_dense_k")]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -106,12 +105,10 @@ def saved_memory(rows: list[Row]) -> Finding:
 
 def allowed_megabytes(row: Row) -> float:
     """z [R, H]; logits [T, E], gates, experts and both maps of R, offsets, and the router's weight in float32."""
-    tokens, width, hidden, experts, top_k = (
-        int(row[name]) for name in ("tokens", "d_model", "d_hidden", "experts", "top_k")
-    )
-    choices = tokens * top_k
-    routing = 4 * (tokens * experts + 4 * choices + experts + 1 + experts * width)
-    return (choices * hidden * ITEM_BYTES[row["dtype"]] + routing) / 1e6
+    sizes = ("tokens", "d_model", "d_hidden", "experts", "top_k")
+    tokens, width, hidden, experts, top_k = (int(row[name]) for name in sizes)
+    routing = 4 * (tokens * (experts + 4 * top_k) + experts + 1 + experts * width)
+    return (tokens * top_k * hidden * ITEM_BYTES[row["dtype"]] + routing) / 1e6
 
 
 def faster_peers(rows: list[Row]) -> Finding:
@@ -126,12 +123,6 @@ def faster_peers(rows: list[Row]) -> Finding:
         if speed(mine, theirs) < 1
     ]
     return Finding("peers that are faster", "none", "; ".join(faster) or "none", "told" if faster else "pass")
-
-
-def left_out(folder: Path) -> list[str]:
-    """What the benchmarks say they left out, and why, each once."""
-    lines = [line for log in sorted(folder.glob("*.log")) for line in log.read_text(errors="replace").splitlines()]
-    return list(dict.fromkeys(line for line in lines if line.startswith("left out: ")))
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -151,24 +142,14 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     well = all(step["status"] in WELL for step in steps) and not any(
         finding.verdict in ("FAIL", "not measured") for finding in found
     )
-    where = (
-        "{device}, torch {torch}, triton {triton}, commit {commit}".format(**rows[0])
-        if rows
-        else "no layer was measured"
-    )
-    shown = "dtype tokens d_model d_hidden pass impl median_ms tflops ratio_to_dense_k saved_mb peak_mb".split()
+    where = "{device}, torch {torch}, triton {triton}, commit {commit}".format(**rows[0]) if rows else "no layer"
     page = ["# GPU suite", "", where, ""]
-    page += [*table(shown, ([row[column] for column in shown] for row in rows)), ""]
-    launched = "launch ms tflops gbytes_per_s predicted_ms measured_to_predicted".split()
-    chosen = "layer launch choice ms p20_ms p80_ms ratio".split()
-    whole = "model dtype pass batch_size pairs_per_s gflop_per_s speed_to_b16 speed_to_l14".split()
-    staged = "stage tokens experts top_k how triton_us cuda_us ratio".split()
-    files = {"kernels.csv": launched, "choices.csv": chosen, "routing_stages.csv": staged}
-    files |= {"clip_inference.csv": whole, "clip_training.csv": whole}
-    for name, columns in files.items():
-        if (folder / name).is_file():
-            page += [*table(columns, ([row[column] for column in columns] for row in read(folder / name))), ""]
-    page += [line for told in left_out(folder) for line in (told, "")]
+    for path in sorted(folder.glob("*.csv")):
+        if path.name != "steps.csv" and (lines := read(path)):
+            page += [f"{path.stem}:", "", *table(lines[0], (line.values() for line in lines)), ""]
+    logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))]
+    told = [line for log in logs for line in log.splitlines() if line.startswith("left out: ")]
+    page += [line for words in dict.fromkeys(told) for line in (words, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
     page += ["all is well" if well else "not all is well"]
@@ -179,14 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OUTDIR", help="what gpu_suite.sh has written")
     parser.add_argument("--windows", nargs="+", default=["main"], help="windows that ran; main has the main case")
-    arguments = parser.parse_args(argv)
-    folder = arguments.folder
-    if not (folder / "steps.csv").is_file():
-        parser.error(f"{folder} has no steps.csv; benchmarks/gpu_suite.sh writes it")
-    page, well = summary(folder, "main" in arguments.windows)
-    (folder / "summary.md").write_text(page)
+    args = parser.parse_args(argv)
+    page, well = summary(args.folder, "main" in args.windows)
+    (args.folder / "summary.md").write_text(page)
     print(page if len(page) <= PRINTED else f"(the beginning is in summary.md)\n{page[-PRINTED:]}", end="")
-    return 0 if well else 1
+    return int(not well)
 
 
 if __name__ == "__main__":

@@ -34,23 +34,38 @@ class Timing(NamedTuple):
         return {name: f"{getattr(self, name):.{digits}f}" for name in ("median_ms", "p20_ms", "p80_ms")}
 
 
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every program asks for; those that choose neither run on the CPU with torch's threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(device="cpu", threads=torch.get_num_threads())
+    parser.add_argument("--csv", help="file to write the rows to")
+    return parser
+
+
 def timed_options(description: str | None, threads: int, rounds: int, seconds: float) -> argparse.ArgumentParser:
     """A parser of what every program that times on a CPU or a GPU asks for; the numbers are the defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(description)
     add = parser.add_argument
     add("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--rounds", type=int, default=rounds, help=f"least number of alternating rounds (default: {rounds})")
     add("--seconds", type=float, default=seconds, help=f"timing budget of each case (default: {seconds:g})")
-    add("--csv", help="file to write the rows to")
     return parser
 
 
-def begin(args: argparse.Namespace, note: str) -> None:
-    """Stops the program without its device; sets threads, and prints the processor and what ratios are."""
+def run(
+    args: argparse.Namespace, measure: Callable[[argparse.Namespace], list[dict]], columns: str, note: str = ""
+) -> int:
+    """A program that prints the named columns of what it measures, and writes the rows where a file is asked for."""
     require_device(args.device)
     torch.set_num_threads(args.threads)
-    print(f"{processor_name(args.device)}; {note}\n")
+    print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
+    rows = measure(args)
+    print_table(rows, columns.split())
+    if args.csv:
+        write_csv(args.csv, rows)
+        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    return 0
 
 
 def on_device(args: argparse.Namespace, dtype: str) -> dict[str, object]:
@@ -66,26 +81,39 @@ def built_from() -> dict[str, object]:
 
 def gpu_options(description: str | None) -> argparse.ArgumentParser:
     """A parser of what the programs about Triton's kernels ask for."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(description)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--csv", help="also write the table to this file")
     return parser
 
 
-def begin_on_gpu(options: argparse.Namespace, layer: str) -> dict[str, object]:
-    """Stops the program without a GPU; prints and returns what its rows are about."""
-    require_device("cuda")
-    about: dict[str, object] = {"machine": processor_name("cuda")} | built_from()
-    print(*about.values(), layer, options.dtype, sep=", ", flush=True)
-    return {name: about[name] for name in ("machine", "torch", "triton")} | {
-        "layer": layer, "dtype": options.dtype, "commit": about["commit"],
-    }  # fmt: skip
+class GpuTable:
+    """The rows of a program about Triton's kernels on a GPU, written again after every launch."""
+
+    def __init__(self, args: argparse.Namespace, layer: str) -> None:
+        require_device("cuda")
+        self.about = {"machine": processor_name("cuda"), "layer": layer, "dtype": args.dtype} | built_from()
+        print(*self.about.values(), sep=", ", flush=True)
+        self.csv, self.failures = args.csv, 0
+        self.rows: list[dict] = []
+
+    def measure(self, launch: str, run: Callable[[], list[dict]]) -> list[dict]:
+        """Adds and returns the rows of a launch; one that fails is named for the log and the summary, and counted."""
+        try:
+            fresh = [{"launch": launch, **row, **self.about} for row in run()]
+        except Exception as failure:  # a compiler's or a driver's, of many kinds
+            traceback.print_exception(failure)
+            print(f"left out: {launch}: {one_line(failure)}", flush=True)
+            self.failures += 1
+            return []
+        self.rows += fresh
+        if self.csv:
+            write_csv(self.csv, self.rows)
+        return fresh
 
 
-def tell(what: str, failure: Exception) -> None:
-    """Names what failed, for the log and for the summary."""
-    traceback.print_exception(failure)
-    print(f"left out: {what}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
+def one_line(failure: Exception) -> str:
+    """The type of an exception, and the first line of its message."""
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def require_device(device: str) -> None:
@@ -136,8 +164,6 @@ def alternate(
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
     and for ``min_rounds`` at least. Two untimed rounds come first: memory that is kept between calls is there then.
     """
-    if min_rounds < 2:  # one time has no spread
-        raise SystemExit(f"--rounds must be 2 or more, got {min_rounds}")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     for run in [*candidates.values()] * 2:
@@ -149,12 +175,13 @@ def alternate(
             taken = clock(run, device)
             times[name].append(taken)
             ratios[name].append(taken / base)
-    result = {}
-    for name, values in times.items():
-        fifths = quantiles(values, n=5, method="inclusive")
-        ratio = 1.0 if name == baseline else median(ratios[name])
-        result[name] = Timing(median(values) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
-    return result
+    return {name: timing(values, 1.0 if name == baseline else median(ratios[name])) for name, values in times.items()}
+
+
+def timing(seconds: list[float], ratio: float = 1.0) -> Timing:
+    """What repetitions of a call took."""
+    fifths = quantiles(seconds, n=5, method="inclusive")
+    return Timing(median(seconds) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
 
 
 @functools.cache
@@ -177,14 +204,6 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
-
-
-def report(rows: list[dict], columns: str, path: str | None) -> None:
-    """Prints the named columns, and writes the rows where a file is asked for."""
-    print_table(rows, columns.split())
-    if path:
-        write_csv(path, rows)
-        print(f"wrote {len(rows)} rows to {path}", file=sys.stderr)
 
 
 def print_table(rows: list[dict], columns: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import commit, report
+from harness import options, run
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from clipup.data.options import SourceOptions
 from clipup.evaluate.retrieval import retrieval
 from clipup.models.factory import create_model_and_transforms, expecting_random_weights
 from clipup.models.tokenizers import get_tokenizer
-from clipup_kernels.machine import processor_name
 
 FORMS = {
     "bf16": (torch.bfloat16, None),
@@ -42,11 +41,10 @@ OUTLIER, OUTLIERS = 30.0, 0.01
 """How much larger the outlying channels are, and the share of channels that are."""
 
 
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-"""Images and texts of one model, and the image of every text; none for noise."""
-
-
-def inputs_of(model: nn.Module, name: str, preprocess: object, data: str | None, count: int) -> Inputs:
+def inputs_of(
+    model: nn.Module, name: str, preprocess: object, data: str | None, count: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images and texts of one model, and the image of every text; none for noise."""
     if data is None:
         return *random_inputs(model, batch_size=count), None
     samples = [(image, captions) for image, captions, _ in load_eval_samples(data, preprocess, SourceOptions())]
@@ -64,13 +62,10 @@ def features(model: nn.Module, images: Tensor, texts: Tensor) -> tuple[Tensor, T
 
 
 def load(name: str) -> tuple[nn.Module, object]:
-    if Path(name).is_dir():
-        model, _, preprocess = create_model_and_transforms(name)
-    else:
-        with expecting_random_weights():
-            model, _, preprocess = create_model_and_transforms(name, load_weights=False)
-        model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
-    return model.eval(), preprocess
+    trained = Path(name).is_dir()
+    with expecting_random_weights():
+        model, _, preprocess = create_model_and_transforms(name, load_weights=trained)
+    return (model if trained else clipup.upcycle(model, clipup.MoEConfig.clip_up())).eval(), preprocess
 
 
 @torch.no_grad()
@@ -84,8 +79,8 @@ def add_outliers(model: nn.Module) -> None:
         readers = [mlp.in_weight, mlp.router.weight] if sparse else [mlp.c_fc.weight]
         for norm, weights in ((block.ln_1, [block.attn.in_proj_weight]), (block.ln_2, readers)):
             channels = torch.randperm(len(norm.weight))[: max(1, int(OUTLIERS * len(norm.weight)))]
-            for parameter in (norm.weight, norm.bias):
-                parameter[channels] *= OUTLIER
+            norm.weight[channels] *= OUTLIER
+            norm.bias[channels] *= OUTLIER
             for weight in weights:
                 weight[..., channels] /= OUTLIER
 
@@ -103,13 +98,7 @@ def row(
     return values
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="directories of models, or names: CLIP-UP with random weights")
-    parser.add_argument("--data", help="shards or a CSV file for the directories (default: noise)")
-    parser.add_argument("--count", type=int, default=32, help="images and texts of noise (default: 32)")
-    parser.add_argument("--csv", help="file to write the rows to")
-    args = parser.parse_args(argv)
+def measure(args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     rows = []
     for name in args.models:
@@ -125,9 +114,15 @@ def main(argv: list[str] | None = None) -> int:
             for form, (dtype, weights) in FORMS.items():
                 prepared = clipup.accelerate(copy.deepcopy(model).to(dtype), inplace=True, weights=weights)
                 rows.append(row(label, outliers, form, features(prepared, images, texts), exact, pairs))
-    print(f"{processor_name('cpu')}, commit {commit() or 'unknown'}")
-    report(rows, FIELDS, args.csv)
-    return 0
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options(__doc__)
+    parser.add_argument("models", nargs="+", help="directories of models, or names: CLIP-UP with random weights")
+    parser.add_argument("--data", help="shards or a CSV file for the directories (default: noise)")
+    parser.add_argument("--count", type=int, default=32, help="images and texts of noise (default: 32)")
+    return run(parser.parse_args(argv), measure, FIELDS)
 
 
 if __name__ == "__main__":

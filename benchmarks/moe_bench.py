@@ -11,10 +11,11 @@ import torch
 from gemm_peak import GemmPeak
 from harness import (
     DTYPES,
-    Timing,
     alternate,
     built_from,
     commit,
+    one_line,
+    options,
     peak_megabytes,
     print_table,
     require_device,
@@ -34,8 +35,8 @@ INT8_TOLERANCE = 8e-2
 """Of implementations whose weights are quantized; what that does to models is measured by int8_accuracy.py."""
 CHECKED_TOKENS = {"cpu": 96, "cuda": 4096}
 """Tokens that are compared with the oracle: on a GPU enough for experts with many rows, whose tiles are larger."""
-FORWARD_SHAPES = ["197x768x3072", "1576x768x3072", "616x512x2048"]
-TRAINING_SHAPES = ["1576x768x3072", "616x512x2048"]
+TRAINING_SHAPES = [(1576, 768, 3072), (616, 512, 2048)]
+FORWARD_SHAPES = [(197, 768, 3072), *TRAINING_SHAPES]
 FULL = [Case(4928, 512, 2048, 8)]
 FULL += [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
 """What ``--suite full`` adds: large batches, more experts for the same rows, and one expert that takes half of them."""
@@ -48,11 +49,17 @@ SHOWN = (
 )
 
 
-def options(description: str, training: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shape(text: str) -> tuple[int, int, int]:
+    tokens, width, hidden = map(int, text.split("x"))
+    return tokens, width, hidden
+
+
+def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
+    parser = options(description)
     add = parser.add_argument
     shapes = TRAINING_SHAPES if training else FORWARD_SHAPES
-    add("--shapes", nargs="+", default=shapes, help=f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join(shapes)})")
+    text = f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, one)) for one in shapes)})"
+    add("--shapes", nargs="+", type=shape, default=shapes, help=text)
     add("--num-experts", nargs="+", type=int, default=[8], help="experts of the layer (default: 8)")
     add("--top-k", type=int, default=2, help="choices a token (default: 2)")
     text = "skewed: one expert takes half of all rows (default: balanced)"
@@ -66,45 +73,23 @@ def options(description: str, training: bool) -> argparse.ArgumentParser:
     add("--impl", nargs="+", choices=list(PEERS), help="(default: the usual ones that can run here)")
     text = "leave out, by name, another implementation that fails or is off, instead of stopping"
     add("--skip-failing", action="store_true", help=text)
-    add("--threads", nargs="+", type=int, help=f"CPU threads (default: {torch.get_num_threads()}; --suite full: 1 too)")
+    cores = torch.get_num_threads()
+    add("--threads", nargs="+", type=int, help=f"CPU threads (default: {cores}; --suite full: 1 too)")
     add("--device", choices=list(CHECKED_TOKENS), default="cpu", help="(default: cpu)")
     add("--rounds", type=int, help="least number of alternating rounds (default: 3, --suite full: 5)")
     add("--seconds", type=float, help="timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)")
-    add("--csv", help="file to write the rows to")
-    return parser
-
-
-def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
-    parser = options(description, training)
     args = parser.parse_args(argv)
-    for shape in args.shapes:
-        if len(shape.split("x")) != 3 or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
-            parser.error(f"--shapes: expected TOKENSxD_MODELxD_HIDDEN such as 1576x768x3072, got {shape!r}")
     args.impl = args.impl or usual(training, args.device)
     for impl in args.impl:
         if why := refusal(impl, training, args.device):
             parser.error(f"--impl: {impl} {why}")
     full = args.suite == "full"
-    args.rounds = args.rounds if args.rounds is not None else (5 if full else 3)
-    args.seconds = args.seconds if args.seconds is not None else (5.0 if full else 2.0)
-    args.cases = cases(args)
-    for case in args.cases:
-        if not 1 <= args.top_k <= case.experts:
-            parser.error(f"--top-k must be between 1 and --num-experts ({case.experts}), got {args.top_k}")
-        if case.routing == "skewed" and not args.top_k == 2 < case.experts:
-            parser.error("--routing skewed, half of the rows to one expert, needs --top-k 2 and at least 3 experts")
-    if args.device != "cpu":
-        args.threads = [""]
-    all_threads = torch.get_num_threads()
-    args.threads = args.threads or sorted({1, all_threads} if args.suite == "full" else {all_threads})
+    args.rounds = args.rounds or (5 if full else 3)
+    args.seconds = (5.0 if full else 2.0) if args.seconds is None else args.seconds
+    args.threads = [""] if args.device != "cpu" else args.threads or sorted({1, cores} if full else {cores})
+    asked = [Case(*size, *rest) for size, *rest in product(args.shapes, args.num_experts, args.routing)]
+    args.cases = list(dict.fromkeys(asked + (FULL if full else [])))
     return args
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    """What is measured, each case once."""
-    asked = product(args.shapes, args.num_experts, args.routing)
-    listed = [Case(*map(int, shape.split("x")), experts, routing) for shape, experts, routing in asked]
-    return list(dict.fromkeys(listed + (FULL if args.suite == "full" else [])))
 
 
 def check(timed: dict[str, Candidate], dtype: str, device: str, training: bool) -> dict[str, str]:
@@ -130,7 +115,7 @@ def check(timed: dict[str, Candidate], dtype: str, device: str, training: bool) 
                     wrong[impl] = f"is off by {error:.1e} of the largest entry"
         except Exception as failure:  # other projects' own, of every kind; the caller decides what it stops
             traceback.print_exc()
-            wrong[impl] = f"fails: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            wrong[impl] = f"fails: {one_line(failure)}"
     return wrong
 
 
@@ -158,20 +143,13 @@ def saved_megabytes(candidate: Candidate) -> float:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in arguments:
-            storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = candidate.forward()
     del result
-    return sum(storages.values()) / 1e6
-
-
-def peak_of(candidate: Candidate, training: bool) -> float:
-    """MB that a call takes on the GPU at its most, outputs included, inputs and weights not."""
-    with torch.inference_mode(not training):
-        return peak_megabytes(candidate.runner(training))
+    return sum(storages[pointer] for pointer in storages.keys() - arguments) / 1e6
 
 
 def measure(
@@ -190,26 +168,23 @@ def measure(
     with torch.inference_mode(not training):
         runners = {impl: candidate.runner(training) for impl, candidate in timed.items()}
         timings = alternate(runners, BASELINE, args.seconds, args.device, args.rounds)
+        peaks = {impl: f"{peak_megabytes(run):.1f}" if args.device == "cuda" else "" for impl, run in runners.items()}
     peak.measure(dtype, DTYPES[dtype], threads)
-    where = dict(device=processor_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, **case._asdict())
-    return [row(where, impl, timings[impl], timed[impl], training, peak) for impl in args.impl if impl in timed]
-
-
-def row(where: dict, impl: str, timing: Timing, candidate: Candidate, training: bool, peak: GemmPeak) -> dict:
-    rows = where["tokens"] * (1 if impl == "dense_1" else where["top_k"])
-    flops = rows * 2 * 2 * where["d_model"] * where["d_hidden"] * (3 if training else 1)
-    values = where | {
-        "pass": "fwd_bwd" if training else "fwd",
-        "impl": impl,
-        **timing.columns(3),
-        "tflops": f"{flops / timing.median_ms / 1e9:.4g}",
-        "ratio_to_dense_k": f"{timing.ratio:.3f}",
-        "saved_mb": f"{saved_megabytes(candidate) if training else 0:.1f}",
-        "peak_mb": f"{peak_of(candidate, training):.1f}" if candidate.x.is_cuda else "",
-        **built_from(),
-    }
-    values["peak_share"] = f"{peak.share(values):.3f}"
-    return {field: values[field] for field in FIELDS}
+    rows = []
+    for impl in dict.fromkeys(impl for impl in args.impl if impl in timed):
+        num_rows = case.tokens * (1 if impl == "dense_1" else args.top_k)
+        flops = num_rows * 2 * 2 * case.d_model * case.d_hidden * (3 if training else 1)
+        values = built_from() | timings[impl].columns(3) | case._asdict()
+        values |= dict(device=processor_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, impl=impl)
+        values |= {
+            "pass": "fwd_bwd" if training else "fwd",
+            "tflops": f"{flops / timings[impl].median_ms / 1e9:.4g}",
+            "ratio_to_dense_k": f"{timings[impl].ratio:.3f}",
+            "saved_mb": f"{saved_megabytes(timed[impl]) if training else 0:.1f}",
+            "peak_mb": peaks[impl],
+        }
+        rows.append({field: values.get(field, "") for field in FIELDS})
+    return rows
 
 
 def main(description: str, training: bool, argv: list[str] | None = None) -> int:
@@ -221,11 +196,13 @@ def main(description: str, training: bool, argv: list[str] | None = None) -> int
     peak, rows = GemmPeak(args.device), []
     for threads, case, dtype in product(args.threads, args.cases, args.dtype):
         fresh = measure(args, case, dtype, threads, training, peak)
+        rows += fresh
+        for row in rows:  # all rows again: the peak may have risen
+            row["peak_share"] = f"{peak.share(row):.3f}"
         print_table(fresh, columns)
         print(flush=True)
-        rows += fresh
-        if args.csv:  # all rows again: the peak may have risen
-            write_csv(args.csv, [row | {"peak_share": f"{peak.share(row):.3f}"} for row in rows])
+        if args.csv:
+            write_csv(args.csv, rows)
     for (dtype, threads), rate in peak.best.items():
         print(f"peak_share 1.000: {rate:.3f} TFLOP/s, {dtype}" + (f", threads: {threads}" if threads else ""))
     if args.csv:

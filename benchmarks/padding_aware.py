@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, begin, built_from, on_device, report, timed_options
+from harness import DTYPES, alternate, built_from, on_device, run, timed_options
 from torch import Tensor, nn
 
 import clipup
 from clipup.clip.padding_aware import tokens_up_to_pooled
+from clipup.demo.pictograms.sources import concepts
 from clipup.models.factory import create_model_and_transforms, expecting_random_weights
 from clipup.models.tokenizers import get_tokenizer
 
@@ -33,8 +35,6 @@ MODELS = ("ViT-B-16", "clipup-tiny-32")
 def captions(path: str | None, count: int, seed: int = 0) -> list[str]:
     """``count`` captions drawn from the lines of a file, by default from those of the pictograms data set."""
     if path is None:
-        from clipup.demo.pictograms.sources import concepts
-
         lines = [caption for concept in concepts() for caption in concept.captions]
     else:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
@@ -54,15 +54,19 @@ def encoder(model: nn.Module, texts: Tensor, padding_aware: bool) -> Callable[[]
     layers = clipup.moe_layers(model).values()
     configs = [(layer, layer.config.replace(padding_aware=padding_aware)) for layer in layers]
 
-    def run() -> Tensor:
+    def encode() -> Tensor:
         for layer, config in configs:
             layer.config = config
         return model.encode_text(texts, normalize=True)
 
-    return run
+    return encode
 
 
-def measure(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
+def measure(args: argparse.Namespace) -> list[dict]:
+    return [row for name, dtype in product(args.models, args.dtype) for row in measure_one(args, name, dtype)]
+
+
+def measure_one(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
     dense, sparse = build(name, DTYPES[dtype], args.device)
     texts = get_tokenizer(name)(captions(args.captions, args.batch_size)).to(args.device)
     candidates = {
@@ -93,11 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--batch-size", type=int, default=64, help="texts a batch (default: 64)")
     parser.add_argument("--captions", help="text file, a caption a line (default: captions of the pictograms data)")
-    args = parser.parse_args(argv)
-    begin(args, f"ratios are medians of pair-by-pair ratios of time, each over {BASELINE}")
-    rows = [row for name in args.models for dtype in args.dtype for row in measure(args, name, dtype)]
-    report(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens", args.csv)
-    return 0
+    columns = "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens"
+    note = f"ratios are medians of pair-by-pair ratios of time, each over {BASELINE}"
+    return run(parser.parse_args(argv), measure, columns, note)
 
 
 if __name__ == "__main__":

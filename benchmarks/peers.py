@@ -299,26 +299,8 @@ class OnnxInt8:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, texts: Tensor, threads: int) -> None:
-        self.dtype = images.dtype
-        self.towers = {
-            name: _session(_Tower(model, name), example, threads)
-            for name, example in {"encode_image": images.float(), "encode_text": texts}.items()
-        }
-        for name, example in {"encode_image": images.float(), "encode_text": texts}.items():
-            with torch.no_grad():
-                wanted = getattr(model, name)(example)
-            cosine = torch.cosine_similarity(getattr(self, name)(example), wanted).min()
-            if not cosine > 0.99:
-                raise SystemExit(f"onnxruntime's {name} is not the model's: cosine {cosine:.3f}")
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self._run("encode_image", images.float())
-
-    def encode_text(self, texts: Tensor) -> Tensor:
-        return self._run("encode_text", texts)
-
-    def _run(self, tower: str, inputs: Tensor) -> Tensor:
-        return torch.from_numpy(self.towers[tower].run(None, {"inputs": inputs.numpy()})[0])
+        self.encode_image = _on_onnxruntime(_Tower(model, "encode_image"), images.float(), threads)
+        self.encode_text = _on_onnxruntime(_Tower(model, "encode_text"), texts, threads)
 
 
 class _Tower(nn.Module):
@@ -330,18 +312,23 @@ class _Tower(nn.Module):
         return getattr(self.model, self.method)(inputs)
 
 
-def _session(tower: nn.Module, example: Tensor, threads: int):
+@torch.no_grad()
+def _on_onnxruntime(tower: _Tower, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as directory:
         exact, quantized = Path(directory) / "exact.onnx", Path(directory) / "int8.onnx"
-        with torch.no_grad():
-            torch.onnx.export(
-                tower.eval(), (example,), exact, input_names=["inputs"], output_names=["features"], dynamo=True,
-                verbose=False,
-            )  # fmt: skip
+        torch.onnx.export(tower.eval(), (example,), exact, input_names=["inputs"], dynamo=True, verbose=False)
         quantize_dynamic(exact, quantized, per_channel=True, weight_type=QuantType.QInt8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"inputs": inputs.to(example.dtype).numpy()})[0])
+
+    cosine = torch.cosine_similarity(run(example), tower(example)).min()
+    if not cosine > 0.99:
+        raise SystemExit(f"onnxruntime's {tower.method} is not the model's: cosine {cosine:.3f}")
+    return run

@@ -33,11 +33,6 @@ LEGEND_COLUMNS = 5
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-def choose(rows: Sequence[Row]) -> list[Row]:
-    """The rows of single layers, without those of the baseline."""
-    return [row for row in rows if "ratio_to_dense_k" in row and row["impl"] in COLORS]
-
-
 def section_of(row: Row) -> str:
     threads = f", threads: {row['threads']}" if row["threads"] else ""
     return f"{PASSES[row['pass']]} — {row['device']}{threads}"
@@ -71,8 +66,9 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
         axes.plot(ratios, places, linestyle="none", gid=f"{impl}:{name}", **marker(impl))
 
 
-def chart(rows: Sequence[Row]) -> str:
+def chart(rows: Sequence[Row]) -> Figure:
     """A section for every pass, device and number of threads."""
+    rows = [row for row in rows if row["impl"] in COLORS]  # without those of the baseline
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     sections = charts.groups(rows, section_of)
     cases = {title: list(dict.fromkeys(map(case_of, of))) for title, of in sections.items()}
@@ -80,23 +76,21 @@ def chart(rows: Sequence[Row]) -> str:
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]
     limits = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
     heights = [TICK_LABELS + LINE * len(names) for names in cases.values()]
-
-    def paint(figure: Figure) -> None:
-        keys = [Line2D([], [], linestyle="none", label=impl, **marker(impl)) for impl in impls]
-        above, *parts = figure.subfigures(1 + len(sections), 1, height_ratios=[HEAD, *heights])
-        above.legend(handles=keys, loc="center left", ncols=LEGEND_COLUMNS, title=TITLE, title_fontproperties=BOLD)
-        for part, (title, of) in zip(parts, sections.items(), strict=True):
-            part.suptitle(title, x=0.01, ha="left", weight="bold")
-            panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
-            for axes, dtype in zip(panels, dtypes, strict=True):
-                panel(axes, [row for row in of if row["dtype"] == dtype], cases[title], f"{title}, {dtype}", limits)
-                axes.set_title(dtype)
-
-    return charts.draw(LABELS + PANEL * len(dtypes), HEAD + sum(heights), TITLE, paint)
+    figure = charts.figure(LABELS + PANEL * len(dtypes), HEAD + sum(heights))
+    keys = [Line2D([], [], linestyle="none", label=impl, **marker(impl)) for impl in impls]
+    above, *parts = figure.subfigures(1 + len(sections), 1, height_ratios=[HEAD, *heights])
+    above.legend(handles=keys, loc="center left", ncols=LEGEND_COLUMNS, title=TITLE, title_fontproperties=BOLD)
+    for part, (title, of) in zip(parts, sections.items(), strict=True):
+        part.suptitle(title, x=0.01, ha="left", weight="bold")
+        panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+        for axes, dtype in zip(panels, dtypes, strict=True):
+            panel(axes, [row for row in of if row["dtype"] == dtype], cases[title], f"{title}, {dtype}", limits)
+            axes.set_title(dtype)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, choose, "with a ratio_to_dense_k", chart, argv)
+    return charts.main(__doc__, chart, argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from clipup.inspection.figures.charts import spread
 PANEL, HEAD = 320, 100  # px
 LABEL_GAP = 13  # px between neighbouring labels
 TICKS = (0.25, 0.5, 1, 2, 4, 8)
-DENSE, SPARSE, ACCELERATED = "#57606a", "#e0660a", "#0969da"
+COLORS = {"accelerated": "#0969da", "CLIP-UP": "#e0660a", "": "#57606a"}
+"""By a part of a model's name, the first that it has."""
 PASSES = {"fwd": "inference", "fwd_bwd": "training step"}
 BASELINE = "ViT-B-16"
 TITLE = "Measured time against counted FLOPs, both relative to dense ViT-B-16"
@@ -32,19 +33,6 @@ Point = tuple[str, float, float]
 
 def panel_of(row: Row) -> tuple[str, str]:
     return row["pass"], row["dtype"]
-
-
-def choose(rows: Sequence[Row]) -> list[Row]:
-    """The rows of whole models; none if a pass or dtype lacks the baseline."""
-    models = [row for row in rows if {"pass", "model", "speed_to_b16"} <= row.keys()]
-    compared = {panel_of(row) for row in models if row["model"] == BASELINE}
-    return models if compared == set(map(panel_of, models)) else []
-
-
-def color(model: str) -> str:
-    if "accelerated" in model:
-        return ACCELERATED
-    return SPARSE if "CLIP-UP" in model else DENSE
 
 
 def relative(rows: Sequence[Row]) -> list[Point]:
@@ -65,9 +53,9 @@ def panel(axes: Axes, points: Sequence[Point], limits: tuple[float, float]) -> N
         heights = [PANEL * (math.log(time) - low) / (high - low) for _, _, time in of_side]
         shifts = [place - height for place, height in zip(spread(heights, LABEL_GAP, 0, PANEL), heights, strict=True)]
         for (model, flops, time), shift in zip(of_side, shifts, strict=True):
-            ink = color(model)
+            ink = next(color for part, color in COLORS.items() if part in model)
             axes.plot(flops, time, "o", color=ink, gid=f"{axes.get_title(loc='left')}: {model}")
-            name = "accelerated" if ink == ACCELERATED else model.removeprefix("ViT-")
+            name = "accelerated" if "accelerated" in model else model.removeprefix("ViT-")
             axes.annotate(
                 f"{name} {time:.2f}",
                 (flops, time),
@@ -79,7 +67,7 @@ def panel(axes: Axes, points: Sequence[Point], limits: tuple[float, float]) -> N
             )
 
 
-def chart(rows: Sequence[Row]) -> str:
+def chart(rows: Sequence[Row]) -> Figure:
     """The panels side by side."""
     groups = charts.groups(rows, panel_of)
     points = {key: relative(group) for key, group in groups.items()}
@@ -87,21 +75,19 @@ def chart(rows: Sequence[Row]) -> str:
     limits = min(values) / 2, max(values) * 1.4  # room for labels
     first = rows[0]
     where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
-
-    def paint(figure: Figure) -> None:
-        note = f"{where}; below the dashed line: less time than the FLOPs predict"
-        figure.suptitle(f"{TITLE}\n{note}", x=0.01, ha="left")
-        panels = figure.subplots(1, len(points), squeeze=False)[0]
-        for axes, ((pass_, dtype), group) in zip(panels, points.items(), strict=True):
-            batch = groups[pass_, dtype][0]["batch_size"]
-            axes.set_title(f"{PASSES[pass_]}, {dtype}, batch {batch}", loc="left", weight="bold")
-            panel(axes, group, limits)
-
-    return charts.draw(PANEL * len(points), HEAD + PANEL, TITLE, paint)
+    figure = charts.figure(PANEL * len(points), HEAD + PANEL)
+    note = f"{where}; below the dashed line: less time than the FLOPs predict"
+    figure.suptitle(f"{TITLE}\n{note}", x=0.01, ha="left")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, ((pass_, dtype), group) in zip(panels, points.items(), strict=True):
+        batch = groups[pass_, dtype][0]["batch_size"]
+        axes.set_title(f"{PASSES[pass_]}, {dtype}, batch {batch}", loc="left", weight="bold")
+        panel(axes, group, limits)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, choose, f"of clip_throughput.py with a {BASELINE} in every pass and type", chart, argv)
+    return charts.main(__doc__, chart, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness import report
+from harness import options, run
 
 from clipup.clip.word_tokenizer import WordTokenizer, split_words
 from clipup.data.shard_names import expand_shards
@@ -22,6 +22,10 @@ from clipup.data.skips import Skips
 from clipup.demo.pictograms.captions import same_words
 from clipup.models.tokenizers import get_tokenizer
 
+COLUMNS = (
+    "split images captions images_trained captions_trained captions_unknown_word captions_same_tokens "
+    "captions_same_words"
+)
 TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")
 
 
@@ -50,19 +54,16 @@ def share(of: list[str], counts: Iterable[int]) -> str:
     return f"{100 * sum(counts) / len(of):.1f}"
 
 
+def measure(args: argparse.Namespace) -> list[dict[str, str]]:
+    tokenizer, trained = get_tokenizer(args.model), set(captions(args.data, TRAIN))
+    return [row(split, captions(args.data, split), trained, tokenizer) for split in SPLITS]
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("data", type=Path, help="data set made by `python -m studies icons`")
     parser.add_argument("--model", default="clipup-icons-w64", help="whose words are known (default: clipup-icons-w64)")
-    parser.add_argument("--csv", help="file to write the rows to")
-    args = parser.parse_args(argv)
-    tokenizer = get_tokenizer(args.model)
-    if not isinstance(tokenizer, WordTokenizer):
-        raise SystemExit(f"--model {args.model} reads no whole words, so none can be unknown to it")
-    trained = set(captions(args.data, TRAIN))
-    rows = [row(split, captions(args.data, split), trained, tokenizer) for split in SPLITS]
-    report(rows, " ".join(rows[0]), args.csv)
-    return 0
+    return run(parser.parse_args(argv), measure, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
-from harness import commit, report
+from harness import built_from, clock, options, run
 from open_clip.loss import ClipLoss
 from torch import nn
 
@@ -30,40 +30,33 @@ from clipup.demo.options import START
 from clipup.demo.pictograms.build import build
 from clipup.models.tokenizers import get_tokenizer
 from clipup.train import Every, TrainOptions, train
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import processor_name
 
-IN_MEMORY, SHARDS = "in memory", "shards"
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class BareLoop:
-    """Training steps on one batch without a trainer."""
+def bare_loop(model: nn.Module, batch: Batch, lr: float, steps: int) -> Callable[[], float]:
+    """A run of ``steps`` training steps on one batch without a trainer; it returns the mean seconds of a step."""
+    model = copy.deepcopy(model).train()
+    groups = clipup.parameter_groups(model, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    parameters, clip_loss = [parameter for group in groups for parameter in group["params"]], ClipLoss()
 
-    def __init__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], lr: float) -> None:
-        self.model, self.batch = copy.deepcopy(model).train(), batch
-        groups = clipup.parameter_groups(self.model, weight_decay=0.1)
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.loss = ClipLoss()
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        output = self.model(*self.batch)
-        loss = self.loss(output["image_features"], output["text_features"], output["logit_scale"])
-        (loss + clipup.aux_loss(self.model)).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-
-    def seconds_of(self, steps: int) -> float:
-        """Of one step, as a mean over ``steps``."""
-        start = time.perf_counter()
+    def run() -> None:
         for _ in range(steps):
-            self.step()
-        return (time.perf_counter() - start) / steps
+            optimizer.zero_grad()
+            output = model(*batch)
+            loss = clip_loss(output["image_features"], output["text_features"], output["logit_scale"])
+            (loss + clipup.aux_loss(model)).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+    return lambda: clock(run, "cpu") / steps
 
 
-def measure(model: nn.Module, loader: object, bare: BareLoop, args: argparse.Namespace) -> dict[str, str]:
+def measure_pairs(model: nn.Module, loader: object, batch: Batch, args: argparse.Namespace) -> dict[str, str]:
     """The numbers of a row. The first pair is not counted: memory that is kept between steps is there after it."""
-    per_step: list[float] = []
+    bare, per_step = bare_loop(model, batch, args.lr, args.steps_of_pair), []
     options = TrainOptions(
         logs=None,
         steps=args.steps_of_pair * (args.pairs + 1),
@@ -76,21 +69,45 @@ def measure(model: nn.Module, loader: object, bare: BareLoop, args: argparse.Nam
         precision="fp32",
         device="cpu",
     )
-    after = Every(args.steps_of_pair, lambda _: per_step.append(bare.seconds_of(args.steps_of_pair)))
-    done = train(options, model=model, loader=loader, callbacks=[after])
+    after = Every(args.steps_of_pair, lambda _: per_step.append(bare()))
+    done = train(options, model=copy.deepcopy(model), loader=loader, callbacks=[after])
     pairs = list(zip(done.history, per_step, strict=True))[1:]
     shares = [record["data_time"] / record["batch_time"] for record, _ in pairs]
     overheads = [(record["batch_time"] - record["data_time"]) / seconds - 1 for record, seconds in pairs]
     return {
         "batch_ms": f"{1e3 * median(record['batch_time'] for record, _ in pairs):.1f}",
-        "bare_step_ms": f"{1e3 * median(seconds for _, seconds in pairs):.1f}",
+        "bare_step_ms": f"{1e3 * median(per_step[1:]):.1f}",
         "data_share": f"{median(shares):.4f}",
         "overhead": f"{median(overheads):.4f}",
     }
 
 
+def measure(args: argparse.Namespace) -> list[dict]:
+    dense, _, preprocess = clipup.create_model_and_transforms(str(START), output_dict=True)
+    models = {"dense": dense, "CLIP-UP": clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
+    tokenizer = get_tokenizer(str(START))
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.data is None:
+            args.data = Path(scratch, "data")
+            build(args.data)
+        for where, reading in {"in memory": dict(workers=0, cache=True), "shards": dict(workers=args.workers)}.items():
+            loader = train_loader(args.data, preprocess, tokenizer, args.batch_size, progress=False, **reading)
+            batch = next(iter(loader.dataloader))
+            rows += [
+                {
+                    "device": processor_name("cpu"), "threads": args.threads, "model": name, "data": where,
+                    "workers": reading["workers"], "batch_size": args.batch_size,
+                    **measure_pairs(model, loader, batch, args),
+                    "pairs": args.pairs, "steps_of_pair": args.steps_of_pair, **built_from(),
+                }
+                for name, model in models.items()
+            ]  # fmt: skip
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", help="directory written by `clipup data` (default: the demo's pictograms, built)")
     parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: 0.0002)")
@@ -98,39 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes that read shards (default: 1)")
     parser.add_argument("--pairs", type=int, default=20, help="counted pairs of measurements a row (default: 20)")
     parser.add_argument("--steps-of-pair", type=int, default=10, help="steps of each side of a pair (default: 10)")
-    parser.add_argument("--csv", help="file to write the rows to")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        data = args.data or Path(scratch, "data")
-        if args.data is None:
-            build(data)
-        rows = rows_of(data, args)
-    print(f"{processor_name('cpu')}, {args.threads} thread(s) train, {args.workers} process(es) read shards\n")
-    report(rows, "model data batch_ms bare_step_ms data_share overhead", args.csv)
-    return 0
-
-
-def rows_of(data: str | Path, args: argparse.Namespace) -> list[dict[str, str]]:
-    dense, _, preprocess = clipup.create_model_and_transforms(str(START), output_dict=True)
-    models = {"dense": dense, "CLIP-UP": clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
-    tokenizer = get_tokenizer(str(START))
-    readers = {IN_MEMORY: {"workers": 0, "cache": True}, SHARDS: {"workers": args.workers}}
-    rows = []
-    for where, options in readers.items():
-        loader = train_loader(data, preprocess, tokenizer, args.batch_size, progress=False, **options)
-        batch = next(iter(loader.dataloader))
-        for name, model in models.items():
-            numbers = measure(copy.deepcopy(model), loader, BareLoop(model, batch, args.lr), args)
-            rows.append(
-                {
-                    "device": processor_name("cpu"), "threads": str(args.threads), "model": name, "data": where,
-                    "workers": str(options["workers"]), "batch_size": str(args.batch_size), **numbers,
-                    "pairs": str(args.pairs), "steps_of_pair": str(args.steps_of_pair), "commit": commit(),
-                    "torch": torch.__version__, "triton": package_version("triton"),
-                }
-            )  # fmt: skip
-    return rows
+    return run(parser.parse_args(argv), measure, "model data batch_ms bare_step_ms data_share overhead")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from harness import alternate, begin, built_from, report, timed_options
+from harness import alternate, built_from, run, timed_options
 
 import clipup
 from clipup.clip.flops import count
@@ -64,15 +64,7 @@ def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Call
     return lambda: train_step([(images, texts)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, threads=1, rounds=5, seconds=30)
-    parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
-    parser.add_argument("--data", help="shards to take the batch from, such as icons/validation-*.tar (default: noise)")
-    parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
-    parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
-    args = parser.parse_args(argv)
-    begin(args, "seconds_ratio is the median of pair-by-pair ratios")
-
+def measure(args: argparse.Namespace) -> list[dict]:
     with expecting_random_weights():
         dense, _, preprocess = create_model_and_transforms(args.model, load_weights=False)
     batch = random_inputs(dense, args.batch_size) if args.data is None else real_batch(args, preprocess)
@@ -84,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     gflops = {name: 3 * (of.image_gflops + of.text_gflops) for name, of in counts.items()}
     steps = {name: step(model, batch, args) for name, model in models.items()}
     timings = alternate(steps, BASELINE, args.seconds, args.device, args.rounds)
-    rows = [
+    return [
         {
             "device": processor_name(args.device), "precision": args.precision,
             "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
@@ -95,8 +87,16 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name, timing in timings.items()
     ]  # fmt: skip
-    report(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio", args.csv)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = timed_options(__doc__, threads=1, rounds=5, seconds=30)
+    parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
+    parser.add_argument("--data", help="shards to take the batch from, such as icons/validation-*.tar (default: noise)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
+    parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
+    columns = "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio"
+    return run(parser.parse_args(argv), measure, columns, "seconds_ratio is the median of pair-by-pair ratios")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import transformers
-from harness import DTYPES, alternate, begin, commit, on_device, report, timed_options
+from harness import DTYPES, alternate, commit, on_device, run, timed_options
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -54,23 +56,19 @@ class Case:
         self.experts, self.training = experts, training
         weight = experts.down_proj
         generator = torch.Generator().manual_seed(tokens)
-        self.x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-        scores = torch.rand(tokens, weight.shape[0], generator=generator)
-        top = scores.softmax(-1).topk(top_k)
+        x, dy = torch.randn(2, tokens, weight.shape[1], generator=generator).to(weight)
+        self.x, self.dy = x.requires_grad_(training), dy
+        top = torch.rand(tokens, weight.shape[0], generator=generator).softmax(-1).topk(top_k)
         self.index = top.indices.to(weight.device)
-        self.weights = (top.values / top.values.sum(-1, keepdim=True)).to(weight.device, weight.dtype)
-        self.dy = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+        self.weights = (top.values / top.values.sum(-1, keepdim=True)).to(weight)
 
     def run(self, implementation: str) -> list[Tensor]:
         """The output, and in training the gradients of tokens and weights."""
         self.experts.config._experts_implementation = implementation
-        parameters = list(self.experts.parameters())
-        if not self.training:
-            with torch.no_grad():
-                return [self.experts(self.x, self.index, self.weights)]
-        x = self.x.detach().requires_grad_()
-        y = self.experts(x, self.index, self.weights)
-        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], self.dy)]
+        with torch.set_grad_enabled(self.training):
+            y = self.experts(self.x, self.index, self.weights)
+        inputs = [self.x, *self.experts.parameters()]
+        return [y.detach(), *(torch.autograd.grad(y, inputs, self.dy) if self.training else ())]
 
     def gathered_gb(self) -> float:
         """What ``batched_mm`` copies: the weights of every token and choice."""
@@ -88,7 +86,11 @@ def check(case: Case, implementations: list[str], precision: str) -> None:
                 raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
 
 
-def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[str, str]]:
+def measure(args: argparse.Namespace) -> list[dict]:
+    return [row for name, dtype in product(args.models, args.dtypes) for row in measure_model(name, dtype, args)]
+
+
+def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     with torch.device("meta"):
         experts, top_k = MODELS[name]()
@@ -98,24 +100,22 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
         for parameter in experts.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     rows = []
-    for tokens in args.tokens:
-        for training in (False, True):
-            case = Case(experts, top_k, tokens, training)
-            fits = case.gathered_gb() <= args.gather_gb
-            chosen = [one for one in IMPLEMENTATIONS if one in {*args.impl, BASELINE} and (one != "batched_mm" or fits)]
-            print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
-            check(case, chosen, precision)
-            candidates = {one: lambda one=one, case=case: case.run(one) for one in chosen}
-            for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
-                rows.append(
-                    {
-                        **on_device(args, precision), "model": name, "tokens": tokens,
-                        "pass": "fwd_bwd" if training else "fwd", "impl": one,
-                        **timing.columns(), "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
-                        "commit": commit(), "torch": torch.__version__,
-                        "transformers": package_version("transformers"),
-                    }
-                )  # fmt: skip
+    for tokens, training in product(args.tokens, (False, True)):
+        case = Case(experts, top_k, tokens, training)
+        fits = case.gathered_gb() <= args.gather_gb
+        chosen = [one for one in IMPLEMENTATIONS if one in {*args.impl, BASELINE} and (one != "batched_mm" or fits)]
+        print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
+        check(case, chosen, precision)
+        candidates = {one: partial(case.run, one) for one in chosen}
+        rows += [
+            {
+                **on_device(args, precision), "model": name, "tokens": tokens,
+                "pass": "fwd_bwd" if training else "fwd", "impl": one,
+                **timing.columns(), "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
+                "commit": commit(), "torch": torch.__version__, "transformers": package_version("transformers"),
+            }
+            for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items()
+        ]  # fmt: skip
     return rows
 
 
@@ -131,11 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="tokens a batch (default: 64 512)")
     parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
-    args = parser.parse_args(argv)
-    begin(args, "ratios are medians of pair-by-pair ratios")
-    rows = [row for name in args.models for dtype in args.dtypes for row in measure(name, dtype, args)]
-    report(rows, "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm", args.csv)
-    return 0
+    columns = "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm"
+    return run(parser.parse_args(argv), measure, columns, "ratios are medians of pair-by-pair ratios")
 
 
 if __name__ == "__main__":

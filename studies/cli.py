@@ -10,14 +10,12 @@ from pathlib import Path
 import tyro
 
 from clipup.cli import reporting_errors, run_subcommand
-from clipup.train import TrainingInterrupted
 
 from .icon_data.build import Sets, build
 from .runner import config, page, runner
 from .scene_data import build as scenes
 
 PROGRAM = "python -m studies"
-_DIVERGED, _INTERRUPTED = 1, 130  # exit codes
 
 
 @dataclass
@@ -32,6 +30,17 @@ class _DataSet:
     """Replace another data set in OUT."""
     processes: int | None = None
     """Rendering processes. None: one per CPU."""
+
+    def show(self, dataset: dict) -> int:
+        print(f"{dataset['name']} in {self.out}:")
+        for name, split in dataset["splits"].items():
+            twins = dataset["left_out_twins"].get(name, {"same": 0, "near": 0})
+            print(
+                f"  {name:<13}{split['images']:>8,} images; "
+                f"{twins['same']:,} duplicates, {twins['near']:,} near-duplicates left out"
+            )
+        print("captions, rules and skipped drawings: dataset.json; makers and licences: LICENSES.md")
+        return 0
 
 
 @dataclass
@@ -64,16 +73,7 @@ class Icons(_DataSet):
             sets=Sets.read().without(self.leave_out),
             test_drawings=self.test_drawings,
         )
-        print(f"{dataset['name']} in {self.out}, {self.size} x {self.size} pixels:")
-        for name, split in dataset["splits"].items():
-            copies = dataset["left_out_twins"].get(name)
-            left_out = f"; {copies['same']:,} duplicates, {copies['near']:,} near-duplicates left out" if copies else ""
-            sets, captions = len(split["images_by_set"]), split["distinct_captions"]
-            print(f"  {name:<13}{split['images']:>8,} images of {sets} sets, {captions:,} captions{left_out}")
-        for reason, count in dataset["skipped"].items():
-            print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
-        print("makers and licences: LICENSES.md in it; words removed from names: captions.json")
-        return 0
+        return self.show(dataset)
 
 
 @dataclass
@@ -87,12 +87,7 @@ class Scenes(_DataSet):
         dataset = scenes.build(
             self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes
         )
-        print(f"{dataset['name']} in {self.out}: {len(dataset['concepts']):,} concepts, {dataset['size']} pixels")
-        for name, split in dataset["splits"].items():
-            drawings, concepts = split["drawings"], split["concepts"]
-            print(f"  {name:<13}{drawings:>8,} drawings of {concepts:,} concepts, {split['images']:,} scenes")
-        print(f"left out for twins: {dataset['left_out_twins']}; makers and licences: LICENSES.md in it")
-        return 0
+        return self.show(dataset)
 
 
 @dataclass
@@ -120,16 +115,7 @@ class Run:
         files = sorted(self.files, key=lambda file: (config.read(file).steps, file.name))
         for number, file in enumerate(files, 1):
             print(f"[{number}/{len(files)}] {file.stem}", flush=True)
-            try:
-                print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
-            except FloatingPointError as error:
-                print(f"{PROGRAM}: {file.stem}: {error}", flush=True)
-                return _DIVERGED
-            except TrainingInterrupted as stopped:
-                print(
-                    f"python -m studies: stopped, saved {stopped.checkpoint}; the same command resumes it", flush=True
-                )
-                return _INTERRUPTED
+            print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
         return 0
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -146,21 +146,24 @@ def _make(
         splits.split_of(caption, icon.set in sets.test, seed) for icon, caption in zip(icons, texts, strict=True)
     ]
     samples, pictures, skipped = _render(icons, texts, assigned, options["size"], processes, progress)
-    if test_drawings:
-        samples = _with_test_drawings(samples, seed)
+    if test_drawings:  # an icon that cannot be drawn does not count as a set's training drawing of a caption
+        columns = zip(*((one.split, one.icon.set, one.caption) for one in samples), strict=True)
+        moved = splits.hold_out_drawings(*columns, seed)
+        samples = [replace(one, split=split) for one, split in zip(samples, moved, strict=True)]
     names = (*splits.SPLITS, splits.TEST_DRAWINGS) if test_drawings else splits.SPLITS
-    kept, duplicates = splits.without_duplicates([sample.split for sample in samples], pictures, names, progress)
+    apart_from = {name: others for name, others in splits.APART_FROM.items() if name in names}
+    kept, duplicates = near_duplicates.keep_apart([one.split for one in samples], pictures, apart_from, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
     written = {
-        split: shard_writer.write_shards(directory, split, _files(split, members), _SAMPLES_PER_SHARD)
+        split: shard_writer.write_shards(directory, split, list(_files(split, members)), _SAMPLES_PER_SHARD)
         for split, members in by_split.items()
     }
     vocabulary = count_vocabulary((sample.caption for sample in by_split["train"]), WORDS_AT_LEAST)
     (directory / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
-    style_words = sorted(captions.STYLE_WORDS)
-    shard_writer.write_json(directory / "captions.json", {**_CAPTION_RULES, "style_words": style_words, "cut": cut})
+    said = {**_CAPTION_RULES, "style_words": sorted(captions.STYLE_WORDS), "cut": cut}
+    shard_writer.write_json(directory / "captions.json", said)
     content = {
         "splits": {split: _counts(members) | {"shards": written[split]} for split, members in by_split.items()},
         "rules": _RULES | ({splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS} if test_drawings else {}),
@@ -196,13 +199,6 @@ def _render(
     return samples, np.stack(pictures), dict(sorted(skipped.items()))
 
 
-def _with_test_drawings(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """After rendering, since an icon that cannot be drawn does not count as a set's training drawing of a caption."""
-    columns = zip(*((sample.split, sample.icon.set, sample.caption) for sample in samples), strict=True)
-    assigned = splits.hold_out_drawings(*columns, seed)
-    return [replace(sample, split=split) for sample, split in zip(samples, assigned, strict=True)]
-
-
 def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:
     try:
         picture = iconify.render(svg, size)
@@ -213,14 +209,11 @@ def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:
     return file.getvalue(), near_duplicates.grey(picture)
 
 
-def _files(split: str, members: Iterable[Sample]) -> list[shard_writer.Sample]:
-    files = []
+def _files(split: str, members: Iterable[Sample]) -> Iterator[shard_writer.Sample]:
     for sample in members:
+        about = json.dumps({"captions": [sample.caption], "group": sample.icon.set}).encode()
         content = {"png": sample.png, "txt": sample.caption.encode()}
-        if split != "train":
-            content["json"] = json.dumps({"captions": [sample.caption], "group": sample.icon.set}).encode()
-        files.append((sample.icon.key, content))
-    return files
+        yield sample.icon.key, content if split == "train" else content | {"json": about}
 
 
 def _counts(members: Sequence[Sample]) -> dict:

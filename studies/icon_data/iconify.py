@@ -15,13 +15,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from clipup.extras import missing, needed_for
+from PIL import Image
+
+from clipup.extras import needed_for
 from clipup.progress import progress as shown
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PACKAGE = "@iconify/json"
 _DEFAULT_SIDE = 16  # the format's own
@@ -74,10 +72,8 @@ def renderer_version() -> str:
     Raises:
         ImportError: resvg-py is not installed.
     """
-    try:
+    with needed_for("drawing icons", "demo"):
         return importlib.metadata.version("resvg-py")
-    except importlib.metadata.PackageNotFoundError:
-        raise missing("drawing icons", "resvg-py", "demo") from None
 
 
 def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
@@ -107,13 +103,11 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
     return [described for described, _ in read], [icon for _, icons in read for icon in icons]
 
 
-def render(svg: str, size: int) -> Image:
+def render(svg: str, size: int) -> Image.Image:
     """Renders an icon: RGB, black or in its own colors on white, `size` x `size` pixels, centered if it is not square.
 
     Raises ValueError: it is unreadable, or embeds an image from a file.
     """
-    from PIL import Image
-
     with needed_for("drawing icons", "demo"):
         import resvg_py
 
@@ -132,12 +126,10 @@ def _document(icon: dict) -> str:
     width, height = icon.get("width", _DEFAULT_SIDE), icon.get("height", _DEFAULT_SIDE)
     x, y = left + width / 2, top + height / 2
     turns = icon.get("rotate", 0) % _QUARTER_TURNS
-    moves = []
-    if turns:
-        moves.append(f"rotate({90 * turns} {x:g} {y:g})")
-    if icon.get("hFlip") or icon.get("vFlip"):
-        across, down = (-1 if icon.get("hFlip") else 1), (-1 if icon.get("vFlip") else 1)
-        moves.append(f"translate({x:g} {y:g}) scale({across} {down}) translate({-x:g} {-y:g})")
+    flips = [-1 if icon.get(flip) else 1 for flip in ("hFlip", "vFlip")]
+    moves = [f"rotate({90 * turns} {x:g} {y:g})"] if turns else []
+    if -1 in flips:
+        moves.append(f"translate({x:g} {y:g}) scale({flips[0]} {flips[1]}) translate({-x:g} {-y:g})")
     body = f'<g transform="{" ".join(moves)}">{icon["body"]}</g>' if moves else icon["body"]
     side = max(width, height)
     return (

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL.Image import Image, Resampling
 
 from clipup.progress import progress as shown
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SIDE = 32
 """Side in pixels of the gray images that are compared."""
@@ -35,8 +32,6 @@ _PICTURES, _ROWS = 1 << 15, 512
 
 def grey(picture: Image) -> np.ndarray:
     """An image as uint8 [SIDE, SIDE]."""
-    from PIL.Image import Resampling
-
     small = picture.convert("L")
     return np.asarray(small if small.size == (SIDE, SIDE) else small.resize((SIDE, SIDE), Resampling.BOX))
 

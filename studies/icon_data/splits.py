@@ -16,11 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-
 from clipup.demo.pictograms.captions import place, same_words
-
-from . import near_duplicates
 
 SPLITS = ("train", "validation", "test_styles", "test_names")
 TEST_DRAWINGS = "test_drawings"
@@ -30,7 +26,7 @@ TEST_DRAWINGS_SHARE = 0.08
 _PURPOSE = "clipup icons"
 # The splits in which a held-out drawing must have no near-duplicate. Drawings of TEST_DRAWINGS count as training
 # drawings for the others, which therefore do not depend on whether it exists.
-_NO_DUPLICATE_IN = {
+APART_FROM = {
     "test_styles": ("train", TEST_DRAWINGS),
     "test_names": ("train", TEST_DRAWINGS),
     TEST_DRAWINGS: ("train",),
@@ -72,19 +68,6 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
         TEST_DRAWINGS if split == "train" and (of, caption) in moved else split
         for split, of, caption in zip(splits, sets, captions, strict=True)
     ]
-
-
-def without_duplicates(
-    splits: Sequence[str], pictures: np.ndarray, names: Sequence[str] = SPLITS, progress: bool = False
-) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """``near_duplicates.keep_apart``: held-out drawings have no duplicate in the training split, and validation's none
-    in a test split. The held-out drawing is the one removed, so the training split does not depend on the test splits.
-
-    Args:
-        names: the splits of the data set.
-    """
-    apart_from = {name: others for name, others in _NO_DUPLICATE_IN.items() if name in names}
-    return near_duplicates.keep_apart(splits, pictures, apart_from, progress)
 
 
 def order(keys: Sequence[str], seed: int) -> list[int]:

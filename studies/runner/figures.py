@@ -38,11 +38,9 @@ def _over_training(tables: Tables) -> dict[str, str]:
     recall = [_over_flops(tables, arm, groups) for arm, groups in several.items()]
     longest = [groups[-1][0] for groups in several.values()]
     starts = {run.config["start"] for run in tables.results.values()}
-    continued = [run for run in longest if run.name not in starts]  # whose losses differ by little
-    longest = continued or longest
+    longest = [run for run in longest if run.name not in starts] or longest  # whose losses differ by little
     loss = [_over_steps(run, run.training, "contrastive") for run in longest]
-    sparse = [runs[0] for _, runs in tables.groups if runs[0].layers]
-    alike = [_over_steps(run, run.validations, "similarity") for run in sparse]
+    alike = [_over_steps(run, run.validations, "similarity") for _, (run, *_) in tables.groups if run.layers]
     figures = {
         "recall": (
             recall,
@@ -99,8 +97,5 @@ def _chart(
 
 
 def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
-    return Series(_legend(run), [line["step"] for line in lines], [line[field] for line in lines])
-
-
-def _legend(run: Result) -> str:
-    return f"{label(run.config['arm'])}, {short(run.config['steps'])}"
+    legend = f"{label(run.config['arm'])}, {short(run.config['steps'])}"
+    return Series(legend, [line["step"] for line in lines], [line[field] for line in lines])

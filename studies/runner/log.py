@@ -66,9 +66,7 @@ def load_ratio(layer: Record) -> float:
 
 def _window(records: list[Record]) -> Record:
     line = {"kind": "train", "step": records[-1]["step"], "lr": records[-1]["lr"]}
-    for name in _MEANS:
-        if name in records[0]:
-            line[name] = _mean([record[name] for record in records])
+    line |= {name: _mean([record[name] for record in records]) for name in _MEANS if name in records[0]}
     if "layers" in records[0]:
         line["load"] = _mean([load_ratio(layer) for record in records for layer in record["layers"].values()])
     return line

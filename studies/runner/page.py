@@ -30,12 +30,10 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
 
     Raises:
-        FileNotFoundError, ValueError: no template, no logs, or an invalid log.
-        jinja2.TemplateError: the template fails.
+        FileNotFoundError, ValueError: no logs, or an invalid log.
+        jinja2.TemplateError: no template (an OSError too), or it fails.
     """
     study, out = Path(study).resolve(), Path(out)
-    if not (study / TEMPLATE).is_file():
-        raise FileNotFoundError(f"there is no {TEMPLATE} in {study}; name the directory of a study")
     shown: dict[str, Tables] = {}
 
     def tables_of(name: str) -> Tables:

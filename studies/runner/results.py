@@ -132,28 +132,19 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
     return max(sorted(by_rate), key=strength)
 
 
-def started_from(result: Result, results: dict[str, Result]) -> Result | None:
-    """The run that a run starts from.
+def before(result: Result, results: dict[str, Result]) -> list[Result]:
+    """The run that a run starts from, the one that this starts from, and so on.
 
     Raises:
-        ValueError: it has no log.
+        KeyError: one of them has no log.
     """
     name = result.config["start"]
-    if name is not None and name not in results:
-        raise ValueError(f"{result.name} starts from {name}, which has no log: run it too, or leave {result.name} out")
-    return results.get(name)
+    return [] if name is None else [results[name], *before(results[name], results)]
 
 
 def start_steps(result: Result, results: dict[str, Result]) -> int | None:
     """The steps of the run that a run starts from."""
-    start = started_from(result, results)
-    return None if start is None else start.config["steps"]
-
-
-def before(result: Result, results: dict[str, Result]) -> list[Result]:
-    """The run that a run starts from, the one that this starts from, and so on."""
-    start = started_from(result, results)
-    return [] if start is None else [start, *before(start, results)]
+    return next((start.config["steps"] for start in before(result, results)), None)
 
 
 def of_start(results: dict[str, Result], steps: int) -> dict[str, Result]:
@@ -174,11 +165,6 @@ def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float
     hits = [measure.unpack(one.test[split][f"{way}_hits"], count).astype(float) for one in (a, b)]
     differences = hits[0] - hits[1]
     return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for a single value."""
-    return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 _T_95 = (
@@ -210,9 +196,6 @@ def lead(
 ) -> Lead:
     """The lead of the first of each pair over the second, one pair per seed; mean over splits and directions."""
     differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]
-    mean, spread = mean_and_spread(differences)
     count = len(differences)
-    if count > len(_T_95) + 1:
-        raise ValueError(f"intervals are for at most {len(_T_95) + 1} seeds, got {count}")
-    half = None if spread is None else _T_95[count - 2] * spread / math.sqrt(count)
-    return Lead(mean, half, count)
+    half = _T_95[count - 2] * stdev(differences) / math.sqrt(count) if count > 1 else None
+    return Lead(fmean(differences), half, count)

@@ -66,7 +66,10 @@ def run(
         return path
     for one in _in_order(config, file, runs_directory):
         _keep_config(one, runs_directory)
-        path = _write_log(_Run(one, data, runs_directory, device, part=_generation(one, file)), logs)
+        records = _Run(one, data, runs_directory, device, part=_generation(one, file)).records()
+        path = logs / f"{one.name}{log.SUFFIX}"
+        if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
+            log.write(path, records)  # an equal log is kept, with the cost of the first time
     return path
 
 
@@ -96,25 +99,14 @@ def _in_order(config: StudyRun, file: str | Path, runs_directory: str | Path) ->
     """The runs that a run needs and that have no model yet, and then itself."""
     found: dict[str, StudyRun] = {}
 
-    def add(one: StudyRun, above: tuple[str, ...]) -> None:
+    def add(one: StudyRun) -> None:
         for name in one.needed:
-            if name in above:
-                raise ValueError(f"start: the runs form a circle through {name}; one of them must have no start")
             if name not in found and not _model(runs_directory, name).is_dir():
-                add(read(beside(file, name)), (*above, name))
+                add(read(beside(file, name)))
         found[one.name] = one
 
-    add(config, (config.name,))
+    add(config)
     return list(found.values())
-
-
-def _write_log(run: _Run, logs: Path) -> Path:
-    """Runs it and writes its log. An equal existing log is kept, with the cost of the first time."""
-    path = logs / f"{run.config.name}{log.SUFFIX}"
-    records = run.records()
-    if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
-        log.write(path, records)
-    return path
 
 
 class _Run:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
-from statistics import fmean
+from statistics import fmean, stdev
 
 from clipup.evaluate.retrieval import WAYS
 from clipup.inspection.figures.format import MISSING, percent
@@ -14,14 +14,12 @@ from clipup.inspection.figures.format import MISSING, percent
 from . import results
 from .results import Result
 
-_SEEDS_OF_A_START = 2  # one has no interval
-
 
 class Tables:
     """Tables in Markdown, with rows ordered by budget and arm. A group holds the runs of one arm and budget."""
 
     def __init__(self, found: dict[str, Result]) -> None:
-        self.results = found
+        self.results = dict(sorted(found.items()))
 
     @cached_property
     def groups(self) -> list[tuple[results.Group, list[Result]]]:
@@ -39,8 +37,6 @@ class Tables:
 
     def difference(self, run: str, other: str) -> str:
         """R@1 of a run minus that of another one, mean over styles, names and directions, in points."""
-        if run not in self.results or other not in self.results:
-            return MISSING
         return _lead(results.lead([(self.results[run], self.results[other])]))
 
     def with_runs_of(self, other: Tables) -> Tables:
@@ -72,7 +68,7 @@ class Tables:
         for group, runs in self.groups:
             config = runs[0].config
             cells = [label(group.arm), f"{config['steps']:,}", f"{config['lr']:g}", str(len(runs)), self._pflop(runs)]
-            for way, (name, written) in product(WAYS, (("R@1", percent), ("R@5", percent), ("nll", _nll))):
+            for way, (name, written) in product(WAYS, (("R@1", percent), ("R@5", percent), ("nll", "{:.3f}".format))):
                 cells.append(_spread([run.test[split][f"{way}_{name}"] for run in runs], written))
             rows.append(cells)
         measures = [head for way in WAYS for head in (f"{way}_R@1 %", "R@5 %", "NLL")]
@@ -120,8 +116,6 @@ class Tables:
                 if group._replace(arm=name) in of_group
             }
             seeds = sorted(set.intersection(*map(set, of_arm.values())))
-            if not seeds:
-                raise ValueError(f"{', '.join(of_arm)} of {group.budget} steps have no seed in common: run one more")
             found = {name: [of_seed[seed] for seed in seeds] for name, of_seed in of_arm.items()}
             starts = self.starts_of(found[arm])
             if starts and not lines:
@@ -136,12 +130,11 @@ class Tables:
 
     def validation(self, run: str) -> str:
         """A run's R@1 on validation, mean of both directions, for a sentence."""
-        return percent(self.results[run].selection, 2) if run in self.results else MISSING
+        return percent(self.results[run].selection, 2)
 
     def similarity(self, run: str) -> str:
         """The cosine between a run's experts at the end, for a sentence."""
-        cosine = self.results[run].similarity if run in self.results else None
-        return MISSING if cosine is None else f"{cosine:.2f}"
+        return f"{self.results[run].similarity:.2f}"
 
     def verdict(
         self, arm: str, others: dict[str, str], measure: str = "R@1", splits: Sequence[str] = results.TESTS
@@ -201,7 +194,7 @@ class Tables:
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
         leads over both, at its smallest budget, over the seeds that all arms of all rows have. Starts with a single
-        seed are left out while others have more."""
+        seed are left out."""
         fewer, more = others
         starts, seeds = self.comparable_starts(arm, others)
         lines = []
@@ -219,8 +212,7 @@ class Tables:
             pairs = self.of_start(steps).shortest_pairs(arm)
             of_arms = [{ours.config["seed"] for ours, _ in pairs.get(other, [])} for other in others]
             seeds[steps] = set.intersection(*of_arms)
-        enough = min(_SEEDS_OF_A_START, max(map(len, seeds.values()), default=0))
-        starts = [steps for steps in self.starts if len(seeds[steps]) >= max(1, enough)]
+        starts = [steps for steps in self.starts if len(seeds[steps]) > 1]  # one seed has no interval
         return starts, sorted(set.intersection(*(seeds[steps] for steps in starts))) if starts else []
 
     def recovery(self, arms: Sequence[str]) -> str:
@@ -272,12 +264,11 @@ class Tables:
     def experts(self) -> str:
         """Similarity of the experts and balance of their load at the end of each run."""
         rows = []
-        for run in self._by_name():
-            if run.layers:
-                loads = [layer["load"] for layer in run.layers.values()]
-                dropped = percent(fmean(layer["dropped"] for layer in run.layers.values()))
+        for run in self.results.values():
+            if layers := run.layers.values():
+                loads, dropped = ([layer[name] for layer in layers] for name in ("load", "dropped"))
                 cells = [f"`{run.name}`", f"{run.similarity:.3f}", f"{fmean(loads):.2f}", f"{max(loads):.2f}"]
-                rows.append([*cells, dropped])
+                rows.append([*cells, percent(fmean(dropped))])
         return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
 
     def costs(self) -> str:
@@ -293,7 +284,7 @@ class Tables:
             "hours, 1 thread": lambda cost: f"{cost['seconds'] / 3600:.2f}",
             "machine": lambda cost: cost["machine"]["processor"],
         }
-        rows = [[f"`{run.name}`", *(cell(run.cost) for cell in columns.values())] for run in self._by_name()]
+        rows = [[f"`{run.name}`", *(cell(run.cost) for cell in columns.values())] for run in self.results.values()]
         return _table(["run", *columns], rows)
 
     def machines(self) -> str:
@@ -309,9 +300,6 @@ class Tables:
                 raise ValueError(f"seed {seed} has runs on {of_seed[seed]} and {processor}: run the seed again on one")
         seeds = {name: [str(seed) for seed, of in of_seed.items() if of == name] for name in of_seed.values()}
         return _table(["machine", "seeds"], [[name, ", ".join(of)] for name, of in seeds.items()])
-
-    def _by_name(self) -> list[Result]:
-        return sorted(self.results.values(), key=lambda run: run.name)
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
         """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
@@ -338,8 +326,8 @@ class Tables:
         return {group.arm: pairs for group, pairs in self._pairs(arm) if group.budget == budget}
 
     def starts_of(self, runs: Sequence[Result]) -> list[Result]:
-        starts = [results.started_from(run, self.results) for run in runs]
-        return [start for start in starts if start is not None]
+        """What the runs start from, for those that start from another run."""
+        return [start for run in runs for start in results.before(run, self.results)[:1]]
 
     def _pflop(self, runs: Sequence[Result]) -> str:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
@@ -364,9 +352,9 @@ def _lead(lead: results.Lead) -> str:
 
 
 def _verdict(lead: results.Lead, better: int = 1) -> str:
-    if lead.half_width is None:
-        return "one seed"
-    return "not decided" if not lead.sure else "better" if better * lead.mean > 0 else "worse"
+    if not lead.sure:
+        return "one seed" if lead.half_width is None else "not decided"
+    return "better" if better * lead.mean > 0 else "worse"
 
 
 def _nats(lead: results.Lead) -> str:
@@ -376,8 +364,7 @@ def _nats(lead: results.Lead) -> str:
 
 def _with_interval(lead: results.Lead, scale: int, decimals: int) -> str:
     text = f"{scale * lead.mean:+.{decimals}f}"
-    if lead.half_width is not None:
-        text += f" ± {scale * lead.half_width:.{decimals}f}"
+    text += "" if lead.half_width is None else f" ± {scale * lead.half_width:.{decimals}f}"
     return f"**{text}**" if lead.sure else text
 
 
@@ -385,14 +372,10 @@ def _recall(runs: Sequence[Result], splits: Sequence[str]) -> str:
     return percent(fmean(run.mean("R@1", splits) for run in runs), 2)
 
 
-def _nll(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
     """Mean, and ± the standard deviation over seeds if there are several."""
-    mean, spread = results.mean_and_spread(values)
-    return written(mean) if spread is None else f"{written(mean)} ± {written(spread)}"
+    spread = f" ± {written(stdev(values))}" if len(values) > 1 else ""
+    return written(fmean(values)) + spread
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -96,10 +97,12 @@ def _make(
     described, used, drawings, left_out = _drawings(package, sets, number, seed, processes, progress)
     train = drawings["train"]
     np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
-    written = {"train": [_file(directory / DRAWINGS_FILE)]}
+    path = directory / DRAWINGS_FILE  # described as the shards are, so that it is looked after like these
+    about = {"file": path.name, "samples": 0, "bytes": path.stat().st_size, "sha256": shard_writer.sha256(path)}
+    written = {"train": [about]}
     for place, (split, count) in enumerate(groups.items()):
         draw = np.random.default_rng([seed, place, _EVALUATION])
-        files = _scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw)
+        files = list(_scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw))
         written[split] = shard_writer.write_shards(directory, split, files, 4096)
     counts = {
         split: {
@@ -161,11 +164,6 @@ def _drawings(
     return described, used, drawings, left_out
 
 
-def _file(path: Path) -> dict:
-    """The drawings beside the shards of ``shard_writer.write_shards``, so that they are looked after like these."""
-    return {"file": path.name, "samples": 0, "bytes": path.stat().st_size, "sha256": shard_writer.sha256(path)}
-
-
 def _draw(svg: str) -> tuple[np.ndarray, np.ndarray] | None:
     """An icon's mask and its picture for comparison; None if it cannot be read or seen."""
     try:
@@ -176,14 +174,11 @@ def _draw(svg: str) -> tuple[np.ndarray, np.ndarray] | None:
     return (mask, picture) if int(mask.max()) > _FAINT else None
 
 
-def _scenes(drawings: Drawings, groups: int, draw: np.random.Generator) -> list[shard_writer.Sample]:
+def _scenes(drawings: Drawings, groups: int, draw: np.random.Generator) -> Iterator[shard_writer.Sample]:
     scenes = sample(draw, drawings, groups)
-    files = []
     shown_and_said = zip(pictures(scenes, drawings.masks), captions_of(scenes, drawings.names), strict=True)
     for number, (picture, caption) in enumerate(shown_and_said):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
-        about = {"captions": [caption], "group": number // GROUP}
-        members = {"png": file.getvalue(), "txt": caption.encode(), "json": json.dumps(about).encode()}
-        files.append((f"{number:05d}", members))
-    return files
+        about = json.dumps({"captions": [caption], "group": number // GROUP}).encode()
+        yield f"{number:05d}", {"png": file.getvalue(), "txt": caption.encode(), "json": about}

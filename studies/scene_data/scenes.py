@@ -74,13 +74,7 @@ class Scenes(NamedTuple):
 
 
 def sample(draw: np.random.Generator, drawings: Drawings, groups: int) -> Scenes:
-    """Random groups, [GROUP * groups] scenes.
-
-    Raises:
-        ValueError: there are fewer than three concepts.
-    """
-    if len(drawings.counts) < 3:
-        raise ValueError(f"drawings: got {len(drawings.counts)} concepts, expected at least 3")
+    """Random groups, [GROUP * groups] scenes, of three concepts or more."""
     first, second, other = _distinct(draw, len(drawings.counts), 3, groups)
     colours = np.stack(_distinct(draw, len(COLOURS), 2, groups), 1)
     relation = draw.integers(len(RELATIONS), size=groups)

@@ -77,28 +77,13 @@ def test_a_step_that_fails_is_recorded_the_others_run_and_what_is_not_installed_
 
 def test_what_matters_most_comes_first_with_options_of_the_programs(whole):
     suite, _, steps = whole
-    order = list(steps)
-    assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
+    order = ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
+    assert list(steps)[: len(order)] == order
     for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
         (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
         args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
         assert args.device == "cuda" and args.skip_failing and args.csv == str(suite.out / f"{step}.csv")
-        tokens = [case.tokens for case in args.cases]
-        assert tokens == [50_000] if step != "forward_sizes" else tokens[0] == 4096 and tokens[-1] == max(tokens)
-
-
-def test_the_smoke_step_names_about_25_tests_of_every_op(whole):
-    pytest.importorskip("triton")
-    (command,) = [line for line in whole[0].log("smoke").splitlines() if " -k " in line]
-    file, _, chosen = command.partition("tests/clipup_kernels/")[2].partition(" -m not slow -k ")
-    listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", f"tests/clipup_kernels/{file}", "-m", "not slow"]
-        + ["-k", chosen], capture_output=True, text=True, cwd=SUITE.parents[1],
-    )  # fmt: skip
-    names = [line.partition("::")[2] for line in listed.stdout.splitlines() if "::" in line]
-    assert 20 <= len(names) <= 30, listed.stdout
-    for part in ("triton_is_used", "gating", "rows", "small_experts", "experts_follow", "host_never_waits"):
-        assert any(part in name for name in names), part
+        assert (args.cases[0].tokens == 50_000) == (step != "forward_sizes")
 
 
 def test_a_window_runs_its_own_steps_after_the_build_and_packs_them_beside_other_files(suite):

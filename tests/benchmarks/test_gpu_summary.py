@@ -42,7 +42,6 @@ def test_everything_shown_is_a_pass(tmp_path, capsys):
 
 def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
-    assert found["fwd: ratio_to_dense_k"] == ("0.95", "pass")
     assert found["fwd: times as fast as cuBLAS loop"] == (f"{1.2 / 0.95:.3g}", "pass")
     assert found["fwd_bwd: times as fast as grouped_mm"] == (f"{1.5 / 1.02:.3g}", "pass")
     assert found["fwd: TFLOP/s (aim)"] == (f"{650 / 0.95:.3g}", "met")
@@ -79,9 +78,7 @@ def test_what_was_not_measured_or_did_not_end_well_is_no_pass(tmp_path, change):
 
 def test_peers_that_are_faster_are_named_with_case_and_factor(tmp_path):
     assert verdicts(measured(tmp_path))["peers that are faster"] == ("", "no peer is installed")
-    folder = measured(tmp_path, more=[row("scattermoe", 1.2, "fwd_bwd")])
-    assert verdicts(folder)["peers that are faster"] == ("none", "pass")
     folder = measured(tmp_path, more=[row("sonicmoe", 0.85, "fwd_bwd"), row("scattermoe", 1.2, "fwd_bwd")])
-    told, verdict = verdicts(folder)["peers that are faster"]
-    assert verdict == "told" and told == "sonicmoe 1.20 times as fast (bf16 50000 768 3072 8 2 balanced fwd_bwd)"
+    words = "sonicmoe 1.20 times as fast (bf16 50000 768 3072 8 2 balanced fwd_bwd)"
+    assert verdicts(folder)["peers that are faster"] == (words, "told")
     assert gpu_summary.main([str(folder)]) == 0

@@ -1,7 +1,5 @@
 """docs/architecture.md and CONTRIBUTING.md name rooms and files that exist."""
 
-from __future__ import annotations
-
 import re
 import runpy
 

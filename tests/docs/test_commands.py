@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+from functools import partial
 
 import pytest
 from documents import PAGES, ROOT, blocks, commands, commands_of, inline_code, name
@@ -22,18 +23,15 @@ class Parsed(Exception):
 def parses(monkeypatch):
     """Whether a program accepts these arguments, up to the point where it would begin."""
 
-    def only(parse):
-        def stop(*args, **kwargs):
-            options = parse(*args, **kwargs)
-            if hasattr(options, "check"):
-                options.check()
-            raise Parsed
-
-        return stop
+    def only(parse, *args, **kwargs):
+        options = parse(*args, **kwargs)
+        if hasattr(options, "check"):
+            options.check()
+        raise Parsed
 
     for place, function in (("tyro", "cli"), ("clip_benchmark.cli", "get_parser_args")):
         module = importlib.import_module(place)
-        monkeypatch.setattr(module, function, only(getattr(module, function)))
+        monkeypatch.setattr(module, function, partial(only, getattr(module, function)))
 
     def try_it(program, *arguments):
         try:
@@ -49,10 +47,6 @@ def parses(monkeypatch):
 @pytest.mark.parametrize("command", SHOWN, ids=" ".join)
 def test_command_parses(command, parses):
     assert parses(*command)
-
-
-def test_a_command_that_would_fail_is_found(parses):
-    assert not parses("clipup", "train", "--no-such-option", "1")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

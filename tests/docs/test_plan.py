@@ -1,7 +1,5 @@
 """The table of docs/plan.md is what clipup.plan computes."""
 
-from __future__ import annotations
-
 import pytest
 from documents import ROOT, tables
 

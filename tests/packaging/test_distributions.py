@@ -27,27 +27,20 @@ def distributions(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sdist_holds_what_a_build_and_the_tests_need(distributions):
+def test_sdist_and_wheel_hold_the_sources_and_the_licence(distributions):
     with tarfile.open(distributions[0]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ["csrc", "tests", "benchmarks", "examples"]:
-        for path in (ROOT / folder).rglob("*.[ch]*"):
-            if "__pycache__" not in path.parts:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    wheel = set(zipfile.ZipFile(distributions[1]).namelist())
+    sources = [(source, folder, "*.[ch]*") for folder in ("csrc", "tests", "benchmarks", "examples")]
+    for names, folder, files in (*sources, (wheel, "clipup", "*"), (wheel, "clipup_kernels", "*")):
+        for path in (ROOT / folder).rglob(files):
+            if path.is_file() and path.suffix not in {".pyc", ".so"} and "cache" not in str(path.parent):
                 assert path.relative_to(ROOT).as_posix() in names
-    assert {"CMakeLists.txt", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py"} <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_packages_their_data_and_the_licence(distributions):
-    names = set(zipfile.ZipFile(distributions[1]).namelist())
-    for package in ["clipup", "clipup_kernels"]:
-        for path in (ROOT / package).rglob("*"):
-            is_source = path.is_file() and path.suffix not in {".pyc", ".so"} and "cache" not in str(path.parent)
-            assert not is_source or path.relative_to(ROOT).as_posix() in names
-    assert any(name.startswith("clipup_kernels/_C.") for name in names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"clipup", "clipup_kernels"}
+    assert {"CMakeLists.txt", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py"} <= source
+    assert not [name for name in source if name.endswith((".so", ".pyc"))]
+    assert any(name.startswith("clipup_kernels/_C.") for name in wheel)
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    assert {name.split("/")[0].partition("-")[0] for name in wheel} == {"clipup", "clipup_kernels"}
 
 
 @pytest.mark.slow

@@ -22,10 +22,3 @@ def test_all_holds_every_extra():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     assert set(re.findall(r"\w+", everything)) == set(extras) - {"all"} | {"clipup"}
-
-
-def test_the_makefile_installs_what_a_build_requires():
-    # read_configuration leaves [build-system] out
-    requires = re.search(r"requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
-    installs = re.search(r"^BUILD_TOOLS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert {need.strip('" ') for need in requires.split(",")} == {need.strip("'") for need in installs.split()}

@@ -1,7 +1,5 @@
 """Reading and rendering icons in Iconify's format."""
 
-from __future__ import annotations
-
 import numpy
 import pytest
 from PIL import Image
@@ -32,14 +30,3 @@ def test_icons_are_turned_and_flipped_as_their_format_says(make_package, frame, 
 
     difference = numpy.abs(numpy.asarray(plain.transpose(turned), float) - numpy.asarray(other, float))
     assert difference.mean() < 2 and difference.mean() < numpy.abs(numpy.asarray(plain, float) - 255).mean() / 10
-
-
-def test_a_wide_icon_keeps_its_proportions(make_package):
-    def widen(sets):
-        sets["mdi"]["icons"] = {"wide": {"body": '<rect width="48" height="24"/>', "width": 48, "height": 24}}
-
-    _, (icon,) = iconify.read_set(make_package(widen), "mdi")
-    dark = numpy.asarray(iconify.render(icon.svg, 32).convert("L")) < 128
-
-    assert dark.any(1).sum() == 16 and dark.any(0).sum() == 32
-    assert dark[8:24].all()  # in the middle

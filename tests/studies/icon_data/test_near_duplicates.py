@@ -1,7 +1,5 @@
 """Duplicates and near-duplicates among drawings."""
 
-from __future__ import annotations
-
 import numpy
 import pytest
 from small_icons import drawing

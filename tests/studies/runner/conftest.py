@@ -1,7 +1,5 @@
 """Logs of runs that never ran."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -34,7 +32,6 @@ def records(
     start: str | None = None,
     score: float = 0.5,
     gflops: float = 10.0,
-    hits: list[bool] | None = None,
     layers: dict[str, Any] | None = None,
     budget: int | None = None,
     validation: float | None = None,
@@ -47,7 +44,7 @@ def records(
             fifth of both.
         validation: the same of validation; default: ``score``.
     """
-    answered = torch.zeros(8, dtype=torch.bool) if hits is None else torch.tensor(hits)
+    answered = torch.tensor([True] * 4 + [False] * 4)
 
     def split(r1: float, captions: int = 8) -> log.Record:
         record: log.Record = {"gallery": 8, "captions": captions}
@@ -65,9 +62,9 @@ def records(
         "lr": lr,
         "seed": seed,
         "start": start,
+        "budget": budget,
         "data": DATA,
     }
-    config["budget"] = budget
     along = {"similarity": 0.9} if layers else {}
     cost = {"steps": 5, "pairs": 2500, "gflops_per_pair": 0.01, "train_gflops": gflops, "params": 10**6}
     return [
@@ -106,11 +103,10 @@ def write(tmp_path):
 @pytest.fixture
 def found(write, make_records):
     """A dense start, dense and sparse continuations at two rates, and a second seed of the sparse one."""
-    hits = [True] * 4 + [False] * 4
     return write(
         make_records("base", "dense", score=0.4, gflops=2e6),
         make_records("dense-a", "dense_continued", 0.1, start="base", score=0.50, gflops=1e6),
         make_records("dense-b", "dense_continued", 0.2, start="base", score=0.45, gflops=1e6),
-        make_records("sparse-a", "clip_up", 0.1, start="base", score=0.52, gflops=1.5e6, hits=hits, layers=LAYERS),
+        make_records("sparse-a", "clip_up", 0.1, start="base", score=0.52, gflops=1.5e6, layers=LAYERS),
         make_records("sparse-s1", "clip_up", 0.1, seed=1, start="base", score=0.56, gflops=1.5e6, layers=LAYERS),
     )

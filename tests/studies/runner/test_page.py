@@ -1,7 +1,5 @@
 """The page of a study is that of its logs."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -9,7 +7,6 @@ from studies import cli
 from studies.runner import page as study_page
 
 ROOT = Path(__file__).parents[3]
-FIGURES = {"recall", "loss", "similarity"}
 
 
 def test_the_committed_page_is_the_one_of_the_committed_logs(tmp_path):
@@ -25,6 +22,6 @@ def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(found, t
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs" / "study.md")]) == 0
 
     names = {Path(name).name for name in capsys.readouterr().out.split()}
-    assert names == {"study.md"} | {f"study_{name}.svg" for name in FIGURES}
+    assert names == {"study.md"} | {f"study_{name}.svg" for name in ("recall", "loss", "similarity")}
     page = (tmp_path / "docs" / "study.md").read_text()
     assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page and "1 of 2 runs have no log yet" in page

@@ -1,9 +1,5 @@
 """Runs of a study on tiny data with a tiny model: logs that come out the same however often a run was stopped."""
 
-from __future__ import annotations
-
-import io
-import json
 import os
 import random
 import signal
@@ -12,12 +8,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from picture_samples import png
 
 from clipup.data import shard_writer
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
-from studies.runner import config, log, measure, results, runner
+from studies.runner import config, log, measure, runner
 from studies.scene_data.stream import SceneStream
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
@@ -75,10 +71,8 @@ def data(tmp_path_factory) -> Path:
     for split, count in SPLITS.items():
         samples = []
         for number in range(count):
-            file, caption = io.BytesIO(), f"colour {number % 9}"
-            Image.new("RGB", (16, 16), tuple(draw.randrange(256) for _ in range(3))).save(file, "PNG")
-            about = json.dumps({"captions": [caption], "group": "a"}).encode()
-            samples.append((f"{split}-{number}", {"png": file.getvalue(), "txt": caption.encode(), "json": about}))
+            files = {"png": png(draw.randrange(256)), "txt": f"colour {number % 9}".encode()}
+            samples.append((f"{split}-{number}", files))
         written[split] = {"images": count, "shards": shard_writer.write_shards(directory, split, samples, 100)}
     shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split["shards"]])
     shard_writer.write_json(directory / "dataset.json", {"name": "squares", "fingerprint": "f", "splits": written})
@@ -94,8 +88,7 @@ def whole(tmp_path_factory, data):
 
 
 def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
-    records, dense = whole.run("sparse"), whole.run("dense")
-
+    records = whole.run("sparse")
     head, cost = records[0], records[-1]
     assert head["start"] == "dense" and head["moe_cfg"]["num_experts"] == 4 and head["data"]["images"]["train"] == 40
     assert head["step0_difference"] < 1e-5 and not {"others", "clusters", "teacher", "moe_lr_scale"} & head.keys()
@@ -105,52 +98,13 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
     assert similarities == sorted(similarities, reverse=True) and similarities[0] < 1
     (test,) = kinds(records, "test")
     assert list(test)[1:] == ["test_styles", "test_names", "test_drawings", "validation"]
-    assert test["test_styles"]["gallery"] == 16 and test["test_styles"]["captions"] == 9
-    assert kinds(records, "layers") and kinds(dense, "layers") == []
+    for way, count in (("text_to_image", 9), ("image_to_text", 16)):
+        hits = measure.unpack(test["test_styles"][f"{way}_hits"], count)
+        assert hits.mean() == pytest.approx(test["test_styles"][f"{way}_R@1"])
+    assert kinds(records, "layers") and kinds(whole.run("dense"), "layers") == []
     assert cost["pairs"] == 12 * 8 and cost["train_gflops"] == pytest.approx(3 * cost["gflops_per_pair"] * 96)
-    assert cost["machine"]["threads"] == 1 and cost["seconds"] > 0
     expected = {name: backend_info()[name] for name in ("instructions", "matmul_dtypes")}  # what a run's bits depend on
-    assert expected.items() <= cost["machine"].items()
-
-
-def test_hits_average_to_recall_and_give_paired_differences(whole):
-    found = results.read(whole.directory / "logs")
-    for split in results.TESTS:
-        for way, size in (("text_to_image", "captions"), ("image_to_text", "gallery")):
-            for one in found.values():
-                hits = measure.unpack(one.test[split][f"{way}_hits"], one.test[split][size])
-                assert hits.mean() == pytest.approx(one.test[split][f"{way}_R@1"])
-            difference, _ = results.paired_difference(found["sparse"], found["dense"], split, way)
-            r1 = [found[name].test[split][f"{way}_R@1"] for name in ("sparse", "dense")]
-            assert difference == pytest.approx(r1[0] - r1[1])
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_a_gpu_names_it(data, tmp_path):
-    study = Study(tmp_path, data, dense=DENSE, sparse=SPARSE)
-    path = runner.run(study.directory / "sparse.yaml", data, study.directory / "runs", device="cuda")
-    assert log.read(path)[-1]["machine"]["processor"] == torch.cuda.get_device_name()
-
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(whole, data, tmp_path, monkeypatch):
-    study = Study(tmp_path, data, dense=DENSE, sparse=SPARSE)
-    study.run("dense")
-    forward, calls = open_clip.CLIP.forward, []
-
-    def interrupting(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) in (5, 9):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(study.model("sparse")), "forward", interrupting)
-    for _ in range(2):
-        with pytest.raises(TrainingInterrupted):
-            study.run("sparse")
-    assert log.reproducible(study.run("sparse")) == log.reproducible(whole.run("sparse"))
-    assert len(calls) == 12  # every step once: nothing was trained twice
+    assert (expected | {"threads": 1}).items() <= cost["machine"].items()
 
 
 @pytest.mark.slow
@@ -166,19 +120,6 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data
     study.run("sparse")
     assert (study.directory / "runs" / "dense" / "model").is_dir()
     assert (study.directory / "logs" / "dense.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "configs",
-    [
-        {"sparse": SPARSE, "dense": DENSE + "start: sparse\n"},
-        {"sparse": SPARSE, "dense": DENSE + "teacher: sparse\n"},
-        {"sparse": SPARSE.replace("start: dense", "start: sparse")},
-    ],
-)
-def test_a_circle_of_runs_is_refused(data, tmp_path, configs):
-    with pytest.raises(ValueError, match="start: .* circle through sparse"):
-        Study(tmp_path, data, **configs).run("sparse")
 
 
 def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale(data, tmp_path):
@@ -210,12 +151,9 @@ def test_experts_may_be_of_several_runs_or_of_clusters_with_a_teacher_and_a_rate
 def test_a_log_has_as_many_windows_whatever_the_number_of_steps(steps):
     every = 1 if steps < 100 else 10
     history = [{"step": step, "lr": 0.1, "loss": 1.0 * step} for step in range(every, steps + 1, every)]
-
     lines = list(log.training(history, steps))
-
     ends = [line["step"] for line in lines]
     assert len(lines) == min(len(history), log.WINDOWS) and ends[-1] == history[-1]["step"]
-    assert max(b - a for a, b in zip([0, *ends], ends, strict=False)) <= steps / log.WINDOWS + every
     means = [(a + every + b) / 2 for a, b in zip([0, *ends], ends, strict=False)]
     assert [line["loss"] for line in lines] == pytest.approx(means)
 

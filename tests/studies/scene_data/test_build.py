@@ -1,12 +1,10 @@
 """Building the scenes data set from a small package in Iconify's format, and training batches from it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_scenes import SETS, SMALL, THINGS, TRAIN
+from small_scenes import SMALL, THINGS, TRAIN
 
 from clipup.data.loaders import describe, eval_samples
 from studies.scene_data import concepts
@@ -42,19 +40,16 @@ def stream(scenes_data):
 
 def test_a_data_set_has_drawings_to_train_on_and_scenes_to_test(scenes_data):
     dataset = describe(scenes_data)
-    assert dataset["name"] == "scenes" and dataset["group_size"] == 4
     assert len(dataset["concepts"]) == 10 and set(dataset["concepts"]) <= set(THINGS)  # no colours, places, long names
     assert dataset["splits"]["train"]["images"] == 0 and dataset["splits"]["test"]["images"] == 20
     drawings, _ = read_drawings(scenes_data)
     assert drawings.counts.tolist() == [2] * 10  # of 14 sets, 12 are for tuning
-    used = {one["set"] for one in dataset["sources"]}
-    assert used == {*TRAIN, "styled"} and "flags" not in (scenes_data / "LICENSES.md").read_text()
+    assert {one["set"] for one in dataset["sources"]} == {*TRAIN, "styled"}  # no flags
 
     samples = list(eval_samples(str(scenes_data / "test-*.tar"), preprocess))
     assert [about["group"] for _, _, about in samples] == [number // 4 for number in range(20)]
-    assert all(image.shape == (3, 32, 32) and len(texts) == 1 for image, texts, _ in samples)
-    words = [sorted(texts[0].split()) for _, texts, _ in samples]
-    assert words[0] == words[1] and samples[0][1] != samples[1][1]
+    first, second = (sorted(texts[0].split()) for _, texts, _ in samples[:2])
+    assert first == second and samples[0][1] != samples[1][1]
 
 
 def test_held_out_drawings_are_in_no_other_split(build_scenes):
@@ -73,13 +68,6 @@ def test_held_out_drawings_are_in_no_other_split(build_scenes):
 def test_the_same_package_and_seed_give_the_same_bytes(build_scenes):
     one, same, other = (content(build_scenes(name, seed=seed)[0]) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert one == same and one["test-000000.tar"] != other["test-000000.tar"]
-
-
-def test_too_few_concepts_or_sets_are_refused_and_write_nothing(build_scenes, tmp_path):
-    for options, named in (({"number": 13}, "number: got 13"), ({"sets": SETS.without(TRAIN[:3])}, "sets: got 11")):
-        with pytest.raises(ValueError, match=named):
-            build_scenes(**options)
-        assert not (tmp_path / "scenes").exists()
 
 
 def test_training_pictures_are_those_that_evaluation_would_read(stream):
@@ -110,11 +98,8 @@ def test_batches_of_parts_of_groups_are_refused(stream, batch):
 
 
 def test_a_second_test_has_scenes_of_training_drawings_that_no_step_has(build_scenes):
-    """Of the third split, since its drawings are the training's: else no picture could be equal."""
-    out, dataset = build_scenes(groups={"validation": 3, "test": 5, "test_seen": 5})
-    of = dataset["splits"]
-    assert of["test_seen"]["images"] == 20 and of["test_seen"]["drawings"] == of["train"]["drawings"]
-    assert of["test"]["drawings"] != of["train"]["drawings"]
+    out, dataset = build_scenes(groups={"test": 5, "test_seen": 5})
+    assert dataset["splits"]["test_seen"]["drawings"] == dataset["splits"]["train"]["drawings"]
     shown = [image for image, _, _ in eval_samples(str(out / "test_seen-*.tar"), preprocess)]
     for part in range(4):
         drawn = SceneStream(out, preprocess, tokenizer, 20, 0, part).batch(0)[0]
