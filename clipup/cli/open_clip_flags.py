@@ -25,6 +25,7 @@ INSTEAD = {
     "--train-loss-ema-samples": "metrics.jsonl has the loss of every logged step, to be smoothed as you like",
     "--debug": "set the environment variable CLIPUP_DEBUG=1 for tracebacks",
     "--copy-codebase": "every checkpoint holds the options, and the version of an installed package is known",
+    "--remote-sync-protocol": "the URL of --remote-sync says it: s3://BUCKET/PATH needs the package s3fs",
     "--use-bn-sync": "each rank keeps the batch norm statistics of its own images",
     "--val-retrieval-chunk-size": "retrieval is always computed in parts",
     "--val-retrieval-precision": "retrieval is computed in float32; the encoders run in --precision",

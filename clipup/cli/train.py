@@ -97,7 +97,7 @@ RULES = [
         "without --report-to wandb or trackio",
     ),
     NoEffect(
-        ("remote_sync_frequency", "remote_sync_protocol"),
+        ("remote_sync_frequency",),
         lambda options: options.remote_sync is None,
         "without --remote-sync",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
@@ -102,31 +102,17 @@ class CountedBatches:
         self._expected, self._skipped_before = total / world_size, int(skips) / world_size
         self._known_before = dict(skips.samples)
         self._met = self._skipped_before
-        self._earlier: dict[str, int] = {}
-        self._iterated = False
         self._skipped: dict[str, int] = {}
-
-    def restore(self, of_pass: Mapping[str, int]) -> None:
-        """Counts unreadable samples that all processes met in the next pass before it was interrupted."""
-        self._earlier, self._iterated = dict(of_pass), False
-
-    @property
-    def skipped_in_pass(self) -> dict[str, int]:
-        """The unreadable samples of the last pass as they are counted, without those that are in no pass."""
-        return self._earlier | self._skipped
 
     @property
     def pass_counts(self) -> tuple[float, dict[str, int]]:
         """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
-        return max(self._expected, self._met), self._known_before | self.skipped_in_pass
+        return max(self._expected, self._met), self._known_before | self._skipped
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._iterated:
-            self._earlier = {}
-        self._iterated = True
         self._met, self._skipped = self._skipped_before, {}
         with reading(self.loader) as batches:
             for images, texts, report in batches:
@@ -134,8 +120,7 @@ class CountedBatches:
                 self.skips.add(report.skipped)
                 if report.skipped:
                     self._skipped |= {note.name: note.samples for note in report.skipped}
-                    new = sum(samples for one, samples in self._skipped.items() if one not in self._earlier)
-                    count = self._skipped_before + sum(self._earlier.values()) / self.world_size + new
+                    count = self._skipped_before + sum(self._skipped.values())
                     self.skips.check(max(self._expected, self._met), count, self.world_size)
                 yield images, texts
 

@@ -58,19 +58,16 @@ class ChunkedClipLoss(ClipLoss):
             compared: from the logits of some rows, and the columns of their own pairs, to logits with -inf for pairs
                 that a row does not compete with.
         """
-        images, texts = self._of_all_ranks(image_features, text_features)
-        if self.world_size > 1 and not self.local_loss:
-            image_features, text_features = images, texts
+        images, texts = image_features, text_features
+        if self.world_size > 1:
+            how = self.local_loss, self.gather_with_grad, self.rank, self.world_size
+            images, texts = gather_features(images, texts, *how)
+            if not self.local_loss:
+                image_features, text_features = images, texts
         own = self.get_ground_truth(image_features.device, len(image_features))
         per_image = self._mean(image_features, texts, own, logit_scale, logit_bias, compared)
         per_text = self._mean(text_features, images, own, logit_scale, logit_bias, compared)
         return (per_image + per_text) / 2
-
-    def _of_all_ranks(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        if self.world_size == 1:
-            return images, texts
-        how = self.local_loss, self.gather_with_grad, self.rank, self.world_size
-        return gather_features(images, texts, *how)
 
     def _mean(
         self,

@@ -55,8 +55,8 @@ def _retrieval(options: TrainOptions, built: Built, common: dict[str, Any], show
     preprocess, tokenizer = built.reader(training=False)
     samples = load_eval_samples(str(options.val_data), preprocess, options.val_data_options(), "val_data")
     samples = samples.only(common["share"].part(samples.samples, options.batch_size))
-    kind: dict[str, Any] = {"by": "group", "multi_positive": options.multi_positive}
-    return lambda model: evaluate_retrieval(model, samples, tokenizer, show_progress=shown, **kind, **common)
+    common = {"by": "group", "multi_positive": options.multi_positive, "show_progress": shown, **common}
+    return lambda model: evaluate_retrieval(model, samples, tokenizer, **common)
 
 
 def _zero_shot(options: TrainOptions, built: Built, common: dict[str, Any], shown: bool) -> Evaluation:

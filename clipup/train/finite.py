@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +38,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
             if not ((part == 0) | (part == -math.inf)).all():
                 return name
     return None
-
-
-def tensors_of(weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a model's and an optimizer's state dict, by the names that messages use."""
-    moments = {
-        f"the optimizer's {key} of parameter {index}": value
-        for index, values in optimizer.get("state", {}).items()
-        for key, value in values.items()
-    }
-    return {name: value for name, value in {**weights, **moments}.items() if isinstance(value, Tensor)}
 
 
 class FiniteGuard:
@@ -93,7 +82,13 @@ class FiniteGuard:
 
     def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         """Raises NonFiniteWeights on all ranks if weights or the optimizer's state hold values that are not finite."""
-        own = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
+        moments = {
+            f"the optimizer's {key} of parameter {index}": value
+            for index, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        own = not_finite({**model.state_dict(), **moments})
         for name in filter(None, ranks.gather(own)):
             raise self.diverged(f"{name} holds values that are not finite at step {step}, so it was not saved")
 

@@ -62,13 +62,8 @@ def attention_kernel(model: nn.Module, device: torch.device, precision: Precisio
     In bfloat16 the backward pass of torch's flash kernel for CPUs takes two to four times as long as plain matrix
     products when sequences are short. In all other cases the choice is torch's own.
     """
-    if device.type == "cpu" and precision in ("amp_bf16", "bf16") and _longest_sequence(model) <= SHORT:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
-
-
-def _longest_sequence(model: nn.Module) -> float:
-    """The longer sequence length of a CLIP's two towers; infinite if it is unknown."""
     grid = getattr(getattr(model, "visual", None), "grid_size", None)
     text = getattr(model, "context_length", None)
-    return math.inf if grid is None or text is None else max(math.prod(grid) + 1, text)
+    longest = math.inf if grid is None or text is None else max(math.prod(grid) + 1, text)
+    plain = device.type == "cpu" and precision in ("amp_bf16", "bf16") and longest <= SHORT
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
+
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..evaluate.retrieval import NonFiniteFeatures
 from ..precision import Precision
-from . import optimizer_upcycling
 from .cards import pairs_per_second_at_peak
-from .checkpoints import open_clip_format, rng
+from .checkpoints import open_clip_format
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.run_directory import RunDirectory
 from .checkpoints.run_state import Clock, Length, RunState
 from .evaluations import Evaluation, build_validations
 from .finite import FiniteGuard
-from .log.records import KINDS, LOG, Every, Record, TrainingInterrupted, TrainResult
+from .log.records import KINDS, LOG, Every, Record, TrainingInterrupted, TrainResult, read_records
 from .optim import base_lr, create_optimizer, schedule
 from .options import TrainOptions
-from .ranks import parallel
+from .ranks import parallel, whole_state
 from .ranks.distributed import Ranks
 from .reports import Reports, check_reports
 from .setup import Built
@@ -32,9 +35,16 @@ from .training_data import Epochs
 
 _Result = TypeVar("_Result")
 
-_DATA = 1
-_STEP = 2
+_DATA, _STEP = 1, 2
 """Separate the seeds of an epoch's data from those of steps."""
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seeds Python, NumPy and torch from integers >= 0, for example a run's seed, an epoch and a rank."""
+    mixed = int(np.random.SeedSequence((seed, *more)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
 
 
 class Trainer:
@@ -58,11 +68,10 @@ class Trainer:
         self.callbacks = callbacks
         self.validations = build_validations(options, built, precision, ranks)
         self.pairs_at_peak = pairs_per_second_at_peak(self.model, ranks.device, ranks.world_size)
-        unsharded = parallel.unsharded_form(self.model, options)
         wrapped = parallel.wrapped(self.model, options, ranks, precision)
         self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
-            optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
+            whole_state.load_optimizer_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
             wrapped,
             built.objective,
@@ -89,7 +98,6 @@ class Trainer:
             directory=directory,
             steps_of_epoch=data.steps,
             order=data.order,
-            unsharded=unsharded,
         )
         self._plan()
 
@@ -107,7 +115,7 @@ class Trainer:
         self._start, self._continues = start, start is None
         if start is not None:
             self.state.validated = {}  # its records begin here
-        self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
+        self.data.restore(self.state.skipped_samples)
         self._plan()
         here = self.directory is not None and start is None
         self.state.finished = here and self.length.is_reached(self.state) and checkpoint.get("finished", False)
@@ -115,7 +123,7 @@ class Trainer:
     def result_before(self) -> TrainResult:
         """The result of a run that was finished before. Writes nothing."""
         self.model.eval()
-        records = self.directory.history() if self.ranks.first else {}
+        records = {kind: read_records(self.directory.root / f"{kind}.jsonl") for kind in KINDS if self.ranks.first}
         return self._result(records, already_finished=True)
 
     def run(self, stop: StopRequest, notes: Sequence[str] = ()) -> TrainResult:
@@ -132,14 +140,13 @@ class Trainer:
             ranks=self.ranks,
             directory=self.directory,
             continues=self._continues,
+            notes=notes,
         )
         try:
-            self.reports.start(notes)
-            LOG.info("%s", self.data.promise())
             if not self.options.skip_scheduler:
                 LOG.info("the learning rate rises to %g over %d steps (--warmup)", self.options.lr, self.options.warmup)
             self._train()
-            skipped = self.data.skipped(self.ranks.gather)
+            skipped = sum(self.data.skipped(self.ranks.gather).values())
         except BaseException as error:
             self.checkpoints.end(error)
             self.reports.failure(error)
@@ -183,21 +190,19 @@ class Trainer:
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
 
-        Indexed data start at any step. Others are read again from the epoch's start, drawing from a random stream of
-        their own, which only depends on the epoch.
+        Indexed data start at any step. Others are read again from the epoch's start.
         """
         epoch, done = self.state.epoch, self.state.step_of_epoch
-        self._data_rng = None
-        if self.data.order is None:
-            self._data_rng = rng.Stream(self.ranks.device, self.options.seed, epoch, self.ranks.rank, _DATA)
+        again = done if self.data.order is None else 0
         self.model.train()
         at_start = self.state.step
-        with closing(self.data.epoch(epoch, 0 if self._data_rng else done)) as steps:
-            for _ in range(done if self._data_rng else 0):
-                self._next(steps)
+        with closing(self.data.epoch(epoch, done - again)) as steps:
+            for number in range(again):
+                self._next(steps, number)
             self.clock.restart()
             while True:
-                batches = self._next(steps) if self.state.step < self.length.steps else None
+                more = self.state.step < self.length.steps
+                batches = self._next(steps, self.state.step_of_epoch) if more else None
                 self._end_if_asked()
                 if batches is None:
                     break
@@ -208,10 +213,11 @@ class Trainer:
         if more or self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
 
-    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
-        """The next step's batches, None at the end of the epoch and where the run should end."""
-        drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-        with self.clock.timed("data"), drawing:
+    def _next(self, steps: Iterator[list[Batch]], number: int) -> list[Batch] | None:
+        """The batches of the step of this number in the epoch, None at the end of the epoch and where the run should
+        end. The random numbers that they draw depend on the seed, the epoch, the number and the rank."""
+        seed_everything(self.options.seed, self.state.epoch, number, self.ranks.rank, _DATA)
+        with self.clock.timed("data"):
             batches = self._unless_asked(lost_workers_named()(partial(next, steps, None)))
         detect_lost_workers_when_reading()
         return batches
@@ -234,8 +240,17 @@ class Trainer:
 
     def _end_if_asked(self) -> None:
         """Ends the run if a rank was asked to stop or has lost a data worker. All ranks are between the same steps."""
-        if self.ranks.any(self.stop.received or self._lost is not None):
-            self._interrupt()
+        if not self.ranks.any(self.stop.received or self._lost is not None):
+            return
+        latest = self._save(open_clip_format.LATEST)
+        self.checkpoints.wait()
+        for lost in filter(None, self.ranks.gather(self._lost)):
+            raise lost
+        assert latest is not None  # without a directory signals are left alone
+        raise TrainingInterrupted(
+            f"stopped after step {self.state.step} of {self.length.steps}. {self.checkpoints.how_to_continue()}",
+            latest,
+        )
 
     def _one_step(self, batches: list[Batch]) -> None:
         state, options = self.state, self.options
@@ -249,11 +264,10 @@ class Trainer:
         state.step_of_epoch += 1
         samples = sum(len(images) for images, _ in batches) * self.ranks.world_size
         state.samples_seen += samples
-        self.clock.count(samples)
+        self.clock.step_done(samples)
         self.guard.count(state.step, self.train_step, losses, self.ranks)
         if logged:
             self._log(losses)
-        self.clock.step_done()
         self.reports.step()
         for callback in self.callbacks:
             if state.step % callback.steps == 0 or last:
@@ -266,26 +280,25 @@ class Trainer:
         """Random numbers in a batch's forward pass depend on the run's seed, the step, and the batch's number among
         those of all ranks: so a resumed run has the same ones, and any number of ranks with batches of this size."""
         number = self.ranks.rank * self.options.accum_freq + index
-        rng.seed_everything(self.options.seed, self.state.step, number, _STEP)
+        seed_everything(self.options.seed, self.state.step, number, _STEP)
 
     def _log(self, losses: StepLosses) -> None:
         """Every number of metrics.jsonl: those of ``StepLosses`` from the device, and what this process knows."""
         numbers = losses.record(self.ranks)
-        layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
         times = self.clock.logged()
         mfu = {} if self.pairs_at_peak is None else {"mfu": times["images_per_second"] / self.pairs_at_peak}
         place = {"step": self.state.step, "epoch": self.state.epoch, "lr": base_lr(self.optimizer)}
-        self.reports.metrics({**place, **numbers, **times, **mfu, "skipped_steps": self.guard.skipped, **layers})
+        self.reports.metrics({**place, **numbers, **times, **mfu, "skipped_steps": self.guard.skipped})
 
     def _end_epoch(self) -> None:
         """Saves first, so that unreadable data, for training or validation, do not cost the epoch."""
         self.state.epoch += 1
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
-        skipped = self.data.skipped(self.ranks.gather)
+        skipped = sum(self.data.skipped(self.ranks.gather).values())
         LOG.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
-        names = [open_clip_format.epoch_name(epoch)] if every and epoch % every == 0 else []
+        names = [f"epoch_{epoch}.pt"] if every and epoch % every == 0 else []
         if self.options.save_most_recent:
             names.append(open_clip_format.LATEST)
         self._save(*names)
@@ -324,13 +337,12 @@ class Trainer:
                 raise self.guard.diverged(f"{error} (evaluation at step {step})") from error
 
     def _evaluate(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
-        """Leaves generators, modes and the clock as they were. On all ranks when it is shared, or when no rank has all
+        """Leaves modes and the clock as they were. On all ranks when it is shared, or when no rank has all
         weights. Otherwise on rank 0, and the others wait as long as it takes."""
         numbers = None
         parallel.share_batch_statistics(self.model, self.ranks)
         if self.ranks.first or shared or self.options.is_sharded:
-            with rng.preserved(self.ranks.device):
-                numbers = evaluation(self.model)
+            numbers = evaluation(self.model)
             self.model.train()
             if self.ranks.first and numbers is not None:
                 self.reports.evaluation(numbers)
@@ -340,21 +352,10 @@ class Trainer:
 
     def _save(self, *names: str) -> Path | None:
         if self.directory is not None:
-            self.state.skipped_samples = self.data.for_checkpoint(self.ranks.gather)
+            self.state.skipped_samples = self.data.skipped(self.ranks.gather)
         path = self.checkpoints.save(list(names), self.reports.recorder)
         self.clock.restart()
         return path
-
-    def _interrupt(self) -> None:
-        latest = self._save(open_clip_format.LATEST)
-        self.checkpoints.wait()
-        for lost in filter(None, self.ranks.gather(self._lost)):
-            raise lost
-        assert latest is not None  # without a directory signals are left alone
-        raise TrainingInterrupted(
-            f"stopped after step {self.state.step} of {self.length.steps}. {self.checkpoints.how_to_continue()}",
-            latest,
-        )
 
     def _finish(self) -> None:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""

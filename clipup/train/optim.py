@@ -1,5 +1,5 @@
-"""What is trained and how: locked parameters, optimizers over open_clip's parameter groups, their state by parameter
-name, and open_clip_train's schedules."""
+"""What is trained and how: locked parameters, optimizers over open_clip's parameter groups, and
+open_clip_train's schedules."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 import timm.optim
 import torch
 from open_clip.hf_model import HFTextEncoder
-from torch import Tensor, nn
+from torch import nn
 
 from ..clip.layer_groups import layer_groups
 from ..clip.towers import tower_module
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
 from .options import TrainOptions
-from .ranks.whole_state import PLACE, by_mesh, names_of, shard_like, whole_optimizer_state
+from .ranks.whole_state import by_mesh
 
-_BETAS, _EPS = (0.9, 0.98), 1e-6
+_DEFAULTS = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}
 """CLIP's, of AdamW and NAdamW."""
 _LONGEST_WARMUP = 10_000
-_OF_A_RUN = ("param_names", "lr_scale", *PLACE)
-"""Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
 
 def lock_parts(model: nn.Module, options: TrainOptions) -> None:
@@ -93,30 +91,28 @@ def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Opt
     trained = [parameter for group in groups for parameter in group["params"]]
     if not trained:
         raise ValueError("no parameter of the model has requires_grad=True, so there is nothing to train")
-    settings: dict[str, Any] = {"lr": options.lr, "eps": options.eps}
-    if options.opt.startswith("timm/"):
-        settings |= {"weight_decay": options.wd, "momentum": options.momentum}
-        settings["betas"] = None if options.beta1 is None else (options.beta1, options.beta2)
-        settings = {name: value for name, value in settings.items() if value is not None} | options.opt_kwargs
-        name = options.opt.removeprefix("timm/")
-        optimizer = timm.optim.create_optimizer_v2(groups, name, **settings)
+    given = {name: getattr(options, name) for name in ("beta1", "beta2", "eps", "momentum")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.opt.startswith("timm/"):
+        given = _DEFAULTS | given
+    if "beta1" in given:
+        given["betas"] = given.pop("beta1"), given.pop("beta2", None)
+    settings: dict[str, Any] = {"lr": options.lr, **given, **options.opt_kwargs}
+    if options.opt == "adamw":
+        fused = trained[0].device.type == "cuda" if options.fused is None else options.fused
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **{"fused": fused, **settings})
+    elif options.opt == "nadamw":
+        optimizer = torch.optim.NAdam(groups, **{"decoupled_weight_decay": True, **settings})
     else:
-        betas = zip((options.beta1, options.beta2), _BETAS, strict=True)
-        settings["betas"] = tuple(default if given is None else given for given, default in betas)
-        settings["eps"] = _EPS if options.eps is None else options.eps
-        if options.opt == "adamw":
-            fused = trained[0].device.type == "cuda" if options.fused is None else options.fused
-            optimizer = torch.optim.AdamW(groups, **{**settings, "fused": fused, **options.opt_kwargs})
-        else:
-            settings["decoupled_weight_decay"] = True
-            optimizer = torch.optim.NAdam(groups, **{**settings, **options.opt_kwargs})
+        settings = {"weight_decay": options.wd, **settings}
+        optimizer = timm.optim.create_optimizer_v2(groups, options.opt.removeprefix("timm/"), **settings)
     _set_lr(optimizer, options.lr)
     return optimizer
 
 
 def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
     """The trainable parameters in groups: without weight decay and with it and, with layer decay or ``moe_lr_scale``,
-    by ``lr_scale``, the factor of their learning rate, the largest first.
+    by ``lr_scale``, the factor of their learning rate, the largest first. ``param_names`` are their names.
 
     A parameter has no weight decay by the rule of ``clipup.parameter_groups``, or if a pattern of ``wd_exclude``
     matches its name.
@@ -133,14 +129,15 @@ def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
                 f"wd_exclude: {pattern!r} matches no parameter; a pattern is compared with whole names such as "
                 f"{next(iter(named), 'logit_scale')!r}, so use '*' around a part of one"
             )
-    buckets: dict[tuple[float, bool], list[nn.Parameter]] = {} if scales else {(1.0, False): [], (1.0, True): []}
+    buckets: dict[tuple[float, bool], list[str]] = {} if scales else {(1.0, False): [], (1.0, True): []}
     for name, parameter in named.items():
         excluded = any(fnmatchcase(name, pattern) for pattern in options.wd_exclude)
         key = scales.get(name, 1.0), decays(name, parameter) and not excluded
-        buckets.setdefault(key, []).append(parameter)
+        buckets.setdefault(key, []).append(name)
     groups = []
-    for (scale, decayed), parameters in sorted(buckets.items(), key=lambda item: (-item[0][0], item[0][1])):
-        group = {"params": parameters, "weight_decay": options.wd if decayed else 0.0}
+    for (scale, decayed), names in sorted(buckets.items(), key=lambda item: (-item[0][0], item[0][1])):
+        group = {"params": [named[name] for name in names], "param_names": names}
+        group |= {"weight_decay": options.wd if decayed else 0.0}
         groups.append(group | ({"lr_scale": scale} if scales else {}))
     return groups
 
@@ -168,63 +165,6 @@ def _lr_scales(model: nn.Module, options: TrainOptions) -> dict[str, float]:
             for name, _ in layer.named_parameters(prefix):
                 scales[name] = options.moe_lr_scale * scales.get(name, 1.0)
     return scales
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """The optimizer's state dict, with the names of the parameters in ``param_names`` of its groups.
-
-    It is a collective if the model is sharded, and the same as for a model that is not; without ``keep`` nothing is
-    kept of the tensors that are gathered.
-    """
-    state = whole_optimizer_state(optimizer, keep)
-    named = zip(state["param_groups"], names_of(optimizer, model), strict=True)
-    return {**state, "param_groups": [{**group, "param_names": names} for group, names in named]}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """Loads moments and step counts into a new optimizer, by the names of the parameters. Its groups keep their own
-    settings, such as the learning rate, and a parameter that the state does not have starts without moments.
-
-    Args:
-        state: as ``optimizer_state`` returns it. One without names, such as open_clip_train's, is taken in the order of
-            the groups.
-
-    Raises:
-        ValueError: a state without names has groups of other sizes.
-    """
-    wanted = names_of(optimizer, model)
-    saved = state["param_groups"]
-    if not all("param_names" in group for group in saved):
-        saved = [{**group, "param_names": names} for group, names in zip(saved, wanted, strict=True)]
-    index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
-    name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    groups = continued_groups(optimizer, name_of, saved)
-    states: dict[int, Any] = {}
-    for group, of_group in zip(optimizer.param_groups, groups, strict=True):
-        for position, parameter in zip(of_group["params"], group["params"], strict=True):
-            moments = state["state"].get(index.get(name_of[parameter]))
-            if moments is not None:
-                states[position] = {key: shard_like(parameter, value) for key, value in moments.items()}
-    optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
-
-
-def continued_groups(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The groups of the optimizer's state dict: its own settings, and of a saved group with one of its parameters what
-    its own group does not have yet, such as a count of steps.
-
-    Args:
-        names: of the parameters.
-        saved: settings of groups, with ``param_names``.
-    """
-    groups = []
-    for own, group in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
-        own_names = {names[parameter] for parameter in own["params"]}
-        known: dict[str, Any] = next((one for one in saved if not own_names.isdisjoint(one["param_names"])), {})
-        counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
-        groups.append({**counted, **group})
-    return groups
 
 
 def schedule(

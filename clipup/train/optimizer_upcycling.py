@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
-from ..moe.weight_decay import parameter_groups
 from ..upcycling.upcycle import upcycle
-from .ranks.whole_state import shard_like
+from .ranks.whole_state import by_name, with_names
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -24,29 +23,18 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
 
     Args:
         model: the dense model that was trained.
-        optimizer: as ``checkpoints.load`` returns it: ``state_dict()`` of its optimizer, or tensors by name.
+        optimizer: ``state_dict()`` of its optimizer, with or without ``param_names``.
         source: its name in messages.
 
     Raises:
         ValueError: it is the state of another model, or not of an AdamW.
     """
-    found = optimizer["by_name"] if "by_name" in optimizer else _by_name(model, optimizer)
-    state = {name: found[name] for name, _ in model.named_parameters() if found.get(name)}  # others had no gradient
-    for values in state.values():
-        if not values.keys() >= {"step", *_MOMENTS}:
-            raise ValueError(f"the optimizer of {source} is not an AdamW: it holds {', '.join(values)}")
+    values = by_name(with_names(optimizer, model))
+    state = {name: values[name] for name, _ in model.named_parameters() if values.get(name)}  # others had no gradient
+    for held in state.values():
+        if not held.keys() >= {"step", *_MOMENTS}:
+            raise ValueError(f"the optimizer of {source} is not an AdamW: it holds {', '.join(held)}")
     return state
-
-
-def _by_name(model: nn.Module, optimizer: dict[str, Any]) -> OptimizerState:
-    """A state dict's state by the names of the parameters. Raises ``ValueError`` if it is of another model."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {}
-    for own, group in zip(parameter_groups(model, 0.0), optimizer["param_groups"], strict=True):
-        in_order = group.get("param_names") or [names[parameter] for parameter in own["params"]]
-        for name, index in zip(in_order, group["params"], strict=True):
-            found[name] = optimizer["state"].get(index, {})
-    return found
 
 
 def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:
@@ -83,14 +71,3 @@ def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -
     for values in result.values():
         values["step"] = steps.clone()
     return result
-
-
-def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
-    """Sets the state of a new optimizer over the model's trained parameters."""
-    for name, parameter in model.named_parameters():
-        if name in state and parameter.requires_grad:
-            moments = {key: state[name][key].to(parameter.dtype) for key in _MOMENTS}
-            moments = {key: shard_like(parameter, value.to(parameter.device)) for key, value in moments.items()}
-            device = parameter.device if optimizer.defaults.get("fused") else None
-            step = state[name]["step"].to(device, torch.float32, copy=True)
-            optimizer.state[parameter] = {"step": step, **moments}

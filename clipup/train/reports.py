@@ -43,7 +43,7 @@ def _remote_sync(options: TrainOptions, root: Path, report: Callable[[str], obje
     if options.remote_sync is None:
         return None
     remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
-    return RemoteSync(root, remote, options.remote_sync_protocol, options.remote_sync_frequency, report, LOG)
+    return RemoteSync(root, remote, options.remote_sync_frequency, report)
 
 
 class Reports:
@@ -62,27 +62,28 @@ class Reports:
         ranks: Ranks,
         directory: RunDirectory | None,
         continues: bool,
+        notes: Sequence[str],
     ) -> None:
-        """continues: whether the run continues from a checkpoint of its own."""
+        """
+        Args:
+            continues: whether the run continues from a checkpoint of its own.
+            notes: what the log says first.
+        """
         root = directory.root if directory and ranks.first else None
         trackers = [] if root is None else create_trackers(options, root, state.step, continues)
         self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         self._sync = None if root is None else _remote_sync(options, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
-        self._state, self._length, self._ranks, self._directory = state, length, ranks, directory
+        self._state, self._ranks = state, ranks
         self._progress = Progress("training", "steps", length.steps, state.step, ranks.first, line_at_once=True)
         self._logged: Record = {}
-
-    def start(self, notes: Sequence[str]) -> None:
-        """``notes``: what the log says first."""
         for note in notes:
             self.recorder.say(logging.WARNING, note)
-        ranks = f"{self._ranks.world_size} rank{'s' if self._ranks.several else ''}"
-        begin = f"from step {self._state.step} to step {self._length.steps} on {self._ranks.device}, {ranks}"
-        LOG.info("%s; %d samples seen", begin, self._state.samples_seen)
+        begin = f"from step {state.step} to step {length.steps} on {ranks.device}, ranks: {ranks.world_size}"
+        LOG.info("%s; %d samples seen", begin, state.samples_seen)
         if self._sync is not None:
             self._sync.start()
-        self._progress.write(f"training {begin}{f'; {self._directory.root}' if self._directory else ''}")
+        self._progress.write(f"training {begin}{f'; {directory.root}' if directory else ''}")
 
     def step(self) -> None:
         """Counts a step on the console."""

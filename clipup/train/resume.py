@@ -46,22 +46,25 @@ def find_checkpoint(
     the choice for the log. A collective."""
     if options.resume is None:
         return None, None, []
-    if directory is None:
-        path = Path(options.resume)
-        return open_clip_format.Newest(path, _load_together(path, ranks)), None, []
-    if options.resume == "latest" and not ranks.first_does(directory.begun_from):
-        listed = ranks.first_does(lambda: open_clip_format.in_order(directory.checkpoints))
-        found = open_clip_format.newest(directory.checkpoints, lambda path: _load_together(path, ranks), listed)
-        if found is None:
-            return None, None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
-        why = [f"resumed from {found.path}, because a checkpoint cannot be used: {each}" for each in found.passed_over]
-        return found, None, why
     path, notes = Path(options.resume), []
-    if options.resume == "latest":
+    if directory is not None and options.resume == "latest":
         path = ranks.first_does(directory.begun_from)
+        if path is None:
+            listed = ranks.first_does(lambda: open_clip_format.in_order(directory.checkpoints))
+            newest = open_clip_format.newest(directory.checkpoints, lambda path: _load_together(path, ranks), listed)
+            if newest is None:
+                return None, None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
+            return (
+                newest,
+                None,
+                [
+                    f"resumed from {newest.path}, because a checkpoint cannot be used: {why}"
+                    for why in newest.passed_over
+                ],
+            )
         notes = [f"the run was begun from {path} and has no checkpoint of its own yet: begins from it again"]
-    start = None if ranks.first_does(lambda: directory.holds(path)) else path
-    return open_clip_format.Newest(path, _load_together(path, ranks)), start, notes
+    own = directory is None or ranks.first_does(lambda: directory.holds(path))
+    return open_clip_format.Newest(path, _load_together(path, ranks)), None if own else path, notes
 
 
 def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -71,9 +74,8 @@ def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
 
     def load() -> None:
         if path.is_dir():
-            with open_clip_format.errors_named(path):
-                index = sharded.check(path, ranks.rank, ranks.world_size)
-                state.update(sharded.read_state(path) | index.configs)
+            index = sharded.check(path, ranks.rank, ranks.world_size)
+            state.update(sharded.read_state(path) | index.configs)
         else:
             state.update(open_clip_format.load(path))
 
@@ -114,21 +116,6 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
         )
     changed = {key: text for key, text in changed.items() if key not in START}
     return [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []
-
-
-def warmup_of(state: dict[str, Any]) -> int | None:
-    """The warm-up of the run that wrote a checkpoint; None of open_clip_train's."""
-    return state["conditions"]["options"]["warmup"] if "conditions" in state else None
-
-
-def measured_alike(state: dict[str, Any], conditions: dict[str, Any]) -> bool:
-    """Whether the evaluations of a checkpoint measured what this run's would.
-
-    Args:
-        conditions: of this run.
-    """
-    was, now = state.get("conditions", conditions)["options"], conditions["options"]
-    return all(was.get(name) == now.get(name) for name in MEASURED)
 
 
 def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> None:

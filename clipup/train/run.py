@@ -14,11 +14,10 @@ from clipup_kernels.self_check import check_once
 
 from ..precision import token_dtype
 from . import resume
-from .checkpoints import rng
 from .checkpoints.run_directory import RunDirectory, run_name
 from .checkpoints.run_state import Length
 from .log.records import LOG, Every, TrainResult
-from .loop import Trainer
+from .loop import Trainer, seed_everything
 from .optim import warmup_steps
 from .options import TrainOptions
 from .ranks.distributed import Ranks, joined
@@ -66,9 +65,10 @@ def train(
         checkpoint, start, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
             if options.warmup is None:
-                options = replace(options, warmup=resume.warmup_of(checkpoint.state))
+                former = checkpoint.state.get("conditions", {}).get("options", {})  # open_clip_train's has none
+                options = replace(options, warmup=former.get("warmup"))
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
-        rng.seed_everything(options.seed)
+        seed_everything(options.seed)
         built = build_model(options, ranks, precision, model, preprocess, tokenizer, checkpoint is not None)
         first_epoch = checkpoint.state["epoch"] if checkpoint else 0
         data = Epochs(

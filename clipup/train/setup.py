@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..clip import word_tokenizer
+from ..clip.flops import meta_copy
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
@@ -19,11 +20,10 @@ from ..moe.config import MoEConfig
 from ..precision import Precision
 from ..upcycling.upcycle import upcycle
 from .checkpoints import open_clip_format
-from .checkpoints.rng import preserved
 from .log.records import LOG
 from .objectives import Objective, create_objective, selected
 from .optim import lock_parts
-from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
+from .optimizer_upcycling import named_state, upcycled_state
 from .options import TrainOptions
 from .ranks import parallel
 from .ranks.distributed import Ranks
@@ -44,8 +44,10 @@ class Built(NamedTuple):
     tokenizer: Tokenizer | None
     model_cfg: dict[str, Any] | None
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
-    optimizer_state: OptimizerState | None = None
-    """What the optimizer starts with, carried over from ``options.resume_dense``."""
+    unsharded: nn.Module | None = None
+    """Of a model that will be sharded: a copy without weights, hooks and meshes."""
+    optimizer_state: dict[str, Any] | None = None
+    """State dict that the optimizer starts with, carried over from ``options.resume_dense``."""
     tokenizer_files: dict[str, bytes] | None = None
     """Of the model's tokenizer as the run began, which checkpoints and the trained model bring; None like
     ``model_cfg``."""
@@ -131,8 +133,7 @@ def build_model(
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
     lock_parts(model, options)
-    with preserved(ranks.device):
-        objective = create_objective(options, model, ranks, precision)
+    objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:
         clip: Any = model  # nn.Module types what it does not know as Tensor | Module
         clip.set_grad_checkpointing()
@@ -145,6 +146,7 @@ def build_model(
         preprocess_val=transforms[1],
         tokenizer=tokenizer,
         model_cfg=model_cfg,
+        unsharded=meta_copy(model) if options.is_sharded else None,
         optimizer_state=optimizer_state,
         tokenizer_files=tokenizer_files,
     )
@@ -168,8 +170,8 @@ def _tokenizer_files(given: Any, model_cfg: dict[str, Any], name: str) -> dict[s
 
 def _resume_dense(
     model: nn.Module, path: str, options: TrainOptions, tokenizer_files: dict[str, bytes] | None
-) -> OptimizerState:
-    """Loads a dense run's weights into the model, and returns the optimizer's state for the sparse model.
+) -> dict[str, Any]:
+    """Loads a dense run's weights into the model, and returns the optimizer's state dict for the sparse model.
 
     Raises:
         ValueError: the run trained another model than the one that is given, or with another tokenizer.
@@ -177,7 +179,9 @@ def _resume_dense(
     state = open_clip_format.load(path)
     open_clip_format.check_configs(model, state, tokenizer_files, path)
     open_clip_format.restore(model, state["state_dict"], path)
-    return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
+    moments = upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
+    names = list(moments)
+    return {"state": moments, "param_groups": [{"params": names, "param_names": names}]}
 
 
 def _create(options: TrainOptions, device: torch.device, precision: Precision, tokenizer: Any) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from ..moe.layer import aux_loss
 from ..moe.metrics import moe_metrics
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
-from .checkpoints.rng import set_torch_state, torch_state
 from .forward import SCALES, attention_kernel, forward
 from .objectives import Batch, Objective
 from .ranks.distributed import Ranks
@@ -24,8 +22,8 @@ from .ranks.parallel import (
     clip_gradients,
     finish_gradients,
     gradient_norm,
+    synchronize_gradients,
     unwrapped,
-    without_gradient_sync,
 )
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -105,13 +103,13 @@ class TrainStep:
         precision: Precision = "fp32",
         grad_clip_norm: float | None = None,
         world_size: int = 1,
-        seed_batch: Callable[[int], None] = lambda index: None,
+        seed_batch: Callable[[int], object] = torch.manual_seed,
     ) -> None:
         """
         Args:
             model: as ``parallel.wrapped`` returned it.
             world_size: number of ranks.
-            seed_batch: called with a batch's index before its forward pass, to seed the random numbers in it.
+            seed_batch: called with a batch's index before each of its forward passes, to seed the random numbers in it.
         """
         self.model = model
         self.module = unwrapped(model)
@@ -153,20 +151,19 @@ class TrainStep:
 
     def _accumulated(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
-        cached, states, counting = [], [], StepCounting(self.module)
+        cached, counting = [], StepCounting(self.module)
         with torch.no_grad(), autocast(self.precision, self.device):
             for index, batch in enumerate(batches):
                 self.seed_batch(index)
-                states.append(torch_state(self.device))
                 cached.append(forward(self.module, *batch))
                 counting.add()
         done: list[StepLosses] = []
         with counting.used():
             for index, batch in enumerate(batches):
-                set_torch_state(states[index], self.device)
+                self.seed_batch(index)
                 last = index == len(batches) - 1
-                with nullcontext() if last else without_gradient_sync(self.model):
-                    done.append(self._one_of(batch, cached, index, targets, last))
+                synchronize_gradients(self.model, last)
+                done.append(self._one_of(batch, cached, index, targets, last))
         terms = {name: torch.stack([losses.terms[name] for losses in done]).mean() for name in done[0].terms}
         aux = torch.stack([losses.aux for losses in done]).sum()
         routing = {
@@ -212,7 +209,7 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finish_gradients(self.module, self.world_size)
-        self.gradient_norm = gradient_norm(self.module, self.world_size, self.device)
+        self.gradient_norm = gradient_norm(self.module, self.device)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
             if self.grad_clip_norm is not None:

@@ -78,40 +78,18 @@ class Epochs:
                 yield group
                 group = []
 
-    def promise(self) -> str:
-        """What the order of samples depends on, for the log."""
-        if self.order is not None:
-            return (
-                f"training data: {self.order['rows']} samples; those of a step depend on seed, epoch, step and the "
-                f"global batch of {self.order['global_batch']} alone"
-            )
-        if self.streamed:
-            return (
-                "training data: streamed; the order of samples also depends on the numbers of ranks and workers, and a "
-                "resume within an epoch reads the epoch again up to its step"
-            )
-        return "training data: of the caller's loader"
-
-    def for_checkpoint(self, gather: Callable[[Any], list[Any]]) -> dict[str, dict[str, int]]:
-        """What no rank could read, as it is counted: ``all`` so far, and those of the current ``epoch``."""
-        mine = getattr(self._skips, "samples", {}), getattr(self._batches, "skipped_in_pass", {})
-        of_run, of_epoch = zip(*gather(mine), strict=True)
-        return {"all": _union(of_run), "epoch": _union(of_epoch)}
-
-    def restore(self, skipped: dict[str, dict[str, int]], within_epoch: bool) -> None:
+    def restore(self, skipped: dict[str, int]) -> None:
         """Counts what was skipped before the run was resumed."""
         if self._skips is not None:
-            self._skips.restore(skipped["all"])
-        if within_epoch and hasattr(self._batches, "restore"):
-            self._batches.restore(skipped["epoch"])
+            self._skips.restore(skipped)
 
-    def skipped(self, gather: Callable[[Any], list[Any]]) -> int:
-        """Samples that could not be read so far, each counted once, whichever ranks met it.
+    def skipped(self, gather: Callable[[Any], list[Any]]) -> dict[str, int]:
+        """The samples that could not be read so far, each counted once, whichever ranks met it.
 
         Args:
             gather: returns every rank's value on every rank.
         """
-        return sum(_union(gather(getattr(self._skips, "samples", {}))).values())
+        return _union(gather(getattr(self._skips, "samples", {})))
 
     def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,

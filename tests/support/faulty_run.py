@@ -90,3 +90,9 @@ def resumed(out: Path) -> None:
     normed = run(out, name="batch norms", steps=2).model.state_dict()
     found["statistics"] = [float(value.sum()) for name, value in normed.items() if "running_mean" in name]
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def in_session(program: Any, *arguments: Any) -> Any:
+    """Calls a program in a session of its own."""
+    os.setsid()
+    return program(*arguments)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ...atomic_files import make_aside, remove_aside
 from ...models import model_card, model_names, saving, tokenizers
-from ...models.shard_files import FileSum
 from ...models.state_dicts import check_fit
 from .. import resume
 from ..evaluations import RETRIEVAL, ZERO_SHOT
 from ..finite import FiniteGuard
 from ..log.records import LOG, Recorder, TrainingInterrupted
-from ..optim import load_optimizer_state, optimizer_state
 from ..options import TrainOptions
 from ..ranks import whole_state
 from ..ranks.distributed import Ranks, waiting_group
@@ -47,12 +43,10 @@ class Checkpointer:
         directory: RunDirectory | None,
         steps_of_epoch: int,
         order: dict[str, Any] | None,
-        unsharded: Callable[[dict[str, Any]], nn.Module],
     ) -> None:
         """
         Args:
             order: what the samples of a step depend on (``Epochs.order``).
-            unsharded: the model with weights of ``whole_state.weights``, on one rank.
         """
         self.options = options
         self.built = built
@@ -61,7 +55,6 @@ class Checkpointer:
         self.guard = guard
         self.ranks = ranks
         self.directory = directory
-        self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
         self._sharded = options.fsdp_checkpoint == "sharded" and directory is not None
         self._whole: tuple[Path, int] | None = None
@@ -69,18 +62,31 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if self._sharded:
-            self._names = sharded.parameter_names(built.model)
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
             self._group = waiting_group() if ranks.several else None
-            self._stager = _stager(ranks.device.type == "cuda")
+            cuda = ranks.device.type == "cuda"
+            how = StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+            self._stager = DefaultStager(how)
+            """Copies tensors into the CPU's memory, which it keeps for the next ones."""
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
 
         Raises:
-            ValueError: the checkpoint is of another model, or from within an epoch of other data.
+            ValueError: the checkpoint is of a model that computes something else or has another tokenizer (a warning
+                with ``resume_with_changes``), or whose weights do not fit, or from within an epoch of other data.
         """
         model, optimizer = self.built.model, self.train_step.optimizer
-        self._check_function(checkpoint, source)
+        try:
+            open_clip_format.check_configs(model, checkpoint, self.built.tokenizer_files, source)
+        except ValueError as error:  # its weights may fit
+            if not self.options.resume_with_changes:
+                raise ValueError(f"{error}. If the change is meant, add resume_with_changes") from error
+            if self.ranks.first:
+                LOG.warning("%s", error)
         self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
         same_optimizer = checkpoint.get("conditions", self.conditions)["options"]["opt"] == self.options.opt
         if source.is_dir():
@@ -92,25 +98,11 @@ class Checkpointer:
         else:
             open_clip_format.restore(model, checkpoint["state_dict"], source)
             if same_optimizer:
-                load_optimizer_state(optimizer, model, checkpoint["optimizer"])
+                whole_state.load_optimizer_state(optimizer, model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
         self.guard.last_checkpoint = source
-
-    def _check_function(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Whether the model is the one of the checkpoint, whose weights may fit another one too.
-
-        Raises:
-            ValueError: it computes something else, or has another tokenizer; with ``resume_with_changes`` a warning.
-        """
-        try:
-            open_clip_format.check_configs(self.built.model, checkpoint, self.built.tokenizer_files, source)
-        except ValueError as error:
-            if not self.options.resume_with_changes:
-                raise ValueError(f"{error}. If the change is meant, add resume_with_changes") from error
-            if self.ranks.first:
-                LOG.warning("%s", error)
 
     def save(self, names: list[str], recorder: Recorder) -> Path | None:
         """Writes a checkpoint under these names, and returns the path of the last. A failure is raised on every rank.
@@ -125,7 +117,9 @@ class Checkpointer:
             return self._save_sharded(self.directory.checkpoints / name, self._state(recorder))
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
-        optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
+        optimizer = whole_state.optimizer_state(self.train_step.optimizer, self.built.model)
+        for index, values in optimizer["state"].items():
+            optimizer["state"][index] = whole_state.gathered(values, keep=self.ranks.first)
         rest = {**self._state(recorder), **self._configs(), "state_dict": weights}
         self.ranks.first_does(lambda: open_clip_format.save({**rest, "optimizer": optimizer}, *paths))
         self._saved(paths[-1])
@@ -134,20 +128,19 @@ class Checkpointer:
     def _save_sharded(self, target: Path, state: dict[str, Any]) -> Path:
         """Starts to write a sharded checkpoint, after the one before is whole. Returns its path.
 
-        Each rank copies its share of the tensors into the CPU's memory, and a thread writes the copy. If the checkpoint
-        before is of the same step, its tensors are the same, and only the state is replaced.
+        Each rank copies its share of the tensors into the CPU's memory, and a thread writes the copy. Where a whole
+        checkpoint of the step will do, its tensors are the same, and only the state is replaced.
         """
         self.wait()
-        optimizer = self.train_step.optimizer
-        state = {**state, "optimizer": sharded.optimizer_values(optimizer, self._names)}
+        optimizer = whole_state.optimizer_state(self.train_step.optimizer, self.built.model)
+        state = {**state, "optimizer": sharded.without_tensors(optimizer)}
         last, step = self._whole or (target, -1)
-        if step == state["step"]:
-            target = self.ranks.first_does(lambda: _renewed(last, target, state))
-            self._whole = target, step
-            self._saved(target)
-            return target
+        if step == state["step"] and (target == last or target.name.startswith("step")):
+            self.ranks.first_does(lambda: sharded.write_state(last, state))
+            self._saved(last)
+            return last
         aside = self.ranks.first_does(lambda: make_aside(target.parent))
-        tensors = sharded.own_tensors(self.built.model, optimizer, self._names, self.ranks.first)
+        tensors = sharded.own_tensors(self.built.model, optimizer, self.ranks.first)
         arguments = self._stager.stage(tensors), aside, target, state
         self._thread = threading.Thread(target=self._write, args=arguments, name="clipup checkpoint", daemon=True)
         self._thread.start()
@@ -157,9 +150,7 @@ class Checkpointer:
         """In a thread, which meets those of the other ranks in a group of their own. It does not keep the process from
         ending, as that of DCP's ``async_save`` does: one that waits for a frozen rank would."""
 
-        def finish(files: dict[str, FileSum]) -> None:
-            sharded.complete(aside, target, files, self._configs(), state)
-
+        finish = partial(sharded.complete, aside, target, configs=self._configs(), state=state)
         try:
             sharded.write(staged, aside, self._group, finish)
         except OSError as error:
@@ -237,7 +228,7 @@ class Checkpointer:
         if self.directory is None:
             return
         self.wait()
-        kept, next_one = (self.directory.checkpoints / open_clip_format.epoch_name(of) for of in (epoch, successor))
+        kept, next_one = (self.directory.checkpoints / f"epoch_{of}.pt" for of in (epoch, successor))
         if self.ranks.first and (next_one.exists() or next_one.with_suffix("").exists()):
             open_clip_format.delete(kept)
             open_clip_format.delete(kept.with_suffix(""))
@@ -247,10 +238,14 @@ class Checkpointer:
         if self.directory is None or self.built.model_cfg is None:
             return
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
-        self.ranks.first_does(lambda: self._save_model(self.unsharded(weights)))
+        self.ranks.first_does(lambda: self._save_model(weights))
 
-    def _save_model(self, model: nn.Module) -> None:
+    def _save_model(self, weights: dict[str, Any]) -> None:
         options, directory = self.options, self.directory.model
+        model = self.built.model
+        if self.built.unsharded is not None:
+            model = self.built.unsharded
+            model.load_state_dict(weights, assign=True)
         base_model = model_names.base_model(options.model, options.pretrained)
         files = self.built.tokenizer_files
         saving.save_with_tokenizer(model, directory, self.built.model_cfg, files, base_model=base_model)
@@ -270,21 +265,3 @@ class Checkpointer:
             return "There is no checkpoint yet"
         name = shlex.quote(self.directory.root.name)
         return f"The last checkpoint is {last}; to continue, run the same command with --name {name} --resume latest"
-
-
-def _stager(cuda: bool) -> Any:
-    """Copies tensors into the CPU's memory, which it keeps for the next ones."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-    )
-
-
-def _renewed(path: Path, target: Path, state: dict[str, Any]) -> Path:
-    """Replaces the state of a sharded checkpoint. One that was named by its step may get another name. Returns its
-    path."""
-    sharded.write_state(path, state)
-    return path if path == target or path.name.startswith("epoch") else sharded.rename(path, target)

@@ -15,7 +15,7 @@ LOGS/NAME/.lock                   while a process writes there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 from ... import checks
 from ...atomic_files import remove_abandoned, replace_files
 from ...locks import LOCK_FILE, exclusive
-from ..log.records import KINDS, Record, read_records
+from ..log.records import KINDS
 from ..options import TrainOptions
 from . import open_clip_format
 
@@ -95,19 +95,13 @@ class RunDirectory:
         path = self.root / _OPTIONS
         if open_clip_format.all_in(self.checkpoints) or not path.exists():
             return None
-        with suppress(ValueError):  # damaged, in a run without checkpoints
-            start = checks.read_json(path)["resume"]
-            return None if start in (None, "latest") else Path(start)
-        return None
+        start = checks.read_json(path)["resume"]
+        return None if start in (None, "latest") else Path(start)
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
         own = open_clip_format.all_in(self.checkpoints)
         return path.parent.resolve() == self.checkpoints.resolve() and self.checkpoints / path.name in own
-
-    def history(self) -> dict[str, list[Record]]:
-        """The records of the run by kind."""
-        return {kind: read_records(self.root / f"{kind}.jsonl") for kind in KINDS}
 
     def _parts(self) -> list[str]:
         """What there is of a run."""

@@ -37,8 +37,8 @@ class RunState:
     """The step of the last validation of each name, and its numbers, on rank 0."""
     evaluations: int | None = None
     """Records of evaluations when the checkpoint was written that the run continues from."""
-    skipped_samples: dict[str, dict[str, int]] = field(default_factory=lambda: {"all": {}, "epoch": {}})
-    """Samples that could not be read, as of the last checkpoint (``Epochs.for_checkpoint``)."""
+    skipped_samples: dict[str, int] = field(default_factory=dict)
+    """Samples that could not be read, as of the last checkpoint (``Epochs.skipped``)."""
     finished: bool = False
     """Whether all is done and the model is saved."""
 
@@ -62,9 +62,10 @@ class RunState:
             if name in _SAVED and name != "finished":
                 setattr(self, name, value)
         self.evaluations = checkpoint.get("evaluations")
-        if not resume.measured_alike(checkpoint, conditions):
-            self.validated = {}
-        if checkpoint.get("conditions", conditions)["steps_of_epoch"] != steps_of_epoch:
+        former = checkpoint.get("conditions", conditions)
+        if any(former["options"].get(name) != conditions["options"].get(name) for name in resume.MEASURED):
+            self.validated = {}  # they measured something else
+        if former["steps_of_epoch"] != steps_of_epoch:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
             self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
 
@@ -104,7 +105,7 @@ class Clock:
 
     state: RunState
     _mark: float = field(default_factory=time.perf_counter)
-    _logged: float = field(default_factory=time.perf_counter)
+    _logged: float = 0.0
     _images: int = 0
     _steps: int = 0
     _spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -123,8 +124,11 @@ class Clock:
         self._images, self._steps = 0, 0
         self._spent.clear()
 
-    def count(self, images: int) -> None:
+    def step_done(self, images: int) -> None:
         """Counts a step of all ranks."""
+        now = time.perf_counter()
+        self.state.seconds += now - self._mark
+        self._mark = now
         self._images += images
         self._steps += 1
 
@@ -132,20 +136,14 @@ class Clock:
         """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a
         step, those in which it waited for data and those in which it computed, and the seconds in training up to
         now."""
-        now = time.perf_counter()
-        since = now - self._logged
+        since = self._mark - self._logged
         times = {
             "images_per_second": self._images / since,
             "batch_time": since / self._steps,
             "data_time": self._spent["data"] / self._steps,
             "step_time": self._spent["step"] / self._steps,
-            "seconds": self.state.seconds + now - self._mark,
+            "seconds": self.state.seconds,
         }
-        self._images, self._steps, self._logged = 0, 0, now
+        self._logged, self._images, self._steps = self._mark, 0, 0
         self._spent.clear()
         return times
-
-    def step_done(self) -> None:
-        now = time.perf_counter()
-        self.state.seconds += now - self._mark
-        self._mark = now

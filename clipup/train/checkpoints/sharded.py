@@ -6,8 +6,7 @@
 A directory is written under a temporary name and gets its own when it is whole. ``clipup.models.shard_files``
 describes its files. Tensors have names that do not depend on how they are spread over ranks: ``model.NAME`` are weights
 and buffers, ``optimizer.NAME.KEY`` the optimizer's of the parameter NAME. ``state.pt`` is what a single-file checkpoint
-holds besides tensors; ``optimizer`` in it has the settings of the groups with their ``param_names``, and under
-``values`` what the optimizer holds of a parameter besides tensors.
+holds besides tensors; ``optimizer`` in it is the optimizer's state dict without them.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from ...models.shard_files import (
 )
 from ...models.state_dicts import check_archive, read_pickle, write_pickle
 from ...moe.expert_parallel import is_distributed
-from ..optim import continued_groups
-from ..ranks.whole_state import PLACE
+from ..ranks.whole_state import by_name, load_optimizer_state
 
 STATE = "state.pt"
 NAME = re.compile(r"(epoch|step)_\d+")
@@ -76,18 +74,23 @@ def check(directory: Path, rank: int = 0, world_size: int = 1) -> Index:
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """Its state with all tensors: ``state_dict``, and ``optimizer`` as {"by_name": values by parameter and key}.
+    """Its state with all tensors, as that of a single file.
 
     Raises:
         ValueError: it is damaged.
         OSError: it could not be read.
     """
     index, state = check(directory), read_state(directory)
-    by_name: dict[str, dict[str, Any]] = {name: dict(held) for name, held in state["optimizer"]["values"].items()}
-    for name, value in read_tensors(directory, OPTIMIZER).items():
+    _add_tensors(state["optimizer"], read_tensors(directory, OPTIMIZER))
+    return {**state, **index.configs, "state_dict": read_tensors(directory, MODEL)}
+
+
+def _add_tensors(optimizer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Adds tensors, named NAME.KEY, to an optimizer's state dict without them."""
+    values = by_name(optimizer)
+    for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
-        by_name.setdefault(parameter, {})[key] = value
-    return {**state, **index.configs, "state_dict": read_tensors(directory, MODEL), "optimizer": {"by_name": by_name}}
+        values[parameter][key] = value
 
 
 def shapes(directory: Path) -> dict[str, Tensor]:
@@ -99,34 +102,26 @@ def shapes(directory: Path) -> dict[str, Tensor]:
     }
 
 
-def parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Names by parameter. Call it before the first step: FSDP2 exchanges the parameters of modules meanwhile."""
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def own_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], is_first: bool
-) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module, optimizer: dict[str, Any], is_first: bool) -> dict[str, Tensor]:
     """The tensors that this rank may have to write, which share the memory of the model and the optimizer. Of plain
-    ones, which all ranks have, the first rank's count."""
-    found = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
-    for parameter, values in optimizer.state.items():
-        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-        found |= {f"{OPTIMIZER}{names[parameter]}.{key}": value for key, value in tensors.items()}
-    return {name: value for name, value in found.items() if is_first or is_distributed(value)}
+    ones, which all ranks have, the first rank's count.
+
+    Args:
+        optimizer: as ``optimizer_state`` returns it.
+    """
+    tensors = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
+    for name, values in by_name(optimizer).items():
+        tensors |= {f"{OPTIMIZER}{name}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if is_first or is_distributed(value)}
 
 
-def optimizer_values(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Any]:
-    """What the optimizer holds besides tensors, the same on all ranks."""
-    groups = []
-    for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key not in ("params", *PLACE)}
-        groups.append({**settings, "param_names": [names[parameter] for parameter in group["params"]]})
-    values = {
-        names[parameter]: {key: value for key, value in held.items() if not isinstance(value, Tensor)}
-        for parameter, held in optimizer.state.items()
+def without_tensors(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict without tensors, the same on all ranks."""
+    state = {
+        index: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for index, values in optimizer["state"].items()
     }
-    return {"param_groups": groups, "values": values}
+    return {**optimizer, "state": state}
 
 
 def write(
@@ -166,29 +161,25 @@ def write(
 
 
 def complete(aside: Path, target: Path, files: dict[str, FileSum], configs: dict[str, Any], state: Any) -> None:
-    """Adds the state and the checksums to a directory whose tensors are written, and gives it its name."""
+    """Adds the state and the checksums to a directory whose tensors are written, and gives it its name, which a damaged
+    one may have."""
     write_state(aside, state)
     index = Index(files, configs).to_json()
     replace_files({aside / INDEX: lambda path: path.write_text(index, encoding="utf-8")})
-    rename(aside, target)
-
-
-def rename(path: Path, target: Path) -> Path:
-    """Gives a checkpoint a name, which a damaged one may have."""
     if target.exists():
         remove_directory(target)
-    return path.rename(target)
+    aside.rename(target)
 
 
 def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    values: dict[str, Any],
+    saved: dict[str, Any],
     directory: Path,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Puts the tensors of a checkpoint, whatever its layout, into the model, which has these weights, and the
-    optimizer, if there is one, with its other ``values``. A collective if there is a group.
+    optimizer, if there is one, whose state is ``saved`` without them. A collective if there is a group.
 
     Raises:
         OSError: on all ranks, if one of them could not read.
@@ -196,42 +187,29 @@ def restore(
     from torch.distributed import checkpoint as dcp
 
     wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
-    state = {} if optimizer is None else _optimizer_targets(model, optimizer, values, described(directory), wanted)
+    moments = {} if optimizer is None else _targets(optimizer, described(directory))
+    wanted |= {f"{OPTIMIZER}{name}": value for name, value in moments.items()}
     with _causes_raised():
         reader = dcp.HuggingFaceStorageReader(str(directory))
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     if optimizer is not None:
-        optimizer.load_state_dict(state)
+        _add_tensors(saved, moments)
+        load_optimizer_state(optimizer, model, saved)
 
 
-def _optimizer_targets(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    saved: dict[str, Any],
-    described: dict[str, Any],
-    wanted: dict[str, Tensor],
-) -> dict[str, Any]:
-    """A state dict of the optimizer, whose tensors are still to be read and are added to ``wanted``."""
-    names = parameter_names(model)
-    keys: dict[str, list[str]] = {}
-    for name in described:
-        if name.startswith(OPTIMIZER):
-            parameter_name, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
-            keys.setdefault(parameter_name, []).append(key)
-    state: dict[int, dict[str, Any]] = {}
-    for group, own in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
-        for parameter, number in zip(group["params"], own["params"], strict=True):
-            held = dict(saved["values"].get(names[parameter], {}))
-            for key in keys.get(names[parameter], ()):
-                name = f"{OPTIMIZER}{names[parameter]}.{key}"
-                size, dtype = described[name].size, described[name].properties.dtype
-                like_parameter = key != "step" and size == parameter.shape
-                held[key] = wanted[name] = (
-                    torch.empty_like(parameter.detach()) if like_parameter else torch.empty(size, dtype=dtype)
-                )
-            if held:
-                state[number] = held
-    return {"state": state, "param_groups": continued_groups(optimizer, names, saved["param_groups"])}
+def _targets(optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors, named NAME.KEY, that the optimizer's are read into, spread like its parameters."""
+    groups = optimizer.param_groups
+    parameters = dict(pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
+    targets = {}
+    for name, tensor in described.items():
+        held_of, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+        if name.startswith(OPTIMIZER) and held_of in parameters:
+            parameter, size = parameters[held_of].detach(), tensor.size
+            like_parameter = key != "step" and size == parameter.shape
+            empty = torch.empty_like(parameter) if like_parameter else torch.empty(size, dtype=tensor.properties.dtype)
+            targets[f"{held_of}.{key}"] = empty
+    return targets
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,7 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int, con
         module = tracker_module(name)
         if name == "tensorboard":
             writer = module.SummaryWriter(str(directory / name), purge_step=steps_done + 1)
-            trackers.append(Tracker(_scalar_log(writer), writer.close))
+            trackers.append(Tracker(partial(_log_scalars, writer), writer.close))
             continue
         if name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
             place = {"id": directory.name, "dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
@@ -217,9 +218,6 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int, con
     return trackers
 
 
-def _scalar_log(writer: Any) -> Callable[..., None]:
-    def log(numbers: dict[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-
-    return log
+def _log_scalars(writer: Any, numbers: dict[str, float], step: int) -> None:
+    for name, value in numbers.items():
+        writer.add_scalar(name, value, step)

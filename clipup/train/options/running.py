@@ -119,11 +119,10 @@ class RemoteSyncOptions(OptionGroup):
     """Copies of the run's directory at another place, made while the run continues."""
 
     remote_sync: str | None = None
-    """Where the run's directory is copied to, under its name: s3://BUCKET/PATH, or a URL of fsspec."""
+    """Where the run's directory is copied to, under its name: s3://BUCKET/PATH (with the package s3fs), or another URL
+    of fsspec. Files that have changed are copied."""
     remote_sync_frequency: float = 300
     """Seconds between two copies; one more is made at the end."""
-    remote_sync_protocol: Literal["s3", "fsspec"] = "s3"
-    """s3 runs `aws s3 sync`; fsspec copies the files that have changed through that package."""
 
     def check(self) -> None:
         self.positive("remote_sync_frequency")

@@ -14,8 +14,7 @@ Each rank has samples of its own in all cases. Gradients are the means over all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...clip.flops import meta_copy
 from ...clip.towers import tower_blocks, towers
 from ...moe.expert_parallel import is_distributed
 from ...moe.layer import SparseMoE, moe_layers
@@ -58,8 +56,10 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
         )
     parts = options.fsdp_replicas * options.ep
     if ranks.world_size % parts:
-        named = " * ".join(f"{name} {getattr(options, name)}" for name in ("fsdp_replicas", "ep"))
-        raise ValueError(f"{named} must divide the number of ranks, {ranks.world_size}")
+        raise ValueError(
+            f"fsdp_replicas {options.fsdp_replicas} * ep {options.ep} must divide the number of ranks, "
+            f"{ranks.world_size}"
+        )
     if options.ep > 1:
         layers = moe_layers(model)
         if not layers:
@@ -68,12 +68,6 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
             if layer.config.num_experts % options.ep:
                 raise ValueError(
                     f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
-                )
-            shards = ranks.world_size // parts if options.fsdp else 1
-            if layer.d_model % shards or layer.d_hidden % shards:
-                raise ValueError(
-                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are "
-                    f"{layer.d_hidden} and {layer.d_model}; use more fsdp_replicas or ep"
                 )
 
 
@@ -88,22 +82,6 @@ def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Pr
         dist.broadcast(tensor.detach(), src=0)
     _Sharding(options, ranks, precision).apply(model)
     return model
-
-
-def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[str, Any]], nn.Module]:
-    """A function from a state dict to the model with these weights on one rank. Call it before ``wrapped``.
-
-    A model that is not sharded is returned as it is, with the weights it has; a sharded one as a copy without its hooks
-    and meshes, which takes the tensors of the state dict for its own."""
-    if not options.is_sharded:
-        return lambda weights: model
-    structure = meta_copy(model)
-
-    def unsharded(weights: dict[str, Any]) -> nn.Module:
-        structure.load_state_dict(weights, assign=True)
-        return structure
-
-    return unsharded
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -126,20 +104,12 @@ def share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
-    """Inside, a backward pass does not average the gradients over ranks."""
+def synchronize_gradients(model: Any, wanted: bool) -> None:
+    """Whether the forward and backward passes from here on average the gradients over ranks."""
     if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return _without_reduction(model) if hasattr(model, "set_requires_gradient_sync") else nullcontext()
-
-
-@contextmanager
-def _without_reduction(model: Any) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
+        model.require_backward_grad_sync = wanted  # as ``no_sync`` does
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(wanted)
 
 
 class _Sharding:
@@ -252,21 +222,15 @@ def finish_gradients(model: nn.Module, world_size: int) -> None:
     if not any(is_distributed(parameter) for parameter in model.parameters()):
         return
     gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    _average([gradient for gradient in gradients if not is_distributed(gradient)], world_size)
+    whole = [gradient for gradient in gradients if not is_distributed(gradient)]
+    joined = torch.cat([torch.zeros(0, device=gradients[0].device), *(gradient.reshape(-1) for gradient in whole)])
+    dist.all_reduce(joined)
+    means = (joined / world_size).split([gradient.numel() for gradient in whole])
+    for gradient, mean in zip(whole, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
     for gradient in filter(is_distributed, gradients):
         if _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
             shard_of(gradient).div_(gradient.device_mesh[_EP].size())
-
-
-def _average(gradients: list[Tensor], world_size: int) -> None:
-    """Makes them their means over all ranks, with one collective."""
-    if not gradients:
-        return
-    joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(joined)
-    means = (joined / world_size).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def shard_of(tensor: Tensor) -> Tensor:
@@ -275,44 +239,27 @@ def shard_of(tensor: Tensor) -> Tensor:
     return sharded.to_local().detach() if is_distributed(tensor) else tensor
 
 
-def copies(tensor: Tensor, world_size: int) -> int:
-    """How many ranks hold the same part of a tensor."""
-    if not is_distributed(tensor):
-        return world_size
-    sharded: Any = tensor
-    shards = 1
-    for dimension, placement in enumerate(sharded.placements):
-        shards *= 1 if placement.is_replicate() else sharded.device_mesh.size(dimension)
-    return world_size // shards
-
-
 @torch.no_grad()
-def gradient_norm(model: nn.Module, world_size: int, device: torch.device) -> Tensor:
+def gradient_norm(model: nn.Module, device: torch.device) -> Tensor:
     """[] float32 on the device: the Euclidean norm of all gradients; the same on every rank."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not any(map(is_distributed, gradients)):
-        return nn.utils.get_total_norm(gradients)
     total = torch.zeros((), device=device)
-    for place, parts in _by_device(gradients).items():
-        norms = torch.stack(torch._foreach_norm([shard_of(part) for part in parts], 2, torch.float32))
-        counts = torch.tensor([copies(part, world_size) for part in parts], device=place)
-        total += (norms.square() / counts).sum().to(device)
-    dist.all_reduce(total)
+    for parameters in _by_mesh(model):
+        norm: Any = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm.to(device)  # offloaded shards lie on the CPU
+        total += (norm.full_tensor() if is_distributed(norm) else norm).square()
     return total.sqrt()
 
 
-@torch.no_grad()
 def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
-    """Scales the gradients, whose norm this is, to ``largest`` if it is more (``torch.nn.utils.clip_grad_norm_``)."""
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for place, parts in _by_device(gradients).items():
-        torch._foreach_mul_([shard_of(part) for part in parts], factor.to(place))
+    """Scales the gradients, whose norm this is, to ``largest`` if it is more."""
+    for parameters in _by_mesh(model):
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
-def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """Shards that are offloaded lie on the CPU, what is not sharded does not."""
-    found: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        found.setdefault(tensor.device, []).append(tensor)
-    return found
+def _by_mesh(model: nn.Module) -> Iterable[list[Any]]:
+    """The parameters in lists of those that lie on one mesh, and of those on none."""
+    groups: dict[Any, list[Any]] = {}
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if is_distributed(parameter) else None, []).append(parameter)
+    return groups.values()

@@ -1,22 +1,25 @@
 """The state of a model and its optimizer, whole and independent of how they are spread over ranks.
 
 So a checkpoint fits one process, any number of ranks, and open_clip: a state dict of plain tensors, and the state dict
-of one optimizer over ``parameter_groups``. The functions that gather are collectives if the model is sharded; ranks
-other than the first need not keep what they gather.
+of one optimizer over ``groups_of``, whose groups name their parameters in ``param_names``. The functions that gather
+are collectives if the model is sharded; ranks other than the first need not keep what they gather.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...moe.expert_parallel import is_distributed
+from ...moe.weight_decay import parameter_groups
 
-_GROUP, _POSITIONS = PLACE = "group", "positions"
-"""Keys of a part of a parameter group: the group's index, and the positions of its parameters among all. They are of
-this run's layout, and in no checkpoint."""
+_GROUP = "group"
+"""Key of a part of a parameter group: the group's index. It is of this run's layout, and in no checkpoint."""
+_OF_A_RUN = ("lr_scale", _GROUP)
+"""Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,38 +28,18 @@ def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(is_distributed(parameter) for group in groups for parameter in group["params"]):
         return groups
     parts: dict[tuple[int, Any], dict[str, Any]] = {}
-    position = 0
     for index, group in enumerate(groups):
-        for parameter in group["params"]:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
             mesh = parameter.device_mesh if is_distributed(parameter) else None
-            part = parts.setdefault((index, mesh), {**group, "params": [], _GROUP: index, _POSITIONS: []})
+            part = parts.setdefault((index, mesh), {**group, "params": [], "param_names": [], _GROUP: index})
             part["params"].append(parameter)
-            part[_POSITIONS].append(position)
-            position += 1
+            part["param_names"].append(name)
     return list(parts.values())
 
 
 def weights(model: nn.Module, keep: bool = True) -> dict[str, Any]:
     """``model.state_dict()`` of plain tensors; empty without ``keep``."""
-    return _gathered(model.state_dict(), keep)
-
-
-def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
-    """``optimizer.state_dict()`` of plain tensors, over the groups that ``by_mesh`` was given."""
-    own = optimizer.state_dict()
-    if not _in_parts(optimizer):
-        return own
-    groups: dict[int, dict[str, Any]] = {}
-    state = {}
-    for group in own["param_groups"]:
-        settings = {key: value for key, value in group.items() if key not in ("params", *PLACE)}
-        groups.setdefault(group[_GROUP], {**settings, "params": []})["params"] += group[_POSITIONS]
-        for index, position in zip(group["params"], group[_POSITIONS], strict=True):
-            if index in own["state"]:
-                state[position] = _gathered(own["state"][index], keep)
-    for group in groups.values():
-        group["params"].sort()
-    return {**own, "state": dict(sorted(state.items())), "param_groups": [groups[index] for index in sorted(groups)]}
+    return gathered(model.state_dict(), keep)
 
 
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
@@ -65,22 +48,82 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
     model.load_state_dict({name: shard_like(own[name], value) for name, value in state.items()})
 
 
-def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """The names of the parameters in the groups that ``by_mesh`` was given."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    if not _in_parts(optimizer):
-        return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    groups: dict[int, dict[int, str]] = {}
-    for group in optimizer.param_groups:
-        for parameter, position in zip(group["params"], group[_POSITIONS], strict=True):
-            groups.setdefault(group[_GROUP], {})[position] = names[parameter]
-    return [[name for _, name in sorted(groups[index].items())] for index in sorted(groups)]
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """``optimizer.state_dict()`` over the groups that ``by_mesh`` was given; its tensors are those of the optimizer."""
+    own = optimizer.state_dict()
+    values = by_name(own)
+    order = {name: position for position, (name, _) in enumerate(model.named_parameters())}
+    groups: dict[int, dict[str, Any]] = {}
+    for number, group in enumerate(own["param_groups"]):
+        settings = {key: value for key, value in group.items() if key != _GROUP}
+        whole = groups.setdefault(group.get(_GROUP, number), {**settings, "param_names": []})
+        whole["param_names"] += group["param_names"]
+    state: dict[int, Any] = {}
+    numbers = count()
+    for group in groups.values():
+        group["param_names"].sort(key=order.__getitem__)
+        numbered = dict(zip(group["param_names"], numbers, strict=False))
+        group["params"] = list(numbered.values())
+        state |= {number: values[name] for name, number in numbered.items() if name in values}
+    return {**own, "state": state, "param_groups": list(groups.values())}
+
+
+def by_name(optimizer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an optimizer's state dict holds of each parameter, by its name."""
+    return {
+        name: optimizer["state"][index]
+        for group in optimizer["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+        if index in optimizer["state"]
+    }
+
+
+def with_names(optimizer: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state dict with ``param_names``. One without them, such as open_clip_train's, is taken to be over
+    ``clipup.parameter_groups`` of the model.
+
+    Raises:
+        ValueError: it has another number of groups.
+    """
+    saved = optimizer["param_groups"]
+    if all("param_names" in group for group in saved):
+        return optimizer
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    names = [[name_of[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
+    groups = [{**group, "param_names": of_group} for group, of_group in zip(saved, names, strict=True)]
+    return {**optimizer, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads moments and step counts into a new optimizer, by the names of the parameters. Its groups keep their own
+    settings, such as the learning rate, and have from a saved group with one of their parameters what they do not have
+    yet, such as a count of steps. A parameter that the state does not have starts without moments.
+
+    Args:
+        state: as ``optimizer_state`` returns it, or without names.
+
+    Raises:
+        ValueError: a state without names has groups of other sizes.
+    """
+    state = with_names(state, model)
+    values, own = by_name(state), optimizer.state_dict()
+    states: dict[int, Any] = {}
+    groups = []
+    for group, live in zip(own["param_groups"], optimizer.param_groups, strict=True):
+        names = group["param_names"]
+        for name, index, parameter in zip(names, group["params"], live["params"], strict=True):
+            if name in values:
+                states[index] = {key: shard_like(parameter, value) for key, value in values[name].items()}
+        saved = (each for each in state["param_groups"] if not set(names).isdisjoint(each["param_names"]))
+        counted = {key: value for key, value in next(saved, {}).items() if key not in _OF_A_RUN}
+        groups.append({**counted, **group})
+    optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
 
 
 def shard_like(model: Any, value: Any) -> Any:
     """A plain tensor spread like the DTensor ``model``, whose shape it has; each rank keeps its part of its own value,
     which is the same on all. Anything else as it is."""
-    if not (is_distributed(model) and isinstance(value, Tensor) and value.shape == model.shape):
+    if not is_distributed(model) or is_distributed(value) or getattr(value, "shape", None) != model.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -88,8 +131,8 @@ def shard_like(model: Any, value: Any) -> Any:
     return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
 
 
-def _gathered(state: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """A state dict with its DTensors gathered, one after the other, into the CPU's memory."""
+def gathered(state: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """A state dict with its DTensors gathered, one after the other, into the CPU's memory; empty without ``keep``."""
     whole = {}
     for name, value in state.items():
         if is_distributed(value):
@@ -98,7 +141,3 @@ def _gathered(state: dict[str, Any], keep: bool) -> dict[str, Any]:
         if keep:
             whole[name] = value
     return whole
-
-
-def _in_parts(optimizer: torch.optim.Optimizer) -> bool:
-    return any(_GROUP in group for group in optimizer.param_groups)

@@ -84,11 +84,21 @@ def options(tmp_path: Path) -> Callable[..., TrainOptions]:
 def run(
     make_model: Callable[..., nn.Module], pairs: type[Pairs], options: Callable[..., TrainOptions]
 ) -> Callable[..., TrainResult]:
-    """Three epochs of three steps each."""
+    """Three epochs of three steps each, or so many steps; of pairs in memory, or of ``train_data``."""
+    transforms = tuple(open_clip.image_transform(16, is_train=training) for training in (True, False))
 
-    def run(callbacks: Sequence[Every] = (), **changes: Any) -> TrainResult:
-        settings = {"steps": None, "epochs": 3, **changes}
-        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
+    def run(
+        callbacks: Sequence[Every] = (), sparse: clipup.MoEConfig | None = None, loader: Any = None, **changes: Any
+    ) -> TrainResult:
+        settings = options(**{"steps": None, "epochs": 3, **changes})
+        return train(
+            settings,
+            model=make_model(sparse),
+            preprocess=transforms,
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            loader=loader or (pairs() if settings.train_data is None else None),
+            callbacks=callbacks,
+        )
 
     return run
 

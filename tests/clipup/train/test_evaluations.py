@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import open_clip
 import pytest
-import torch
 from PIL import Image
 from same_runs import assert_same_run, without_times
 
@@ -15,27 +15,15 @@ from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
 from clipup.train.checkpoints.open_clip_format import load
-from clipup.train.loop import Trainer
 
 COLOURS = ["red", "green", "blue", "white"]
 PREPROCESS, TOKENIZER = open_clip.image_transform(16, is_train=False), open_clip.SimpleTokenizer(context_length=8)
 
 
 @pytest.fixture
-def run(make_model, pairs, options):
+def run(run):
     """Nine steps, three an epoch."""
-
-    def run(callbacks=(), **changes):
-        return train(
-            options(**{"steps": None, "epochs": 3, "workers": 0, "batch_size": 4, **changes}),
-            model=make_model(clipup.MoEConfig(num_experts=2)),
-            preprocess=PREPROCESS,
-            tokenizer=TOKENIZER,
-            loader=pairs(),
-            callbacks=callbacks,
-        )
-
-    return run
+    return partial(run, sparse=clipup.MoEConfig(num_experts=2), workers=0, batch_size=4)
 
 
 def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, pictures, tmp_path):
@@ -62,28 +50,6 @@ def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, picture
     assert without_times(whole.evaluations) == without_times(resumed.evaluations)
     assert_same_run(whole, resumed)
     assert {path.name for path in folder.iterdir()} == {"epoch_3.pt", "epoch_latest.pt"}
-
-
-@pytest.mark.parametrize("epoch, validated", [(1, False), (3, True)])
-def test_a_run_killed_around_a_validation_is_validated_once(run, csv_data, monkeypatch, epoch, validated):
-    whole = run(name="whole", val_data=csv_data)
-    validate = Trainer._validate
-
-    def killed(trainer, at_end):
-        if trainer.state.epoch != epoch or validated:
-            validate(trainer, at_end)
-        if trainer.state.epoch == epoch:
-            raise SystemExit("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_validate", killed)
-        with pytest.raises(SystemExit):
-            run(val_data=csv_data)
-    torch.rand(5)
-
-    resumed = run(resume="latest", val_data=csv_data)
-    assert without_times(whole.evaluations) == without_times(resumed.evaluations)
-    assert_same_run(whole, resumed)
 
 
 @pytest.fixture

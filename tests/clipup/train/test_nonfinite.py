@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,6 @@ from clipup.train import Every, NonFiniteGradients, NonFiniteWeights, train
 from clipup.train.checkpoints.open_clip_format import load
 
 BALANCED = clipup.MoEConfig.clip_up(num_experts=4, selection_bias="sign")
-
-
-class Poisoned:
-    """Batches of which one holds a NaN, counted over all epochs."""
-
-    def __init__(self, batches, position):
-        self.batches, self.position, self.served = batches, position, 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for images, texts in self.batches:
-            yield (images * torch.nan if self.served == self.position else images), texts
-            self.served += 1
 
 
 def spoil_gradients(model, value, steps):
@@ -42,14 +28,9 @@ def spoil_gradients(model, value, steps):
     return model
 
 
-class Watch:
-    """The model's state after every step."""
-
-    def __init__(self):
-        self.states = []
-
-    def __call__(self, model):
-        self.states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+def watch(states):
+    """Callbacks that keep the model's state after every step."""
+    return [Every(1, lambda model: states.append(deepcopy(model.state_dict())))]
 
 
 def same(one, other):
@@ -64,15 +45,16 @@ def latest(directory):
     "settings", [{"accum_freq": 2}, {"precision": "amp", "grad_clip_norm": 1.0}, {"precision": "amp_bf16"}], ids=str
 )
 def test_a_step_with_a_nan_batch_is_not_applied_and_the_run_continues(make_model, pairs, options, settings):
-    watch, accum = Watch(), settings.get("accum_freq", 1)
+    states, accum = [], settings.get("accum_freq", 1)
     model = make_model(None if settings.get("precision") == "amp" else BALANCED)
     model.visual.conv1 = nn.Sequential(model.visual.conv1, nn.BatchNorm2d(32))
-    loader = Poisoned(pairs(pairs=64 * accum), 3 * accum)  # step 4
+    loader = list(pairs(pairs=64 * accum))
+    loader[3 * accum][0].fill_(torch.nan)  # step 4
 
     usual = {"steps": 8, "eps": 1e-4, "save_frequency": 0, "save_most_recent": False}
-    result = train(options(**usual, **settings), model=model, loader=loader, callbacks=[Every(1, watch)])
+    result = train(options(**usual, **settings), model=model, loader=loader, callbacks=watch(states))
 
-    before, skipped, after = watch.states[2:5]
+    before, skipped, after = states[2:5]
     assert same(before, skipped) and not same(skipped, after)  # batch norms and selection biases too
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
     counts = [record["skipped_steps"] for record in result.history]
@@ -101,14 +83,14 @@ def test_too_many_such_steps_in_a_row_also_over_a_resume_stop_the_run_and_leave_
 
 
 def test_the_gradient_scaler_finds_its_scale_without_stopping_the_run(make_model, pairs, options):
-    model, watch = spoil_gradients(make_model(BALANCED), torch.inf, range(1, 13)), Watch()
+    model, states = spoil_gradients(make_model(BALANCED), torch.inf, range(1, 13)), []
 
     changes = {"precision": "amp", "steps": 14, "max_nonfinite_steps": 0}
-    result = train(options(**changes), model=model, loader=pairs(), callbacks=[Every(1, watch)])
+    result = train(options(**changes), model=model, loader=pairs(), callbacks=watch(states))
 
     assert result.history[-1]["skipped_steps"] == 12
     assert latest(result.directory)["scaler"]["scale"] == 65536 / 2**12
-    assert same(watch.states[0], watch.states[11])
+    assert same(states[0], states[11])
 
 
 def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options, model_directory):

@@ -165,10 +165,10 @@ def test_options_select_the_loss(make_model, pairs, options, model_directory):
     data = pairs(pairs=8, noise=0)
     data.texts[4:] = data.texts[:4]
 
-    def first(**changes):
-        return train(options(logs=None, steps=1, **changes), model=make_model(seed=3), loader=data).history[0]
-
-    plain, multi_positive, distilled = first(), first(multi_positive=True), first(distill_model=str(model_directory))
+    plain, multi_positive, distilled = (
+        train(options(logs=None, steps=1, **changes), model=make_model(seed=3), loader=data).history[0]
+        for changes in ({}, {"multi_positive": True}, {"distill_model": str(model_directory)})
+    )
     assert multi_positive["contrastive"] < plain["contrastive"] - 1e-3
     assert distilled["contrastive"] == pytest.approx(plain["contrastive"], rel=1e-5)
     assert distilled["loss"] == pytest.approx(distilled["contrastive"] + distilled["distill"], rel=1e-5)

@@ -1,5 +1,5 @@
 """A run goes on from its newest checkpoint. From an earlier one another run begins, and until it has a checkpoint of
-its own it begins there again under ``--resume latest``, never from random weights."""
+its own it begins there again under ``--resume latest``, never from random weights. One run writes at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import os
 import pytest
 from same_runs import Killed, assert_same_weights, contents, killed
 
+from clipup.locks import DirectoryInUse
+from clipup.train import Every
 from clipup.train.checkpoints import open_clip_format, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
-
-
-def assert_is_rest_of(resumed, once):
-    assert [record["step"] for record in resumed.history] == list(range(4, 10))
-    assert_same_weights(once, resumed)
 
 
 @KINDS
@@ -33,33 +30,11 @@ def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from
     with pytest.raises(FileExistsError, match="already holds a run.*--resume latest"):
         run(fsdp_checkpoint=kind, resume=start, name="other")
 
-    assert_is_rest_of(run(fsdp_checkpoint=kind, resume="latest", name="other"), once)
+    resumed = run(fsdp_checkpoint=kind, resume="latest", name="other")
+    assert [record["step"] for record in resumed.history] == list(range(4, 10))
+    assert_same_weights(once, resumed)
     assert contents(once.directory) == before
     assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
-
-
-@pytest.mark.parametrize(("deleted", "from_another"), [(0, True), (1, True), (1, False)])
-def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, monkeypatch, deleted, from_another):
-    once, former = run(), run(name="other", epochs=2)
-    start = str(once.directory / "checkpoints" / "epoch_1.pt")
-    delete, left = open_clip_format.delete, iter(range(deleted))
-
-    def delete_some(path):
-        if next(left, None) is None:
-            raise Killed
-        delete(path)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(open_clip_format, "delete", delete_some)
-        run(name="other", force=True, resume=start if from_another else None)
-
-    after = run(resume="latest", name="other", epochs=3 if deleted else 2)
-    if not deleted:  # the former run is whole, and continued
-        assert after.already_finished and after.steps == former.steps
-    elif from_another:
-        assert_is_rest_of(after, once)
-    else:
-        assert [record["step"] for record in after.history] == list(range(1, 10))
 
 
 def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):
@@ -68,3 +43,14 @@ def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):
     run(resume="latest", epochs=4, save_frequency=1, delete_previous_checkpoint=True)
 
     assert {path.name for path in folder.iterdir()} == {"epoch_2.pt", "epoch_4.pt", "epoch_latest.pt"}
+
+
+@pytest.mark.parametrize("changes", [{"resume": "latest"}, {"force": True}], ids=str)
+def test_a_run_in_use_is_refused_and_nothing_changes(run, tmp_path, changes):
+    def second(model):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DirectoryInUse, match=r"run is in use by process .*--name"):
+            run(**changes)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    assert run([Every(3, second)], epochs=1).steps == 3

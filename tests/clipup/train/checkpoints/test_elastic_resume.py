@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import open_clip
+from functools import partial
+
 import pytest
 
 import clipup
-from clipup.train import train
 from clipup.train.checkpoints.open_clip_format import load
 
 
 @pytest.fixture(params=["shards", pytest.param("csv", marks=pytest.mark.slow)])
-def run(request, make_model, options, csv_data, shards):
+def run(request, run, csv_data, shards):
     """Epochs of three steps of eight of the 24 samples, with random crops; a sparse model that drops nothing."""
-    source = csv_data if request.param == "csv" else shards
-    config = clipup.MoEConfig(num_experts=4)
-
-    def run(**changes):
-        settings = {"batch_size": 8, "workers": 0, "eps": 1e-3, "lr_scheduler": "const", "warmup": 0, **changes}
-        return train(
-            options(train_data=source, **settings),
-            model=make_model(config),
-            preprocess=open_clip.image_transform(16, is_train=True),
-            tokenizer=open_clip.SimpleTokenizer(context_length=8),
-        )
-
-    return run
+    data = {"train_data": csv_data if request.param == "csv" else shards, "batch_size": 8, "workers": 0}
+    return partial(run, sparse=clipup.MoEConfig(num_experts=4), eps=1e-3, lr_scheduler="const", warmup=0, **data)
 
 
 def contrastive(result):
@@ -50,9 +39,12 @@ def test_the_same_global_batch_continues_within_an_epoch(run, changes):
         ({"train_num_samples": 16}, "train_num_samples None -> 16"),
         ({"seed": 1}, "seed 0 -> 1"),
         ({"cache_data": True}, "cache_data False -> True"),
+        ({"workers": 2}, "workers 0 -> 2"),
     ],
 )
-def test_another_sequence_is_refused_within_an_epoch_by_name(run, changes, cause):
+def test_another_sequence_is_refused_within_an_epoch_by_name(run, shards, changes, cause):
+    if "workers" in changes:  # they decide the sequence of streamed data
+        run = partial(run, train_data=f"file:{shards}", train_num_samples=24)
     run(steps=4)
 
     with pytest.raises(

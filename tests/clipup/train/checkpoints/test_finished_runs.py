@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from same_runs import Killed, assert_same_run, killed
 
 import clipup
-from clipup.train import Every, Trainer, train
-from clipup.train.checkpoints import open_clip_format
+from clipup.train import Every, Trainer
 from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
 
 
 @pytest.fixture
-def run(make_model, pairs, options, named_model):
+def run(run, named_model):
     """A sparse run, three steps an epoch."""
-
-    def run(callbacks=(), **changes):
-        usual = {"model": named_model, "lr_scheduler": "const"}
-        return train(options(**usual, **changes), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
-
-    return run
+    return partial(run, sparse=NOISY, model=named_model, lr_scheduler="const")
 
 
 def contents(directory):
@@ -43,25 +39,6 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_still_be_extended_ex
     assert (idle.steps, idle.history, idle.evaluations) == (first.steps, first.history, first.evaluations)
     assert_same_run(first, idle)
     assert_same_run(run(steps=6, resume="latest"), whole)
-
-
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, monkeypatch, epoch):
-    copy, copies = open_clip_format.shutil.copyfile, []
-
-    def kill(*paths):
-        copies.append(paths)
-        if len(copies) == epoch:
-            raise Killed
-        copy(*paths)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(open_clip_format.shutil, "copyfile", kill)
-        run(steps=6)
-
-    folder = run(steps=6, resume="latest").directory / "checkpoints"
-    names = ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt")
-    assert [load(folder / name)["step"] for name in names] == [3, 6, 6]
 
 
 @pytest.mark.parametrize("error", [Killed, OSError])

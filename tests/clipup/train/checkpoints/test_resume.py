@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
+from functools import partial
 
-import open_clip
 import pytest
 import torch
 from same_runs import assert_same_run, without_times
 
 import clipup
-from clipup.train import Every, TrainingInterrupted, train
+from clipup.train import Every, TrainingInterrupted
 from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
@@ -25,16 +23,13 @@ def damage(folder):
     (folder / "2.png").unlink()
     for row in (5, 11):
         (folder / f"{row}.png").write_bytes(b"no picture")
-    path = folder / "train-0.tar"
-    content = path.read_bytes()
+    content = (folder / "train-0.tar").read_bytes()
     start = content.index(b"\x89PNG", content.index(b"4.png"))
-    path.write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
+    (folder / "train-0.tar").write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
 
 
 @pytest.mark.parametrize("source", ["memory", "csv with workers", "cached csv", "streamed", *SLOW])
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(
-    source, make_model, pairs, options, csv_data, shards, tmp_path
-):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(source, run, csv_data, shards, tmp_path):
     """A sparse model with router noise, on pairs in memory or on files with random crops; some cannot be read,
     before and after the interruption."""
     damage(tmp_path)
@@ -43,17 +38,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(
         settings = {"train_data": shards, "workers": 0}
     if source == "streamed":
         settings |= {"train_data": f"file:{shards}", "train_num_samples": 24}
-    data = {
-        "preprocess": open_clip.image_transform(16, is_train=True),
-        "tokenizer": open_clip.SimpleTokenizer(context_length=8),
-    }
     if source == "memory":
-        settings, data = {}, {"loader": pairs()}
-
-    def run(callbacks=(), **changes):
-        chosen = options(steps=8, batch_size=8, max_skipped=0.2, **settings, **changes)
-        return train(chosen, model=make_model(NOISY), callbacks=callbacks, **data)
-
+        settings = {}
+    run = partial(run, sparse=NOISY, steps=8, batch_size=8, max_skipped=0.2, **settings)
     whole = run(name="whole")
     with pytest.raises(TrainingInterrupted):  # the second step of the second of three epochs
         run(callbacks=[Every(5, lambda model: os.kill(os.getpid(), signal.SIGINT))])
@@ -67,29 +54,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(
 
 
 @pytest.fixture
-def train_pairs(make_model, pairs, options):
+def train_pairs(run):
     """Trains a sparse model with router noise on in-memory data, three steps an epoch."""
-
-    def run(callbacks=(), **changes):
-        return train(options(**changes), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
-
-    return run
-
-
-def test_the_newest_checkpoint_is_the_one_with_the_most_steps_and_later_records_go(train_pairs):
-    whole = train_pairs(steps=None, epochs=2)
-    folder = whole.directory / "checkpoints"
-    (folder / "epoch_latest.pt").unlink()
-    (folder / "epoch_2.pt").unlink()
-    shutil.copy(folder / "epoch_1.pt", folder / "epoch_3.pt")
-    with open(whole.directory / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "cut o')
-
-    resumed = train_pairs(steps=None, epochs=2, resume="latest")
-
-    lines = (whole.directory / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert_same_run(whole, resumed)
+    return partial(run, sparse=NOISY, steps=6)
 
 
 def test_a_half_precision_run_resumes_its_gradient_scaler(train_pairs):

@@ -8,7 +8,6 @@ import re
 import sys
 from types import SimpleNamespace
 
-import open_clip
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,7 +48,7 @@ def test_the_console_has_the_first_and_the_last_step_and_every_evaluation(make_m
     assert f"evaluation at step 4: {RECALL} 0.25" in lines
     number = r"\d+(\.\d+)?(e-\d+)?"
     of_step = rf"loss {number}, lr {number}, {number} images/s"
-    assert re.fullmatch(r"training from step 0 to step 6 on cpu, 1 rank; .*logs/run", lines[0])
+    assert re.fullmatch(r"training from step 0 to step 6 on cpu, ranks: 1; .*logs/run", lines[0])
     assert re.fullmatch(rf"training: 1 of 6 steps, epoch 0, {of_step}, 00:\d\d left", lines[1])
     assert len(lines) == 5 and re.fullmatch(rf"training: 6 of 6 steps, epoch 1, {of_step}", lines[-1])
 
@@ -72,17 +71,10 @@ def stub(monkeypatch):
     return install
 
 
-def test_every_logged_step_and_evaluation_is_reported_to_tensorboard_and_wandb(
-    stub, make_model, pairs, options, csv_data, monkeypatch
-):
+def test_every_logged_step_and_evaluation_is_reported_to_tensorboard_and_wandb(stub, run, csv_data):
     calls = stub("wandb")
-    result = train(
-        options(report_to="all", wandb_project_name="moe", wandb_notes="a note", val_data=csv_data, steps=3),
-        model=make_model(SPARSE),
-        preprocess=open_clip.image_transform(16, is_train=False),
-        tokenizer=open_clip.SimpleTokenizer(context_length=8),
-        loader=pairs(),
-    )
+    noted = {"report_to": "all", "wandb_project_name": "moe", "wandb_notes": "a note"}
+    result = run(sparse=SPARSE, val_data=csv_data, steps=3, **noted)
 
     (start, *logs, end) = calls
     assert start[0] == "init" and end == ("finish", (), {}) and {call[0] for call in logs} == {"log"}

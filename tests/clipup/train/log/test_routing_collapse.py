@@ -58,14 +58,13 @@ def test_two_of_eight_experts_with_all_tokens_are_reported_once_in_console_log_f
 ):
     monkeypatch.setattr(routing_collapse, "_STEPS", 10)
 
-    def run(**changes):
-        usual = {"lr": 1e-9, "wd": 0.0, "save_frequency": 0}  # the routers stay as they are
-        loader = pairs(batch_size=4, pairs=240)
-        return train(options(**usual, **changes), model=collapsed(make_model(CONFIG)), loader=loader)
+    usual = {"lr": 1e-9, "wd": 0.0, "save_frequency": 0}  # the routers stay as they are
+    first, result = (
+        train(options(**usual, **changes), model=collapsed(make_model(CONFIG)), loader=pairs(batch_size=4, pairs=240))
+        for changes in ({"steps": 11}, {"steps": 12, "resume": "latest"})
+    )
 
-    first = run(steps=11)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    result = run(steps=12, resume="latest")
 
     log = [line for line in (result.directory / "out.log").read_text().splitlines() if "| WARNING | routing" in line]
     file = [json.loads(line) for line in (result.directory / "warnings.jsonl").read_text().splitlines()]

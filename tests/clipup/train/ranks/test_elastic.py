@@ -18,56 +18,48 @@ def losses(folder, name):
 
 
 def samples(folder, name, world_size, accum_freq=1):
-    """Those of every step, from all ranks in order."""
+    """Those of every step, from all ranks in order; an accumulated batch has two forward passes."""
     of_ranks = []
     for rank in range(world_size):
         path = folder / f"{name}-rank_{rank}.txt"
         batches = [line.split() for line in path.read_text().splitlines()]
         path.unlink()
-        if accum_freq > 1:  # two forward passes of every batch
-            batches = [
-                batch
-                for start in range(0, len(batches), 2 * accum_freq)
-                for batch in batches[start : start + accum_freq]
-            ]
-        of_ranks.append([sum(batches[i : i + accum_freq], []) for i in range(0, len(batches), accum_freq)])
+        passes = 2 * accum_freq if accum_freq > 1 else 1
+        starts = range(0, len(batches), passes)
+        of_ranks.append([sum(batches[start : start + accum_freq], []) for start in starts])
     return [sum(step, []) for step in zip(*of_ranks, strict=True)]
 
 
+DIVIDED = {"batch_size": 4, "accum_freq": 2}
+"""Two batches by one process are one each on two ranks: noise and dropping are the same too."""
+
+
 @pytest.mark.slow
-def test_two_ranks_then_four_then_one_equal_one_process(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "whole", "parts"),
+    [
+        ("sparse", {}, [(2, 2, {}), (4, 9, {}), (1, 12, {})]),
+        ("noisy", DIVIDED, [(1, 3, DIVIDED), (2, 12, {"batch_size": 4})]),
+    ],
+)
+def test_a_run_continued_on_other_numbers_of_ranks_equals_one_process(tmp_path, kind, whole, parts):
     """Six steps an epoch; changes after step 2 of the first and after step 3 of the second."""
     write_csv(tmp_path, 50, png)
     (tmp_path / "7.png").write_bytes(b"no picture")
-    run(tmp_path, "whole", "sparse", 12)
-    expected = samples(tmp_path, "whole", 1)
+    run(tmp_path, "whole", kind, 12, whole)
+    expected = samples(tmp_path, "whole", 1, whole.get("accum_freq", 1))
     assert len(expected) == 12 and sorted(map(len, expected)) == [8] * 12
 
     seen = []
-    for world_size, steps in ((2, 2), (4, 9), (1, 12)):
-        arguments = "elastic", "sparse", steps, {"resume": "latest"}
+    for world_size, steps, changes in parts:
+        arguments = "elastic", kind, steps, {"resume": "latest", **changes}
         if world_size == 1:
             run(tmp_path, *arguments)
         else:
             on_ranks(tmp_path, world_size, run, tmp_path, *arguments)
-        seen += samples(tmp_path, "elastic", world_size)
+        seen += samples(tmp_path, "elastic", world_size, changes.get("accum_freq", 1))
 
     assert seen == expected
     assert losses(tmp_path, "elastic") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
     state = load(tmp_path / "logs" / "elastic" / "checkpoints" / "epoch_latest.pt")
-    assert (state["epoch"], state["samples_seen"], list(state["skipped_samples"]["all"].values())) == (2, 96, [1])
-
-
-@pytest.mark.slow
-def test_with_batches_of_the_same_size_noise_and_dropping_are_the_same_too(tmp_path):
-    """Batches of four: two accumulated by one process, or one each on two ranks."""
-    write_csv(tmp_path, 50, png)
-    divided = {"batch_size": 4, "accum_freq": 2}
-    run(tmp_path, "whole", "noisy", 8, divided)
-    run(tmp_path, "elastic", "noisy", 3, divided)
-    (tmp_path / "elastic-rank_0.txt").unlink()
-
-    on_ranks(tmp_path, 2, run, tmp_path, "elastic", "noisy", 8, {"batch_size": 4, "resume": "latest"})
-
-    assert samples(tmp_path, "elastic", 2) == samples(tmp_path, "whole", 1, accum_freq=2)[3:]
-    assert losses(tmp_path, "elastic") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
+    assert (state["epoch"], state["samples_seen"], list(state["skipped_samples"].values())) == (2, 96, [1])

@@ -12,9 +12,8 @@ import pytest
 import torch
 from rank_processes import on_ranks, ranks
 from sharded_runs import FOUR, LAST, SHARDED, SPREAD, THEN, continued, of_four, of_two, stuck
-from tiny_parallel import DROPLESS, model, newest, resume_all, run
+from tiny_parallel import DROPLESS, newest, resume_all, run
 
-from clipup.models.factory import load_checkpoint
 from clipup.models.shard_files import read_index
 from clipup.train.checkpoints.open_clip_format import load
 
@@ -44,8 +43,8 @@ def assert_same(one, other, bitwise):
         tolerance = {"rtol": 0, "atol": 0} if bitwise else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(first["state_dict"][key], value, **tolerance)
     if bitwise:
-        for name, values in second["optimizer"]["by_name"].items():
-            assert all(torch.equal(first["optimizer"]["by_name"][name][key], value) for key, value in values.items())
+        for index, values in second["optimizer"]["state"].items():
+            assert all(torch.equal(first["optimizer"]["state"][index][key], value) for key, value in values.items())
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -60,14 +59,9 @@ def test_a_run_resumed_with_another_layout_does_what_one_process_does(out, name,
     assert_same(out / f"{name}, {then}", out / "alone", bitwise=False)
 
 
-def test_every_rank_writes_about_half_and_any_model_reads_the_whole(out):
+def test_every_rank_writes_about_half(out):
     parts, [alone] = (read_index(newest(out / name)).files.values() for name in (f"{LAST}, whole", "alone"))
     assert len(parts) == 2 and all(0.4 * alone.size < part.size < 0.7 * alone.size for part in parts)
-
-    loaded = model(DROPLESS)
-    load_checkpoint(loaded, newest(out / f"{LAST}, whole"))
-    expected = load(newest(out / f"{LAST}, whole"))["state_dict"]
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
 def test_a_damaged_file_is_found_by_the_ranks_together_and_the_checkpoint_before_is_used(out):
