@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def resumed(out: Path) -> None:
 
 
 def in_session(program: Any, *arguments: Any) -> Any:
-    """Calls a program in a session of its own."""
+    """Calls a program in a session of its own, which hears Ctrl-C: a shell's background jobs ignore it."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return program(*arguments)
