@@ -167,7 +167,7 @@ START := runs/start
 demo-start: $(call installed,all)
 	$(BIN)/python -m studies icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
-	$(BIN)/python -m clipup.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
+	$(BIN)/python -m studies.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
 lint: $(call installed,test)
 	$(BIN)/ruff check .

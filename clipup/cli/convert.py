@@ -33,16 +33,10 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup convert")
     from ..models import saving
     from ..models.checkpoint_model import checkpoint_model
-    from ..models.shard_files import is_sharded
     from ..models.state_dicts import read_weights
     from ..train.finite import not_finite
 
     path = Path(options.checkpoint)
-    if path.is_dir() and not is_sharded(path):
-        raise ValueError(
-            f"checkpoint: {path} is not the directory of a sharded checkpoint; expected epoch_K or step_N in the "
-            "checkpoints/ of a run, or a file epoch_K.pt there"
-        )
     with empty_directory(options.out):
         weights = read_weights(path)
         broken = not_finite(weights.state_dict)

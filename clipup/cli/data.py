@@ -41,11 +41,10 @@ class Pictograms:
         seconds = time.perf_counter() - start
         print(f"{dataset['name']} in {self.out} ({seconds:.0f} s), {self.size} x {self.size} pixels:")
         for name, split in dataset["splits"].items():
-            shards = len(split["shards"])
             groups = ", ".join(f"{count:,} {group}" for group, count in split["images_by_group"].items())
             print(
                 f"  {name:<9}{split['images']:>7,} images ({groups}) of {split['concepts']:,} concepts, "
-                f"{split['captions']:,} captions, {shards} shard{'s' * (shards != 1)}"
+                f"{split['captions']:,} captions, shards: {len(split['shards'])}"
             )
         print("authors and licences: see LICENSES.md in that directory")
         return 0

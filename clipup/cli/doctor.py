@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..moe.config import MoEConfig
 from . import WAITING
-from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
+from .flags import MOE_RULES, ON_SPARSE, SparseOptions, parse, refuse_idle
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(SparseOptions):
     """Shows what upcycle would do with a model: blocks, parameters before and after, what is refused and why. With
     --device, checks the kernels on that device: every op, forward and backward, against plain torch in float64.
 
@@ -33,11 +33,10 @@ class Options:
     """Check the kernels on this device (cpu, cuda or cuda:N). Exit code 1 if an op fails."""
     json: bool = False
     """Print JSON instead of tables."""
-    moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
+    options = parse(Options, argv, "clipup doctor", MOE_RULES)
     if (options.model is None) == (options.device is None):
         raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
     if options.model is None:
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> int:
     model = factory.create_on_meta(options.model)
     if moe_layers(model):
         refuse_idle(argv, options, [ON_SPARSE])
-    findings = examine(options.model, model, options.moe)
+    findings = examine(options.model, model, options.moe_cfg)
     print(json.dumps(findings, indent=2) if options.json else text(findings))
     return 0
 
@@ -89,22 +88,21 @@ def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
     from ..upcycling.upcycle import upcycle
 
     config = with_towers(config, model)
-    reports = diagnose(model, config)
-    findings: dict[str, Any] = {"model": name, "moe": config.to_dict()}
-    findings["towers"] = [dataclasses.asdict(report) for report in reports]
-    findings["upcycles"] = not any(report.refused for report in reports) and not moe_layers(model)
-    findings["suggestion"] = None
-    findings |= {"params": _count(model), "sparse_params": None, "active_params": None}
-    if moe_layers(model):
-        findings |= {"sparse_params": findings["params"], "active_params": flops.count_active(model)}
-        return findings
-    supported = tuple(r.tower for r in reports if r.tower in (config.towers or ()) and not r.refused)
-    if supported and not findings["upcycles"]:
-        findings["suggestion"] = f"--towers {' '.join(supported)}"
-    if supported:
-        upcycle(model, config.replace(towers=supported), inplace=True)
-        findings |= {"sparse_params": _count(model), "active_params": flops.count_active(model)}
-    return findings
+    reports, params, is_sparse = diagnose(model, config), _count(model), bool(moe_layers(model))
+    accepted = tuple(r.tower for r in reports if r.tower in (config.towers or ()) and not r.refused and not is_sparse)
+    upcycles = not is_sparse and not any(report.refused for report in reports)
+    if accepted:
+        upcycle(model, config.replace(towers=accepted), inplace=True)
+    return {
+        "model": name,
+        "moe": config.to_dict(),
+        "towers": [dataclasses.asdict(report) for report in reports],
+        "upcycles": upcycles,
+        "suggestion": f"--towers {' '.join(accepted)}" if accepted and not upcycles else None,
+        "params": params,
+        "sparse_params": _count(model) if accepted or is_sparse else None,
+        "active_params": flops.count_active(model) if accepted or is_sparse else None,
+    }
 
 
 def _count(model: nn.Module) -> int:

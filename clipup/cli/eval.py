@@ -12,18 +12,18 @@ import tyro
 
 from ..data.options import SourceOptions, is_csv
 from ..models import known_models
-from ..precision import Precision, check_device, default_workers, token_dtype
+from ..precision import token_dtype
 from ..progress import printable
-from .flags import NoEffect, at_least, check_int8, parse
+from .flags import EncodingOptions, NoEffect, parse
 from .logs import errors_only
 from .outputs import check_file, write_text
 
 if TYPE_CHECKING:
-    from ..evaluate import datasets
+    from ..evaluate.datasets import DataSet
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(EncodingOptions):
     """Measures retrieval and zero-shot classification of a dense or sparse model on a benchmark (--dataset and --root),
     or on your own data (--val-data; --classes and --images). docs/evaluation.md shows the layouts on disk.
 
@@ -57,8 +57,6 @@ class Options:
     multi_positive: bool = False
     """Retrieval: treat equal captions as one text that matches every image with this caption."""
     source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
-    workers: int = field(default_factory=default_workers)
-    """Processes that read images."""
     classes: Path | None = None
     """Classification: text file with one class name per line."""
     images: str | None = None
@@ -66,14 +64,6 @@ class Options:
     templates: Path | None = None
     """Classification: text file with one prompt per line, {} for the class name. None: the benchmark's prompts
     (imagenet: open_clip's 80), or open_clip's seven short ones with --classes."""
-    batch_size: int = 64
-    """Images or texts per batch."""
-    precision: Precision = "fp32"
-    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
-    int8: bool = False
-    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
     """File for the results as JSON; "-" prints only JSON."""
     card: bool = False
@@ -84,35 +74,20 @@ class Options:
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
+        super().check()
+        self.at_least(1, "captions_per_image")
         if self.dataset is None and self.val_data is None and self.classes is None:
             raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
         if (self.dataset is None) != (self.root is None):
             raise ValueError("a benchmark needs both --dataset and --root")
         if (self.classes is None) != (self.images is None):
             raise ValueError("classification needs both --classes and --images")
-        at_least(self, 0, "workers")
-        at_least(self, 1, "batch_size", "captions_per_image")
-        self.device = check_device(self.device)
-        check_int8(self.int8, self.precision, self.device)
 
 
 _RETRIEVAL = ("coco", "flickr30k", "csv", "webdataset")
 _CLASSIFICATION = ("imagenet", "imagenet-v2", "webdataset")  # the task of a webdataset is only known from its files
 _WITH_ANNOTATIONS = ("coco", "flickr30k")
 _OF_ANY_DATA = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
-_BENCHMARKS: dict[str, Callable[[Any, Options, str, list[str]], datasets.DataSet]] = {
-    "coco": lambda datasets, options, root, _: datasets.coco(root, options.split, options.annotations),
-    "flickr30k": lambda datasets, options, root, _: datasets.flickr30k(root, options.split, options.annotations),
-    "imagenet": lambda datasets, options, root, _: datasets.imagenet(root, options.split),
-    "imagenet-v2": lambda datasets, options, root, _: datasets.imagenet_v2(root),
-    "webdataset": lambda datasets, options, root, templates: datasets.webdataset(root, options.split, templates),
-    "csv": lambda datasets, options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
-}
-"""Readers of what ``--dataset`` names: of the module, the options, ``--root`` and the lines of ``--templates``."""
-
-
-def _reads_csv(options: Options) -> bool:
-    return options.dataset == "csv" or is_csv(options.val_data, options.source.dataset_type)
 
 
 def _is_one_split(options: Options) -> bool:
@@ -146,7 +121,7 @@ RULES = [
     NoEffect(("dataset_type",), lambda options: options.val_data is None, "without --val-data"),
     NoEffect(
         ("csv_separator", "csv_img_key", "csv_caption_key"),
-        lambda options: not _reads_csv(options),
+        lambda options: options.dataset != "csv" and not is_csv(options.val_data, options.source.dataset_type),
         "without a CSV file",
     ),
     NoEffect(
@@ -160,8 +135,7 @@ RULES = [
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
-    options.check()
-    if options.out not in (None, "-"):
+    if options.out is not None and options.out != "-":
         check_file("out", options.out)
     from ..models import model_card, model_names
 
@@ -176,13 +150,10 @@ def main(argv: list[str]) -> int:
     if options.card and directory is not None:
         finished = directory / "model"  # if it is a run's
         model_card.add_results(finished if finished.is_dir() else directory, results)
-    text = json.dumps(results, indent=2) + "\n"
-    if options.out == "-":
-        print(text, end="")
-        return 0
-    print(table(results))
-    if options.out is not None:
-        write_text(Path(options.out), text)
+    text = json.dumps(results, indent=2)
+    print(text if options.out == "-" else table(results))
+    if options.out is not None and options.out != "-":
+        write_text(Path(options.out), f"{text}\n")
     return 0
 
 
@@ -191,74 +162,76 @@ def evaluate(options: Options) -> dict[str, Any]:
     from clipup_kernels.self_check import check_once
 
     from ..data.loaders import load_eval_samples
-    from ..evaluate import datasets
+    from ..evaluate.datasets import ClassificationSet, RetrievalSet
     from ..evaluate.retrieval import evaluate_retrieval
     from ..evaluate.zero_shot import zero_shot
-    from ..inference.accelerate import for_inference
-    from ..models import factory, tokenizers
-    from .runs import model_of
+    from .runs import load_for_inference
 
     if options.device.startswith("cuda"):
         check_once(options.device, [token_dtype(options.precision)])
     found = _find(options)
-    own = None
+    samples = None
     if options.val_data is not None:  # found before the model is loaded, which brings the transform
-        own = load_eval_samples(options.val_data, None, options.source, "val_data")
-    with model_of(options.model) as name:
-        model, _, preprocess = factory.create_model_and_transforms(
-            name, options.pretrained, precision=options.precision, device=options.device
-        )
-        tokenizer = tokenizers.get_tokenizer(name)
-    model = for_inference(model, options.precision, "int8" if options.int8 else None)
+        samples = load_eval_samples(options.val_data, None, options.source, "val_data")
+    model, preprocess, tokenizer = load_for_inference(
+        options.model, options.pretrained, options.precision, options.int8, options.device
+    )
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
-    precision = f"{options.precision}, int8 weights" if options.int8 else options.precision
-    results: dict[str, Any] = {"model": options.model, "precision": precision}
-    if options.dataset is not None:
-        results["dataset"] = options.dataset
-        if options.dataset in _OF_ANY_DATA:
-            results["root"] = options.root
-        if not _is_one_split(options):
-            results["split"] = options.split
-    results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
-    samples = own
-    if samples is not None:
-        samples.preprocess = preprocess
-    if isinstance(found, datasets.RetrievalSet):
+    measured = {
+        "model": options.model,
+        "precision": f"{options.precision}, int8 weights" if options.int8 else options.precision,
+        "dataset": options.dataset,
+        "root": options.root if options.dataset in _OF_ANY_DATA else None,
+        "split": None if options.dataset is None or _is_one_split(options) else options.split,
+        "val_data": options.val_data,
+        "images": options.images,
+    }
+    results: dict[str, Any] = {name: value for name, value in measured.items() if value is not None}
+    if isinstance(found, RetrievalSet):
         samples = found.samples(preprocess, options.source.max_image_pixels)
     if samples is not None:
+        samples.preprocess = preprocess
         batches = samples.batches(options.batch_size, options.workers)
         triples = (triple for batch in batches for triple in zip(*batch, strict=True))
         recall = evaluate_retrieval(
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
         assert recall is not None  # this is the only process
-        results["retrieval"] = {**recall, "skipped": samples.skipped}
-        results["multi_positive"] = options.multi_positive
-    if isinstance(found, datasets.ClassificationSet):
+        results |= {"retrieval": {**recall, "skipped": samples.skipped}, "multi_positive": options.multi_positive}
+    if isinstance(found, ClassificationSet):
         images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
 
-def _find(options: Options) -> datasets.DataSet | None:
+def _find(options: Options) -> DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
     from ..evaluate import datasets, image_folder, read_lines
     from ..evaluate.zero_shot import TEMPLATES
 
     templates = [] if options.templates is None else read_lines(options.templates)
-    found: datasets.DataSet
-    if options.dataset is not None and options.root is not None:
-        found = _BENCHMARKS[options.dataset](datasets, options, options.root, templates)
-    elif options.classes is not None and options.images is not None:
+    found: DataSet
+    if options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
         found = datasets.ClassificationSet(images, names, TEMPLATES)
+    elif options.root is not None:
+        root, split = options.root, options.split
+        readers: dict[str | None, Callable[[], DataSet]] = {
+            "coco": lambda: datasets.coco(root, split, options.annotations),
+            "flickr30k": lambda: datasets.flickr30k(root, split, options.annotations),
+            "imagenet": lambda: datasets.imagenet(root, split),
+            "imagenet-v2": lambda: datasets.imagenet_v2(root),
+            "webdataset": lambda: datasets.webdataset(root, split, templates),
+            "csv": lambda: datasets.csv(root, split, *options.source.csv_format),
+        }
+        found = readers[options.dataset]()
     else:
         return None
     if isinstance(found, datasets.ClassificationSet):
-        return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
+        return replace(found, templates=templates or found.templates)
     kept = slice(options.captions_per_image)
-    return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
+    return replace(found, records=[replace(record, captions=record.captions[kept]) for record in found.records])
 
 
 def table(results: dict[str, Any]) -> str:

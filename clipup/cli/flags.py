@@ -5,17 +5,61 @@ from __future__ import annotations
 import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
-from ..checks import check
 from ..models import known_models
 from ..moe.config import MoEConfig
+from ..precision import Precision, check_device, default_workers
+from ..train.options.values import OptionGroup
 from .logs import FLAG_OF
 
 T = TypeVar("T")
 MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))
+
+
+@dataclass(kw_only=True)
+class SparseOptions(OptionGroup):
+    """Options of a command that makes a model sparse."""
+
+    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
+
+
+@dataclass(kw_only=True)
+class DeviceOptions(OptionGroup):
+    """Options of a command that runs a model."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
+
+    def check(self) -> None:
+        self.device = check_device(self.device)
+
+
+@dataclass(kw_only=True)
+class EncodingOptions(DeviceOptions):
+    """Options of a command that encodes images."""
+
+    precision: Precision = "fp32"
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
+    int8: bool = False
+    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
+    batch_size: int = 64
+    """Images or texts per batch."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images."""
+
+    def check(self) -> None:
+        super().check()
+        self.at_least(0, "workers")
+        self.at_least(1, "batch_size")
+        if self.int8 and (self.precision not in ("fp32", "bf16") or self.device != "cpu"):
+            raise ValueError(
+                f"int8 needs precision fp32 or bf16 and device cpu, got {self.precision} and {self.device}; pass "
+                "--precision bf16 --device cpu"
+            )
 
 
 class NoEffect(NamedTuple):
@@ -27,22 +71,61 @@ class NoEffect(NamedTuple):
     """Completes "--flag has no effect ...": "without --moe"."""
 
 
-FSDP_RULE = NoEffect(
-    ("fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"),
-    lambda options: not options.fsdp,
-    "without --fsdp",
-)
 ON_SPARSE = NoEffect(MOE_FLAGS, lambda options: True, "on a model that is already sparse")
+MOE_RULES = [
+    NoEffect(
+        ("selection_bias_rate",),
+        lambda options: options.moe_cfg.selection_bias == "none",
+        "without --selection-bias",
+    ),
+    NoEffect(("balance",), lambda options: options.moe_cfg.balance_weight == 0, "with --balance-weight 0"),
+    NoEffect(
+        ("entropy_threshold",),
+        lambda options: options.moe_cfg.global_entropy_weight == 0,
+        "without --global-entropy-weight",
+    ),
+    NoEffect(
+        ("priority",),
+        lambda options: options.moe_cfg.capacity_factor is None and options.moe_cfg.eval_capacity_factor is None,
+        "without --capacity-factor or --eval-capacity-factor",
+    ),
+    NoEffect(
+        ("padding_aware",),
+        lambda options: "text" not in (options.moe_cfg.towers or ("text",)),
+        "without the text tower in --towers",
+    ),
+]
+TRAIN_RULES = [
+    NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
+    *MOE_RULES,
+    NoEffect(
+        ("fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"),
+        lambda options: not options.fsdp,
+        "without --fsdp",
+    ),
+    NoEffect(
+        ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        lambda options: not options.lock_image,
+        "without --lock-image",
+    ),
+    NoEffect(
+        ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+        lambda options: not options.lock_text,
+        "without --lock-text",
+    ),
+    NoEffect(("local_loss", "gather_with_grad"), lambda options: options.siglip, "with --siglip"),
+]
+"""Of training runs, which ``clipup plan`` plans."""
 
 
 def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[NoEffect] = (), **kwargs: Any) -> T:
-    """Parses a command line with tyro.
+    """Parses a command line with tyro, and checks the options.
 
     Args:
         kwargs: passed to ``tyro.cli``.
 
     Raises:
-        ValueError: a model does not exist, or a flag has no effect according to one of the rules.
+        ValueError: a model does not exist, a flag has no effect according to one of the rules, or an option is refused.
         SystemExit: --help, an unknown flag, or an invalid value.
     """
     FLAG_OF.clear()
@@ -50,6 +133,8 @@ def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[N
     parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
     refuse_unknown_models(parsed)
     refuse_idle(argv, parsed, rules)
+    if isinstance(parsed, OptionGroup):
+        parsed.check()
     return parsed
 
 
@@ -84,45 +169,3 @@ def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> 
         idle = [given[name] for name in rule.names if name in given]
         if idle and rule.idle(parsed):
             raise ValueError(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {rule.why}")
-
-
-def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
-    """Rules for the options of ``MoEConfig``, which ``config_of`` gets from a command's options."""
-
-    def rule(name: str, idle: Callable[[MoEConfig], bool], why: str) -> NoEffect:
-        return NoEffect((name,), lambda options: idle(config_of(options)), why)
-
-    return [
-        rule("selection_bias_rate", lambda config: config.selection_bias == "none", "without --selection-bias"),
-        rule("balance", lambda config: config.balance_weight == 0, "with --balance-weight 0"),
-        rule("entropy_threshold", lambda config: config.global_entropy_weight == 0, "without --global-entropy-weight"),
-        rule(
-            "priority",
-            lambda config: config.capacity_factor is None and config.eval_capacity_factor is None,
-            "without --capacity-factor or --eval-capacity-factor",
-        ),
-        rule(
-            "padding_aware",
-            lambda config: "text" not in (config.towers or ("text",)),
-            "without the text tower in --towers",
-        ),
-    ]
-
-
-def at_least(options: Any, least: int, *names: str) -> None:
-    """
-    Raises:
-        ValueError: an option, unless it is None, is smaller.
-    """
-    for name in names:
-        value = getattr(options, name)
-        check(name, value, value is None or value >= least, f"at least {least}")
-
-
-def check_int8(int8: bool, precision: str, device: str) -> None:
-    """Refuses int8 weights where there are none."""
-    if int8 and (precision not in ("fp32", "bf16") or device != "cpu"):
-        raise ValueError(
-            f"int8 needs precision fp32 or bf16 and device cpu, got {precision} and {device}; pass "
-            "--precision bf16 --device cpu"
-        )

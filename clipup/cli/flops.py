@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ..moe.config import MoEConfig
-from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+from .flags import MOE_FLAGS, MOE_RULES, ON_SPARSE, NoEffect, SparseOptions, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..clip.flops import TowerCounts
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(SparseOptions):
     """Counts the FLOPs of a model for one image and one text of full length (a multiply-add is 2), and its parameters.
 
     Example: clipup flops ViT-B-16 --moe --json
@@ -29,12 +28,11 @@ class Options:
     json: bool = False
     """Print JSON for one model instead of a table of both: image_gflops, text_gflops (10^9 FLOPs), params,
     active_params."""
-    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: options.json and not options.moe, "on --json without --moe"),
-    *moe_rules(lambda options: options.moe_cfg),
+    *MOE_RULES,
 ]
 
 
@@ -65,9 +63,10 @@ def table(counts: dict[str, TowerCounts]) -> str:
     """A text table with a row per model and, for two models, the ratio of the second to the first."""
     rows = {name: (image, text, image + text, *params) for name, (image, text, *params) in counts.items()}
     lines = [f"{'':<6}{'image GFLOP':>12}{'text GFLOP':>12}{'both':>9}{'params':>11}{'active':>11}"]
-    for name, (image, text, both, params, active) in rows.items():
-        gflops = f"{_gflop(image):>12}{_gflop(text):>12}{_gflop(both):>9}"
-        lines.append(f"{name:<6}{gflops}{params / 1e6:>9.1f} M{active / 1e6:>9.1f} M")
+    lines += [
+        f"{name:<6}{_gflop(image):>12}{_gflop(text):>12}{_gflop(both):>9}{params / 1e6:>9.1f} M{active / 1e6:>9.1f} M"
+        for name, (image, text, both, params, active) in rows.items()
+    ]
     if len(rows) == 2:
         image, text, both, params, active = (b / a for a, b in zip(*rows.values(), strict=True))
         lines.append(f"{'ratio':<6}{image:>12.2f}{text:>12.2f}{both:>9.2f}{params:>11.2f}{active:>11.2f}")

@@ -12,9 +12,8 @@ import tyro
 
 from ..data.images import upright
 from ..models import known_models
-from ..precision import check_device
 from ..progress import progress
-from .flags import at_least, parse
+from .flags import DeviceOptions, NoEffect, parse
 from .logs import errors_only
 from .outputs import check_file, write_text
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from ..data.samples import Sample
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(DeviceOptions):
     """Shows what the experts of a sparse model do: which expert took which patch and which token, how evenly they are
     used, how similar they are, and what each takes most. One HTML page that needs no server.
 
@@ -51,49 +50,38 @@ class Options:
     """Pictures and captions that are shown whole."""
     batch_size: int = 32
     """Images, or captions, in a batch."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: an option has a value that is refused, or two contradict each other.
-        """
-        if self.images is None and self.captions is None:
-            raise ValueError("nothing to inspect: pass --images, --captions or both")
-        if self.dense_pretrained is not None and self.dense is None:
-            raise ValueError("dense_pretrained has no effect without --dense, the model whose weights it gives")
-        at_least(self, 0, "shown")
-        at_least(self, 1, "max_images", "batch_size")
+        super().check()
+        self.at_least(0, "shown")
+        self.at_least(1, "max_images", "batch_size")
+
+
+RULES = [NoEffect(("dense_pretrained",), lambda options: options.dense is None, "without --dense")]
 
 
 @errors_only()
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup inspect")
-    options.check()
-    path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
-    from ..inference.accelerate import for_inference
+    options = parse(Options, argv, "clipup inspect", RULES)
     from ..inspection.expert_report import inspect_experts
-    from ..models import factory, model_names, tokenizers
-    from .runs import model_of
+    from ..models import factory, model_names
+    from .runs import load_for_inference
 
     if options.dense is not None:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
-    device = check_device(options.device)
     check_file("out", options.out)
+    path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
-    with model_of(f"{known_models.LOCAL_PREFIX}{path}") as name:
-        model, _, preprocess = factory.create_model_and_transforms(name, device=device)
-        tokenizer = tokenizers.get_tokenizer(name)
-    dense = None
-    if options.dense is not None:
-        dense = factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=device)[0]
+    model, preprocess, tokenizer = load_for_inference(f"{known_models.LOCAL_PREFIX}{path}", device=options.device)
+    dense = (
+        None
+        if options.dense is None
+        else factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]
+    )
     skipped: dict[str, str] = {}
     seen = inspect_experts(
-        for_inference(model),
+        model,
         progress(_readable(records, skipped), "routing images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
@@ -102,8 +90,7 @@ def main(argv: list[str]) -> int:
         name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
-    page = dataclasses.replace(seen, skipped=skipped).page(options.shown)
-    write_text(options.out, page)
+    write_text(options.out, dataclasses.replace(seen, skipped=skipped).page(options.shown))
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
     print(f"{len(seen.pictures)} images and {len(seen.captions)} captions{left_out}: {options.out}")
     return 0

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import tyro
-
-from ..checks import positive_number
-from ..moe.config import MoEConfig
 from ..precision import Precision
-from .flags import FSDP_RULE, MOE_FLAGS, ON_SPARSE, NoEffect, at_least, moe_rules, parse, refuse_idle
+from ..train.options import ParallelOptions, TrainedPartsOptions, TrainOptions
+from .flags import TRAIN_RULES, NoEffect, SparseOptions, parse
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Plan
     from ..plan.report import Length
-    from ..train.options import TrainOptions
 
-_OF_TRAIN = (
-    *("model", "moe", "moe_cfg", "precision", "grad_checkpointing", "accum_freq", "fsdp", "fsdp_replicas", "ep"),
-    *("fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "loss_chunk_size", "siglip", "local_loss"),
-    *("gather_with_grad", "lock_image", "lock_image_unlocked_groups", "lock_text", "lock_text_unlocked_layers"),
-)
 _OF_CARD = ("memory_gb", "tflops", "link_gb_s", "network_gb_s", "host_gb_s")
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
     """Plans a training run on several GPUs: memory of each, traffic of a step, hours, price, and a setting that fits.
 
     Example: clipup plan --model ViT-B-16 --moe --gpus 64 --batch 32768 --fsdp --ep 8
@@ -44,24 +35,12 @@ class Options:
     """Image-text pairs of one optimizer step, over all GPUs and accumulated batches."""
     moe: bool = False
     """Make the model sparse, with the options of MoEConfig below."""
-    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
-    """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
     precision: Precision = "amp_bf16"
     """As in clipup train, whose default on CUDA is amp; with it, nothing can be sharded."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     accum_freq: int = 1
     """Batches per step: the loss is over all of them, with the memory of one."""
-    fsdp: bool = False
-    """Shard weights, gradients and optimizer state over the ranks (FSDP2)."""
-    fsdp_replicas: int = 1
-    """Copies of a model sharded with fsdp."""
-    fsdp_no_reshard_after_forward: bool = False
-    """Keep a block's gathered weights from its forward to its backward pass."""
-    fsdp_offload_cpu: bool = False
-    """Keep the shards of weights, gradients and optimizer state in the CPU's memory."""
-    ep: int = 1
-    """Expert parallelism: ranks over which each layer's experts are divided."""
     loss_chunk_size: int | None = None
     """Images (and texts) of a rank whose logits are computed at once."""
     siglip: bool = False
@@ -70,14 +49,6 @@ class Options:
     """Every rank computes the logits of its own images and texts only."""
     gather_with_grad: bool = True
     """Gradients flow through gathered features."""
-    lock_image: bool = False
-    """Freeze the image tower."""
-    lock_image_unlocked_groups: int = 0
-    """Leave the last n groups of the image tower unlocked."""
-    lock_text: bool = False
-    """Freeze the text tower."""
-    lock_text_unlocked_layers: int = 0
-    """Leave the last n layers of the text tower unlocked."""
     caption_tokens: int | None = None
     """Mean length of a caption in tokens, for the rows of sparse text layers. None: the whole context."""
 
@@ -121,23 +92,17 @@ class Options:
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
-        at_least(self, 1, "samples", "epochs", "train_num_samples")
-        for name in _OF_CARD:
-            if getattr(self, name) is not None:
-                positive_number(name, getattr(self, name))
+        super().check()
+        self.at_least(1, "samples", "epochs", "train_num_samples")
+        self.positive(*_OF_CARD)
         if self.samples is not None and self.epochs is not None:
             raise ValueError("samples and epochs both say how long the run is; use one")
         if (self.epochs is None) != (self.train_num_samples is None):
             raise ValueError("epochs counts passes over train_num_samples pairs; set both, or samples instead")
-        if self.train_num_samples is not None and self.train_num_samples < self.batch:
-            raise ValueError(
-                f"train_num_samples must be at least batch, {self.batch}, which is a step; got {self.train_num_samples}"
-            )
 
     def train_options(self) -> TrainOptions:
-        from ..train.options import TrainOptions
-
-        return TrainOptions(**{name: getattr(self, name) for name in _OF_TRAIN})
+        given = {each.name: getattr(self, each.name, None) for each in dataclasses.fields(TrainOptions)}
+        return TrainOptions(**{name: value for name, value in given.items() if value is not None})
 
     def cluster(self) -> Cluster:
         from ..plan import Cluster, Rates, card
@@ -146,8 +111,9 @@ class Options:
         rates = {each.name: getattr(self, each.name) for each in dataclasses.fields(Rates)}
         if self.tflops is not None:
             given["tflops_fp32"] = self.tflops
-        chosen = dataclasses.replace(card(self.gpu), **given)
-        return Cluster(self.gpus, chosen, Rates(**rates), self.reserve, self.price)
+        return Cluster(
+            self.gpus, dataclasses.replace(card(self.gpu), **given), Rates(**rates), self.reserve, self.price
+        )
 
     def length(self) -> Length | None:
         """As ``clipup train`` reads indexed data: the last pairs of an epoch that fill no step are left out."""
@@ -160,14 +126,10 @@ class Options:
 
 
 RULES = [
-    NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
-    *moe_rules(lambda options: options.moe_cfg),
-    FSDP_RULE,
+    *TRAIN_RULES,
     NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
     NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
-    NoEffect(("local_loss", "gather_with_grad", "loss_chunk_size"), lambda options: options.siglip, "with --siglip"),
-    NoEffect(("lock_image_unlocked_groups",), lambda options: not options.lock_image, "without --lock-image"),
-    NoEffect(("lock_text_unlocked_layers",), lambda options: not options.lock_text, "without --lock-text"),
+    NoEffect(("loss_chunk_size",), lambda options: options.siglip, "with --siglip"),
     NoEffect(
         ("price",), lambda options: options.length() is None, "without --samples, or --epochs and --train-num-samples"
     ),
@@ -176,19 +138,14 @@ RULES = [
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup plan", RULES)
-    options.check()
-    from ..moe.layer import moe_layers
     from ..plan import Subject, plan, propose
     from ..plan.report import as_json, as_text
     from ..train.optim import lock_parts
 
     cluster = options.cluster()
     trained = options.train_options()
-    subject = Subject.create(options.model, None, options.precision, options.siglip)
-    if options.moe and moe_layers(subject.model):
-        refuse_idle([*argv, "--moe"], options, [ON_SPARSE._replace(names=("moe",))])
-    if options.moe:
-        subject = Subject.create(options.model, options.moe_cfg, options.precision, options.siglip)
+    moe = options.moe_cfg if options.moe else None
+    subject = Subject.create(options.model, moe, options.precision, options.siglip)
     lock_parts(subject.model, trained)
     made = plan(subject, trained, cluster, options.batch, options.caption_tokens)
     proposed = propose(subject, trained, cluster, options.batch, options.caption_tokens)

@@ -7,11 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..models import model_names, saving
+from torch import nn
+
+from ..inference.accelerate import for_inference
+from ..models import factory, model_names, saving, tokenizers
 from ..models.checkpoint_model import checkpoint_model
 from ..models.model_directory import CONFIG_NAME
 from ..models.state_dicts import read_weights
+from ..precision import Precision
 from ..train.checkpoints import open_clip_format
 from ..train.checkpoints.run_directory import RunDirectory
 
@@ -45,3 +50,15 @@ def model_of(name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         saving.save_with_tokenizer(model, Path(temporary), model_cfg, tokenizer_files)
         yield f"{model_names.LOCAL_PREFIX}{temporary}"
+
+
+def load_for_inference(
+    name: str, pretrained: str | None = None, precision: Precision = "fp32", int8: bool = False, device: str = "cpu"
+) -> tuple[nn.Module, Any, Any]:
+    """Model, transform of images and tokenizer of what ``model_of`` takes."""
+    with model_of(name) as known:
+        model, _, preprocess = factory.create_model_and_transforms(
+            known, pretrained, precision=precision, device=device
+        )
+        tokenizer = tokenizers.get_tokenizer(known)
+    return for_inference(model, precision, "int8" if int8 else None), preprocess, tokenizer

@@ -8,15 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from ..precision import check_device
 from ..progress import printable
-from .flags import at_least, parse
+from .flags import DeviceOptions, parse
 from .logs import errors_only
 from .outputs import check_file, write_text
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(DeviceOptions):
     """Finds the images of an index (clipup index) that fit texts best, with the model that made it. Prints their scores
     and paths; with --page it also writes them as one HTML page with pictures.
 
@@ -31,23 +30,21 @@ class Options:
     """Images per text."""
     page: Path | None = None
     """File for a page with the pictures; an earlier one is replaced."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
         """
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
+        super().check()
         if not self.texts or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank")
-        at_least(self, 1, "count")
+        self.at_least(1, "count")
 
 
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
-    options.check()
     from ..evaluate.encode import encode_texts
     from ..inference.accelerate import for_inference
     from ..models import factory, tokenizers
@@ -59,7 +56,7 @@ def main(argv: list[str]) -> int:
     index = ImageIndex.load(options.index)
     encoder = index.encoder
     model, *_ = factory.create_model_and_transforms(
-        encoder.model, encoder.pretrained, precision=encoder.precision, device=check_device(options.device)
+        encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
     )
     index.check_model(digest(model, encoder.model))
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)

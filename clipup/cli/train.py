@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -14,17 +14,11 @@ from ..moe.config import MoEConfig
 from ..train.options import GROUPS, TrainOptions
 from ..train.ranks.launched import Launched
 from . import open_clip_flags, say
-from .flags import FSDP_RULE, MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle, refuse_unknown_models
+from .flags import TRAIN_RULES, NoEffect, parse, refuse_idle, refuse_unknown_models
 from .logs import FLAG_OF, in_one_line
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
-_CSV_FLAGS = ("csv_separator", "csv_img_key", "csv_caption_key")
-
-
-def _reads_csv(options: TrainOptions) -> bool:
-    return is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)
-
 
 _Grouped: Any = dataclasses.make_dataclass(
     "TrainOptions",
@@ -45,9 +39,12 @@ FLAGS = tuple(
 """All flags of the command."""
 
 RULES = [
-    NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
-    *moe_rules(lambda options: options.moe_cfg),
-    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "without a CSV file"),
+    *TRAIN_RULES,
+    NoEffect(
+        ("csv_separator", "csv_img_key", "csv_caption_key"),
+        lambda options: not (is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)),
+        "without a CSV file",
+    ),
     NoEffect(
         ("train_num_samples", "dataset_resampled"),
         lambda options: is_csv(options.train_data, options.dataset_type),
@@ -68,7 +65,6 @@ RULES = [
     ),
     NoEffect(("loss_chunk_size",), lambda options: options.distill_model is not None, "with --distill-model"),
     NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
-    NoEffect(("local_loss", "gather_with_grad"), lambda options: options.siglip, "with --siglip"),
     NoEffect(("distill_pretrained",), lambda options: options.distill_model is None, "without --distill-model"),
     NoEffect(
         ("torchcompile_backend", "torchcompile_mode"),
@@ -79,17 +75,6 @@ RULES = [
         ("torchcompile_mode",),
         lambda options: options.torchcompile_backend not in (None, "inductor"),
         "without the backend inductor",
-    ),
-    FSDP_RULE,
-    NoEffect(
-        ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
-        lambda options: not options.lock_image,
-        "without --lock-image",
-    ),
-    NoEffect(
-        ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
-        lambda options: not options.lock_text,
-        "without --lock-text",
     ),
     NoEffect(
         ("wandb_project_name",),
@@ -119,12 +104,10 @@ def main(argv: list[str]) -> int:
 
     try:
         result = train(options)
-    except FloatingPointError as error:
-        _say(error)
-        return _DIVERGED
-    except TrainingInterrupted as stopped:
-        _say(stopped)
-        return _INTERRUPTED
+    except (FloatingPointError, TrainingInterrupted) as error:
+        if Launched.from_environment().rank == 0:  # all ranks raise it
+            say(f"clipup train: {in_one_line(str(error))}")
+        return _DIVERGED if isinstance(error, FloatingPointError) else _INTERRUPTED
     except Exception as error:
         if isinstance(error.__cause__, ElsewhereRaised):
             return _REFUSED
@@ -132,8 +115,10 @@ def main(argv: list[str]) -> int:
     if Launched.from_environment().rank != 0:
         return 0
     if result.already_finished:
-        text = f"the run in {result.directory} was already finished at step {result.steps}; nothing was changed. "
-        print(f"{text}To continue training set more --steps or --epochs")
+        print(
+            f"the run in {result.directory} was already finished at step {result.steps}; nothing was changed. To "
+            "continue training set more --steps or --epochs"
+        )
         return 0
     last = result.history[-1] if result.history else {}
     text = "" if last.get("loss") is None else f", last loss {last['loss']:.4f}"
@@ -145,16 +130,13 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> TrainOptions:
     """The options; one rank per machine prints help and errors."""
-    with ExitStack() as quiet:
-        if Launched.from_environment().local_rank:
-            quiet.enter_context(redirect_stdout(StringIO()))
-            quiet.enter_context(redirect_stderr(StringIO()))
+    if Launched.from_environment().local_rank == 0:
+        return _options(argv)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         try:
             return _options(argv)
         except ValueError as error:
-            if Launched.from_environment().local_rank:
-                raise SystemExit(_REFUSED) from error
-            raise
+            raise SystemExit(_REFUSED) from error
 
 
 def _options(argv: list[str]) -> TrainOptions:
@@ -174,9 +156,3 @@ def _options(argv: list[str]) -> TrainOptions:
     refuse_unknown_models(options)
     refuse_idle(argv, options, RULES)
     return options
-
-
-def _say(error: BaseException) -> None:
-    """Prints what all ranks raise, once."""
-    if Launched.from_environment().rank == 0:
-        say(f"clipup train: {in_one_line(str(error))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +12,8 @@ import tyro
 
 from ..data.options import DataOptions, is_csv
 from ..models import known_models
-from ..moe.config import MoEConfig
 from ..progress import progress
-from .flags import NoEffect, moe_rules, parse
+from .flags import MOE_RULES, NoEffect, SparseOptions, parse
 from .logs import FLAG_OF
 from .outputs import empty_directory
 
@@ -27,8 +26,8 @@ TOLERANCE = 1e-4
 """Largest difference of float32 features of length 1 that is attributed to rounding."""
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(SparseOptions):
     """Makes a dense CLIP sparse: in some blocks, several copies of the MLP (experts) and a new router replace the MLP.
 
     Example: clipup upcycle ViT-B-16 models/b16-moe --pretrained laion2b_s34b_b88k
@@ -55,10 +54,14 @@ class Options:
     """Adam's learning rate in calibration."""
     allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in calibrate_data run its command in a shell. Only for a calibrate_data that you trust."""
-    moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
 RULES = [
+    NoEffect(
+        ("calibrate_data",),
+        lambda options: options.moe_cfg.keeps_function,
+        "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out",
+    ),
     NoEffect(
         ("calibrate_steps", "calibrate_batch_size", "calibrate_lr", "allow_pipe"),
         lambda options: options.calibrate_data is None,
@@ -69,7 +72,7 @@ RULES = [
         lambda options: known_models.has_weights(options.model, options.pretrained),
         "on a model that has its own weights",
     ),
-    *moe_rules(lambda options: options.moe),
+    *MOE_RULES,
 ]
 
 
@@ -89,11 +92,6 @@ def run(options: Options) -> None:
     from ..upcycling.step0 import step0_difference
     from ..upcycling.upcycle import upcycle
 
-    if options.calibrate_data is not None and options.moe.keeps_function:
-        raise ValueError(
-            f"calibrate_data={options.calibrate_data!r} is for re-initialized experts, but with reinit_ratio=0 they "
-            "are copies of the dense MLP; set reinit_ratio, or omit calibrate_data"
-        )
     if not options.random_weights:
         model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to upcycle random weights"
@@ -102,10 +100,15 @@ def run(options: Options) -> None:
     tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(options.model))
     torch.manual_seed(options.seed)
     dense, _, preprocess = factory.create_model_and_transforms(options.model, options.pretrained)
-    sparse = upcycle(dense, options.moe)
+    sparse = upcycle(dense, options.moe_cfg)
     if options.calibrate_data is not None:
         run_calibration(sparse, dense, options, preprocess)
-    difference = check_step0(step0_difference(dense, sparse), options.moe)
+    difference = step0_difference(dense, sparse)
+    if options.moe_cfg.keeps_function and not difference <= TOLERANCE:
+        raise ValueError(
+            f"the sparse model's features differ from the dense model's by {difference:.1e}, more than rounding "
+            f"({TOLERANCE:.0e}); nothing was saved"
+        )
     base_model = model_names.base_model(options.model, options.pretrained)
     model_cfg = architecture.with_logit_bias(model_cfg, getattr(dense, "logit_bias", None))
     saving.save_with_tokenizer(sparse, options.out, model_cfg, tokenizer_files, base_model=base_model)
@@ -115,8 +118,7 @@ def run(options: Options) -> None:
         f"parameters: {before.params / 1e6:.1f} M dense, {after.params / 1e6:.1f} M sparse, "
         f"{after.active_params / 1e6:.1f} M active per token"
     )
-    note = " (random weights)" if options.random_weights else ""
-    print(f"saved to {options.out}{note}")
+    print(f"saved to {options.out}{' (random weights)' * options.random_weights}")
 
 
 def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
@@ -149,13 +151,3 @@ def _batches(loader: TrainData) -> Iterator[tuple[Tensor, Tensor]]:
     for epoch in count(1) if loader.dataloader.num_batches else ():
         loader.set_epoch(epoch)
         yield from loader.dataloader
-
-
-def check_step0(difference: float, config: MoEConfig) -> float:
-    """Returns the difference. Raises ``ValueError`` if it is too large for a config that keeps the model's function."""
-    if config.keeps_function and not difference <= TOLERANCE:
-        raise ValueError(
-            f"the sparse model's features differ from the dense model's by {difference:.1e}, more than rounding "
-            f"({TOLERANCE:.0e}); nothing was saved"
-        )
-    return difference

@@ -37,10 +37,12 @@ _TEXT_WIDTH = 100
 
 def comparison_table(report: Mapping[str, Any]) -> str:
     """All comparisons and the verdict as ASCII text for the terminal, at most 100 characters wide."""
-    parts = [f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report))]
-    parts += ["", "Other splits, R@1 in %", as_text(splits(report)), ""]
     found = verdict(report)
-    parts += [textwrap.fill(sentence, _TEXT_WIDTH) for sentence in (step0(report), found.sentence, *found.notes)]
+    parts = [
+        *(f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report)), ""),
+        *("Other splits, R@1 in %", as_text(splits(report)), ""),
+        *(textwrap.fill(sentence, _TEXT_WIDTH) for sentence in (step0(report), found.sentence, *found.notes)),
+    ]
     return "\n".join(parts).translate(_TERMINAL).encode("ascii", "replace").decode("ascii")
 
 
@@ -61,11 +63,12 @@ def step0(report: Mapping[str, Any]) -> str:
 
 def quality(report: Mapping[str, Any]) -> Table:
     """Recall of every arm on the held-out renderings in percent, with chance above and the difference below."""
-    arms, columns = [report[arm] for arm, _ in ARMS], []
-    for way, name in WAYS:
-        for k in RECALL_AT:
-            above = chance(report["chance_R@1"]) if k == 1 else ""
-            columns.append(_recalls(f"{name}, %", f"R@{k}", arms, f"{way}_R@{k}", above))
+    arms, level = [report[arm] for arm, _ in ARMS], chance(report["chance_R@1"])
+    columns = [
+        _recalls(f"{name}, %", f"R@{k}", arms, f"{way}_R@{k}", level if k == 1 else "")
+        for way, name in WAYS
+        for k in RECALL_AT
+    ]
     return Table(("Chance", *(name for _, name in ARMS), DIFFERENCE), tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
 
 

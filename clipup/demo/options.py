@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..train.options.values import OptionGroup
+
 START = Path(__file__).parent / "start"
 """The dense model in the package, trained on icons without the sets that the demonstration uses."""
 MODEL = "clipup-tiny-32"
@@ -12,8 +14,8 @@ MODEL = "clipup-tiny-32"
 _STEPS_FROM_SCRATCH = 500
 
 
-@dataclass(frozen=True)
-class DemoOptions:
+@dataclass(kw_only=True)
+class DemoOptions(OptionGroup):
     """Upcycles a small CLIP, trains it on pictograms, and compares it with the dense baseline (continued training).
 
     Example: clipup demo --out runs/demo
@@ -42,12 +44,9 @@ class DemoOptions:
     overwrite: bool = False
     """Replace the report and the runs of an earlier demonstration in OUT; its data are reused."""
 
-    def __post_init__(self) -> None:
-        for name in ("continue_steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dense_steps is not None and self.dense_steps < 0:
-            raise ValueError(f"dense_steps must be 0 or more, or None, got {self.dense_steps}")
+    def check(self) -> None:
+        self.at_least(1, "continue_steps", "batch_size", "eval_every")
+        self.at_least(0, "dense_steps")
 
     @property
     def model(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,25 +29,23 @@ def render_demo(
     report: Mapping[str, Any],
     curves: Mapping[str, Records],
     evaluations: Mapping[str, Records],
-    loads: Mapping[str, Mapping[str, Any]],
     routing: Sequence[Mapping[str, Any]],
     retrievals: Mapping[str, Sequence[Mapping[str, Any]]],
-    data_notes: Mapping[str, Any],
+    dataset: Mapping[str, Any],
 ) -> str:
     """The page as a string, to be written as UTF-8, under 3 MB and with all text escaped.
 
     Args:
         report: the content of ``report.json``.
         curves: {arm: [{"step", "contrastive"}]} for ``dense``, ``dense_continued``, ``clip_up``; steps are
-            counted from the dense model's first, and continued training starts where it ended.
+            counted from the dense model's first, and continued training starts where it ended. ``clip_up`` also has
+            "layers": {layer: {"load": [E]}}, shares of 1.
         evaluations: {arm: [{"step", "text_to_image_R@1", "image_to_text_R@1"}]}, fractions of 1, steps as above.
-        loads: {layer: {"steps": [N], "load": [N][E]}}, shares of 1.
         routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0.
         retrievals: {"best", "worst"}: [{"caption", "target", "rank" from 1, "retrieved": [PIL image]}], CLIP-UP's.
-        data_notes: {"splits": {name: {"images", "captions", "rule"}}, "licences": [{"name", "licence", "artist",
-            "url"}], "left_out": text}.
+        dataset: the content of the data set's ``dataset.json``.
     """
-    window = _window(curves)
+    window = min(51, min(map(len, curves.values())) // 20 | 1)  # steps to average over: a twentieth of the shortest run
     page = template("demo.html.j2", "clipup.demo").render(
         done=_what_was_done(report),
         verdict=verdict(report),
@@ -57,12 +55,12 @@ def render_demo(
         splits=tables.as_html(comparison_tables.splits(report), "R@1 on the other splits"),
         curves=_charts(report, curves, evaluations, window),
         window=window,
-        loads=_load_charts(loads),
-        legend=images.expert_legend(max(len(layer["load"][0]) for layer in loads.values())),
+        loads=_load_charts(curves["clip_up"]),
+        legend=images.expert_legend(report["moe_cfg"]["num_experts"]),
         routing=[_routing(example) for example in routing],
         retrievals={kind: [_retrieval(example) for example in examples] for kind, examples in retrievals.items()},
-        data=data_notes,
-        extras=[(key, _flat(report[key])) for key in _IN_FOOTER],
+        data=dataset,
+        extras=[(key, list(_flat(report[key]))) for key in _IN_FOOTER],
     )
     return svg.clean(page)
 
@@ -128,17 +126,11 @@ def _recall(report: Mapping[str, Any], arm: str, records: Records, key: str, upc
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm], points=True)
 
 
-def _window(curves: Mapping[str, Records]) -> int:
-    """Number of steps to average the loss over: a twentieth of the shortest run, odd, at most 51."""
-    return min(51, min(map(len, curves.values())) // 20 | 1)
-
-
-def _load_charts(loads: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    largest = max(max(share, 1.5 / len(row)) for layer in loads.values() for row in layer["load"] for share in row)
-    return [
-        charts.load_chart(layer["steps"], layer["load"], layer_title(name), y_max=1.06 * largest)
-        for name, layer in loads.items()
-    ]
+def _load_charts(history: Records) -> list[Figure]:
+    layers = {layer: [record["layers"][layer]["load"] for record in history] for layer in history[0]["layers"]}
+    largest = max(max(share, 1.5 / len(row)) for rows in layers.values() for row in rows for share in row)
+    steps = [record["step"] for record in history]
+    return [charts.load_chart(steps, rows, layer_title(layer), y_max=1.06 * largest) for layer, rows in layers.items()]
 
 
 def _routing(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,12 +148,10 @@ def _retrieval(example: Mapping[str, Any]) -> Figure:
     )
 
 
-def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
     """Nested values as rows of a list, such as ("image.blocks", "alternate")."""
-    rows = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{path}{key}.")
+            yield from _flat(value, f"{path}{key}.")
         else:
-            rows.append((f"{path}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
-    return rows
+            yield f"{path}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

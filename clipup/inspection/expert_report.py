@@ -109,9 +109,10 @@ class ExpertReport:
         maps = {name: layer.maps()[picture] for name, layer in layers if layer.grid is not None}
         width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * experts.shape[1] for experts in maps.values())])
         shown = [("as the model sees it", whole_picture(image, f"picture {picture}", width))]
-        for name, experts in maps.items():
-            drawn = routing_map(image, experts, self.title(name), width)
-            shown.append((self.title(name).removeprefix("Image tower, "), drawn))
+        shown += [
+            (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), width))
+            for name, experts in maps.items()
+        ]
         return _side_by_side(shown, narrowest=width - _MAP_MARGIN)
 
     def tokens(self, caption: int) -> Figure:
@@ -126,13 +127,10 @@ class ExpertReport:
 
     def similarity(self, layer: str) -> Figure:
         """Heatmaps of the cosines between the experts' first and between their second matrices."""
-        alike, title, figures = self.similarities[layer], self.title(layer), []
-        for which, cosines, to_dense in (
-            ("first", alike.first, alike.first_to_dense),
-            ("second", alike.second, alike.second_to_dense),
-        ):
-            figures.append(("", similarity_heatmap(cosines, f"{title}: {which}", to_dense, alike.granularity)))
-        return _side_by_side(figures, narrowest=260)
+        alike, title = self.similarities[layer], self.title(layer)
+        first = similarity_heatmap(alike.first, f"{title}: first", alike.first_to_dense, alike.granularity)
+        second = similarity_heatmap(alike.second, f"{title}: second", alike.second_to_dense, alike.granularity)
+        return _side_by_side([("", first), ("", second)], narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
         """What each expert of a layer is chosen for most: patches by probability, words beyond its load."""
@@ -277,12 +275,8 @@ def statements(report: ExpertReport) -> list[str]:
     ]
     if report.layers:
         busiest = max(report.layers, key=lambda name: imbalance(report.layers[name].load))
-        unused = {name: int((layer.load == 0).sum()) for name, layer in report.layers.items()}
-        words = (
-            f"{_plural(sum(unused.values()), 'expert')} received no tokens"
-            if any(unused.values())
-            else "Every expert received tokens"
-        )
+        unused = sum(int((layer.load == 0).sum()) for layer in report.layers.values())
+        words = f"{_plural(unused, 'expert')} received no tokens" if unused else "Every expert received tokens"
         largest = imbalance(report.layers[busiest].load)
         found.append(f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)}).")
     return [sentence for sentence in found if sentence]
@@ -290,8 +284,8 @@ def statements(report: ExpertReport) -> list[str]:
 
 def _similarity(report: ExpertReport, tower: str) -> str:
     prefix = f"{tower.capitalize()} tower"
-    means = [one.first_mean for name, one in report.similarities.items() if report.title(name).startswith(prefix)]
-    means = [mean for mean in means if math.isfinite(mean)]
+    named = ((report.title(name), one.first_mean) for name, one in report.similarities.items())
+    means = [mean for title, mean in named if title.startswith(prefix) and math.isfinite(mean)]
     if not means:
         return ""
     low, high = min(means), max(means)

@@ -28,6 +28,8 @@ BANDS = (
 )
 """Lower bounds of a mean cosine between experts, and the word for it."""
 _BELOW_ALL = "unrelated"
+_FIRST, _SECOND = ("in_weight", "gate_weight"), ("out_weight",)
+"""Names of the parameters in an expert's first matrix, and in its second one."""
 
 
 class Similarity(NamedTuple):
@@ -68,12 +70,12 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
     """
     granularity = layer.config.granularity
     experts = layer.state_dict()  # prepared layers have it too
-    first, second = _first(experts), _second(experts)
+    first, second = _features(experts, *_FIRST), _features(experts, *_SECOND)
     between = (first @ first.T).cpu(), (second @ second.T).cpu()
     if dense is None:
         return Similarity(*between, granularity=granularity)
     shards = experts_of(dense, granularity, granularity)
-    to_dense = _with_own(first, _first(shards)), _with_own(second, _second(shards))
+    to_dense = _with_own(first, _features(shards, *_FIRST)), _with_own(second, _features(shards, *_SECOND))
     return Similarity(*between, *to_dense, granularity)
 
 
@@ -84,14 +86,11 @@ def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[s
         dense: the model that was upcycled, or another dense one of the same architecture.
 
     Raises:
-        ValueError: ``dense`` has sparse layers, or another architecture.
+        ValueError: ``dense`` is sparse, or has another architecture.
     """
     layers = moe_layers(model)
     if dense is None:
         return {name: expert_similarity(layer) for name, layer in layers.items()}
-    already = next(iter(moe_layers(dense)), None)
-    if already is not None:
-        raise ValueError(f"dense has a sparse layer ({already}); pass the dense model that was upcycled")
     found = {}
     for name, layer in layers.items():
         try:
@@ -122,21 +121,16 @@ def _dense_mlp(dense: nn.Module, name: str) -> DenseMLP:
             return find_mlp(dense.get_submodule(".".join(parts[:length]))).dense
         except (AttributeError, TypeError):
             continue
-    raise ValueError("it has no block of that name with a supported MLP")
+    raise ValueError("it has no block of that name with a dense MLP")
 
 
-def _first(parameters: dict[str, Tensor]) -> Tensor:
-    """[E, features], normalized."""
-    names = [name for name in ("in_weight", "gate_weight") if name in parameters]
-    return F.normalize(torch.cat([parameters[name].flatten(1) for name in names], 1).float(), dim=1)
+def _features(parameters: dict[str, Tensor], *names: str) -> Tensor:
+    """[E, features] of the matrices with these names together, normalized."""
+    flat = [parameters[name].flatten(1) for name in names if name in parameters]
+    return F.normalize(torch.cat(flat, 1).float(), dim=1)
 
 
 def _with_own(experts: Tensor, shards: Tensor) -> Tensor:
     """[E] cosines of experts [E, features] with the shards [granularity, features] that they are copies of."""
     own = shards.to(experts.device).repeat(len(experts) // len(shards), 1)
     return (experts * own).sum(1).cpu()
-
-
-def _second(parameters: dict[str, Tensor]) -> Tensor:
-    """[E, features], normalized."""
-    return F.normalize(parameters["out_weight"].flatten(1).float(), dim=1)

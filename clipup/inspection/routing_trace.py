@@ -5,9 +5,11 @@ Axis legend: ``N`` images or texts, ``S`` tokens each, ``E`` experts, ``K`` choi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -124,10 +126,20 @@ def route_texts(model: nn.Module, texts: Tensor, batch_size: int = 32) -> dict[s
 def _route(
     model: nn.Module, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], tower: str, length: int = 0
 ) -> dict[str, LayerRouting]:
-    layers = moe_layers(model)
+    layers, found = moe_layers(model), defaultdict[str, list[tuple]](list)
     if not layers:
         raise ValueError(NO_SPARSE_LAYERS)
-    with _recording(layers) as found, evaluating(model):
+
+    def keep(layer: SparseMoE, args: tuple, output: Tensor, name: str) -> None:
+        """Of a forward pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E]."""
+        last, shape = layer.state.last_routing, tuple(output.shape[:-1])
+        both = last.expert_indices, log_scores(last.logits, layer.config.score_function).softmax(-1)
+        found[name].append((shape, *(values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in both)))
+
+    with ExitStack() as stack, evaluating(model):
+        for name, layer in layers.items():
+            stack.callback(setattr, layer.state.mine, "last_routing", layer.state.last_routing)
+            stack.enter_context(layer.register_forward_hook(partial(keep, name=name)))
         for batch in batches:
             if not encode(batch).isfinite().all():
                 raise ValueError(f"the features of {tower}s: NaN or infinity, so the model is broken")
@@ -145,32 +157,6 @@ def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarr
     return np.concatenate([np.pad(*one, constant_values=absent) for one in zip(batches, missing, strict=True)])
 
 
-@contextmanager
-def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]:
-    """{layer: [(leading shape [N, ...] of its tokens, experts [N, S, K], probabilities [N, S, E])]}, per forward."""
-    found: dict[str, list[tuple]] = {}
-
-    def hook_of(name: str) -> Callable:
-        def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
-            last, shape = layer.state.last_routing, tuple(output.shape[:-1])
-            probabilities = log_scores(last.logits, layer.config.score_function).softmax(-1)
-            both = (last.expert_indices, probabilities)
-            by_sample = [values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in both]
-            found.setdefault(name, []).append((shape, *by_sample))
-
-        return keep
-
-    before = {layer: layer.state.last_routing for layer in layers.values()}
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, last in before.items():
-            layer.state.mine.last_routing = last
-
-
 def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Rows and columns of patches in an image tower's tokens of leading shape [N, S] or [N, rows, columns]."""
     if len(shape) == 3:
@@ -182,12 +168,10 @@ def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:
         return None
     rows, columns = grid
     prefix = 1 if hasattr(trunk, "class_embedding") else getattr(trunk, "num_prefix_tokens", 0)
-    if shape[1] == prefix + rows * columns:
-        return rows, columns
-    while min(rows, columns) > 1:  # later stages of hierarchical towers halve the grid and have no prefix tokens
-        rows, columns = rows // 2, columns // 2
-        if shape[1] == rows * columns:
+    while rows and columns:  # later stages of hierarchical towers halve the grid and have no prefix tokens
+        if shape[1] in (rows * columns, prefix + rows * columns):
             return rows, columns
+        rows, columns = rows // 2, columns // 2
     return None
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +42,14 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[Piece]:
     Raises:
         TypeError: the tokenizer is not of a kind that ``clipup.get_tokenizer`` returns.
     """
+    ids = [int(token) for token in tokens]
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        return _of_simple(tokenizer, tokens)
+        return _of_simple(tokenizer, ids)
     if isinstance(tokenizer, WordTokenizer):
-        return _of_words(tokenizer, tokens)
+        return _of_words(tokenizer, ids)
     inner = getattr(tokenizer, "tokenizer", None)
     if hasattr(inner, "convert_ids_to_tokens"):
-        return _of_hugging_face(inner, tokens)
+        return _of_hugging_face(inner, ids)
     raise TypeError(f"tokenizer must be one from clipup.get_tokenizer, got a {type(tokenizer).__name__}")
 
 
@@ -83,58 +83,49 @@ def expert_words(layer: LayerRouting, captions: Sequence[Sequence[Piece]], count
     return found
 
 
-def _of_simple(tokenizer: open_clip.SimpleTokenizer, tokens: Sequence[int]) -> list[Piece]:
-    found, word, ended, decoder = [], 0, False, codecs.getincrementaldecoder("utf-8")("replace")
-    for token in map(int, tokens):
-        if ended:
-            found.append(Piece("", PADDING))
-            continue
-        raw = tokenizer.decoder[token]
-        if token in tokenizer.all_special_ids:
-            found.append(Piece(_special(raw.replace("_of_text", "")), word))
-            word += 1
-            ended = token == tokenizer.eot_token_id
-            continue
-        is_last = raw.endswith(_ENDS_WORD)
-        letters = bytes(tokenizer.byte_decoder[letter] for letter in raw.removesuffix(_ENDS_WORD))
-        found.append(Piece(decoder.decode(letters, final=is_last), word))
-        word += is_last
-    return found
+def _of_simple(tokenizer: open_clip.SimpleTokenizer, ids: list[int]) -> list[Piece]:
+    def spelled(of_word: list[str]) -> str:
+        letters = "".join(of_word).removesuffix(_ENDS_WORD)
+        return bytes(map(tokenizer.byte_decoder.get, letters)).decode("utf-8", "replace").rstrip("\ufffd")
+
+    end = ids.index(tokenizer.eot_token_id) + 1
+    raw = [tokenizer.decoder[token] for token in ids[:end]]
+    special = [token in tokenizer.all_special_ids for token in ids[:end]]
+    continues = [not before.endswith(_ENDS_WORD) for before in ["", *raw[:-1]]]
+    return _joined(zip(raw, special, continues, strict=True), spelled) + [Piece("", PADDING)] * (len(ids) - end)
 
 
-def _of_words(tokenizer: WordTokenizer, tokens: Sequence[int]) -> list[Piece]:
+def _of_words(tokenizer: WordTokenizer, ids: list[int]) -> list[Piece]:
     """Start, words, end and padding, one token each."""
-    end = list(tokens).index(tokenizer.end_of_text)
-    names = [_special("start"), *(tokenizer.decode([token]) for token in tokens[1:end]), _special("end")]
-    return [Piece(name, word) for word, name in enumerate(names)] + [Piece("", PADDING)] * (len(tokens) - end - 1)
+    end = ids.index(tokenizer.end_of_text)
+    names = [_special("start"), *(tokenizer.decode([token]) for token in ids[1:end]), _special("end")]
+    return [Piece(name, word) for word, name in enumerate(names)] + [Piece("", PADDING)] * (len(ids) - end - 1)
 
 
-def _of_hugging_face(inner: Any, tokens: Sequence[int]) -> list[Piece]:
-    raw = inner.convert_ids_to_tokens([int(token) for token in tokens])
-    marks_starts = any(token.startswith(_STARTS_WORD) for token in raw)
-    found, word = [], -1
-    of_word: list[str] = []
-    for token in raw:
-        if token == inner.pad_token:
-            found.append(Piece("", PADDING))
-            continue
-        is_special = token in inner.all_special_tokens
-        continues = not token.startswith(_STARTS_WORD) if marks_starts else token.startswith(_CONTINUES_WORD)
-        if is_special or not of_word or not continues:
+def _of_hugging_face(inner: Any, ids: list[int]) -> list[Piece]:
+    def spelled(of_word: list[str]) -> str:
+        return inner.convert_tokens_to_string(of_word).strip().rstrip("\ufffd") if of_word else ""
+
+    raw = inner.convert_ids_to_tokens(ids)
+    special = [token in inner.all_special_tokens for token in raw]
+    continues = [token.startswith(_CONTINUES_WORD) for token in raw]
+    if any(token.startswith(_STARTS_WORD) for token in raw):
+        continues = [not token.startswith(_STARTS_WORD) for token in raw]
+    found = _joined(zip(raw, special, continues, strict=True), spelled)
+    return [Piece("", PADDING) if token == inner.pad_token else one for token, one in zip(raw, found, strict=True)]
+
+
+def _joined(tokens: Iterable[tuple[str, bool, bool]], spelled: Callable[[list[str]], str]) -> list[Piece]:
+    """Pieces of (token, whether it is special, whether it continues a word). ``spelled`` gives the characters of a
+    word's tokens, without an incomplete last one."""
+    found, word, of_word = [], -1, list[str]()
+    for raw, is_special, continues in tokens:
+        if is_special or not (of_word and continues):
             word, of_word = word + 1, []
-        if is_special:
-            found.append(Piece(_special(token), word))
-            continue
-        before = _text(inner, of_word)
-        of_word.append(token)
-        found.append(Piece(_text(inner, of_word)[len(before) :], word))
+        before, of_word = spelled(of_word), [] if is_special else [*of_word, raw]
+        found.append(Piece(_special(raw) if is_special else spelled(of_word)[len(before) :], word))
     return found
-
-
-def _text(inner: Any, of_word: list[str]) -> str:
-    """The characters that the tokens of a word spell, without an incomplete last one."""
-    return inner.convert_tokens_to_string(of_word).strip().rstrip("\ufffd") if of_word else ""
 
 
 def _special(name: str) -> str:
-    return f"\u27e8{name.strip('<>[]/')}\u27e9"
+    return f"\u27e8{name.strip('<>[]/').removesuffix('_of_text')}\u27e9"

@@ -8,7 +8,6 @@ layer norms run in float32 under autocast, as they do on CUDA.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..clip.inputs import ignore_padding, image_size, text_length
 from ..clip.towers import tower_blocks, towers
@@ -49,16 +49,11 @@ class Activations(NamedTuple):
     """Saved for each pair with checkpointed blocks: their inputs."""
     largest_block_per_pair: float
     """Of those in ``per_pair``, the most that one block saves: with checkpointing it is computed again in backward."""
-    expert_copies: float
-    """Of those in ``fixed``, the copies of experts' weights."""
-    largest_expert_copies: float
-    """Of those, the most that one layer has."""
+    expert_copies: tuple[float, ...]
+    """Of those in ``fixed``, the copies of experts' weights of each sparse layer."""
     layers: tuple[LayerTokens, ...]
-    feature_bytes: int
-    """Of an element of the features that the loss compares."""
-    feature_width: int
-    trained_towers: tuple[str, ...]
-    """Whose features have a gradient."""
+    features: dict[str, Tensor]
+    """What the loss compares, by tower, without memory: their type and width, and whether they have a gradient."""
 
 
 def activations(
@@ -73,18 +68,15 @@ def activations(
     few, many = (ForwardPass(model, precision, device_type, pairs, False, blocks_in_half) for pairs in (2, 4))
     few_kept, many_kept = (ForwardPass(model, precision, device_type, pairs, True, blocks_in_half) for pairs in (2, 4))
     per_pair = (many.saved - few.saved) / 2
-    copies = [] if blocks_in_half else [_copies(layer, precision) for layer in moe_layers(model).values()]
+    layers = [] if blocks_in_half or precision not in ("amp", "amp_bf16") else moe_layers(model).values()
     return Activations(
         per_pair=per_pair,
         fixed=few.saved - 2 * per_pair,
         checkpointed_per_pair=(many_kept.saved - few_kept.saved) / 2,
         largest_block_per_pair=max(many.blocks[name] - few.blocks[name] for name in many.blocks) / 2,
-        expert_copies=sum(copies),
-        largest_expert_copies=max(copies, default=0),
+        expert_copies=tuple(map(_half_bytes, layers)),
         layers=tuple(few.layers),
-        feature_bytes=few.features["image"].element_size(),
-        feature_width=few.features["image"].shape[1],
-        trained_towers=tuple(tower for tower, features in few.features.items() if features.requires_grad),
+        features=few.features,
     )
 
 
@@ -134,15 +126,14 @@ class ForwardPass:
             tokens = args[0].numel() // module.d_model // pairs
             self.layers.append(LayerTokens(name, tokens, module.d_model, bytes_each))
 
-        for tower in towers(fake):
-            for name, block in tower_blocks(fake, tower).items():
-                block.register_forward_pre_hook(lambda *_, name=name: self._add(name, -self.saved))
-                block.register_forward_hook(lambda *_, name=name: self._add(name, self.saved))
+        def add(*_: Any, name: str, sign: int) -> None:
+            self.blocks[name] = self.blocks.get(name, 0) + sign * self.saved
+
+        for name, block in (pair for tower in towers(fake) for pair in tower_blocks(fake, tower).items()):
+            block.register_forward_pre_hook(partial(add, name=name, sign=-1))
+            block.register_forward_hook(partial(add, name=name, sign=1))
         for name, layer in moe_layers(fake).items():
             layer.register_forward_hook(partial(note, name=name))
-
-    def _add(self, name: str, size: int) -> None:
-        self.blocks[name] = self.blocks.get(name, 0) + size
 
 
 def _fake_copy(model: nn.Module, in_half: set[int]) -> Any:
@@ -157,21 +148,15 @@ def _fake_copy(model: nn.Module, in_half: set[int]) -> Any:
     pairs: Any = zip(fake.modules(), model.modules(), strict=True)
     for module, original in pairs:
         if hasattr(original, "get_cast_dtype"):  # of embedded texts; it is read before blocks are gathered
-            module.get_cast_dtype = _returning(original.get_cast_dtype())
+            module.get_cast_dtype = partial(lambda dtype: dtype, original.get_cast_dtype())
     ignore_padding(fake)
     for layer in moe_layers(fake).values():
         layer.config = layer.config.replace(padding_aware=False)  # a fake text has no end to be found
     return fake
 
 
-def _returning(dtype: torch.dtype) -> Callable[[], torch.dtype]:
-    return lambda: dtype
-
-
-def _copies(layer: Any, precision: Precision) -> float:
-    """Bytes of the copies of a layer's experts, the shared one too, in autocast's type."""
-    if precision not in ("amp", "amp_bf16"):
-        return 0
+def _half_bytes(layer: Any) -> float:
+    """Bytes of a copy of a layer's experts, the shared one too, in autocast's type."""
     stacks = [experts for experts in (layer, layer.shared) if experts is not None]
     return sum(2 * parameter.numel() for experts in stacks for parameter in experts.parameters(recurse=False))
 
@@ -193,29 +178,19 @@ class _FusedAttention(TorchFunctionMode):
                 operands = [operand.to(torch.get_autocast_dtype("cpu")) for operand in operands]
             return _Attention.apply(*operands)
         if cast and self.norms_in_float32 and func in (F.layer_norm, F.normalize):
-            args = [_widened(value) for value in args]
-            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) else value
-
-
-def _result(query: Tensor, value: Tensor) -> Tensor:
-    """[N, heads, length, width], laid out as fused kernels leave it: the heads of a token side by side, so that joining
-    them copies nothing."""
-    *batch, length, _ = query.shape
-    if len(batch) < 2:
-        return query.new_empty(*batch, length, value.shape[-1])
-    *batch, heads = batch
-    return query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = _result(query, value)
+        """[..., heads, length, width], laid out as fused kernels leave it: the heads of a token side by side, so that
+        joining them copies nothing. Three axes (batch and heads in one) have no such layout."""
+        *batch, heads, length, _ = query.shape
+        result = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
+        if not batch:
+            result = result.contiguous()
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return result
 

@@ -61,16 +61,16 @@ class StepTime(NamedTuple):
 def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
     """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one. A
     tower that is locked whole has forward passes alone; one that is locked in part counts as trained."""
-    counts, found = subject.counts, subject.activations(options)
+    counts, of_trained = subject.counts, subject.trained_towers(options)
     own = options.batch_size * options.accum_freq
     forward = forward_passes(options)
     trained = forward + options.accum_freq * (3 if options.grad_checkpointing else 2)
-    passes = {tower: trained if tower in found.trained_towers else forward for tower in ("image", "text")}
+    passes = {tower: trained if tower in of_trained else forward for tower in ("image", "text")}
     gflops = counts.image_gflops * passes["image"] + counts.text_gflops * passes["text"]
     towers = gflops * 1e9 * options.batch_size
     directions = 1 if options.siglip else 2
     rows = own if options.siglip or options.local_loss else own * gpus
-    logits = directions * 2.0 * rows * own * gpus * found.feature_width * 3 * options.accum_freq
+    logits = directions * 2.0 * rows * own * gpus * len(subject.feature(options)) * 3 * options.accum_freq
     return towers + logits
 
 

@@ -98,7 +98,9 @@ def _largest_block(parts: list[Unit]) -> tuple[float, float]:
 def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     found, pairs = subject.activations(options), options.batch_size
     kept = options.grad_checkpointing
-    copies = found.fixed - found.expert_copies + (found.largest_expert_copies if kept else found.expert_copies)
+    copies = found.fixed
+    if kept:  # those of a layer at a time
+        copies += max(found.expert_copies, default=0) - sum(found.expert_copies)
     name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
         Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
@@ -146,12 +148,9 @@ def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     at_once = min(rows, options.loss_chunk_size or max(1, LOGITS_AT_ONCE // columns))
     compared = own if options.siglip else columns
     chunked = at_once < rows and not options.siglip
-    found = subject.activations(options)
     held = bytes_per_logit(options.siglip, subject.precision) * (at_once * columns / 2 if chunked else rows * columns)
-    features = 4 * columns * found.feature_width * found.feature_bytes
-    working = 12 * at_once * compared
     return [
-        Part("features of all ranks", features, "model"),
+        Part("features of all ranks", 4 * columns * subject.feature(options).nbytes, "model"),
         Part("logits", held, "counted"),
-        Part("working memory of the loss", working, "model"),
+        Part("working memory of the loss", 12 * at_once * compared, "model"),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -39,10 +41,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         checks.width("gpus", self.gpus)
-        checks.number("reserve", self.reserve)
-        checks.check("reserve", self.reserve, self.reserve >= 0, "0 or more")
-        if self.price is not None:
-            checks.positive_number("price", self.price)
+        checks.check("reserve", self.reserve, 0 <= self.reserve < math.inf, "0 or more, and finite")
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,10 @@ class Plan:
 
     def flags(self) -> str:
         """The setting as options of ``clipup train``."""
-        flags = [f"--batch-size {self.options.batch_size}", f"--precision {self.options.precision}"]
-        for name, value in self.setting().items():
-            flag = "--" + name.replace("_", "-")
-            if value is True:
-                flags.append(flag)
-            elif name != "batch_size" and value is not False and value != 1:
-                flags.append(f"{flag} {value}")
-        return " ".join(flags)
+        chosen = {"batch_size": self.options.batch_size, "precision": self.options.precision}
+        chosen |= {name: value for name, value in self.setting().items() if value is True or value not in (False, 1)}
+        flags = ((f"--{name.replace('_', '-')}", value) for name, value in chosen.items())
+        return " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags)
 
 
 def plan(
@@ -95,7 +90,6 @@ def plan(
         ValueError: the batch cannot be divided among the ranks, captions are longer than the context, or ``clipup
             train`` would refuse the options.
     """
-    checks.width("batch", batch)
     if caption_tokens is not None:
         longest = text_length(subject.model)
         checks.check("caption_tokens", caption_tokens, 1 <= caption_tokens <= longest, f"1 to {longest}, the context")
@@ -126,12 +120,9 @@ def propose(
     compared = replace(cluster, rates=replace(cluster.rates, images_per_second=None))
     plans = []
     for setting in _settings(subject, cluster, batch):
-        try:
-            candidate = plan(subject, replace(options, **setting), compared, batch, caption_tokens)
-        except ValueError:  # a combination that clipup train refuses
-            continue
-        if candidate.fits:
-            plans.append(candidate)
+        with suppress(ValueError):  # a combination that clipup train refuses
+            plans.append(plan(subject, replace(options, **setting), compared, batch, caption_tokens))
+    plans = [candidate for candidate in plans if candidate.fits]
     if not plans:
         return None
     shortest = min(candidate.time.total for candidate in plans)
@@ -144,10 +135,14 @@ def _settings(subject: Subject, cluster: Cluster, batch: int) -> Iterator[dict[s
     gpus, node = cluster.gpus, cluster.rates.gpus_per_node
     replicas = [1, gpus // node] if gpus > node and gpus % node == 0 else [1]
     whole = dict.fromkeys(("fsdp", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"), False)
-    spreads: list[dict[str, Any]] = [{**whole, "fsdp_replicas": 1}]
-    for count, kept in product(replicas if gpus > 1 else [], (False, True)):
-        spreads.append({"fsdp": True, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept})
-    experts = max(1, subject.experts)
+    spreads: list[dict[str, Any]] = [
+        {**whole, "fsdp_replicas": 1},
+        *(
+            {"fsdp": True, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept}
+            for count, kept in product(replicas if gpus > 1 else [], (False, True))
+        ),
+    ]
+    experts = max((config.num_experts for config in subject.sparse.values()), default=1)
     divisors = [n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0]
     accumulated = [2**i for i in range(7) if batch % (gpus * 2**i) == 0]
     for spread, ep, checkpointed, count in product(spreads, divisors, (False, True), accumulated):

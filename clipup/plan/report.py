@@ -80,9 +80,11 @@ def _traffic(made: Plan) -> list[str]:
 
 def _time(made: Plan, cluster: Cluster) -> list[str]:
     time, rates = made.time, cluster.rates
-    pace = f"at {rates.mfu:.0%} of {cluster.card.tflops:g} TFLOP/s"
-    if rates.images_per_second is not None:
-        pace = f"at {rates.images_per_second:g} pairs per second and GPU, as given"
+    pace = (
+        f"at {rates.mfu:.0%} of {cluster.card.tflops:g} TFLOP/s"
+        if rates.images_per_second is None
+        else f"at {rates.images_per_second:g} pairs per second and GPU, as given"
+    )
     pairs = made.options.batch_size * made.options.accum_freq * cluster.gpus
     return [
         "time of a step (a model)",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..clip import flops
 from ..clip.inputs import image_size, text_length
@@ -37,7 +37,7 @@ class Subject:
         self.model = model
         self.precision = precision
         self._units: dict[tuple[bool, int, int, int], list[Unit]] = {}
-        self._activations: dict[bool, Activations] = {}
+        self._activations = cache(lambda half: activations(model, precision, blocks_in_half=half))
 
     @classmethod
     def create(
@@ -50,10 +50,16 @@ class Subject:
 
     def activations(self, options: TrainOptions) -> Activations:
         """On CUDA; counted once for each type in which blocks are gathered."""
-        half = has_half_units(options, self.precision)
-        if half not in self._activations:
-            self._activations[half] = activations(self.model, self.precision, blocks_in_half=half)
-        return self._activations[half]
+        return self._activations(has_half_units(options, self.precision))
+
+    def feature(self, options: TrainOptions) -> Tensor:
+        """The feature of one image or text, without memory."""
+        return self.activations(options).features["image"][0]
+
+    def trained_towers(self, options: TrainOptions) -> list[str]:
+        """Those whose features have a gradient."""
+        features = self.activations(options).features
+        return [tower for tower in features if features[tower].requires_grad]
 
     @cached_property
     def counts(self) -> flops.TowerCounts:
@@ -70,11 +76,6 @@ class Subject:
     def sparse(self) -> dict[str, MoEConfig]:
         """The configs of the sparse layers by name."""
         return {name: layer.config for name, layer in moe_layers(self.model).items()}
-
-    @property
-    def experts(self) -> int:
-        """Of a sparse layer; 0 for a dense model."""
-        return max((config.num_experts for config in self.sparse.values()), default=0)
 
     def units(self, options: TrainOptions, gpus: int) -> list[Unit]:
         """``units.units`` of the model, once for each way to spread it."""

@@ -53,10 +53,8 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
             whole context.
     """
     parts = subject.units(options, gpus)
-    found = [*_gradients(parts), *_gathers(parts, options), *_rows(subject, options, caption_tokens)]
-    found += [*_features(subject, options, gpus), *_small(subject, options, gpus, parts)]
-    if options.fsdp_offload_cpu:
-        found += _offloaded(parts, options)
+    found = [*_of_units(parts, options), *_rows(subject, options, caption_tokens), *_features(subject, options, gpus)]
+    found += [*_small(subject, options, gpus, parts), *_offloaded(parts, options)]
     return [
         transfer for transfer in found if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
     ]
@@ -67,19 +65,14 @@ def forward_passes(options: TrainOptions) -> int:
     return options.accum_freq * (1 if options.accum_freq == 1 else 2)
 
 
-def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
+def _of_units(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     for unit in parts:
         if unit.kind != "unsharded":
             yield Transfer("gradients", "reduce_scatter", unit.reduced_bytes, unit.shards, unit.stride, True)
             span = unit.shards * unit.stride
             yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
-
-
-def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
-    for unit in parts:
-        if unit.shards > 1:
-            times = gathers_per_step(unit, options)
-            yield Transfer("parameters", "all_gather", times * unit.gathered_bytes, unit.shards, unit.stride, True)
+        gathered = gathers_per_step(unit, options) * unit.gathered_bytes
+        yield Transfer("parameters", "all_gather", gathered, unit.shards, unit.stride, True)
 
 
 def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
@@ -112,15 +105,14 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
 
 def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
     """The softmax loss gathers all features, for each accumulated batch; the sigmoid loss passes texts around."""
-    found = subject.activations(options)
-    own = options.batch_size * options.accum_freq * found.feature_width * found.feature_bytes
+    own = options.batch_size * options.accum_freq * subject.feature(options).nbytes
     if options.siglip:
         yield Transfer("features", "send", 2 * options.accum_freq * own * (gpus - 1), gpus)
         return
     gathered = options.accum_freq * own * gpus  # of one tower
     yield Transfer("features", "all_gather", 2 * gathered, gpus)
     if options.gather_with_grad:
-        yield Transfer("features", "reduce_scatter", len(found.trained_towers) * gathered, gpus)
+        yield Transfer("features", "reduce_scatter", len(subject.trained_towers(options)) * gathered, gpus)
 
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
@@ -140,6 +132,6 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
 
 def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     """Shards go to the GPU before each gather, and their gradients come back."""
-    for unit in parts:
+    for unit in parts if options.fsdp_offload_cpu else []:
         there = gathers_per_step(unit, options) * unit.shard_bytes
         yield Transfer("host", "copy", there + unit.trained_bytes, 1, overlapped=True)

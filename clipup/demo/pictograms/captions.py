@@ -43,28 +43,27 @@ def other_names(name: str, aliases: Iterable[str]) -> list[str]:
     Left out are aliases of less than three letters ("o", "ng"), numbered variants ("clock830", "cat2", "u6708"), and
     colours that old Unicode names use for outlined and solid ("white heavy check mark" is green).
     """
-    kept: list[str] = []
-    for alias in (words(a) for a in aliases):
-        numbered = re.search(r"\d", alias) and not re.search(r"\d", name)
-        colour = {"black", "white"} & set(alias.split()) - set(name.split())
-        if len(alias) < 3 or numbered or colour or alias in _NOT_NAMES or alias == name or alias in kept:
-            continue
-        kept.append(alias)
-    return kept
+    said, numbered = set(name.split()), re.search(r"\d", name)
+    return [
+        alias
+        for alias in dict.fromkeys(map(words, aliases))
+        if len(alias) >= 3
+        and alias != name
+        and alias not in _NOT_NAMES
+        and (numbered or not re.search(r"\d", alias))
+        and not {"black", "white"} & set(alias.split()) - said
+    ]
 
 
-def useful_tags(name: str, tags: Iterable[str], limit: int = MAX_TAGS) -> list[str]:
-    """The first `limit` tags that are words and add a word to `name`, cleaned."""
-    known = set(name.split())
-    kept: list[str] = []
-    for tag in tags:
-        if "*" in tag or not re.fullmatch(r"[A-Za-z][A-Za-z '\-]+", tag.strip()):
-            continue
-        cleaned = words(tag)
-        if len(cleaned) < 3 or cleaned in _UNINFORMATIVE_TAGS or set(cleaned.split()) <= known or cleaned in kept:
-            continue
-        kept.append(cleaned)
-    return kept[:limit]
+def useful_tags(name: str, tags: Iterable[str]) -> list[str]:
+    """The first tags that are words and add a word to `name`, cleaned; at most `MAX_TAGS`."""
+    plain = (tag for tag in tags if re.fullmatch(r"[A-Za-z][A-Za-z '\-]+", tag.strip()))
+    kept = [
+        tag
+        for tag in dict.fromkeys(map(words, plain))
+        if len(tag) >= 3 and tag not in _UNINFORMATIVE_TAGS and not set(tag.split()) <= set(name.split())
+    ]
+    return kept[:MAX_TAGS]
 
 
 def caption_set(names: Sequence[str], tags: Sequence[str]) -> tuple[str, ...]:

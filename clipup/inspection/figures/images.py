@@ -65,12 +65,12 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
     grid = np.asarray(experts)
     height = width * image.height / image.width
     cell_h, cell_w = height / grid.shape[0], width / grid.shape[1]
-    cells, numbers = [], []
-    for (row, col), expert in np.ndenumerate(grid):
-        if expert >= 0:
-            place = (col * cell_w, row * cell_h, cell_w, cell_h)
-            cells.append(_cell(int(expert), *place))
-            numbers.append(_number(int(expert), *place))
+    placed = [
+        (int(expert), column * cell_w, row * cell_h, cell_w, cell_h)
+        for (row, column), expert in np.ndenumerate(grid)
+        if expert >= 0
+    ]
+    cells, numbers = [_cell(*one) for one in placed], [_number(*one) for one in placed]
     return svg.picture(
         width, round(height, 1), name, *_backdrop(image, width, height), *cells, _numbers(numbers, cell_w, cell_h)
     )
@@ -129,15 +129,15 @@ def retrieval_row(
     )
     tiles = [_tile(target, "belongs to the caption", width, "outline:1px dashed currentColor;outline-offset:2px")]
     tiles.append(svg.element("span", "→", style="align-self:center;opacity:.6", aria_hidden="true"))
-    for place, image in enumerate(retrieved, start=1):
-        right = place == rank
-        label = f"retrieved at rank {place}" + (", the correct one" if right else "")
-        tiles.append(_tile(image, label, width, f"outline:3px solid {_HIT};outline-offset:1px" if right else ""))
+    tiles += [_tile(image, f"retrieved at rank {place}", width) for place, image in enumerate(retrieved, start=1)]
+    if rank <= len(retrieved):
+        hit = f"outline:3px solid {_HIT};outline-offset:1px"
+        tiles[rank + 1] = _tile(retrieved[rank - 1], f"retrieved at rank {rank}, the correct one", width, hit)
     row = svg.element("div", *tiles, style="display:flex;gap:9px;margin-top:7px")
     return Figure(svg.element("figure", head, row, class_="retrieval", style="margin:0"))
 
 
-def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
+def _tile(image: Image.Image, label: str, width: int, style: str = "") -> str:
     return svg.element(
         "div", picture(image, label, width), style=f"flex:0 1 {width}px;min-width:0;align-self:start;{style}"
     )

@@ -49,20 +49,19 @@ def as_text(table: Table) -> str:
 
 def as_html(table: Table, label: str) -> Figure:
     """The table as HTML, named ``label`` for screen readers; wide tables scroll sideways."""
-    groups, labels = [svg.element("td", "")], [svg.element("td", "")]
-    rows: list[list[str]] = [[] for _ in table.rows]
-    for group, columns in table.groups():
-        groups.append(svg.element("th", escape(group), colspan=len(columns), scope="colgroup"))
-        for place, one in enumerate(columns):
-            of_group = None if place else "first"
-            labels.append(svg.element("th", escape(one.label), scope="col", class_=of_group))
-            for row, cell in zip(rows, one.cells, strict=True):
-                row.append(svg.element("td", escape(cell), class_=of_group))
+    starts = [None if place else "first" for _, columns in table.groups() for place in range(len(columns))]
+    of_columns = list(zip(table.columns, starts, strict=True))
+    empty = svg.element("td", "")
+    groups = [
+        svg.element("th", escape(group), colspan=len(columns), scope="colgroup") for group, columns in table.groups()
+    ]
+    labels = [svg.element("th", escape(one.label), scope="col", class_=start) for one, start in of_columns]
     body = []
-    for index, (name, cells) in enumerate(zip(table.rows, rows, strict=True)):
+    for index, name in enumerate(table.rows):
         kind = "strong" if index in table.strong else table.classes.get(name)
+        cells = [svg.element("td", escape(one.cells[index]), class_=start) for one, start in of_columns]
         body.append(svg.element("tr", svg.element("th", escape(name), scope="row"), *cells, class_=kind))
-    head = svg.element("thead", svg.element("tr", *groups, class_="groups"), svg.element("tr", *labels))
+    head = svg.element("thead", svg.element("tr", empty, *groups, class_="groups"), svg.element("tr", empty, *labels))
     whole = svg.element("table", head, svg.element("tbody", *body), aria_label=label)
     return Figure(svg.element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label))
 

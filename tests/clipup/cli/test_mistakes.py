@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import open_clip
 import pytest
@@ -34,13 +35,16 @@ def place(tmp_path_factory):
         (root / directory).mkdir()
     for name in ("jpegs/cat.jpg", "pairs/cat.jpg"):
         Image.new("RGB", (8, 8)).save(root / name)
-    (root / "pairs" / "cat.txt").write_text("a cat")
-    (root / "torn" / "broken.png").write_text("no png")
-    (root / "blank.txt").write_text("\n")
-    (root / "x.csv").write_text(f"filepath\ttitle\n{root / 'jpegs/cat.jpg'}\ta cat\n")
-    (root / "tables" / "x.csv").write_text("filepath\ttitle\n")
-    (root / "classes.txt").write_text("cat\n")
-    (root / "half_cfg" / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 4}}')
+    for name, text in {
+        "pairs/cat.txt": "a cat",
+        "torn/broken.png": "no png",
+        "blank.txt": "\n",
+        "x.csv": f"filepath\ttitle\n{root / 'jpegs/cat.jpg'}\ta cat\n",
+        "tables/x.csv": "filepath\ttitle\n",
+        "classes.txt": "cat\n",
+        "half_cfg/open_clip_config.json": '{"model_cfg": {"embed_dim": 4}}',
+    }.items():
+        (root / name).write_text(text)
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         (root / "cut" / name).write_bytes((root / "dense" / name).read_bytes()[: 10**9 if "config" in name else 1000])
     return root
@@ -93,7 +97,7 @@ def refused(place, capsys, monkeypatch):
         ("inspect sparse --images empty", "holds no image"),
         ("inspect sparse --images torn", "broken.png"),
         ("inspect sparse --captions blank.txt", "blank.txt is empty"),
-        ("inspect sparse", "--images, --captions or both"),
+        ("inspect sparse", "images and captions are both empty"),
         ("inspect sparse --images jpegs --dense-pretrained x", "--dense-pretrained has no effect"),
         ("inspect sparse --images jpegs --max-images 0", "--max-images must be at least 1"),
         ("inspect sparse --images jpegs --shown -1", "shown must be at least 0"),
@@ -182,14 +186,14 @@ def test_moe_options_of_a_dense_run_are_refused_in_python(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_is_one_line_and_other_runtime_errors_are_raised(error, monkeypatch, capsys):
-    def fail(argv):
-        raise error
-
-    monkeypatch.setattr("clipup.cli.flops.main", fail)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr("clipup.cli.flops.main", Mock(side_effect=error))
     assert main(["flops", "dense"]) == 2
     assert capsys.readouterr().err == f"clipup flops: out of memory: {error}".rstrip() + "\n"
-    error = RuntimeError("something else")
+
+
+def test_other_runtime_errors_are_raised(monkeypatch):
+    monkeypatch.setattr("clipup.cli.flops.main", Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         main(["flops", "dense"])
 

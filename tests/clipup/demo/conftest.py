@@ -39,14 +39,19 @@ def make_report(to_image=0.2433, to_text=0.2461):
     }
 
 
-def make_inputs(report, experts=8):
+def make_inputs(report):
     """Everything that render_demo takes, as keywords."""
     rng = np.random.default_rng(0)
 
     def curve(first, count):
+        loads = rng.dirichlet(np.full(8, 40.0), count).tolist()
         return [
-            {"step": first + i, "loss": 1.5 + math.exp(-i / 50), "contrastive": 1.4 + math.exp(-i / 50)}
-            for i in range(1, count + 1)
+            {
+                "step": first + i + 1,
+                "contrastive": 1.4 + math.exp(-i / 50),
+                "layers": {layer: {"load": load} for layer in LAYERS},
+            }
+            for i, load in enumerate(loads)
         ]
 
     def evaluations(first, last):
@@ -62,7 +67,6 @@ def make_inputs(report, experts=8):
         shown = {"caption": "smiling cat", "target": picture(), "rank": rank}
         return {**shown, "retrieved": [picture() for _ in range(5)]}
 
-    shares = rng.dirichlet(np.full(experts, 40.0), 400).tolist()
     return {
         "report": report,
         "curves": {"dense": curve(0, 600), "dense_continued": curve(600, 400), "clip_up": curve(600, 400)},
@@ -71,33 +75,30 @@ def make_inputs(report, experts=8):
             "dense_continued": evaluations(700, 1000),
             "clip_up": evaluations(700, 1000),
         },
-        "loads": {layer: {"steps": list(range(601, 1001)), "load": shares} for layer in LAYERS},
         "routing": [
             {
                 "image": picture(),
                 "caption": "potted plant",
-                "layers": {layer: rng.integers(0, experts, (4, 4)) for layer in LAYERS[:2]},
+                "layers": {layer: rng.integers(0, 8, (4, 4)) for layer in LAYERS[:2]},
             }
         ],
         "retrievals": {"best": [retrieval(1)], "worst": [retrieval(871)]},
-        "data_notes": {
-            "left_out": "drawings that are nearly one of the test split",
-            "splits": {"test": {"images": 1012, "captions": 3988, "rule": "one rendering is held out"}},
-            "licences": [
-                {"name": "Drawings", "licence": "CC-BY-4.0", "artist": "A. Painter", "url": "https://example.org/"}
+        "dataset": {
+            "splits": {"test": {"images": 1012, "captions": 3988}},
+            "rules": {
+                "test": "one rendering is held out",
+                "left_out": "drawings nearly in the test split",
+            },
+            "sources": [
+                {"gives": "Drawings", "licence": "CC-BY-4.0", "made_by": "A. Painter", "url": "https://example.org/"}
             ],
         },
     }
 
 
 @pytest.fixture
-def report():
-    return make_report()
-
-
-@pytest.fixture
-def inputs(report):
-    return make_inputs(report)
+def inputs():
+    return make_inputs(make_report())
 
 
 @pytest.fixture

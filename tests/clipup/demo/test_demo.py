@@ -3,8 +3,12 @@ import json
 import pytest
 from html_page import assert_stands_alone
 
+import clipup
 from clipup.cli import main
+from clipup.demo.options import START
 from clipup.demo.pictograms.build import build
+from clipup.models import tokenizers
+from clipup.models.model_directory import WEIGHTS_NAME
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +31,25 @@ def test_the_report_holds_what_is_promised(demonstration):
     out, _ = demonstration
     report = json.loads((out / "report.json").read_text())
     assert set(report["data"]) == {"name", "train_pairs", "test_images", "test_captions"}
-    for arm in ("dense", "upcycled_step0", "dense_continued", "clip_up"):
-        entry = report[arm]
-        for numbers in (entry, *entry["splits"].values()):
-            for way in ("text_to_image", "image_to_text"):
-                assert 0 <= numbers[f"{way}_R@1"] <= numbers[f"{way}_R@5"] <= numbers[f"{way}_R@10"] <= 1
-        assert set(entry["splits"]) == {"emoji", "icons", "concepts"}
-        assert all(split["chance_R@1"] == 1 / split["gallery"] for split in entry["splits"].values())
-        assert entry["gflops_per_pair"] > 0
+    arms = [report[arm] for arm in ("dense", "upcycled_step0", "dense_continued", "clip_up")]
+    for numbers in (part for arm in arms for part in (arm, *arm["splits"].values())):
+        for way in ("text_to_image", "image_to_text"):
+            assert 0 <= numbers[f"{way}_R@1"] <= numbers[f"{way}_R@5"] <= numbers[f"{way}_R@10"] <= 1
+        assert numbers["chance_R@1"] == 1 / numbers["gallery"]
+    assert all(set(arm["splits"]) == {"emoji", "icons", "concepts"} and arm["gflops_per_pair"] > 0 for arm in arms)
     assert report["chance_R@1"] == 1 / report["data"]["test_images"]
-    assert report["dense_continued"]["steps"] == report["clip_up"]["steps"] == 4
+    assert [arm["steps"] for arm in arms] == [6, 0, 4, 4]
+    assert report["upcycled_step0"]["max_feature_difference"] <= 1e-4
+    assert arms[1]["text_to_image_R@10"] == pytest.approx(arms[0]["text_to_image_R@10"], abs=1e-3)
+    assert arms[3]["params"] > arms[3]["active_params"] > arms[0]["params"] == arms[2]["params"]
     assert_stands_alone((out / "report.html").read_text())
 
 
-def test_the_sparse_model_starts_where_the_dense_one_ended(demonstration):
-    report = json.loads((demonstration[0] / "report.json").read_text())
-    assert report["upcycled_step0"]["max_feature_difference"] <= 1e-4
-    before, after = (report[arm]["text_to_image_R@10"] for arm in ("dense", "upcycled_step0"))
-    assert after == pytest.approx(before, abs=1e-3)
-    assert report["clip_up"]["params"] > report["clip_up"]["active_params"] > report["dense"]["params"]
+def test_the_model_that_it_starts_from_is_small_and_dense_and_loads():
+    assert (START / WEIGHTS_NAME).stat().st_size < 4e6
+    model, *_ = clipup.create_model_and_transforms(str(START))
+    assert not clipup.moe_layers(model) and all(p.isfinite().all() for p in model.parameters())
+    assert tokenizers.get_tokenizer(str(START))("arrow left").shape == (1, 12)
 
 
 @pytest.mark.slow

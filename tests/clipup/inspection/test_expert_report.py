@@ -77,26 +77,22 @@ def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
 
 def test_maps_and_captions_show_the_first_choices(seen):
     numbers = re.findall(r"<text[^>]*>(\d+)</text>", seen.routing(2))
-    expected = [seen.layers[name].maps()[2].flatten() for name in (IMAGE_LAYER, "visual.transformer.resblocks.3.mlp")]
+    expected = [layer.maps()[2].flatten() for layer in seen.of_tower("image").values()]
     assert list(map(int, numbers)) == np.concatenate(expected).tolist()
     strip = seen.tokens(1)
-    chosen = re.findall(r"<sub[^>]*>(\d+)</sub>", strip)
-    taken = [seen.layers[name].expert_indices[1, :, 0] for name in ("transformer.resblocks.1.mlp", TEXT_LAYER)]
-    assert list(map(int, chosen)) == [expert for layer in taken for expert in layer.tolist() if expert >= 0]
+    chosen = [layer.expert_indices[1, :, 0] for layer in seen.of_tower("text").values()]
+    taken = [expert for expert in np.concatenate(chosen).tolist() if expert >= 0]
+    assert list(map(int, re.findall(r"<sub[^>]*>(\d+)</sub>", strip))) == taken
     assert strip.count("⟨start⟩") == strip.count("balloons") == 2
 
 
 def test_cards_have_the_surest_patches_and_the_words(seen):
     layer = seen.layers[IMAGE_LAYER]
     shown = re.findall(r"picture (\d+), row (\d+), column (\d+): probability ([\d.]+)", seen.cards(IMAGE_LAYER, most=3))
-    expected = []
-    for expert in range(EXPERTS):
-        sure = np.where(layer.expert_indices[:, 1:, 0] == expert, layer.probabilities[:, 1:, expert], -1)
-        for sample in np.argsort(-sure.max(1), kind="stable")[:3]:
-            if sure[sample].max() >= 0:
-                place = int(sure[sample].argmax())
-                expected.append((str(sample), str(place // 2), str(place % 2), f"{sure[sample].max():.2f}"))
-    assert shown == expected
+    surest = [one for expert in range(EXPERTS) for one in layer.strongest(expert, 3)]
+    places = [(sample, *layer.patch_of(token)) for sample, token in surest]
+    assert [tuple(map(int, one[:3])) for one in shown] == places
+    assert float(shown[0][3]) == pytest.approx(layer.probabilities[(*surest[0], 0)], abs=0.005)
     assert "cat" in seen.cards(TEXT_LAYER, most=30) and "⟨start⟩" in seen.cards(TEXT_LAYER, most=30)
 
 

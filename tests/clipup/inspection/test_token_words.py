@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import open_clip
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clipup.clip.word_tokenizer import WordTokenizer
@@ -22,22 +22,17 @@ def wrapped(tokenizer, start, end):
 
 
 def word_pieces():
-    vocabulary = {
-        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "##oon", "##s", "is"])
-    }
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "##oon", "##s", "is"]
+    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    return wrapped(tokenizer, "[CLS]", "[SEP]"), [2, 4, 5, 6, 7, 8, 3, 0, 0]
+    return wrapped(tokenizer, "[CLS]", "[SEP]")
 
 
 def sentence_pieces():
-    scores = [("[PAD]", 0.0), ("[UNK]", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0)]
-    scores += [("▁a", -1.0), ("▁ball", -1.0), ("oon", -1.0), ("s", -1.0), ("▁is", -1.0)]
-    tokenizer = Tokenizer(models.Unigram(scores, unk_id=1))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return wrapped(tokenizer, "[CLS]", "[SEP]"), [2, 4, 5, 6, 7, 8, 3, 0, 0]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁a", "▁ball", "oon", "s", "▁is"]
+    tokenizer = Tokenizer(models.Unigram([(name, 0.0) for name in names], unk_id=1))
+    tokenizer.decoder = decoders.Metaspace()
+    return wrapped(tokenizer, "[CLS]", "[SEP]")
 
 
 def byte_pieces():
@@ -60,8 +55,7 @@ def test_characters_of_several_tokens_stand_at_the_last_of_them():
 
 @pytest.mark.parametrize("kind", [word_pieces, sentence_pieces])
 def test_pieces_of_hugging_face_tokenizers(kind):
-    tokenizer, ids = kind()
-    found = pieces(tokenizer, ids)
+    found = pieces(kind(), [2, 4, 5, 6, 7, 8, 3, 0, 0])
     assert [piece.text for piece in found] == ["⟨CLS⟩", "a", "ball", "oon", "s", "is", "⟨SEP⟩", "", ""]
     assert words(found) == ["⟨CLS⟩", "a", "balloons", "balloons", "balloons", "is", "⟨SEP⟩", "", ""]
 
@@ -104,9 +98,14 @@ def test_words_are_ranked_by_what_an_expert_takes_beyond_its_share():
 
 
 def test_padding_and_tokens_that_took_no_part_count_for_nobody():
-    layer = routed([[0, -1, 1]], 2)
-    assert expert_words(layer, [caption("cat", "red", "")], 5) == [[], []]
-    assert expert_words(layer, [caption("cat", "red", "sun")], 5) == [
-        [WordShare("cat", 1, 1)],
+    captions = [caption("cat", "red", ""), caption("cat", "red", "sun")]
+    assert expert_words(routed([[0, -1, 1], [0, -1, 1]], 2), captions, 5) == [
+        [WordShare("cat", 2, 2)],
         [WordShare("sun", 1, 1)],
     ]
+
+
+def test_a_word_that_is_cut_off_ends_before_the_end_of_the_text():
+    tokenizer = open_clip.SimpleTokenizer(context_length=4)
+    found = words(pieces(tokenizer, tokenizer("unbelievably balloonish")[0]))
+    assert found[0] == "⟨start⟩" and found[-1] == "⟨end⟩"

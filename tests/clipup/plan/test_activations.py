@@ -72,11 +72,10 @@ def test_the_loss_saves_the_counted_bytes_for_each_logit(loss, scales, precision
 
 
 def test_copies_of_experts_are_those_of_the_shared_one_too():
-    found = [
-        activations(tiny_parallel.model({**MOE["sparse"], "shared_expert": shared}), "amp_bf16")
+    alone, beside_shared = (
+        activations(tiny_parallel.model({**MOE["sparse"], "shared_expert": shared}), "amp_bf16").expert_copies
         for shared in (False, True)
-    ]
-    one = tiny_parallel.model(None).transformer.resblocks[0].mlp
-    shared = 2 * sum(parameter.numel() for parameter in one.parameters())
-    assert found[1].largest_expert_copies - found[0].largest_expert_copies == shared
-    assert found[1].expert_copies - found[0].expert_copies == 2 * shared
+    )
+    mlp = tiny_parallel.model(None).transformer.resblocks[0].mlp
+    shared = 2 * sum(parameter.numel() for parameter in mlp.parameters())
+    assert [b - a for a, b in zip(alone, beside_shared, strict=True)] == [shared, shared]

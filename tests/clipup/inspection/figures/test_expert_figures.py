@@ -42,22 +42,15 @@ def test_every_cell_of_the_heatmap_has_its_value():
     assert ">.00<" not in similarity_heatmap(np.eye(16), "t")
 
 
-def spans(figure):
-    return [span for span in ElementTree.fromstring(figure).iter("span") if span.find("sub") is not None]
-
-
 def test_tokens_have_the_colour_the_number_and_the_other_choices_of_their_experts():
     caption = [Piece("⟨start⟩", 0), Piece("<b>", 1), Piece("oon", 1), Piece("", -1)]
-    figure = token_strip(caption, [[0, 1], [3, 2], [9, 0], [-1, -1]], "block 1")
-    assert [(span.text, span.find("sub").text) for span in spans(figure)] == [
-        ("⟨start⟩", "0"),
-        ("<b>", "3"),
-        ("oon", "9"),
-    ]
-    assert [span.get("title") for span in spans(figure)][1] == "expert 3, then 2"
-    for span, color, line in zip(spans(figure), EXPERTS[:1] + EXPERTS[3:4] + EXPERTS[1:2], "ssd", strict=True):
-        assert f"{'solid' if line == 's' else 'double'} {color}" in span.get("style")
-    assert "".join(ElementTree.fromstring(figure).itertext()) == "block 1 ⟨start⟩0 <b>3oon9"
+    figure = ElementTree.fromstring(token_strip(caption, [[0, 1], [3, 2], [9, 0], [-1, -1]], "block 1"))
+    spans = [span for span in figure.iter("span") if span.find("sub") is not None]
+    assert [span.text + span.find("sub").text for span in spans] == ["⟨start⟩0", "<b>3", "oon9"]
+    assert spans[1].get("title") == "expert 3, then 2"
+    for span, look in zip(spans, (f"solid {EXPERTS[0]}", f"solid {EXPERTS[3]}", f"double {EXPERTS[1]}"), strict=True):
+        assert look in span.get("style")
+    assert "".join(figure.itertext()) == "block 1 ⟨start⟩0 <b>3oon9"
 
 
 def test_a_patch_is_framed_where_it_lies_among_its_neighbours():

@@ -25,44 +25,25 @@ def decoded(uri):
     return kind, Image.open(io.BytesIO(base64.b64decode(content)))
 
 
-def cells(figure):
-    return [rect for rect in ElementTree.fromstring(figure).iter(f"{SVG}rect") if rect.get("fill-opacity")]
-
-
-def test_small_drawings_are_embedded_without_loss():
-    kind, image = decoded(data_uri(noise(32, "RGBA")))
-    assert kind == "png" and np.array_equal(np.asarray(image), np.asarray(noise(32, "RGBA")))
-
-
-def test_large_photographs_are_shrunk_and_stay_small_and_untouched_themselves():
+def test_pictures_are_embedded_small_and_stay_untouched_themselves():
     photo = noise(512, "RGBA")
     before = photo.tobytes()
     kind, image = decoded(data_uri(photo))
     assert kind == "jpeg" and image.size == (128, 128) and len(data_uri(photo)) < 22_000
     assert photo.tobytes() == before
+    kind, image = decoded(data_uri(noise(32, "RGBA")))
+    assert kind == "png" and np.array_equal(np.asarray(image), np.asarray(noise(32, "RGBA")))
+    for mode in ("LA", "P", "CMYK", "I;16"):
+        assert decoded(data_uri(Image.new(mode, (8, 8))))[1].size == (8, 8)
 
 
-@pytest.mark.parametrize("mode", ["LA", "P", "CMYK", "I;16"])
-def test_every_kind_of_picture_is_taken(mode):
-    assert decoded(data_uri(Image.new(mode, (8, 8))))[1].size == (8, 8)
-
-
-def test_every_patch_has_the_color_and_the_number_of_its_expert():
-    figure = routing_map(RED, torch.tensor([[0, 1], [7, 9]]))
-    assert [cell.get("fill") for cell in cells(figure)] == [EXPERTS[0], EXPERTS[1], EXPERTS[7], EXPERTS[1]]
-    assert [e.text for e in ElementTree.fromstring(figure).iter(f"{SVG}text")] == ["0", "1", "7", "9"]
-
-
-def test_patches_that_took_no_part_stay_uncoloured():
-    assert len(cells(routing_map(RED, [[-1, 2], [3, -1]]))) == 2
-
-
-def test_patches_cover_a_picture_that_is_not_square():
-    figure = ElementTree.fromstring(routing_map(Image.new("RGB", (64, 32)), np.zeros((2, 4), dtype=int), width=160))
+def test_every_patch_has_the_color_and_the_number_of_its_expert_and_masked_ones_have_none():
+    figure = ElementTree.fromstring(routing_map(Image.new("RGB", (64, 32)), torch.tensor([[0, -1], [7, 9]]), width=160))
+    cells = [rect for rect in figure.iter(f"{SVG}rect") if rect.get("fill-opacity")]
+    assert [cell.get("fill") for cell in cells] == [EXPERTS[0], EXPERTS[7], EXPERTS[1]]
+    assert [element.text for element in figure.iter(f"{SVG}text")] == ["0", "7", "9"]
     assert figure.get("viewBox") == "0 0 160 80"
-    last = [rect for rect in figure.iter(f"{SVG}rect") if rect.get("fill-opacity")][-1]
-    right, bottom = (float(last.get(a)) + float(last.get(b)) for a, b in (("x", "width"), ("y", "height")))
-    assert (right, bottom) == (160, 80)
+    assert [cells[-1].get(name) for name in ("x", "y", "width", "height")] == ["80", "40", "80", "40"]
 
 
 @pytest.mark.parametrize("rank, framed", [(5, 1), (6, 0)])

@@ -2,7 +2,7 @@
 
 python -m studies icons runs/start/data --package package --leave-out openmoji twemoji ph
 python -m studies run studies/demo/*.yaml --data runs/start/data --runs runs/start/runs
-python -m clipup.demo.ship runs/start/runs/start-5000-lr0.002-s0/model
+python -m studies.demo.ship runs/start/runs/start-5000-lr0.002-s0/model
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..clip import word_tokenizer
-from ..models import factory, model_card, model_names
-from ..models.saving import save_pretrained
-from .options import START
+from clipup.clip import word_tokenizer
+from clipup.demo.options import START
+from clipup.models import factory, model_card, model_names
+from clipup.models.saving import save_pretrained
 
 _README = """# The dense model that the demonstration starts from
 
