@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 _SECONDS_TO_END = 1
 """For all workers together, from when they are told to end until they are killed."""
@@ -33,27 +33,16 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
     Raises LostWorker when a worker was killed.
     """
     processes = processes or os.cpu_count() or 1
-    loader = DataLoader(
-        _Mapped(function, items),
+    loader: DataLoader = DataLoader(
+        items,  # type: ignore[arg-type]  # torch reads any sequence
         batch_size=None,
         num_workers=processes if processes > 1 else 0,
-        collate_fn=unchanged,
+        collate_fn=function,
         worker_init_fn=worker_init_fn(),
         generator=torch.Generator(),
     )
     with reading(loader) as results:
         yield from results
-
-
-class _Mapped(Dataset):
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function, self.items = function, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
 
 
 def unchanged(batch: Any) -> Any:

@@ -60,8 +60,6 @@ class Sample:
     offset: int | None = None
     size: int | None = None
     metadata: dict = field(default_factory=dict)
-    state: FileState | None = None
-    """Of a shard, when its samples were found."""
 
     @property
     def named(self) -> str:
@@ -85,14 +83,12 @@ def check_state(descriptor: int, expected: FileState, shard: str) -> None:
 
 
 def read_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
-    """The image of a sample. Raises as `load_image`, and SourceError when its shard has changed."""
+    """The image of a sample. Raises as `load_image`."""
     return load_image(_content(sample), max_pixels)
 
 
 def _content(sample: Sample) -> bytes:
     with open(sample.path, "rb") as file:
-        if sample.state is not None:
-            check_state(file.fileno(), sample.state, sample.path)
         file.seek(sample.offset or 0)
         return file.read(-1 if sample.size is None else sample.size)
 

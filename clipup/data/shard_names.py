@@ -7,7 +7,6 @@ of a file beside it, because a data set may come from anyone.
 from __future__ import annotations
 
 import glob
-import hashlib
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from .. import checks
 from ..extras import needed_for
+from .samples import PackedTexts, digest_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
 from .tars import TAR
 
@@ -41,7 +41,7 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
     source = os.fspath(source)
     shards: list[str] = []
     for pattern in [source] if os.path.isfile(source) else filter(None, source.split("::")):
-        for name in [pattern] if os.path.isfile(pattern) else _braces(pattern, argument):
+        for name in [pattern] if os.path.isfile(pattern) else _braces(pattern):
             if is_remote(name) and not os.path.isfile(name):
                 shards.append(_checked_url(name, argument, allow_pipe))
             else:
@@ -121,43 +121,31 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
 
     Args:
         argument: the argument that got the directory.
-        shards: the preferred shard pattern.
+        shards: a pattern of shards.
     """
     root = Path(directory)
-    named = next((path for pattern in (shards, "*.tar", "*.csv", "*.tsv") for path in sorted(root.glob(pattern))), None)
-    if named is not None:
-        advice = f"name its shards or a CSV file, such as {root / shards if named.match(shards) else named}"
-    else:
-        advice = (
-            "it holds no shard (.tar) and no CSV file. Images with captions beside them (KEY.jpg, KEY.txt) make a "
-            f"shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar. Or write a CSV file with the "
-            "columns filepath and title, separated by a tab, one image per line, and name that file"
-        )
-    return ValueError(f"{argument}: {root} is a directory: {advice}")
+    return ValueError(
+        f"{argument}: {root} is a directory: name shards, such as {root / shards}, or a CSV file with the columns "
+        "filepath and title, separated by a tab, one image per line. Images with captions beside them (KEY.jpg, "
+        f"KEY.txt) make a shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar"
+    )
 
 
 def open_shard(shard: str) -> BinaryIO:
     """Opens a shard returned by `expand_shards` for reading from its start."""
-    path = _path_of(shard)
-    if path is not None:
-        return open(path, "rb")
+    if not is_remote(shard):
+        return open(shard, "rb")
     from webdataset.gopen import gopen
 
     return gopen(shard)
 
 
 def names_digest(shards: Sequence[str]) -> str:
-    """Of the names of shards and the sizes of those that are files. Equal after the files have moved: of a URL the last
-    part of its path counts, and of a command nothing."""
-    found = hashlib.sha256()
-    for shard in shards:
-        path, size = _path_of(shard), None
-        name = "" if shard.lstrip().startswith(f"{_PIPE}:") else os.path.basename(path or urlsplit(shard).path)
-        if path is not None:
-            with suppress(OSError):  # a shard that is missing is skipped later
-                size = os.path.getsize(path)
-        found.update(repr((name, size)).encode())
-    return found.hexdigest()[:16]
+    """Of the names of shards. Equal where they lie elsewhere: of a URL the last part of its path counts, and of a
+    command nothing."""
+    urls = [urlsplit(shard.strip()) for shard in shards]
+    names = PackedTexts("" if url.scheme == _PIPE else os.path.basename(url.path) for url in urls)
+    return digest_of(names.content, names.ends)
 
 
 def sizes_of(shards: Sequence[str]) -> dict[str, int]:
@@ -177,14 +165,6 @@ def _sizes_in(directory: str) -> dict[str, int]:
         raise ValueError(f"{path}: expected a number of samples for each shard ({error})") from error
 
 
-def _path_of(shard: str) -> str | None:
-    """Of a shard that is a file; None for one that only a URL reader can open."""
-    if not is_remote(shard):
-        return shard
-    scheme, _, path = shard.partition(":")
-    return path.removeprefix("//") if scheme.strip().lower() == _FILE else None
-
-
 def _existing(paths: Iterable[str], argument: str) -> list[str]:
     """The paths of files, prefixed where they could be taken for a URL."""
     shards = []
@@ -195,7 +175,7 @@ def _existing(paths: Iterable[str], argument: str) -> list[str]:
     return shards
 
 
-def _braces(pattern: str, argument: str) -> Iterator[str]:
+def _braces(pattern: str) -> Iterator[str]:
     """A generator, because braces can stand for more names than fit into memory."""
     if "{" not in pattern:
         yield pattern
@@ -203,12 +183,7 @@ def _braces(pattern: str, argument: str) -> Iterator[str]:
     with needed_for("a shard name with braces", "train"):
         from braceexpand import braceexpand
 
-    try:
-        yield from braceexpand(pattern)
-    except ValueError as error:
-        raise ValueError(
-            f"{argument}: the braces of {pattern!r} do not match, expected a range such as {{0000..0099}}"
-        ) from error
+    yield from braceexpand(pattern)
 
 
 def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:

@@ -68,16 +68,10 @@ def finished(directory: Path, fingerprint: str) -> bool:
 
 def check_target(directory: Path, overwrite: bool) -> None:
     """Raises ValueError, with how to continue, when building into `directory` would lose its content."""
-    if not os.path.lexists(directory):
-        return
-    if not directory.is_dir():
-        raise ValueError(f"OUT: {directory} is a file, expected a directory: name another one")
-    if not any(directory.iterdir()):
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not (directory / DATASET_FILE).is_file():
-        raise ValueError(
-            f"OUT: {directory} contains files that are not a data set, nothing was changed: name another directory"
-        )
+        raise ValueError(f"OUT: {directory} is not a data set, nothing was changed: name another directory")
     if not overwrite:
         raise ValueError(
             f"OUT: {directory} contains another data set (other options or package versions), nothing was changed: "

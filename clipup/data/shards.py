@@ -11,12 +11,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from ..progress import Progress
 from .processes import each
 from .samples import FileState, PackedTexts, Sample, check_state, digest_of, state_of
 from .shard_names import check_local, sizes_of
-from .skips import RETRIES, SEVERAL_LINES, Note, Retries, Skips, read_whole
+from .skips import RETRIES, Note, Retries, Skips, read_whole
 from .tars import Members, Parts, caption_of, captions_in, complete, key_of, lines, read_samples
 
 PLACE = np.dtype([
@@ -34,7 +33,7 @@ PLACE = np.dtype([
 """A sample: the offset of its first header, the offsets and sizes in bytes of its image and of the member with its
 captions, and whether that is a json."""
 
-_VERSION = 5
+_VERSION = 6
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
 
@@ -70,10 +69,7 @@ class ShardSource:
             for shard, index in zip(turned, each(read, turned, min(processes, len(shards))), strict=True):
                 indexes[shard] = index
                 bar.update()
-        findings = [indexes[shard].findings for shard in shards]
-        _note_losses(findings, skips)
-        if any(one.several_lines for one in findings):
-            skips.add([SEVERAL_LINES])
+        _note_losses([indexes[shard] for shard in shards], skips)
         self.shards = PackedTexts(shards)
         self.places = np.concatenate([indexes[shard].places for shard in shards])
         self.ends = np.cumsum([len(indexes[shard].places) for shard in shards])
@@ -115,79 +111,68 @@ def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Samp
     """
     check_local(shards, argument)
     samples: list[Sample] = []
-    found: list[Findings] = []
+    contents: list[Contents] = []
     sizes, retried = sizes_of(shards), Retries()
     for shard in shards:
-        read = partial(_samples_of, shard, sizes.get(shard))
-        of_shard, findings = read_whole(read, shard, argument, retried)
-        samples += of_shard
-        found.append(findings)
-    _note_losses(found, skips)
+        found = read_whole(partial(_read, shard, sizes.get(shard)), shard, argument, retried)
+        contents.append(found._replace(complete=[]))
+        for members, parts in found.complete:
+            captions = lines(parts.captions[0]) if parts.text == "txt" else parts.captions
+            about = {"key": members.key, **parts.about}
+            samples.append(Sample(members.key, shard, tuple(captions), *members.place[parts.image], about))
+    _note_losses(contents, skips)
     return samples
 
 
-def _samples_of(shard: str, expected: int | None) -> tuple[list[Sample], Findings]:
-    samples, findings = [], Findings()
-    with open(shard, "rb") as file:
-        state = state_of(file.fileno())
-        for members, parts in _complete_samples(file, shard, expected, findings):
-            captions = lines(parts.captions[0]) if parts.text == "txt" else parts.captions
-            about = {"key": members.key, **parts.about}
-            place = members.place[parts.image]
-            samples.append(Sample(members.key, shard, tuple(captions), *place, about, state))
-    return samples, findings
+class Contents(NamedTuple):
+    """What was found in one shard."""
 
-
-@dataclass
-class Findings:
-    """What was found in one shard besides its complete samples."""
-
-    samples: int = 0
-    """All that are there, complete or not."""
-    several_lines: bool = False
-    """Whether a txt has several lines."""
-    incomplete: list[Note] = field(default_factory=list)
-    lost: list[Note] = field(default_factory=list)
-    """Damaged parts; 0 samples where their number is unknown."""
-
-
-def _complete_samples(
-    file: BinaryIO, shard: str, expected: int | None, findings: Findings
-) -> Iterator[tuple[Members, Parts]]:
-    """The complete samples of a shard; the others are noted in `findings`."""
-
-    def lose(name: str, reason: object, samples: int) -> None:
-        findings.lost.append(Note(name, str(reason), samples))
-
-    for members in read_samples(file, shard, lose, images=False, expected=expected):
-        findings.samples += 1
-        try:
-            parts = complete(members)
-        except ValueError as error:
-            findings.incomplete.append(Note(members.named, str(error)))
-            continue
-        findings.several_lines |= parts.several_lines
-        yield members, parts
-
-
-def _note_losses(found: list[Findings], skips: Skips) -> None:
-    """Notes what shards lost; where the number is unknown, by how many samples the largest undamaged shard has."""
-    usual = max((findings.samples for findings in found if not findings.lost), default=0)
-    for findings in found:
-        skips.add(findings.incomplete)
-        missing = max(1, usual - findings.samples)
-        skips.add(note._replace(samples=note.samples or missing) for note in findings.lost)
-
-
-@dataclass
-class ShardIndex:
-    """The complete samples of one shard, and what is wrong with the others."""
-
-    places: np.ndarray
-    """[samples] of `PLACE`."""
     state: FileState
     """Of the file that was read."""
-    findings: Findings
+    samples: int
+    """All that are there, complete or not."""
+    notes: list[Note]
+    """What is not complete, and damaged parts; 0 samples where their number is unknown."""
+    complete: list[tuple[Members, Parts]]
+
+
+def _read(shard: str, expected: int | None) -> Contents:
+    """Reads the headers and captions of a shard.
+
+    Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
+    """
+    notes: list[Note] = []
+    found: list[tuple[Members, Parts]] = []
+    samples = 0
+    with open(shard, "rb") as file:
+        state = state_of(file.fileno())
+        lose = lambda *lost: notes.append(Note(*lost))  # noqa: E731
+        for members in read_samples(file, shard, lose, images=False, expected=expected):
+            samples += 1
+            try:
+                found.append((members, complete(members)))
+            except ValueError as error:
+                notes.append(Note(members.named, str(error)))
+    return Contents(state, samples, notes, found)
+
+
+def _note_losses(shards: Sequence[Contents | ShardIndex], skips: Skips) -> None:
+    """Notes what shards lost; where the number is unknown, by how many samples the largest undamaged shard has."""
+    usual = max((one.samples for one in shards if all(note.samples for note in one.notes)), default=0)
+    for one in shards:
+        missing = max(1, usual - one.samples)
+        skips.add(note._replace(samples=note.samples or missing) for note in one.notes)
+
+
+class ShardIndex(NamedTuple):
+    """The complete samples of one shard, and what is wrong with the others."""
+
+    state: FileState
+    samples: int
+    notes: list[Note]
+    """These three as in `Contents`."""
+    places: np.ndarray
+    """[samples] of `PLACE`."""
 
 
 def _index_of(shard: str, sizes: dict[str, int], retries: int) -> ShardIndex:
@@ -197,20 +182,19 @@ def _index_of(shard: str, sizes: dict[str, int], retries: int) -> ShardIndex:
 
 def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
     stat = os.stat(shard)
-    state = stat.st_size, stat.st_mtime_ns
-    about = [_VERSION, shard, os.path.realpath(shard), expected, *state]
+    about = [_VERSION, shard, os.path.realpath(shard), expected, stat.st_size, stat.st_mtime_ns]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clipup", "shard_index")
     path = cache / f"{hashlib.sha256(repr(about[1:3]).encode()).hexdigest()[:32]}.npz"
     with suppress(Exception):  # no such file, or a damaged one, for which numpy and zipfile have no common class
         with np.load(path, allow_pickle=False) as content:
-            described, samples, several_lines, *notes = json.loads(str(content["about"]))
+            described, samples, notes = json.loads(str(content["about"]))
             if described == about:
-                incomplete, lost = ([Note(*note) for note in kind] for kind in notes)
-                return ShardIndex(content["places"], state, Findings(samples, several_lines, incomplete, lost))
+                state = stat.st_size, stat.st_mtime_ns
+                return ShardIndex(state, samples, [Note(*note) for note in notes], content["places"])
     start = time.perf_counter()
     index = _read_index(shard, expected)
     if time.perf_counter() - start > _KEPT_FROM_SECONDS:
-        noted = np.array(json.dumps([about, *vars(index.findings).values()]))
+        noted = np.array(json.dumps([about, index.samples, index.notes]))
         with suppress(OSError):  # without a cache directory that can be written to, the shard is read again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_files({path: lambda file: _write(file, about=noted, places=index.places)})
@@ -218,18 +202,12 @@ def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
 
 
 def _read_index(shard: str, expected: int | None) -> ShardIndex:
-    """Reads the headers and captions of a shard.
-
-    Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
-    """
-    findings = Findings()
-    with open(shard, "rb") as file:
-        state = state_of(file.fileno())
-        rows = [
-            (members.offset, *members.place[parts.image], *members.place[parts.text], parts.text == "json")
-            for members, parts in _complete_samples(file, shard, expected, findings)
-        ]
-    return ShardIndex(np.array(rows, PLACE), state, findings)
+    contents = _read(shard, expected)
+    rows = [
+        (members.offset, *members.place[parts.image], *members.place[parts.text], parts.text == "json")
+        for members, parts in contents.complete
+    ]
+    return ShardIndex(contents.state, contents.samples, contents.notes, np.array(rows, PLACE))
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:

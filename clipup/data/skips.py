@@ -18,8 +18,6 @@ Result = TypeVar("Result")
 
 MAX_SKIPPED = 0.1
 """Default for the largest share of samples that may be unreadable."""
-GIVE_UP_AFTER = 10_000
-"""Consecutive unreadable samples after which reading stops, because an endless stream would never end."""
 RETRIES = 4
 """Default for the number of further tries."""
 FIRST_PAUSE = 2.0
@@ -50,7 +48,7 @@ class Note(NamedTuple):
     """In messages; and by which it is counted, once."""
     reason: str
     samples: int = 1
-    """How many samples it stands for; 0 is a remark."""
+    """How many samples it stands for."""
 
 
 class Report(NamedTuple):
@@ -66,34 +64,19 @@ class Notes:
     def __init__(self) -> None:
         self.met = 0
         self._notes: list[Note] = []
-        self._in_a_row = 0
 
-    def add(self, name: str, reason: object, samples: int = 1) -> None:
-        """The fields of a note. Raises ValueError after too many unreadable samples in a row."""
-        self._notes.append(Note(name, str(reason), samples))
-        self._in_a_row += 1
-        if self._in_a_row >= GIVE_UP_AFTER:
-            raise ValueError(f"{GIVE_UP_AFTER} samples in a row could not be read, the last is {name}: {reason}")
-
-    def read(self) -> None:
-        """Call when a sample was read."""
-        self._in_a_row = 0
+    def add(self, name: str, reason: str, samples: int = 1) -> None:
+        """The fields of a note."""
+        self._notes.append(Note(name, reason, samples))
 
     def first(self) -> str:
         """The first note as text; "" when there is none."""
-        return next((f"; {note.name}: {note.reason}" for note in self._notes if note.samples), "")
+        return next((f"; {note.name}: {note.reason}" for note in self._notes), "")
 
     def report(self) -> Report:
         report = Report(self.met, self._notes)
         self.met, self._notes = 0, []
         return report
-
-
-SEVERAL_LINES = Note(
-    "a .txt of the training data has several lines",
-    "in training each .txt is one caption. List several captions of an image in its .json, as captions",
-    0,
-)
 
 
 class Retries:
@@ -165,11 +148,8 @@ class Skips:
             if note.name in self.samples:
                 continue
             self.samples[note.name] = note.samples
-            if note.samples:
-                self.first = self.first or f"{note.name}: {note.reason}"
-                _LOG.warning("skipped %s: %s (samples: %d)", note.name, note.reason, note.samples)
-            else:
-                _LOG.warning("%s: %s", note.name, note.reason)
+            self.first = self.first or f"{note.name}: {note.reason}"
+            _LOG.warning("skipped %s: %s (samples: %d)", note.name, note.reason, note.samples)
 
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""

@@ -25,12 +25,14 @@ from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
 from .shard_names import open_shard, shard_weights, sizes_of
-from .skips import SEVERAL_LINES, Notes, Report, Retries, raise_lack
+from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
 from .train_data import CountedBatches, Reader, TrainData, mixed_seed
 
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
+_DRAWN = 1000
+"""Shards of a pass that are drawn with replacement; if none of them can be read, the next pass is not begun."""
 
 
 def streamed_data(options: DataOptions, shards: list[str], num_samples: int, reader: Reader) -> TrainData:
@@ -84,7 +86,6 @@ class StreamedBatches(IterableDataset):
         self.sizes = sizes_of(shards)
         self.notes = Notes()
         self.retried = Retries(options.data_retries)
-        self.remarked = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Report]]:
         served = 0
@@ -114,10 +115,6 @@ class StreamedBatches(IterableDataset):
                 raise_lack(error)
                 self.notes.add(members.named, f"{type(error).__name__}: {error}")
                 continue
-            if parts.several_lines and not self.remarked:
-                self.remarked = True
-                self.notes.add(*SEVERAL_LINES)
-            self.notes.read()
             tensor = preprocessed(self.reader.preprocess, image, lambda: members.named)  # noqa: B023
             yield tensor, self.reader.tokenizer([draws.choice(parts.captions)])[0]
 
@@ -140,17 +137,16 @@ class StreamedBatches(IterableDataset):
                 _leave(file)
 
     def _shards(self, number: int) -> Iterator[str]:
-        """The shards of this worker in a pass; drawn with replacement, without end."""
+        """The shards of this worker in a pass; of those that are drawn with replacement, so many."""
         worker, workers = _worker()
         if self.options.dataset_resampled:
-            draws = self._random(self.reader.rank, worker)
-            while True:
-                yield draws.choices(self.shards, self.weights)[0]
+            yield from self._random(number, self.reader.rank, worker).choices(self.shards, self.weights, k=_DRAWN)
+            return
         shards = list(self.shards)
         self._random(number).shuffle(shards)
         yield from shards[self.reader.rank :: self.reader.world_size][worker::workers]
 
-    def _lose(self, name: str, reason: object, samples: int) -> None:
+    def _lose(self, name: str, reason: str, samples: int) -> None:
         self.notes.met += samples
         self.notes.add(name, reason, samples)
 
@@ -168,12 +164,7 @@ def opened(shard: str) -> BinaryIO:
     """A shard whose beginning can be read: where a program such as curl delivers it, its failure shows there."""
     file: Any = open_shard(shard)
     stream = getattr(file, "stream", file)
-    try:
-        empty = hasattr(stream, "peek") and not stream.peek()
-    except BaseException:  # also where a signal ends the wait
-        _leave(file)
-        raise
-    if empty:
+    if hasattr(stream, "peek") and not stream.peek():
         file.close()  # raises OSError if the program has failed
         return io.BytesIO()
     return file

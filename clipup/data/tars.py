@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
 TEXT_EXTENSIONS = ("txt", "json", "cls")
+_DOTTED_IMAGES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TAR = "tar --sort=name --dereference --hard-dereference"
 """The command that writes the files of a directory as samples: side by side, and with content in place of links."""
 
+_NO_TAR = "it is not an uncompressed tar file"
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
-_MOST_ZEROS = 1 + tarfile.RECORDSIZE // tarfile.BLOCKSIZE
-"""Zero blocks at the end of an archive: two, and others that pad its last record."""
 
 
 @dataclass
@@ -64,11 +64,6 @@ class Parts(NamedTuple):
     captions: list[str]
     about: dict
     """The rest of its json."""
-
-    @property
-    def several_lines(self) -> bool:
-        """Whether its captions are a txt of several lines."""
-        return self.text == "txt" and len(lines(self.captions[0])) > 1
 
 
 def lines(text: str) -> list[str]:
@@ -109,14 +104,14 @@ def captions_in(content: bytes) -> tuple[list[str], dict]:
 def key_of(file: BinaryIO, offset: int) -> str:
     """The key of the member whose header begins there."""
     file.seek(offset)
-    member = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace").next()
-    return _split(member.name)[0] if member else f"the sample at byte {offset}"
+    tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
+    return _split(next(iter(tar)).name)[0]
 
 
 def read_samples(
     file: BinaryIO,
     shard: str,
-    lose: Callable[[str, object, int], None],
+    lose: Callable[[str, str, int], None],
     *,
     images: bool,
     expected: int | None = None,
@@ -134,43 +129,27 @@ def read_samples(
         usual: how many similar shards have, where `expected` is unknown. With 0, `lose` gets 0 samples for a shard that
             was not read to its end.
     """
-    damage = _Damage()
-    found = incomplete = 0
+    damage: list[str] = []
+    found = 0
     for sample in _samples(file, shard, images, damage):
-        dotted = _dotted(sample)
+        dotted = [] if sample.image else [name for name in sample.place if name.endswith(_DOTTED_IMAGES)]
+        found += len(dotted) or 1
         if dotted:
-            found += len(dotted)
             lose(
                 f"images of {sample.named}",
                 f"the key of a sample ends at the first dot of its name, so {sample.key}.{dotted[0]} and the like are "
                 f"no samples of their own: rename them, such as {sample.key}_{dotted[0]}",
                 len(dotted),
             )
-        if sample.image is not None or not dotted:
-            found += 1
-            incomplete += sample.image is None or not sample.place.keys() & set(TEXT_EXTENSIONS)
+        else:
             yield sample
-    reason = damage.end or damage.within or f"it holds {found} samples, {SIZES_FILE} beside it lists more"
     name = f"a part of {shard}" if found else shard
     if expected is not None and expected >= max(found, 1):
         if expected > found:
-            lose(name, reason, expected - found)
-    elif damage.end:
-        lose(name, reason, max(1, usual - found) if usual else 0)
-    elif damage.within and not incomplete:  # what is damaged belonged to a sample
-        lose(name, reason, 1)
-
-
-def _dotted(sample: Members) -> list[str]:
-    """Extensions of the images that would be samples of their own if their keys ended at the last dot: those with a
-    text of the same name, or, if the sample has no image of its own, all."""
-    names = [extension.rpartition(".") for extension in sample.place if "." in extension]
-    texts = {name for name, _, kind in names if kind in TEXT_EXTENSIONS}
-    return [
-        f"{name}.{kind}"
-        for name, _, kind in names
-        if kind in IMAGE_EXTENSIONS and (sample.image is None or name in texts)
-    ]
+            reason = f"it holds {found} samples, {SIZES_FILE} beside it lists more"
+            lose(name, next(iter(damage), reason), expected - found)
+    elif damage:
+        lose(name, damage[0], max(1, usual - found) if usual else 0)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -179,23 +158,14 @@ def _split(name: str) -> tuple[str, str]:
     return (split[1], split[2].lower()) if split else (name, "")
 
 
-@dataclass
-class _Damage:
-    """Of a tar file: what was skipped with readable members after it, and what ended reading early."""
-
-    within: str = ""
-    end: str = ""
-
-
-def _samples(file: BinaryIO, shard: str, images: bool, damage: _Damage) -> Iterator[Members]:
+def _samples(file: BinaryIO, shard: str, images: bool, damage: list[str]) -> Iterator[Members]:
     """Consecutive members with the same key, as samples. A special member has no content, but makes a sample.
 
-    Damaged headers are skipped (`ignore_zeros`), so that members after them are not lost. What was cut off belongs to
-    the last sample, which is not returned then.
+    What ends reading early is appended to `damage`. The sample in whose content it is, is not returned.
     """
 
     class Header(_Header):
-        """Counts the blocks of this file."""
+        """Of this file."""
 
     read = (*TEXT_EXTENSIONS, *(IMAGE_EXTENSIONS if images else ()))
     sample: Members | None = None
@@ -203,16 +173,12 @@ def _samples(file: BinaryIO, shard: str, images: bool, damage: _Damage) -> Itera
         tar = tarfile.open(
             fileobj=file,
             mode="r|" if images else "r:",
-            ignore_zeros=True,
             tarinfo=Header,
             encoding="utf-8",
             errors="backslashreplace",
         )
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # the stub lacks the list that grows with the file
-            if Header.damaged or Header.zeros not in (0, 2) and member.offset % tarfile.RECORDSIZE:
-                damage.within = f"{Header.damaged + Header.zeros} blocks before {printable(member.name)} are damaged"
-            Header.damaged = Header.zeros = 0
             key, extension = _split(member.name)
             if not extension or member.isdir():
                 continue
@@ -224,35 +190,30 @@ def _samples(file: BinaryIO, shard: str, images: bool, damage: _Damage) -> Itera
                 if extension in read:
                     sample.content[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
                 sample.place[extension] = member.offset_data, member.size
+        if any(Header.last):
+            damage.append(f"what follows {sample.key} is damaged" if sample else _NO_TAR)
+        elif len(Header.last) < tarfile.BLOCKSIZE:
+            damage.append("it has no end-of-archive mark, so it was cut off")
+        elif len(file.read(2 * tarfile.RECORDSIZE)) > tarfile.RECORDSIZE:  # more than what pads the last record
+            damage.append("its end-of-archive mark is not at its end, so what follows is damaged or another archive")
     except Exception as error:  # readers of URLs raise their own exceptions
         raise_lack(error)
         if isinstance(error, OSError) and not images:
             raise
-        damage.end = f"it cannot be read to its end ({error or type(error).__name__})"
-    else:
-        if Header.damaged or Header.zeros > _MOST_ZEROS:
-            damage.end = f"its last {Header.damaged + Header.zeros} blocks are damaged"
-        elif not Header.zeros:
-            damage.end = "it has no end-of-archive mark, so it was cut off"
-        if sample is not None:
-            yield sample
-    if sample is None and Header.damaged:
-        damage.end = "it is not an uncompressed tar file"
+        not_begun = sample is None and any(Header.last)
+        damage.append(_NO_TAR if not_begun else f"it cannot be read to its end ({error or type(error).__name__})")
+        return
+    if sample is not None:
+        yield sample
 
 
 class _Header(tarfile.TarInfo):
-    """A header class that counts damaged headers, which tarfile skips silently. Each file has a subclass of its own."""
+    """Keeps the last block that was read as a header: at a damaged one tarfile ends as at the end mark, which is zero.
+    Each file has a subclass of its own."""
 
-    damaged = 0
-    zeros = 0
-    """Zero blocks since the last readable header."""
+    last: bytes | bytearray = b""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError:
-            if buf:  # not the end of the file
-                cls.damaged += any(buf)
-                cls.zeros += not any(buf)
-            raise
+        cls.last = buf
+        return super().frombuf(buf, encoding, errors)

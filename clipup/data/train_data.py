@@ -35,12 +35,18 @@ class Reader(NamedTuple):
 
 
 @dataclass
-class Start:
-    """Where the next iteration over indexed data starts."""
+class Places:
+    """A sampler of indexed data: (epoch, number of a batch of this rank), from where it starts to the epoch's end."""
 
+    batches: int
     epoch: int = 0
-    batch: int = 0
-    """The number of a batch of this rank in the epoch."""
+    first: int = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, batch) for batch in range(self.first, self.batches))
 
 
 @dataclass
@@ -56,7 +62,7 @@ class TrainData:
     rank: int = 0
     generator: torch.Generator | None = None
     """The data loader's of streamed data, which seeds its workers; re-seeded every epoch."""
-    start: Start | None = None
+    places: Places | None = None
     """Of indexed data. Streamed data start at the beginning of an epoch."""
     order: dict[str, Any] | None = None
     """What the order of samples depends on besides the epoch, as plain values. None for streamed data,
@@ -77,8 +83,8 @@ class TrainData:
             first_step: the step of the epoch, of `accum_freq` batches, to start with; for indexed data only.
         """
         self.epoch.value = epoch
-        if self.start is not None:
-            self.start.epoch, self.start.batch = epoch, first_step * self.accum_freq
+        if self.places is not None:
+            self.places.epoch, self.places.first = epoch, first_step * self.accum_freq
         elif first_step:
             raise ValueError(f"first_step: got {first_step}, but streamed data start at the beginning of an epoch")
         if self.generator is not None:
@@ -97,31 +103,26 @@ class CountedBatches:
         self, loader: Any, skips: Skips, num_samples: int, num_batches: int, total: int, world_size: int
     ) -> None:
         """`total`: samples per pass over all processes, including those already in `skips`."""
-        self.loader, self.skips = loader, skips
-        self.num_samples, self.num_batches, self.world_size = num_samples, num_batches, world_size
-        self._expected, self._skipped_before = total / world_size, int(skips) / world_size
-        self._known_before = dict(skips.samples)
-        self._met = self._skipped_before
-        self._skipped: dict[str, int] = {}
-
-    @property
-    def pass_counts(self) -> tuple[float, dict[str, int]]:
+        self.loader, self.skips, self.world_size = loader, skips, world_size
+        self.num_samples, self.num_batches = num_samples, num_batches
+        self._known, self._expected = dict(skips.samples), total / world_size
+        self.pass_counts = self._expected, self._known
         """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
-        return max(self._expected, self._met), self._known_before | self._skipped
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._met, self._skipped = self._skipped_before, {}
+        before = sum(self._known.values()) / self.world_size
+        met, skipped = before, dict[str, int]()
         with reading(self.loader) as batches:
             for images, texts, report in batches:
-                self._met += report.met
+                met += report.met
                 self.skips.add(report.skipped)
+                skipped |= {note.name: note.samples for note in report.skipped}
+                self.pass_counts = max(self._expected, met), self._known | skipped
                 if report.skipped:
-                    self._skipped |= {note.name: note.samples for note in report.skipped}
-                    count = self._skipped_before + sum(self._skipped.values())
-                    self.skips.check(max(self._expected, self._met), count, self.world_size)
+                    self.skips.check(self.pass_counts[0], before + sum(skipped.values()), self.world_size)
                 yield images, texts
 
 

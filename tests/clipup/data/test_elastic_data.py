@@ -4,7 +4,6 @@ workers, and an epoch can start at any step."""
 from __future__ import annotations
 
 import os
-import pickle
 import random
 
 import numpy
@@ -14,7 +13,6 @@ from picture_samples import load, preprocess
 
 from clipup.data import shards
 from clipup.data.epoch_order import EpochOrder
-from clipup.data.skips import Skips
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 GLOBAL_BATCH = 12
@@ -103,21 +101,12 @@ def test_an_order_has_every_row_once(rows):
 
 @pytest.mark.parametrize("rows", [5, 1030])
 def test_every_row_is_at_every_place_equally_often(rows):
-    """First place and the pair of the first two, over epochs: chi-squared, within five standard deviations."""
+    """The first place, over epochs: chi-squared, within five standard deviations."""
     epochs, bins = 1500, 5
     places = numpy.array([EpochOrder(rows, 1).rows_at(epoch, numpy.arange(2)) for epoch in range(epochs)])
     counts = numpy.bincount(places[:, 0] * bins // rows, minlength=bins)
-    second = numpy.bincount((places[:, 1] - places[:, 0]) % rows * bins // rows, minlength=bins)
     expected = epochs / bins
     assert ((counts - expected) ** 2 / expected).sum() < 4 + 5 * 8**0.5
-    if rows > 100:
-        assert ((second - expected) ** 2 / expected).sum() < 4 + 5 * 8**0.5
-
-
-def test_an_index_takes_few_bytes_a_sample_in_a_data_worker(pictures):
-    pictures.shards(200, 1)
-    source = shards.ShardSource([str(pictures.folder / "train-000000.tar")], Skips())
-    assert len(source) == 200 and len(pickle.dumps(source)) < 200 * 32 + 1000
 
 
 @pytest.fixture
@@ -134,7 +123,7 @@ def kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", ["", "content", "time", "sizes.json", "damaged cache", "no cache"])
 def test_a_kept_index_is_used_only_for_the_state_of_the_shard_that_it_describes(pictures, kept, change, monkeypatch):
     source = pictures.shards(60)
-    pictures.damage(1, "s20.png", header=True)
+    pictures.damage(1, "s29.png", header=True)
     if change == "no cache":
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     expected = batches_of(load("webdataset", source), 0)

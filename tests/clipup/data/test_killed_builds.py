@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
 
 import pytest
@@ -33,24 +31,8 @@ def in_a_process(action):
     return process
 
 
-def kill_self(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
-
-
-def test_files_of_a_killed_build_are_removed_by_the_next_one(tmp_path, monkeypatch):
-    out = tmp_path / "data"
-    with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "write_sizes", kill_self)  # after the shards
-        in_a_process(lambda: build(out)).join()
-    assert list(tmp_path.glob(".*/data/*.tar"))
-
-    build(out)
-
-    assert names(tmp_path) == ["data"]
 
 
 def test_a_damaged_data_set_is_built_again(tmp_path):
@@ -65,7 +47,7 @@ def test_a_damaged_data_set_is_built_again(tmp_path):
     assert path.read_bytes() == whole and names(tmp_path) == ["data"]
 
 
-def test_a_build_in_progress_is_not_disturbed_by_another_one(tmp_path, monkeypatch):
+def test_a_build_is_not_disturbed_by_another_one_and_leaves_nothing_when_it_is_killed(tmp_path, monkeypatch):
     out, writing = tmp_path / "data", FORK.Event()
 
     def wait(*args):
@@ -84,5 +66,6 @@ def test_a_build_in_progress_is_not_disturbed_by_another_one(tmp_path, monkeypat
 
     process.kill()
     process.join()
+    assert list(tmp_path.glob(".*/data/*.tar"))
     assert len(build(out)["splits"]) == 3
     assert names(tmp_path) == ["data"]

@@ -80,16 +80,6 @@ def test_shards_of_a_source_are_drawn_in_proportion_to_its_factor(pictures, monk
             resampled(source, 6, train_data_upsampling_factors=wrong)
 
 
-def test_the_number_of_samples_is_found_or_required(pictures):
-    """Here of resampled local shards; nothing can lie beside a URL."""
-    source = pictures.shards()
-    assert resampled(source).dataloader.num_batches == 8
-    (pictures.folder / "sizes.json").write_text('{"train-000000.tar": 6}')
-    with pytest.raises(ValueError, match="^train_num_samples: "):
-        resampled(source)
-    assert resampled(source, train_num_samples=12).dataloader.num_batches == 4
-
-
 def flaky(pictures, failures, end="exit 22"):
     """A pipe: that fails so often before it delivers a shard of all pictures."""
     pictures.shards(shards=1)

@@ -48,9 +48,8 @@ CAPTIONS = [LINES, 'a "big" dog', "NA", "007", "it's", 'six" nails']
 
 @pytest.mark.parametrize("member", ["txt", "json"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member, caplog):
-    """Also one of several lines: a CSV cell, a txt as in open_clip, and a caption of a json. Of such a txt one line of
-    the log says so."""
+def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member):
+    """Also one of several lines: a CSV cell, a txt as in open_clip, and a caption of a json."""
     if "csv" in kind:
         (pictures.folder / "0.png").write_bytes(picture(0))
         source = pictures.folder / "lines.csv"
@@ -68,8 +67,6 @@ def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member, cap
     for epoch in range(2):
         epoch_of(data, epoch)
     assert set(seen) == set(CAPTIONS)
-    said = [message for message in caplog.messages if "captions" in message]
-    assert len(said) == ("csv" not in kind and member == "txt")
 
 
 def test_a_directory_stands_for_its_training_shards(small):
@@ -97,8 +94,6 @@ def test_a_pickle_beside_an_image_is_not_executed(pictures, picture, kind, tmp_p
     source = f"file:{shard}" if kind == "streamed" else shard
     assert epoch_of(load(kind, source, 1, count=1)) == [(2, 1, 0)]  # of several images the same one everywhere
     assert not trace.exists()
-    pickle.loads(code)
-    assert trace.exists()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +135,6 @@ def evaluated(source, transform, *_):
     [
         ("nothing-*.tar", FileNotFoundError),
         ("train-{000000..000009}.tar", FileNotFoundError),
-        ("train-{000000..000009.tar", ValueError),
         ("none.csv", FileNotFoundError),
         ("", ValueError),  # a directory
         ("images.parquet", ValueError),
