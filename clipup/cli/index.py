@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     )
     if others := passed_over(options.images):
         print(f"clipup index: passed over {others}", file=sys.stderr)
-    for name, reason in made.skipped.items():
-        print(f"clipup index: skipped {printable(name)}: {printable(reason)}", file=sys.stderr)
+    for name in made.skipped:
+        print(f"clipup index: skipped {printable(name)}", file=sys.stderr)
     print(f"{len(made.entries)} images, {len(made.skipped)} skipped: {options.out}")
     return 0

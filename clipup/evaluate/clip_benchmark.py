@@ -64,8 +64,7 @@ def accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] =
 
 zeroshot_classification.accuracy = linear_probe.accuracy = accuracy
 registry.TYPE2FUNC[MODEL_TYPE] = load
-if MODEL_TYPE not in registry.MODEL_TYPES:
-    registry.MODEL_TYPES.append(MODEL_TYPE)
+registry.MODEL_TYPES.append(MODEL_TYPE)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -27,19 +27,18 @@ from .. import checks
 from ..data.csv_files import csv_samples, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
-from ..data.options import CsvFormat
+from ..data.options import CSV_EXTENSIONS, CsvFormat
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
 from ..data.shards import tar_samples
 from ..data.skips import Skips
-from .labelled_images import image_folder, image_shards, labelled_images, read_lines, read_text
+from .labelled_images import image_folder, image_shards, labelled_images, read_lines
 
 Template = Callable[[str], str] | str
 """A prompt: a function of the class name, or a string with the placeholder ``{}``."""
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
-_WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,10 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
     Raises:
         FileNotFoundError, ValueError: no such split or directory, or not one directory for each of 1,000 classes.
     """
-    if split not in ("test", "val", "train"):
-        raise ValueError(f"split: got {split!r}, expected test or val (the same images), or train")
-    folder = Path(root) / ("train" if split == "train" else "val")
-    if not folder.is_dir() and any(Path(root).glob(_WORDNET_DIRECTORIES)):
-        images_of = Path(root).resolve().name
-        if images_of in ("train", "val") and images_of != folder.name:
-            raise ValueError(
-                f"split: got {split!r}, but root is {root}, the images of {images_of}; pass the split {images_of}, or "
-                "the directory above as root"
-            )
+    checks.one_of("split", split, ("test", "val", "train"))
+    name, other = ("train", "val") if split == "train" else ("val", "train")
+    folder = Path(root) / name
+    if not folder.is_dir() and Path(root).resolve().name != other:
         folder = Path(root)
     classes = open_clip.IMAGENET_CLASSNAMES
     return ClassificationSet(image_folder(folder, classes), classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
@@ -189,11 +182,6 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
             return _classified(directory, shards, templates)
     elif (directory / DATASET_FILE).is_file():
         shards = listed_shards(directory, split, "root")
-    elif directory.is_dir():
-        raise FileNotFoundError(
-            f"root: {directory} contains neither {split}/nshards.txt nor {DATASET_FILE}; name the shards, such as "
-            f"{directory}/{split}-*.tar"
-        )
     else:
         shards = expand_shards(str(root), "root")
     skips = Skips()
@@ -209,15 +197,12 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     Raises:
         FileNotFoundError, ValueError: no such file, no such column, or rows without image or caption.
     """
-    path = Path(root)
-    if path.is_dir():
-        found = [path / f"{split}{end}" for end in (".csv", ".tsv") if (path / f"{split}{end}").is_file()]
-        if not found:
-            raise FileNotFoundError(f"root: there is neither {split}.csv nor {split}.tsv in {root}")
-        path = found[0]
+    path, directory = Path(root), Path(root) if Path(root).is_dir() else None
+    if directory is not None:
+        named = [directory / f"{split}{extension}" for extension in CSV_EXTENSIONS]
+        path = next(filter(Path.is_file, named), named[0])
     skips = Skips()
     form = CsvFormat(separator, img_key, caption_key)
-    directory = Path(root) if Path(root).is_dir() else None
     records = csv_samples(str(path), form, skips, "root", directory)
     return _nothing_skipped(records, skips, path)
 
@@ -261,23 +246,17 @@ def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Pat
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
     """Lines ``NAME.jpg,CAPTION`` after a header; captions may contain commas and are not quoted."""
     captions: dict[str, list[str]] = {}
-    header, *rows = read_text(path).split("\n")
+    header, *rows = path.read_bytes().decode().split("\n")
     if ".jpg," in header:
         raise ValueError(f"annotations: {path} begins with {header!r}, expected a header such as image,caption")
-    for number, row in enumerate(rows, 2):
-        if not row.strip():
-            continue
-        name, separator, caption = row.strip().partition(".jpg,")
-        if not separator:
-            raise ValueError(f"annotations: line {number} of {path} is {row!r}, expected NAME.jpg,CAPTION")
+    for row in filter(str.strip, rows):
+        name, _, caption = row.strip().partition(".jpg,")
         captions.setdefault(f"{name}.jpg", []).append(caption.strip())
     return [(Path(name), texts) for name, texts in captions.items()]
 
 
 def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) -> RetrievalSet:
     """Records of images in ``root``. All must exist and have a caption: skipping one would change the recall."""
-    if not pairs:
-        raise ValueError(f"annotations: {source} names no image")
     outside = [name for name, _ in pairs if leaves(str(name))]
     if outside:
         raise ValueError(f"annotations: {source} names {outside[0]}, which is not in {root}: do not trust it")

@@ -29,18 +29,10 @@ def read_lines(path: str | Path, kind: str = "name") -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected a text file with one {kind} per line")
-    found = lines(read_text(path))
+    found = lines(Path(path).read_bytes().decode())
     if not found:
         raise ValueError(f"{path} is empty; expected one {kind} per line")
     return found
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file, with its line ends as they are. Raises ``ValueError``, naming it, if it is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
 
 
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -128,17 +120,16 @@ def image_shards(
     def refuse(name: str, reason: object, samples: int) -> None:
         raise ValueError(f"cannot read {name}: {reason}; repair or remove it")
 
-    for shard in [
-        one for pattern in ([shards] if isinstance(shards, str) else shards) for one in expand_shards(pattern, "images")
-    ]:
+    patterns = [shards] if isinstance(shards, str) else shards
+    for shard in [shard for pattern in patterns for shard in expand_shards(pattern, "images")]:
         with open_shard(shard) as file:
             for sample in read_samples(file, shard, refuse, images=True):
-                named = f"{sample.key} of {shard}"
-                if sample.image is None or "cls" not in sample.content:
-                    raise ValueError(f"sample {named} lacks an image or its .cls")
                 try:
-                    image = preprocess(load_image(sample.content[sample.image], max_image_pixels))
-                    found = image, int(sample.content["cls"])
+                    content = sample.content[sample.image or "image"]
+                    found = preprocess(load_image(content, max_image_pixels)), int(sample.content["cls"])
                 except Exception as error:  # PIL has no common class for what a broken file may raise
-                    raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
+                    raise ValueError(
+                        f"cannot read sample {sample.key} of {shard}: {type(error).__name__}: {error}; it needs an "
+                        "image and a .cls"
+                    ) from error
                 yield found

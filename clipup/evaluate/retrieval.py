@@ -137,9 +137,7 @@ def evaluate_retrieval(
 
     def images() -> Iterator[Tensor]:
         shown = progress(samples, "encoding", "images", show=show_progress)
-        for row, (image, texts, metadata) in enumerate(shown):
-            if not texts:
-                raise ValueError(f"image {row} of the data set has no caption; every image needs at least one")
+        for image, texts, metadata in shown:
             group = None if by is None else metadata.get(by)
             about.append((list(texts), None if group is None else str(group)))
             yield image if preprocess is None else preprocess(image)

@@ -55,7 +55,7 @@ def zero_shot(
         ``top1``, ``top5`` (top-N with N < 5 classes), ``chance`` (of top1), ``images``, ``classes``.
 
     Raises:
-        ValueError: no images, no classes, no templates, or a class index without a name.
+        ValueError: no images, a template without ``{}``, or a class index without a name.
         NonFiniteFeatures: a feature is NaN or infinite.
     """
     share = share or Share()
@@ -94,9 +94,6 @@ def zero_shot_classifier(
 ) -> Tensor:
     """The mean features of the prompts of each class, normalized, [D, classes] in float32 on the CPU (open_clip's
     ``build_zero_shot_classifier``). The arguments are those of ``zero_shot``; every process passes all classes."""
-    for name, value in (("classes", classes), ("templates", templates)):
-        if not value:
-            raise ValueError(f"{name} is empty; expected at least one")
     for template in templates:
         if isinstance(template, str) and "{}" not in template:
             raise ValueError(f"templates: {template!r} has no {{}}, which stands for the class name")

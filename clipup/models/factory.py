@@ -27,7 +27,6 @@ from .state_dicts import (
     Weights,
     assign_weights,
     check_fit,
-    check_types,
     drop_parameters,
     read_safetensors,
     read_weights,
@@ -89,9 +88,7 @@ def _create(
         config = model_directory.read_config(directory)
         described, found = config["model_cfg"], moe_config_in(config)
         file = directory / WEIGHTS_NAME
-        if found is not None and load_weights:
-            model_directory.check_weights(file)
-        stored = read_safetensors(file) if load_weights and file.is_file() else {}
+        stored = read_safetensors(file) if load_weights and (found is not None or file.is_file()) else {}
         read_here = found is not None or architecture.is_resized(described)
     else:
         check_known(model_name, pretrained)
@@ -112,7 +109,6 @@ def _create(
         kwargs = {"require_pretrained": from_elsewhere and load_weights, **kwargs}
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
-        check_types(model, stored, source)
         _say_resized(model, stored, source)
         return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
@@ -171,11 +167,9 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     if trained is not None and own is not None:
         fields = trained.differing(own)
         if fields:
-            says = ", ".join(f"{name}={getattr(trained, name)!r}" for name in fields)
-            is_own = ", ".join(f"{name}={getattr(own, name)!r}" for name in fields)
             raise ValueError(
-                f"{path} was trained with {says}, the model has {is_own}; upcycle the model with the moe_cfg of the "
-                "checkpoint, or make a model directory of it with clipup convert"
+                f"{path} was trained with another moe_cfg than the model has ({', '.join(fields)}); upcycle the model "
+                "with that of the checkpoint, or make a model directory of it with clipup convert"
             )
     model_cfg = configs.get("model_cfg")
     if model_cfg is None or towers.is_timm(model):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import distributions
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import nn
 
 from clipup_kernels import __version__
@@ -18,13 +20,11 @@ from ..moe.layer import SparseMoE, moe_layers
 README = "README.md"
 _HEAD = "## Evaluation"
 _NO_RESULTS = "Not evaluated yet: `clipup eval DIR --dataset ... --root ... --card` adds its results here."
-_COLUMNS = ["data", "metric", "%"]
 _TABLE = ["| data | metric | % |", "|---|---|---|"]
 _SPARSE = (
     " in which sparse Mixture-of-Experts layers replace the MLPs of some blocks, made from a dense model by upcycling "
     "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
 )
-_BASE = "base_model:"
 _CLIP_USAGE = """\
 import clipup
 import torch
@@ -69,7 +69,7 @@ def model_card(
         base_model: hub name ORG/NAME of the model that this one was made from, if known.
         extra: the extra of clipup that the model needs.
     """
-    layers = moe_layers(model)
+    layers, config = moe_layers(model), getattr(model, "moe_config", None)
     sparse = bool(layers)
     is_clip = library == "open_clip"
     kind = "CLIP" if is_clip else "image model"
@@ -78,11 +78,11 @@ def model_card(
     task = "zero-shot-image-classification" if is_clip else "image-feature-extraction"
     parts = [
         *("---", f"license: {license}", "library_name: clipup"),
-        *([] if base_model is None else [f"{_BASE} {base_model}"]),
+        *([] if base_model is None else [f"base_model: {base_model}"]),
         f"pipeline_tag: {task}",
         *(["tags:", *(f"- {tag}" for tag in tags)] if tags else []),
         *("---", ""),
-        f"# {_title(model, kind)}",
+        f"# Sparse {kind}: {config.num_experts} experts, top {config.top_k}" if config else f"# Dense {kind}",
         "",
         f"A {kind}" + (_SPARSE if sparse else ", dense."),
         "",
@@ -132,35 +132,22 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     if _NO_RESULTS in lines:
         place = lines.index(_NO_RESULTS)
         lines[place : place + 1] = _TABLE
-    if _COLUMNS not in map(_cells, lines):
+    if _TABLE[0] not in lines:
         lines += ["", _HEAD, "", *_TABLE]
-    start = end = [_cells(line) for line in lines].index(_COLUMNS) + 2
-    while end < len(lines) and lines[end].startswith("|"):
-        end += 1
-    rows = {tuple(_cells(line)[:2]): line for line in lines[start:end]}
-    rows |= {(data, metric): f"| {data} | {metric} | {value} |" for (data, metric), value in _rows(results).items()}
-    text = "\n".join([*lines[:start], *rows.values(), *lines[end:]]) + "\n"
+    start = lines.index(_TABLE[0]) + 2
+    table = list(takewhile(lambda line: line.startswith("|"), lines[start:]))
+    rows = {line.rpartition("|")[0].rpartition("|")[0]: line for line in table}
+    rows |= {
+        f"| {data} | {metric} ": f"| {data} | {metric} | {value} |" for (data, metric), value in _rows(results).items()
+    }
+    text = "\n".join([*lines[:start], *rows.values(), *lines[start + len(table) :]]) + "\n"
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
 def base_model_in(directory: str | Path) -> str | None:
     """The ``base_model`` in the directory's card; None if there is none."""
     path = Path(directory) / README
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
-    return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
-
-
-def _title(model: nn.Module, kind: str) -> str:
-    config = getattr(model, "moe_config", None)
-    if config is None:
-        return f"Dense {kind}"
-    return f"Sparse {kind}: {config.num_experts} experts, top {config.top_k}"
+    return ModelCard.load(path).data.base_model if path.is_file() else None
 
 
 def _experts(layers: dict[str, SparseMoE]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 from .. import checks
 from ..moe.config import MoEConfig
 from .known_models import LOCAL_PREFIX
-from .shard_files import is_sharded
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -27,10 +26,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         ValueError: the file is not valid JSON, or its ``model_cfg`` is incomplete.
     """
     path = Path(directory) / CONFIG_NAME
-    if is_sharded(directory) and not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is a sharded checkpoint, not a model; make a model directory of it with clipup convert"
-        )
     config = read_config_file(path, "a directory saved by clipup or open_clip")
     check_model_cfg(config.get("model_cfg"), str(path))
     return config
@@ -66,12 +61,6 @@ def moe_config_in(config: dict[str, Any]) -> MoEConfig | None:
     """
     values = config.get("moe_cfg")
     return None if values is None else MoEConfig.from_dict(values)
-
-
-def check_weights(path: Path) -> None:
-    """Raises ``FileNotFoundError`` if a directory has no such file of weights."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; load_weights=False creates the model without")
 
 
 @contextmanager

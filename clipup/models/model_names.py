@@ -27,7 +27,6 @@ def get_model_config(model_name: str) -> dict[str, Any]:
         model_name: a name that open_clip knows, or the directory of a model.
 
     Raises:
-        TypeError: ``model_name`` is no str.
         ValueError: it is neither, or the directory holds no valid config.
     """
     directory = directory_of(model_name)
@@ -39,8 +38,6 @@ def get_model_config(model_name: str) -> dict[str, Any]:
 
 def directory_of(model_name: str) -> Path | None:
     """The directory that a model name refers to; None for open_clip and hub names."""
-    if not isinstance(model_name, str):
-        raise TypeError(f"model_name must be a str, also for a directory, got {type(model_name).__name__}")
     if model_name.startswith(LOCAL_PREFIX):
         return Path(model_name.removeprefix(LOCAL_PREFIX))
     if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):
@@ -55,12 +52,8 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
     Args:
         text_field: the field of ``text_cfg`` that names the tokenizer or model on the Hugging Face hub.
     """
-    directory = directory_of(model_name)
     on_hub = model_name.startswith(hub.HUB_PREFIX)
-    config = None if on_hub or directory is not None else open_clip.get_model_config(model_name)
-    if directory is not None:
-        config = model_directory.read_config(directory)["model_cfg"]
-    text_cfg = (config or {}).get("text_cfg", {})
+    text_cfg = {} if on_hub else get_model_config(model_name)["text_cfg"]
     hf_name = None if word_tokenizer.uses_words(text_cfg) else text_cfg.get(text_field)
     if hf_name:
         with needed_for(f"the text tower of {model_name}", "hf"):

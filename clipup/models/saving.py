@@ -124,7 +124,7 @@ def save_with_tokenizer(
         model_card.README: card.encode("utf-8"),
         names[0]: (json.dumps(config, indent=2) + "\n").encode("utf-8"),  # the last: it marks a complete directory
     }
-    writers = {directory / name: partial(_write, content) for name, content in contents.items()}
+    writers = {directory / name: partial(Path.write_bytes, data=content) for name, content in contents.items()}
     replace_files({directory / names[1]: lambda path: _save_tensors(tensors, path, directory), **writers})
 
 
@@ -167,10 +167,6 @@ def _open_clip_config(
 def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:
     """Those of open_clip's transform of images that belong to a saved model."""
     return {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg}
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:

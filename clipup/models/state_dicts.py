@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,26 +184,10 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
-    found += _other_kinds(expected, weights)
     found += [f"{name} is missing from the file" for name in expected if name not in weights]
     found += [f"{name} is not in the model" for name in weights if name not in expected]
     if found:
         raise ValueError(f"the weights in {source} do not fit the model: {listed(found)}")
-
-
-def check_types(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Raises ``ValueError`` for integers in place of floating-point numbers, which torch would convert silently."""
-    found = _other_kinds(model.state_dict(), weights)
-    if found:
-        raise ValueError(f"the weights in {source} do not fit the model: {listed(found)}")
-
-
-def _other_kinds(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name} is {weights[name].dtype} in the file, {tensor.dtype} in the model"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point()
-    ]
 
 
 def listed(found: list[str]) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from ..upcycling.upcycle import upcycle
 from .hub import HUB_PREFIX, cached, offline_if_unreachable
 from .known_models import LOCAL_PREFIX
-from .model_directory import check_weights, moe_config_in, read_config_file
+from .model_directory import moe_config_in, read_config_file
 from .state_dicts import assign_weights, check_fit, drop_parameters, read_safetensors, without_random_numbers
 
 CONFIG_NAME = "config.json"
@@ -42,17 +42,13 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         FileNotFoundError: config or weights are missing.
         ValueError: the weights do not fit the model.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, also for a directory, got {type(name).__name__}")
     if name.startswith(HUB_PREFIX):
         with offline_if_unreachable(name, cache_dir):
             directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
     else:
         directory = Path(name.removeprefix(LOCAL_PREFIX))
     moe_config = moe_config_in(read_config_file(directory / CONFIG_NAME, "a directory with a saved timm model"))
-    path = directory / WEIGHTS_NAME
-    if load_weights:
-        check_weights(path)
+    weights = read_safetensors(directory / WEIGHTS_NAME) if load_weights else {}
     with without_random_numbers() if load_weights else nullcontext():
         model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
     device = next(model.parameters()).device
@@ -61,7 +57,6 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
     if moe_config is not None:
         upcycle(model, moe_config, inplace=True)
     if load_weights:
-        weights = read_safetensors(path)
         check_fit(model, weights, str(directory))
         assign_weights(model, weights, device)
     return model.eval()
@@ -72,15 +67,7 @@ def config_of(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, 
 
     Args:
         model_args: arguments that the model was created with, in addition to those that timm recorded.
-
-    Raises:
-        ValueError: the model has no architecture name.
     """
-    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
-        raise ValueError(
-            f"model is a {type(model).__name__} without an architecture name, so it could not be loaded again; "
-            "create it with timm.create_model"
-        )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, CONFIG_NAME)
         _hub.save_config_for_hf(model, path, model_args=model_args)  # type: ignore[arg-type]  # timm passes a Path too

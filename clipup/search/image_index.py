@@ -91,8 +91,8 @@ class ImageIndex:
     entries: list[Entry]
     features: Tensor
     """[N, D] float32, of length 1."""
-    skipped: dict[str, str]
-    """Images that could not be read, with the reason."""
+    skipped: list[str]
+    """Names of the images that could not be read; the log has the reasons."""
 
     @classmethod
     def load(cls, directory: str | Path) -> ImageIndex:
@@ -111,18 +111,13 @@ class ImageIndex:
             with safe_open(path, "pt") as file:
                 header, features = file.metadata() or {}, file.get_tensor("features")
             found = json.loads(header["index"])
-            encoder = Encoder(**found["encoder"])
-            entries = [Entry(str(name), int(size), int(changed)) for name, size, changed in found["entries"]]
-            skipped = {str(name): str(reason) for name, reason in found["skipped"].items()}
-            images = Path(found["images"])
-            if len(features) != len(entries):
-                raise ValueError(f"{len(features)} features for {len(entries)} images")
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            entries = [Entry(*entry) for entry in found["entries"]]
+            return cls(Path(found["images"]), Encoder(**found["encoder"]), entries, features, found["skipped"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
                 "clipup index IMAGES OUT"
             ) from error
-        return cls(images, encoder, entries, features, skipped)
 
     def save(self, directory: Path) -> None:
         """Writes the index, replacing an earlier one completely or not at all."""
@@ -132,8 +127,7 @@ class ImageIndex:
             "entries": self.entries,
             "skipped": self.skipped,
         }
-        header = {"index": json.dumps(content)}
-        tensors = {"features": self.features.contiguous()}
+        header, tensors = {"index": json.dumps(content)}, {"features": self.features.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
     def check_model(self, model_digest: str) -> None:
@@ -146,18 +140,6 @@ class ImageIndex:
                 f"{self.encoder.model} is not the model that made the index: its weights, config, transform or "
                 "tokenizer have changed since; make the index again in another directory"
             )
-
-
-class _Reasons(Skips):
-    """Why samples were skipped, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reasons: dict[str, str] = {}
-
-    def note(self, name: str, reason: object, samples: int = 1) -> None:
-        super().note(name, reason, samples)
-        self.reasons[name] = str(reason)
 
 
 def update_index(
@@ -196,23 +178,25 @@ def update_index(
         known = _known(directory, images, encoder)
         now = {record.key: _entry(record) for record in records}
         todo = [record for record in records if now[record.key] not in known]
-        reasons = _Reasons()
+        skips = Skips()
         part: dict[Entry, Tensor] = {}
 
         def write_part() -> None:
             if part:
-                _write_part(directory, ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), {}))
+                target = directory / PARTS / f"{len(_parts(directory)):05d}"
+                target.mkdir(parents=True)
+                ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), []).save(target)
                 known.update(part)
                 part.clear()
 
         try:
             for batch, _, metadata in show(
-                EvalSamples(todo, partial(_upright, preprocess), reasons).batches(batch_size, workers)
+                EvalSamples(todo, partial(_upright, preprocess), skips).batches(batch_size, workers)
             ):
-                for one, features in zip(metadata, encode(batch), strict=True):
-                    if not features.isfinite().all():
-                        raise ValueError(f"the model gives features that are not finite for {one['key']}")
-                    part[now[one["key"]]] = features
+                features = encode(batch)
+                if not features.isfinite().all():
+                    raise ValueError(f"the model gives features that are not finite, from {metadata[0]['key']} on")
+                part |= {now[about["key"]]: one for about, one in zip(metadata, features, strict=True)}
                 if len(part) >= PART_IMAGES:
                     write_part()
         except BaseException:
@@ -220,13 +204,9 @@ def update_index(
             raise
         known |= part
         kept = [entry for entry in now.values() if entry in known]
-        skipped = {
-            record.key: reasons.reasons.get(record.named, "it cannot be read")
-            for record in todo
-            if now[record.key] not in known
-        }
+        skipped = [record.key for record in todo if now[record.key] not in known]
         if not kept:
-            raise ValueError(f"none of the {len(records)} images can be read, such as {next(iter(skipped.items()))}")
+            raise ValueError(f"none of the {len(records)} images can be read, the first is {skips.first}")
         found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), skipped)
         found.save(directory)
         shutil.rmtree(directory / PARTS, ignore_errors=True)
@@ -266,10 +246,3 @@ def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tenso
 
 def _parts(directory: Path) -> list[Path]:
     return sorted(path for path in (directory / PARTS).glob("*") if path.name.isdecimal())
-
-
-def _write_part(directory: Path, part: ImageIndex) -> None:
-    number = 1 + max((int(path.name) for path in _parts(directory)), default=-1)
-    target = directory / PARTS / f"{number:05d}"
-    target.mkdir(parents=True)
-    part.save(target)

@@ -9,9 +9,7 @@ import pytest
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from clipup.cli import eval as module
 from clipup.cli import main
-from clipup.evaluate.retrieval import RECALL_AT, WAYS
 from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.layer import SparseMoE
 
@@ -65,13 +63,6 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
     assert "1 samples could not be read" in table
 
 
-def test_names_of_groups_are_printed_without_what_controls_a_terminal():
-    row = {f"{way}_R@{k}": 0.5 for way in WAYS for k in RECALL_AT}
-    row |= {"gallery": 2, "captions": 2, "chance_R@1": 0.5}
-    printed = module.table({"retrieval": {**row, "splits": {"\x1b[31mred": row}}})
-    assert "\\x1b[31mred" in printed and "\x1b" not in printed
-
-
 def test_a_run_stands_for_its_model(directory, val_data, tmp_path, capsys):
     """That of a finished run; of another one the newest checkpoint, as of ``clipup inspect``."""
     (tmp_path / "finished").mkdir()
@@ -97,15 +88,6 @@ def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each
         assert (every["dataset"], every["split"]) == (name, "test")
         assert (every["retrieval"]["gallery"], every["retrieval"]["captions"]) == (12, 60)
         assert (first["retrieval"]["gallery"], first["retrieval"]["captions"]) == (12, 12)
-
-
-@pytest.mark.parametrize("retrieval", [True, False])
-def test_shards_of_clip_benchmark_are_measured_by_their_type(directory, tmp_path, capsys, retrieval):
-    root = layouts.webdataset(tmp_path / "data", retrieval)
-
-    found = results(directory, capsys, "--dataset", "webdataset", "--root", root)
-
-    assert ("retrieval" in found, "zero_shot" in found) == (retrieval, not retrieval)
 
 
 def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_data, capsys):

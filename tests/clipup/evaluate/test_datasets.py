@@ -29,11 +29,6 @@ def flickr(tmp_path):
     return layouts.flickr30k(tmp_path / "flickr30k")
 
 
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    return layouts.imagenet(tmp_path_factory.mktemp("imagenet"))
-
-
 @pytest.mark.parametrize("name, read", [("mscoco_captions", datasets.coco), ("flickr30k", datasets.flickr30k)])
 def test_images_and_captions_are_those_of_clip_benchmark_in_its_order(name, read, request):
     root = request.getfixturevalue("coco" if name == "mscoco_captions" else "flickr")
@@ -73,15 +68,6 @@ def test_a_caption_of_flickr_ends_at_a_line_feed_alone(flickr):
     assert all("a \x85 b \u2028 c \r d \x0b" in caption for record in found for caption in record.captions)
 
 
-def test_flickr_images_may_be_in_a_subdirectory(flickr):
-    before = pairs(datasets.flickr30k(flickr))
-    (flickr / "flickr30k-images").mkdir()
-    for picture in flickr.glob("*.jpg"):
-        picture.rename(flickr / "flickr30k-images" / picture.name)
-
-    assert pairs(datasets.flickr30k(flickr)) == before
-
-
 @pytest.mark.parametrize(
     ("name", "inner", "directory"),
     [
@@ -115,7 +101,7 @@ def test_a_csv_of_a_directory_names_images_inside_it(tmp_path):
     (record,) = datasets.csv(tmp_path, "test", "\t", "filepath", "title").records
 
     assert record.path == str(tmp_path / "0.jpg") and record.captions == ("a cat", "a dog")
-    with pytest.raises(FileNotFoundError, match="neither val.csv nor val.tsv"):
+    with pytest.raises(FileNotFoundError, match="root: .*val.csv"):
         datasets.csv(tmp_path, "val", "\t", "filepath", "title")
 
 
@@ -143,16 +129,15 @@ def test_images_of_coco_that_are_missing_or_have_no_caption_are_refused(coco, tm
         datasets.coco(coco, annotations=moved)
 
 
-@pytest.mark.parametrize("header", ["", "image,caption\n1007129816.png no caption\n"])
-def test_caption_files_that_are_not_flickrs_are_refused(flickr, header):
+def test_caption_files_without_a_header_are_refused(flickr):
     path = flickr / "flickr30k_test_karpathy.txt"
-    path.write_text(header + path.read_text().partition("\n")[2])
+    path.write_text(path.read_text().partition("\n")[2])
     with pytest.raises(ValueError, match="^annotations: "):
         datasets.flickr30k(flickr)
 
 
 @pytest.mark.parametrize("read", [datasets.imagenet, imagenet_v2])
-def test_directories_that_are_not_those_of_imagenet_are_refused(tmp_path, imagenet, read):
+def test_directories_that_are_not_those_of_imagenet_are_refused(tmp_path, read):
     layouts.imagenet(tmp_path, classes=3)
     layouts.imagenet_v2(tmp_path, classes=3)
     with pytest.raises(ValueError, match="3 subdirectories"):
@@ -160,19 +145,9 @@ def test_directories_that_are_not_those_of_imagenet_are_refused(tmp_path, imagen
     (tmp_path / "imagenetv2-top-images-format-val").mkdir()
     for wrong in (
         lambda: imagenet_v2(tmp_path),  # of several variants
-        lambda: datasets.imagenet(tmp_path, "train"),
+        lambda: datasets.imagenet(layouts.imagenet(tmp_path / "whole") / "val", "train"),
         lambda: datasets.imagenet(tmp_path, "dev"),
-        lambda: datasets.imagenet(imagenet / "val", "train"),
         lambda: read(tmp_path / "nowhere"),
     ):
         with pytest.raises((ValueError, FileNotFoundError)):
             wrong()
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    root = layouts.webdataset(tmp_path, retrieval=True)
-    (root / "test" / "1.tar").unlink()
-    with pytest.raises(FileNotFoundError, match="1.tar"):
-        datasets.webdataset(root)
-    with pytest.raises(FileNotFoundError, match="val/nshards.txt"):
-        datasets.webdataset(root, "val")

@@ -78,7 +78,7 @@ def test_weights_of_sparse_layers_that_route_otherwise_are_not_loaded_into_a_mod
     config = clipup.get_model_config(NAME)
     path = saved_checkpoint(tmp_path / "moe.pt", other, config, other.moe_config.to_dict())
 
-    with pytest.raises(ValueError, match=f"moe.pt was trained with {next(iter(trained))}="):
+    with pytest.raises(ValueError, match=f"moe.pt .*{next(iter(trained))}"):
         clipup.load_checkpoint(model, path)
 
     clipup.load_checkpoint(upcycle(dense, other.moe_config.replace(capacity_factor=2.0, z_weight=0.1)), path)

@@ -1,9 +1,8 @@
 import json
 
-import open_clip
 import pytest
 import torch
-from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_clip import tiny_clip, tiny_config
 
 import clipup
 from clipup import MoEConfig, save_pretrained, upcycle
@@ -59,21 +58,6 @@ def test_config_cannot_run_code_of_a_tokenizer(tmp_path, monkeypatch):
         clipup.get_tokenizer(str(tmp_path / "asks"))
 
     assert not trace.exists()
-    if open_clip.__version__ < "4":  # open_clip 4 does not pass the option on from a directory
-        open_clip.get_tokenizer(f"local-dir:{tmp_path}")
-        assert trace.exists()
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_random_inputs_fit_the_towers(kind):
-    model = tiny_clip(kind).eval()
-    images, texts = random_inputs(model, 4)
-    image_features, text_features, *_ = model(images, texts)
-    assert image_features.shape == text_features.shape == (4, tiny_config(kind)["embed_dim"])
-    assert torch.equal(random_inputs(model, 4)[1], texts)
-    end = 2 if kind == "eos_pool" else 63
-    assert ((texts == end).sum(1) == 1).all()
-    assert len({row.tolist().index(end) for row in texts}) > 1
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text", "timm"])

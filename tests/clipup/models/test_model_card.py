@@ -105,7 +105,6 @@ def test_base_model_is_in_the_card_and_read_from_a_directory(sparse, tmp_path):
     [
         "# A\n\n| data | metric | % |\n|---|---|---|\n| a | b | 1.00 |\n\n| a | c |\n|---|---|\n## End\n",
         "# A\n\n## Evaluation of humans\n\nBetter.\n",
-        "# A\n\n## Evaluation \n\n| data  | metric | % |\n|-------|--------|---|\n| a     | b      | 1 |\n\nTwice.\n",
     ],
 )
 def test_nothing_else_in_a_card_is_changed_by_results(directory, card):

@@ -9,7 +9,6 @@ from tiny_clip import CONFIGS, tiny_clip, tiny_config
 
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
-from clipup.atomic_files import replace_files
 from clipup.cli.logs import errors_only
 from clipup.models.model_directory import CONFIG_NAME, WEIGHTS_NAME
 
@@ -45,12 +44,6 @@ def test_saved_model_loads_unchanged(tmp_path, kind, prefix):
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert step0_difference(model, loaded) == 0
-
-
-def test_directory_has_open_clips_files_a_card_and_the_configs(saved):
-    assert set(contents(saved)) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
-    config = json.loads((saved / CONFIG_NAME).read_text())
-    assert config["model_cfg"] == tiny_config() and MoEConfig.from_dict(config["moe_cfg"]) == CONFIG
 
 
 def test_preprocessing_is_saved_and_loaded(tmp_path):
@@ -109,20 +102,6 @@ def test_file_size_limit_leaves_the_previous_model_unchanged(saved):
     assert contents(saved) == before
 
 
-def test_files_are_replaced_together_or_not_at_all(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise ValueError("stop")
-
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.write_text("old")
-    with pytest.raises(ValueError, match="stop"):
-        replace_files({first: lambda path: path.write_text("new"), second: fail})
-    assert contents(tmp_path) == {"first": b"old"}
-    replace_files({first: lambda path: path.write_text("new"), second: lambda path: path.write_text("new")})
-    assert contents(tmp_path) == {"first": b"new", "second": b"new"}
-
-
 WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
 
 
@@ -157,30 +136,6 @@ def test_the_tokenizer_in_a_directory_is_kept(with_words, tmp_path):
     for source in (None, tmp_path / "plain"):
         with pytest.raises(ValueError, match=r"holds a tokenizer \(tokenizer_config.json\) that is not the model's"):
             save_pretrained(model, directory, named, tokenizer_directory=source)
-
-
-def test_the_kind_of_a_tokenizer_of_hugging_face_is_saved_with_it(tmp_path):
-    pytest.importorskip("transformers")
-    config = tiny_config()
-    config["text_cfg"] |= {"hf_tokenizer_name": "org/words"}
-    first = tmp_path / "first"
-    save_pretrained(tiny_clip(), first, config)
-    (first / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n##d\nre\n")
-    (first / "tokenizer_config.json").write_text("{}")
-    (first / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
-    expected = clipup.get_tokenizer(str(first))(["Redd"])
-
-    save_pretrained(tiny_clip(), tmp_path / "second", config, tokenizer_directory=first)
-    save_pretrained(tiny_clip(), first, config, tokenizer_directory=first)
-
-    assert torch.equal(clipup.get_tokenizer(str(tmp_path / "second"))(["Redd"]), expected)
-    assert (first / "config.json").read_text() == '{"model_type": "bert", "hidden_size": 8}'
-
-
-def test_all_files_have_default_permissions(saved):
-    plain = saved / "plain"
-    plain.touch()
-    assert {path.stat().st_mode for path in saved.iterdir()} == {plain.stat().st_mode}
 
 
 @pytest.mark.parametrize(

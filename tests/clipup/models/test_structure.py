@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import HUGGING_FACE, build, hugging_face_cfg
-from torch import nn
 
 import clipup
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.models.model_directory import WEIGHTS_NAME
-from clipup.models.state_dicts import without_random_numbers
 
 
 @pytest.fixture
@@ -26,15 +22,6 @@ def test_loading_draws_no_random_numbers(directory):
     before = torch.get_rng_state()
     clipup.create_model_and_transforms(str(directory))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_threads_that_load_nothing_draw_random_numbers():
-    drawn = torch.full((3,), 9.0)
-    with without_random_numbers():
-        thread = threading.Thread(target=nn.init.normal_, args=(drawn,))
-        thread.start()
-        thread.join()
-    assert (drawn != 9).all()
 
 
 def test_loaded_model_does_not_depend_on_its_file(directory):
