@@ -184,6 +184,11 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
+    found += [
+        f"{name} is {weights[name].dtype} in the file, {tensor.dtype} in the model"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point()
+    ]
     found += [f"{name} is missing from the file" for name in expected if name not in weights]
     found += [f"{name} is not in the model" for name in weights if name not in expected]
     if found:

@@ -130,15 +130,6 @@ def test_int8_is_measured_and_named(directory, val_data, capsys):
     assert int8["retrieval"]["captions"] == plain["retrieval"]["captions"]
 
 
-@pytest.mark.parametrize("dataset", ["imagenet", pytest.param("imagenet-v2", marks=pytest.mark.slow)])
-def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, tmp_path, capsys, dataset):
-    root = getattr(layouts, dataset.replace("-", "_"))(tmp_path / "imagenet")
-    (tmp_path / "one.txt").write_text("a {}\n")
-    found = results(directory, capsys, "--dataset", dataset, "--root", root, "--templates", tmp_path / "one.txt")
-    assert (found["zero_shot"]["images"], found["zero_shot"]["classes"]) == (10, 1000)
-    assert found["zero_shot"]["top1"] <= found["zero_shot"]["top5"]
-
-
 @pytest.mark.parametrize(
     "flags, named",
     [

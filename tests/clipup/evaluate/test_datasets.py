@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import benchmark_layouts as layouts
 import open_clip
 import pytest
@@ -105,26 +103,14 @@ def test_a_csv_of_a_directory_names_images_inside_it(tmp_path):
         datasets.csv(tmp_path, "val", "\t", "filepath", "title")
 
 
-def changed(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def test_images_of_coco_that_are_missing_or_have_no_caption_are_refused(coco, tmp_path):
+def test_images_of_coco_that_are_missing_are_refused(coco, tmp_path):
     moved = (coco / "coco_test_karpathy.json").rename(tmp_path / "mine.json")
     assert len(datasets.coco(coco, annotations=moved).records) == 12
     for root in (coco, coco / "nowhere"):  # without annotations, and without anything
         with pytest.raises(FileNotFoundError):
             datasets.coco(root)
     first = coco / "val2014" / "COCO_val2014_000000391895.jpg"
-    content = first.read_bytes()
     first.unlink()
-    with pytest.raises(FileNotFoundError, match="1 of the 12 images .*000000391895.jpg"):
-        datasets.coco(coco, annotations=moved)
-    first.write_bytes(content)
-    without = lambda found: found.update(annotations=[a for a in found["annotations"] if a["image_id"] != 391895])  # noqa: E731
-    changed(moved, without)
     with pytest.raises(FileNotFoundError, match="1 of the 12 images .*000000391895.jpg"):
         datasets.coco(coco, annotations=moved)
 
