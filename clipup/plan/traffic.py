@@ -118,7 +118,7 @@ def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Tr
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
     if options.is_sharded:
         small = sum(unit.reduced_bytes for unit in parts if unit.kind == "unsharded")
-        yield Transfer("small gradients and counts", "all_reduce", small + 4, gpus)  # and the gradient's norm
+        yield Transfer("small gradients and counts", "all_reduce", small, gpus)
     else:
         buffers = sum(buffer.nbytes for buffer in subject.model.buffers())
         yield Transfer("small gradients and counts", "broadcast", buffers, gpus)
