@@ -89,8 +89,11 @@ def test_a_run_whose_data_stall_stops_at_a_signal_with_its_last_step_saved(comma
     assert code == 130 and "Traceback" not in error, error
     assert "with --name run --resume latest" in error.strip().splitlines()[-1]
     assert load(run / "checkpoints" / "epoch_latest.pt")["step"] == metrics.read_text().count("\n")
-    listed = subprocess.run(["ps", "-o", "stat=", "-s", str(process.process.pid)], capture_output=True, text=True)
-    assert set(listed.stdout.split()) <= {"Z"}
+    listed = ["ps", "-o", "stat=", "-s", str(process.process.pid)]
+    deadline = time.monotonic() + 20  # what the workers started ends after them
+    while set(subprocess.run(listed, capture_output=True, text=True).stdout.split()) - {"Z"}:
+        assert time.monotonic() < deadline, "a process of the run goes on"
+        time.sleep(0.1)
 
 
 def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):

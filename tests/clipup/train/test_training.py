@@ -147,6 +147,7 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_weights_and_selection_bia
     make_model, pairs, options, backend, checkpointing
 ):
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     usual = {"logs": None, "steps": 3, "warmup": 0, "eps": 1e-3, "grad_checkpointing": checkpointing}
     eager, compiled = (
         train(options(**usual, **changes), model=make_model(BIASED), loader=pairs(pairs=8, batch_size=4))
@@ -158,5 +159,6 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_weights_and_selection_bia
     for name, value in eager.model.state_dict().items():  # selection biases too
         torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-3, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert not torch._dynamo.utils.counters["graph_break"]
+    if not checkpointing:  # a checkpointed forward must not change the layer's state inside a graph
+        assert not torch._dynamo.utils.counters["graph_break"]
     torch.compiler.reset()
