@@ -24,6 +24,8 @@ MARK = "CLIPUP_FAULT_INJECTION"
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _TRACEBACK = "Traceback (most recent call last)"
 _CTRL_C = re.compile(rf"{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
+_WORKER = re.compile(rf"{re.escape(_TRACEBACK)}:\n  File [^\n]*/multiprocessing/resource_sharer.py")
+"""A data worker that is ended while it hands over a batch may print this; Python's thread does, not the run."""
 _FROM_STEP = re.compile(r"from step (\d+) to step \d+")
 _MESSAGE = re.compile(r"^clipup train: .*$", re.M)
 _CLOSING = re.compile(r"^\d+ steps in .*; see ", re.M)
@@ -129,7 +131,7 @@ class Start:
         if self.resumed_at() is None:  # Python itself reports a Ctrl-C during imports
             said = _CTRL_C.sub("clipup train: interrupted\n", said)
         messages = _MESSAGE.findall(said)
-        if _TRACEBACK in said and not (self.several and messages):
+        if _TRACEBACK in _WORKER.sub("", said) and not (self.several and messages):
             return "crashed"
         if code == 0:
             return "finished"
