@@ -310,12 +310,22 @@ class CollectedLosses:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.by_layer: dict[str, Tensor] = {}
-        """By the layer's name; 0-d float32 tensors with their graphs. Empty until the block has ended."""
+        self._taken: dict[str, Tensor] | None = None
+
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """By the layer's name; 0-d float32 tensors with their graphs.
+
+        Raises:
+            RuntimeError: the block has not ended.
+        """
+        if self._taken is None:
+            raise RuntimeError("collect_aux_losses takes the losses when its block ends: read them after it")
+        return self._taken
 
     @property
     def total(self) -> Tensor:
-        """Their sum; 0 if there are none."""
+        """Their sum; 0 if there are none. Raises as ``by_layer`` does."""
         return _sum(self.by_layer.values(), self._model)
 
 
@@ -340,4 +350,5 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
         yield collected
     finally:
         taken = {name: layer.state.take_losses() for name, layer in layers.items()}
-    collected.by_layer = {name: torch.stack(losses).sum() for name, losses in taken.items() if losses}
+        collected._taken = {}
+    collected._taken = {name: torch.stack(losses).sum() for name, losses in taken.items() if losses}

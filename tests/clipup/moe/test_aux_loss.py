@@ -124,6 +124,8 @@ def test_losses_of_a_block_are_by_layer_those_of_aux_loss_and_earlier_ones_do_no
 
     with collect_aux_losses(model) as losses:
         model(x)
+        with pytest.raises(RuntimeError, match="after it"):  # not 0, with which a step would train nothing of them
+            _ = losses.total
     with collect_aux_losses(model) as twice:
         outputs = model(x), model(x), earlier  # the loss of an output that is gone is none
 
