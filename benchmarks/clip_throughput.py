@@ -1,9 +1,9 @@
 """Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
 "accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only);
-"int8" quantizes MLPs, experts and attention besides (``weights="int8"``); "onnxruntime" is the dense model in int8
-there, in inference and where it is installed (peers.py). On a CPU they, but for onnxruntime, and CLIP-UP stop at
-the end of the longest text, where dense models in their usual form compute all 77 tokens.
+"int8" quantizes MLPs, experts and attention besides (``weights="int8"``). Dense models run on other engines too, in
+inference and where these are installed (engines.py). On a CPU our forms and CLIP-UP stop at the end of the longest
+text, where dense models in their usual form and other engines compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
     python benchmarks/clip_throughput.py --pass fwd_bwd --batch-size 8
@@ -26,8 +26,8 @@ from statistics import median
 
 import open_clip
 import torch
+from engines import ENGINES, OnEngine, engine_of, left_out
 from harness import DTYPES, Timing, alternate, built_from, on_device, one_line, run, timed_options, write_csv
-from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
 from torch import Tensor, nn
 
 import clipup
@@ -38,9 +38,10 @@ from clipup.models.tokenizers import get_tokenizer
 
 BASELINE, LARGE, ACCELERATED, INT8 = "ViT-B-16", "ViT-L-14", "accelerated", "int8"
 MODELS = (
-    BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}", f"ViT-B-16 {ONNX}",
+    BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}", *(f"ViT-B-16 {engine}" for engine in ENGINES),
     "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}", f"ViT-B-16 CLIP-UP {INT8}",
-    "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
+    "ViT-B-32", f"ViT-B-32 {ACCELERATED}", f"ViT-B-32 {INT8}", "ViT-B-32 openvino", "ViT-B-32 openvino-int8",
+    "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
 UNTIMED = 3  # calls of the check and of `alternate`, before the timed ones
@@ -48,25 +49,26 @@ UNTIMED = 3  # calls of the check and of `alternate`, before the timed ones
 
 def build(
     name: str, dtype: torch.dtype, texts: Tensor, device: str = "cpu", training: bool = False, threads: int = 1
-) -> tuple[nn.Module | OnnxInt8, TowerCounts, Tensor]:
+) -> tuple[nn.Module | OnEngine, TowerCounts, Tensor]:
     """A model, what it costs on paper, and images for it.
 
-    ``dtype`` is that of the images, and of the model unless onnxruntime runs it; there is an image for each text.
+    ``dtype`` is that of the images, and of the model unless another engine runs it; there is an image for each text.
     """
     architecture, *options = name.split()
+    engine = engine_of(name)
     with expecting_random_weights():
         model = create_model_and_transforms(architecture, load_weights=False)[0]
     if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
-    model, counts = model.train(training).to(device, torch.float32 if ONNX in options else dtype), count(model)
+    model, counts = model.train(training).to(device, torch.float32 if engine else dtype), count(model)
     images = torch.randn(len(texts), 3, *image_size(model)).to(device, dtype)
     if ACCELERATED in options or INT8 in options:
         model = clipup.accelerate(model, inplace=True, weights=INT8 if INT8 in options else None)
-    return OnnxInt8(model, images, texts, threads) if ONNX in options else model, counts, images
+    return OnEngine(engine, model, images, texts, threads) if engine else model, counts, images
 
 
 def inference(
-    model: nn.Module | OnnxInt8, images: Tensor, texts: Tensor, seconds: list[tuple[float, float]]
+    model: nn.Module | OnEngine, images: Tensor, texts: Tensor, seconds: list[tuple[float, float]]
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A run that encodes a batch of pairs; adds to ``seconds`` what the images and the texts of every call took."""
     synchronise = torch.accelerator.synchronize if images.device.type != "cpu" else lambda: None
@@ -113,8 +115,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
-    left_out = (ONNX,) if missing(ONNX_PACKAGES) or args.device != "cpu" else ()
-    left_out += (ACCELERATED, INT8, ONNX) if training else ()
+    only_inference = (ACCELERATED, INT8, *ENGINES)
+    lacking = left_out(args.models)
+    for name, packages in lacking.items():
+        print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
+    excluded = {name for name in MODELS if training and name.split()[-1] in only_inference} | lacking.keys()
+    excluded |= {name for name in MODELS if args.device != "cpu" and engine_of(name)}
     counts: dict[str, TowerCounts] = {}
     timings: dict[str, Timing] = {}
     towers: dict[str, list[tuple[float, float]]] = {}
@@ -130,7 +136,7 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
 
     base = runner(BASELINE)
     for name in MODELS:
-        if name not in {*args.models, BASELINE} or name.endswith(left_out):
+        if name not in {*args.models, BASELINE} or name in excluded:
             continue
         try:  # the next model takes this one's memory
             pair = {BASELINE: base, name: base if name == BASELINE else runner(name)}

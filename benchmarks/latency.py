@@ -1,8 +1,8 @@
 """One image, one caption: how long a call takes on a CPU, as a server with one request at a time sees it.
 
 Models take turns, one call each a round, so that no model finds its weights in the cache. "accelerated" and "int8" are
-``clipup.accelerate``; "onnxruntime" is the dense model in int8 there, where it is installed (peers.py). At the end:
-one token through one small layer, where the calls are all that takes time.
+``clipup.accelerate``; dense models run on other engines too, where these are installed (engines.py). At the end: one
+token through one small layer, where the calls are all that takes time.
 
     python benchmarks/latency.py                                      # bfloat16, a few minutes
     python benchmarks/latency.py --rounds 300 --csv benchmarks/results/latency_cpu.csv
@@ -19,16 +19,16 @@ from statistics import median, quantiles
 
 import torch
 from clip_throughput import ACCELERATED, BASELINE, INT8, LARGE, WORDS, build
+from engines import ENGINES, left_out
 from harness import DTYPES, clock, commit, on_device, options, run
-from peers import ONNX, ONNX_PACKAGES, missing
 from torch import nn
 
 import clipup
 from clipup.models.tokenizers import get_tokenizer
 
 MODELS = (
-    BASELINE, f"{BASELINE} {ACCELERATED}", f"{BASELINE} {INT8}", f"{BASELINE} {ONNX}", f"{BASELINE} CLIP-UP",
-    f"{BASELINE} CLIP-UP {ACCELERATED}", f"{BASELINE} CLIP-UP {INT8}", LARGE,
+    BASELINE, f"{BASELINE} {ACCELERATED}", f"{BASELINE} {INT8}", *(f"{BASELINE} {engine}" for engine in ENGINES),
+    f"{BASELINE} CLIP-UP", f"{BASELINE} CLIP-UP {ACCELERATED}", f"{BASELINE} CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
 
 
@@ -68,9 +68,10 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    if (lacking := missing(ONNX_PACKAGES)) and any(name.endswith(ONNX) for name in args.models):
-        print(f"left out {ONNX}: pip install {' '.join(lacking)}", file=sys.stderr)
-        args.models = [name for name in args.models if not name.endswith(ONNX)]
+    lacking = left_out(args.models)
+    for name, packages in lacking.items():
+        print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
+    args.models = [name for name in args.models if name not in lacking]
     dtype = DTYPES[args.dtype]
     texts = get_tokenizer(BASELINE)([" ".join(WORDS[:12])])
     built = {name: build(name, dtype, texts, threads=args.threads) for name in args.models}

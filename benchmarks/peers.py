@@ -6,15 +6,13 @@ are installed; an adapter uses what the project has, and adds in plain torch wha
 oracle before they are timed, so a release that changed its interface is left out by name instead of being measured
 wrongly. Liger-Kernel has no entry: its fused experts are SwiGLU without biases, which is another layer.
 
-Whole models: dense ones in int8 on onnxruntime (``OnnxInt8``).
+Whole models on other engines: ``engines.py``.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -221,8 +219,6 @@ PEERS = {
     "megablocks": Peer(megablocks, packages=("megablocks", "grouped_gemm"), only_on="cuda"),
     "sonicmoe": Peer(sonicmoe, packages=("sonicmoe",), only_on="cuda"),
 }
-ONNX, ONNX_PACKAGES = "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
-"""The last word of the names of models on it, and what has to be installed."""
 
 
 def missing(packages: Iterable[str]) -> list[str]:
@@ -288,47 +284,3 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
             function = prepared(function, mine, None if peer.weights == "packed" else peer.weights)
         made[impl] = Candidate(function, x_k if peer.dense and impl != "dense_1" else x, mine)
     return made
-
-
-class OnnxInt8:
-    """``encode_image`` and ``encode_text`` of a float32 model on the CPU, for inputs of the shapes of these.
-
-    onnxruntime's recipe for transformers on CPUs: export, ``quantize_dynamic`` with int8 weights per output channel.
-    Activations are quantized at every call, the rest is float32. A graph is exported for the shapes that it is timed
-    with.
-    """
-
-    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor, threads: int) -> None:
-        self.encode_image = _on_onnxruntime(_Tower(model, "encode_image"), images.float(), threads)
-        self.encode_text = _on_onnxruntime(_Tower(model, "encode_text"), texts, threads)
-
-
-class _Tower(nn.Module):
-    def __init__(self, model: nn.Module, method: str) -> None:
-        super().__init__()
-        self.model, self.method = model, method
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return getattr(self.model, self.method)(inputs)
-
-
-@torch.no_grad()
-def _on_onnxruntime(tower: _Tower, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as directory:
-        exact, quantized = Path(directory) / "exact.onnx", Path(directory) / "int8.onnx"
-        torch.onnx.export(tower.eval(), (example,), exact, input_names=["inputs"], dynamo=True, verbose=False)
-        quantize_dynamic(exact, quantized, per_channel=True, weight_type=QuantType.QInt8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
-
-    def run(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"inputs": inputs.to(example.dtype).numpy()})[0])
-
-    cosine = torch.cosine_similarity(run(example), tower(example)).min()
-    if not cosine > 0.99:
-        raise SystemExit(f"onnxruntime's {tower.method} is not the model's: cosine {cosine:.3f}")
-    return run

@@ -6,10 +6,10 @@ from itertools import product
 from pathlib import Path
 
 import clip_throughput
+import engines
 import int8_accuracy
 import latency
 import padding_aware
-import peers
 import plot_throughput
 import pytest
 import study_captions
@@ -89,10 +89,10 @@ def test_throughput_has_a_row_for_every_model_whose_rates_come_from_times_and_fl
 
 
 def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(rows_of, capsys, monkeypatch):
-    monkeypatch.setattr(latency, "missing", lambda packages: ["onnxruntime"])
+    monkeypatch.setattr(engines, "missing", lambda packages: packages)
     arguments = ["--models", *latency.MODELS, "--dtype", "fp32", "--threads", "1", "--rounds", "10"]
     rows = rows_of(latency, *arguments, like="latency_cpu.csv")
-    assert "left out onnxruntime" in capsys.readouterr().err
+    assert f"left out {TINY} onnxruntime" in capsys.readouterr().err
     whole = [(what, name) for what in ("image", "caption") for name in latency.MODELS[:4]]
     assert of(rows[:8], "input", "model") == whole
     assert {row["model"] for row in rows if row["input"] == "token"} >= {"dense MLP", "SparseMoE int8"}
@@ -101,11 +101,12 @@ def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(row
 
 
 @pytest.mark.slow
-def test_onnxruntime_computes_the_models_features():
-    for name in peers.ONNX_PACKAGES:
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_another_engine_computes_the_models_features(engine):
+    for name in engines.ENGINES[engine].packages:
         pytest.importorskip(name)
     texts = latency.get_tokenizer(TINY)(["red bird"])
-    model, _, image = clip_throughput.build(f"{TINY} onnxruntime", torch.float32, texts)
+    model, _, image = clip_throughput.build(f"{TINY} {engine}", torch.float32, texts)
     assert model.encode_image(image).shape == model.encode_text(texts).shape
 
 

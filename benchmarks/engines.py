@@ -1,0 +1,125 @@
+"""The registry of engines: what runs whole dense models beside this project, in inference on a CPU.
+
+An engine gets a float32 tower and an example of its input, and returns a function of such inputs; a program is made for
+the shapes that it is timed with. Its features are compared with the tower's before it is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peers import missing
+from torch import Tensor, nn
+
+CALIBRATION_BATCHES = 4
+Run = Callable[[Tensor], Tensor]
+
+
+class Tower(nn.Module):
+    """``encode_image`` or ``encode_text`` of a model."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return getattr(self.model, self.method)(inputs)
+
+
+def onnxruntime_int8(tower: Tower, example: Tensor, threads: int) -> Run:
+    """onnxruntime's recipe for transformers on CPUs: export, ``quantize_dynamic`` with int8 weights per output channel.
+    Activations are quantized at every call, the rest is float32."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as directory:
+        exact, quantized = Path(directory) / "exact.onnx", Path(directory) / "int8.onnx"
+        torch.onnx.export(tower, (example,), exact, input_names=["inputs"], dynamo=True, verbose=False)
+        quantize_dynamic(exact, quantized, per_channel=True, weight_type=QuantType.QInt8)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
+
+
+def openvino(tower: Tower, example: Tensor, threads: int, quantize: bool) -> Run:
+    """OpenVINO at its best for this: a static shape, one stream, bfloat16 where the CPU has it. In int8: nncf's
+    post-training quantization with its settings for transformers, on a few batches."""
+    import nncf
+    from openvino import Core, convert_model
+
+    program = convert_model(tower, example_input=example, input=[tuple(example.shape)])
+    if quantize:
+        batches = [_shuffled(example, seed) for seed in range(CALIBRATION_BATCHES)]
+        program = nncf.quantize(
+            program, nncf.Dataset(batches, Tensor.numpy), model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=CALIBRATION_BATCHES,
+        )  # fmt: skip
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "bf16"}
+    compiled = Core().compile_model(program, "CPU", settings)
+    return lambda inputs: torch.from_numpy(compiled(inputs.numpy())[0])
+
+
+def _shuffled(example: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=generator)
+    return example[torch.randperm(len(example), generator=generator)]
+
+
+class Engine(NamedTuple):
+    """How a tower is made for an engine."""
+
+    make: Callable[[Tower, Tensor, int], Run]
+    packages: tuple[str, ...]
+    """What has to be installed."""
+
+
+_OPENVINO = ("openvino", "nncf")
+ENGINES = {
+    "onnxruntime": Engine(onnxruntime_int8, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Engine(partial(openvino, quantize=False), _OPENVINO),
+    "openvino-int8": Engine(partial(openvino, quantize=True), _OPENVINO),
+}
+"""By the last word of the names of models on it."""
+
+
+def engine_of(name: str) -> str | None:
+    """The engine in a model's name."""
+    return next((word for word in name.split() if word in ENGINES), None)
+
+
+def left_out(names: Iterable[str]) -> dict[str, list[str]]:
+    """The models whose engine is not installed, and the packages that it lacks."""
+    lacking = {name: missing(ENGINES[engine].packages) for name in names if (engine := engine_of(name)) is not None}
+    return {name: packages for name, packages in lacking.items() if packages}
+
+
+class OnEngine:
+    """``encode_image`` and ``encode_text`` of a float32 model, for inputs of the shapes of these."""
+
+    def __init__(self, engine: str, model: nn.Module, images: Tensor, texts: Tensor, threads: int) -> None:
+        self._run = {
+            method: _checked(engine, Tower(model.eval(), method), example, threads)
+            for method, example in {"encode_image": images.float(), "encode_text": texts}.items()
+        }
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self._run["encode_image"](images.float())
+
+    def encode_text(self, texts: Tensor) -> Tensor:
+        return self._run["encode_text"](texts)
+
+
+@torch.no_grad()
+def _checked(engine: str, tower: Tower, example: Tensor, threads: int) -> Run:
+    run = ENGINES[engine].make(tower, example, threads)
+    cosine = torch.cosine_similarity(run(example), tower(example)).min()
+    if not cosine > 0.99:
+        raise SystemExit(f"{engine}'s {tower.method} is not the model's: cosine {cosine:.3f}")
+    return run
