@@ -14,6 +14,7 @@ from ._version import __version__ as __version__
 from .backend_info import backend_info
 from .backends.extension import release_memory
 from .ops import sparse_mlp as sparse_mlp  # registers the op of whole layers
+from .ops.attention import self_attention
 from .ops.expert_mlp import dense_mlp, expert_glu, expert_mlp
 from .ops.packed_weights import pack_weight, packed_layout, unpack_weight
 from .ops.routing import dispatch, router_logits, topk_gating
@@ -39,6 +40,7 @@ __all__ = [
     "reference",
     "release_memory",
     "router_logits",
+    "self_attention",
     "topk_gating",
     "unpack_weight",
 ]

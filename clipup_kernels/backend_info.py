@@ -14,7 +14,7 @@ _OPS = {
     "router_logits": "router_logits", "topk_gating": "topk_gating", "dispatch": "dispatch", "permute": "permute",
     "combine": "combine", "grouped_linear": "grouped_linear", "expert_mlp": "expert_mlp_forward",
     "expert_glu": "expert_glu_forward",
-    "dense_mlp": "dense_mlp",
+    "dense_mlp": "dense_mlp", "self_attention": "self_attention",
 }  # fmt: skip
 """Public ops, and the registered op that computes each."""
 

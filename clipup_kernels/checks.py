@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan, type_name
+from .types import ACTIVATIONS, MAX_EXPERTS, QUANTIZATIONS, PackedWeight, Plan, type_name
 
 _MEMORY = 1 << 40
 """No offset in a storage is so large: from here on an address is one of memory."""
@@ -65,6 +65,11 @@ def same_dtype(x_name: str, x: Tensor, **others: Any) -> None:
                 f"{name} is {type_name(value.dtype)} but {x_name} is "
                 f"{type_name(x.dtype)}; the op computes in one type, cast one of them"
             )
+
+
+def quantization(quantize: str | None) -> None:
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize must be None or one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
 
 
 def boolean(name: str, value: bool) -> None:

@@ -116,6 +116,11 @@ def _cases_of_size(dtype: torch.dtype, sizes: Size, generator: torch.Generator) 
             yield "expert_glu_backward", (dy, *routed[:-6], *halves, z.to(dtype), activation, [True] * 4)
         one = [None if weight is None else weight[0].contiguous() for weight in parameters]
         yield "dense_mlp", (x, *one, activation)
+    heads = 2
+    qkv = randn(3, tokens // 3, 3 * heads * width)
+    seen = torch.full((1, 1, tokens // 3, tokens // 3), float("-inf"), device=x.device).triu(1)
+    yield "self_attention", (qkv, None, heads, None)
+    yield "self_attention", (qkv, seen, heads, None)
     if len(sizes.forms) > 1:
         routed = (x, gating.gates, *plan, *plain)
         yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True] * 4)

@@ -157,6 +157,12 @@ void grouped_linear_backward(int dtype, Address d_out, Address rows, Address wei
                                   out_anything(d_bias));
 }
 
+void self_attention(int dtype, Address qkv, Address mask, Size mask_batch_stride, Size mask_head_stride,
+                    Size B, Size L, Size heads, Size d, Address out, int type) {
+  clipup::self_attention(clipup::DType{dtype}, anything(qkv), floats(mask), mask_batch_stride,
+                         mask_head_stride, B, L, heads, d, out_anything(out), clipup::PackedType{type});
+}
+
 Size packed_weight_bytes(int dtype, Size E, Size O, Size I, int packed_type) {
   return clipup::packed_weight_bytes(clipup::DType{dtype}, E, O, I, clipup::PackedType{packed_type});
 }
@@ -268,6 +274,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a, "packed"_a, "packed_type"_a = 0);
   m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,
         "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
+  m.def("self_attention", &self_attention, WithoutGil(), "dtype"_a, "qkv"_a, "mask"_a, "mask_batch_stride"_a,
+        "mask_head_stride"_a, "B"_a, "L"_a, "heads"_a, "d"_a, "out"_a, "type"_a = 0);
   m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a, "packed_type"_a = 0);
   m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a,
         "packed_type"_a = 0, "input_scale"_a = 0);

@@ -232,6 +232,17 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
                              const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                              std::int64_t I, void* d_rows, void* d_weight, void* d_bias);
 
+// Softmax attention of every head of B sequences of L tokens to themselves: out = softmax(q k^T / sqrt(d) + mask) v.
+//
+//   qkv[B,L,3,heads,d]   of type `dtype`: queries, keys and values
+//   mask[L,L]            added to the scores: that of a head is mask + b * mask_batch_stride + head * mask_head_stride;
+//                        or null. A query whose keys all have -infinity gives 0
+//   out[B,L,heads,d]     of type `dtype`
+//   type                 of the products; results of int8 ones depend on the sequence as a whole
+void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_t mask_batch_stride,
+                    std::int64_t mask_head_stride, std::int64_t B, std::int64_t L, std::int64_t heads,
+                    std::int64_t d, void* out, PackedType type = PackedType::kExact);
+
 // Packs a weight into the B panels that the forward pass reads, for weights that do not change between calls.
 //
 //   weight[E,O,I]        of type `dtype`
@@ -251,7 +262,7 @@ struct PackedLayout {
 };
 PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 
-// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2 or portable.
+// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2 or portable.
 const char* instruction_tier();
 
 // Whether the CPU has AMX tiles for bfloat16, which no tier here uses.

@@ -23,12 +23,17 @@ from .prepared_attention import (
     ATTENTION_MODULES,
     ATTENTIONS,
     SELF_ATTENTION_BLOCKS,
-    PreparedLinear,
     can_be_prepared,
-    linear_can_be_prepared,
     prepared_attention,
 )
 from .prepared_experts import PreparedMoE, PreparedSharedExpert
+from .prepared_linear import (
+    PATCH_EMBEDDINGS,
+    PreparedLinear,
+    PreparedPatches,
+    linear_can_be_prepared,
+    patches_can_be_prepared,
+)
 
 M = TypeVar("M", bound=nn.Module)
 _PREPARED: dict[type[Experts], type[PreparedMoE | PreparedSharedExpert]] = {
@@ -52,23 +57,24 @@ def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M
 def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
-    The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, and self-attention in the
-    blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them), run on
-    clipup's kernels, with the same outputs up to rounding. In text towers that return only the features of the
-    end-of-text token, computation stops at the end of the longest text in the batch, as in upcycled models
-    (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that consist of several modules (as in
-    BERT) or have a norm between their projections, attention beside these, attention in float16 and float64, what has
-    hooks, buffers, parameters or a ``forward`` that are not its class's, and what lies in attention or a block with a
-    ``forward`` of its own.
+    The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, self-attention in the
+    blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them) and the
+    convolutions that embed the patches of a ViT run on clipup's kernels, with the same outputs up to rounding. In text
+    towers that return only the features of the end-of-text token, computation stops at the end of the longest text in
+    the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that
+    consist of several modules (as in BERT) or have a norm between their projections, attention beside these, attention
+    in float16 and float64, what has hooks, buffers, parameters or a ``forward`` that are not its class's, and what lies
+    in attention or a block with a ``forward`` of its own.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, casting or moving a
     prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
     (while no other thread computes) work, and ``state_dict()`` has the names and values of the plain model. Upcycle and
     cast before preparing.
 
-    With ``weights="int8"``, the matrices of experts, dense MLPs and attention are quantized by output channel, and
-    their inputs by row at every call; so outputs of sparse layers change too. ``state_dict()`` then raises: the plain
-    weights are gone.
+    With ``weights="int8"``, the matrices of experts, dense MLPs, attention and patch embeddings are quantized by output
+    channel, and their inputs by row at every call; so outputs of sparse layers change too. Attention without a mask
+    multiplies in int8, too (``clipup_kernels.self_attention``). ``state_dict()`` then raises: the plain weights are
+    gone.
 
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
@@ -101,6 +107,9 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     for block in _blocks(model):
         if weights is not None or any(isinstance(part, Prepared) for part in block.modules()):
             _prepare_attention(block, weights)
+    for module in list(model.modules()):
+        if class_name(module) in PATCH_EMBEDDINGS and "forward" not in vars(module):
+            _prepare_patches(module, weights)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -154,6 +163,12 @@ def _prepare_attention(module: nn.Module, weights: str | None) -> None:
             _prepare_attention(child, weights)
         elif can_be_prepared(child) and _is_packed(cast(nn.Parameter, child.in_proj_weight), weights):
             setattr(module, name, prepared_attention(child, weights))
+
+
+def _prepare_patches(embedding: nn.Module, weights: str | None) -> None:
+    for name, child in list(embedding.named_children()):
+        if patches_can_be_prepared(child) and _is_packed(cast(nn.Conv2d, child).weight, weights):
+            setattr(embedding, name, PreparedPatches(cast(nn.Conv2d, child), weights))
 
 
 def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:

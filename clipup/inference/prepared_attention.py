@@ -11,17 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from clipup_kernels import PackedWeight, grouped_linear
-from clipup_kernels.types import PLAIN_LAYOUT
+from clipup_kernels import self_attention
 
 from ..dense.transformers_models import KNOWN, full_name
-from .prepared import Prepared, is_replaceable
+from .prepared import is_replaceable
+from .prepared_linear import PreparedProjections
 
-_LONGEST_PRODUCT = 512
-"""Tokens up to which plain products of bfloat16 are faster on a CPU than torch's fused attention: 12.3 to 18.0 ms for
-96 heads, 197 tokens and one thread of Zen 4."""
 ATTENTIONS = frozenset(
     [
         "timm.layers.attention.Attention",
@@ -36,46 +32,7 @@ ATTENTIONS = frozenset(
 Others read weights and biases themselves (timm's EvaAttention)."""
 
 
-class _PreparedProjections(Prepared):
-    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
-
-    def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O], the weight [O, I] being that of one expert."""
-        if weight.layout == PLAIN_LAYOUT:  # prepared on another CPU, whose kernels this one lacks
-            return F.linear(x.to(self.dtype), weight.block, bias)
-        weight = PackedWeight._make((weight.block, (1, *weight.shape), *weight[2:]))  # as in Prepared.packed
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
-        y = grouped_linear(rows, weight, None if bias is None else bias[None], offsets)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class PreparedLinear(_PreparedProjections):
-    """An ``nn.Linear`` with packed weights."""
-
-    def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._prepare(linear, quantize)
-        self.train(False)
-
-    @staticmethod
-    def read(plain: nn.Linear) -> Mapping[str, Tensor | None]:
-        return {"in_weight": plain.weight, "in_bias": plain.bias}
-
-    weight = property(lambda self: self.in_weight)
-    bias = property(lambda self: self._buffers.get("in_bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., I] in the type in which the layer was prepared."""
-        self._check_type(x)
-        return self._linear(x, self.in_weight, self._buffers.get("in_bias"))
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, quantize={self.quantize!r}"
-
-
-class PreparedAttention(_PreparedProjections):
+class PreparedAttention(PreparedProjections):
     """Self-attention by an ``nn.MultiheadAttention`` with packed projections. It returns no attention weights."""
 
     def __init__(self, attention: Any, quantize: str | None = None) -> None:
@@ -121,13 +78,14 @@ class PreparedAttention(_PreparedProjections):
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, L, D] and an additive mask, [B*h, L, L] or one that broadcasts to [B, h, L, L] -> [B, L, D]."""
-        batch, length, width = x.shape
-        if mask is not None and mask.dim() == 3:
-            mask = mask.view(batch, self.num_heads, length, length)
-        mask = None if mask is None else mask.to(x.dtype)
+        batch, length, _ = x.shape
+        if mask is not None:
+            shape = (batch, self.num_heads) if mask.dim() == 3 else (1,) * (4 - mask.dim()) + mask.shape[:-2]
+            mask = mask.float().view(*shape, *mask.shape[-2:]).expand(-1, -1, length, length)
         projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
-        q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, width)
+        # Quantized attention looks at the whole sequence, which a mask hides from some of its tokens.
+        quantize = self.quantize if mask is None else None
+        attended = self_attention(projected, self.num_heads, mask, quantize)
         return self._linear(attended, self.out_weight, self._buffers.get("out_bias"))
 
     def extra_repr(self) -> str:
@@ -152,24 +110,6 @@ class PreparedOpenClipAttention(PreparedAttention):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros(attn_mask.shape, dtype=x.dtype).masked_fill_(~attn_mask, float("-inf"))
         return self._attention(x, attn_mask)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here. A query
-    that sees nothing gives 0, as in ``scaled_dot_product_attention``; in the fast path of torch's
-    ``MultiheadAttention`` it gives NaN. Scores are rounded to q's type, as in that path."""
-    batch, heads, length, width = q.shape
-    short = statically_known_true(length <= _LONGEST_PRODUCT)  # no guard on the length of a traced program
-    if q.dtype != torch.bfloat16 or not short:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    flat = (batch * heads, length, width)
-    scores = torch.bmm((q * width**-0.5).reshape(flat), k.reshape(flat).mT).view(batch, heads, length, length)
-    if mask is not None:
-        scores += mask
-    shares = torch.softmax(scores, -1)
-    if mask is not None:
-        shares = shares.masked_fill_((mask == float("-inf")).all(-1, keepdim=True), 0)
-    return torch.bmm(shares.view(batch * heads, length, length), v.reshape(flat)).view(q.shape)
 
 
 SELF_ATTENTION_BLOCKS = frozenset(
@@ -198,11 +138,6 @@ _OPEN_CLIP_PARTS = {
     "out_proj": nn.Linear,
 }
 """The children of an ``Attention`` of open_clip 4, which it calls."""
-
-
-def linear_can_be_prepared(linear: nn.Linear) -> bool:
-    """Whether ``PreparedLinear`` computes and stores all that a linear layer does."""
-    return type(linear) is nn.Linear and is_replaceable(linear, PreparedLinear.read(linear))
 
 
 def can_be_prepared(attention: Any) -> bool:

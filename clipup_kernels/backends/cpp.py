@@ -51,10 +51,8 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
 
 
 def _pooled(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """An uninitialized tensor over memory that returns to the extension's pool.
-
-    For large outputs of every step, above all gradients of weights: fresh memory costs page faults.
-    """
+    """An uninitialized tensor over memory that returns to the extension's pool, for large outputs of every step, above
+    all gradients of weights: fresh memory costs page faults."""
     count = math.prod(shape)
     if count * like.element_size() < 1 << 20:
         return like.new_empty(shape)
@@ -335,6 +333,18 @@ def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str, quan
         [0, address(offsets), 0, 0], weights, address(x), address(y), 0, PACKED_TYPE[quantize],
     )  # fmt: skip
     return y
+
+
+def self_attention(qkv, mask, heads, quantize) -> Tensor:
+    qkv, mask = _dense(qkv, mask)
+    out, (batch, length, width) = meta.self_attention(qkv, mask, heads, quantize), qkv.shape
+    sizes = () if mask is None else zip(mask.shape[:2], mask.stride(), strict=False)
+    strides = [0 if size == 1 else stride for size, stride in sizes] or (0, 0)
+    NATIVE.self_attention(
+        DTYPE_CODE[qkv.dtype], address(qkv), address(mask), *strides, batch, length, heads, width // 3 // heads,
+        address(out), PACKED_TYPE[quantize],
+    )  # fmt: skip
+    return out
 
 
 def expert_mlp_backward(

@@ -102,6 +102,10 @@ def dense_mlp(x, *args):
 packed_expert_mlp = packed_dense_mlp = dense_mlp
 
 
+def self_attention(qkv, mask, heads, quantize):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
 def packed_sparse_mlp(x, router_weight, selection_bias, mask, k, *args):
     sizes = RoutingBlocks.sizes(x.shape[0], router_weight.shape[0], k)
     floats, ints = map(sum, sizes)

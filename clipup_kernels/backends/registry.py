@@ -25,9 +25,9 @@ ROUTING = ("router_logits", "router_logits_backward", "topk_gating", "topk_gatin
 ROWS = ("permute", "gather_sum", "combine", "combine_backward")
 PRODUCTS = (
     *("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp"),
-    *("expert_glu_forward", "expert_glu_backward"),
+    *("expert_glu_forward", "expert_glu_backward", "self_attention"),
 )
-"""``dense_mlp`` is for inference: on CUDA devices it is torch's own products."""
+"""``dense_mlp`` and ``self_attention`` are for inference: on CUDA devices they are torch's own products."""
 PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp", "packed_sparse_mlp")
 
 

@@ -238,4 +238,11 @@ def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bia
     return F.linear(a, out_weight, out_bias)
 
 
+def self_attention(qkv, mask, heads, quantize) -> Tensor:
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+    mask = None if mask is None else mask.to(qkv.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(batch, length, width // 3)
+
+
 expert_glu_forward, expert_glu_backward = glu.forward_of(expert_mlp_forward), glu.backward_of(expert_mlp_backward)

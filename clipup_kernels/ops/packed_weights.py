@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import cpp, extension, registry
-from ..types import PLAIN_LAYOUT, QUANTIZATIONS, PackedWeight, quantization_of
+from ..types import PLAIN_LAYOUT, PackedWeight, quantization_of
 
 
 def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
@@ -25,8 +25,7 @@ def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
         ValueError: ``quantize`` is unknown.
         RuntimeError: no kernel here multiplies quantized weights.
     """
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize must be None or one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    checks.quantization(quantize)
     return _layout(dtype, quantize)
 
 

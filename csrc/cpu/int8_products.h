@@ -17,14 +17,19 @@ using U8x = std::uint8_t __attribute__((vector_size(kLanes)));
 struct Int8Quads {
   static constexpr int kPerWord = 4;
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   // The instruction multiplies unsigned by signed: left operands are stored with this much added to each, and 128 times
   // the sum of a column of the right operand is subtracted afterwards.
   static constexpr std::uint32_t kOffset = 128;
 
   static F32x multiply_add(F32x sum, Word a, U32x b) {
+#ifdef __AVX512VNNI__
     return reinterpret_cast<F32x>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(U32x{} + a), reinterpret_cast<__m512i>(b)));
+#else
+    return reinterpret_cast<F32x>(_mm256_dpbusd_avx_epi32(
+        reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(U32x{} + a), reinterpret_cast<__m256i>(b)));
+#endif
   }
 #else
   static constexpr std::uint32_t kOffset = 0;
@@ -69,15 +74,14 @@ struct Int8Quads {
 
 // Quantizes a row of n elements (a multiple of kLanes) into an A panel of `rows` rows, and returns its scale. load(e): the
 // kLanes elements from e on. A row with a NaN or an infinity gets the scale NaN, so that its results are NaN.
-template <class Load>
+template <std::uint32_t kOffset = Int8Quads::kOffset, class Load>
 float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& load) {
   U32x most{};
   for (std::int64_t e = 0; e < n; e += kLanes) {
     const U32x magnitude = bits(load(e)) & 0x7FFFFFFFU;
     most = magnitude > most ? magnitude : most;
   }
-  Word largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  const Word largest = largest_of(most);
   constexpr Word kInfinity = 0x7F800000U;
   constexpr float kSmallest = 1e-30F;  // below, the inverse scale would overflow; such a row is zero
   constexpr float kMost = 127.0F;
@@ -89,7 +93,7 @@ float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& loa
   constexpr float kRound = 12582912.0F;
   for (std::int64_t e = 0; e < n; e += kLanes) {
     const F32x values = finite ? load(e) : F32x{};
-    const U32x rounded = bits(multiply_add(values, splat(inverse_scale), splat(kRound))) + Int8Quads::kOffset;
+    const U32x rounded = bits(multiply_add(values, splat(inverse_scale), splat(kRound))) + kOffset;
     constexpr std::int64_t kLine = kLineWords * Int8Quads::kPerWord;
     auto* const line = reinterpret_cast<std::uint8_t*>(a_panel + e / kLine * rows * kLineWords);
     store_as(line + e % kLine, __builtin_convertvector(rounded, U8x));
@@ -106,6 +110,14 @@ float quantize_row(const void* row, const float* input_scale, std::int64_t n, st
   return quantize(padded, rows, a_panel, [&](std::int64_t e) {
     return load_some<Storage>(elements + e, n - e) * load_as<F32x>(input_scale + e);
   });
+}
+
+template <class Storage>
+float quantize_plain_row(const void* row, std::int64_t n, std::int64_t rows, Word* a_panel) {
+  const auto* const elements = static_cast<const typename Storage::Element*>(row);
+  const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  return quantize(padded, rows, a_panel,
+                  [&](std::int64_t e) { return load_some<Storage>(elements + e, n - e); });
 }
 
 // The same for a row of an A panel of words of Operand; n is a multiple of kLanes.

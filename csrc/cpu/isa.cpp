@@ -13,7 +13,7 @@ namespace clipup {
 // Defined in gemm_<tier>.cpp.
 extern const Kernels kPortable;
 #ifdef CLIPUP_X86_TIERS
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16;
 #endif
 
 namespace {
@@ -30,6 +30,13 @@ bool has_float16_conversions() {
   constexpr unsigned kF16c = 1U << 29U;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
 }
+
+// Nor avxvnni.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvxVnni = 1U << 4U;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+}
 #endif
 
 // Best first. __builtin_cpu_supports reads cpuid and checks that the operating system saves the registers.
@@ -44,6 +51,7 @@ const Tier* tiers(std::size_t& count) {
   static const Tier all[] = {{&kAvx512Bf16, vnni && __builtin_cpu_supports("avx512bf16")},
                              {&kAvx512Vnni, vnni},
                              {&kAvx512, avx512},
+                             {&kAvx2Vnni, avx2 && has_avx_vnni()},
                              {&kAvx2, avx2},
                              {&kPortable, true}};
 #else

@@ -92,6 +92,26 @@ struct OutputTile {
   Int8Scaling scaling;  // of int8 products
 };
 
+// A tile of rows of attention scores, turned into the left operand of the product with the values (attention.cpp).
+struct AttentionTile {
+  std::int64_t rows, keys;
+  const float* mask;  // added to the scaled scores, rows `mask_stride` apart; null: none
+  std::int64_t mask_stride;
+  float scale;
+  float* scores;        // [panels][rows, panel], overwritten
+  Int8Scaling scaling;  // of int8 products: `columns` and `sums` of all keys
+  Word* shares;         // written: an A panel of exp(score - the row's largest); keys past the last one are 0
+  float* inverse_sums;  // [rows] written: 1 / the sum of the shares; 0 for a row whose keys are all masked
+};
+
+// Keys or values of one head, quantized: each vector of the right operand minus its mean, over its scale.
+struct Int8Operand {
+  Word* panels;
+  float* scales;       // by column of the operand
+  float* means;        // by channel
+  std::int32_t* sums;  // by column
+};
+
 // The tier's functions for one storage type.
 struct TypedKernels {
   std::int64_t per_word;  // elements of the summed axis in a word
@@ -118,6 +138,23 @@ struct TypedKernels {
   void (*finish_int8_hidden[kActivations])(const HiddenTile&);
   void (*finish_int8_output)(const OutputTile&);
 
+  // Attention. The shares of int8 products are integers up to 255.
+  void (*attention_shares)(const AttentionTile&);
+  void (*int8_attention_shares)(const AttentionTile&);
+  // Quantize `keys` rows of d elements, `stride` elements apart, as the right operand of the scores (scales by key) or of
+  // the product with the shares (scales by channel). `scratch`: int8_key_words(d) words.
+  void (*quantize_keys)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
+                        Word* scratch, const Int8Operand& to);
+  void (*quantize_values)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
+                          const Int8Operand& to);
+  // out[i, column] = c[i, column] * scales[i], c's rows `panel` floats apart, out's `stride` elements.
+  void (*finish_attention)(const float* c, const float* scales, std::int64_t rows, std::int64_t columns,
+                           void* out, std::int64_t stride);
+  // The same for sums of int8 products, with the values from channel `column` on.
+  void (*finish_int8_attention)(const float* c, const float* scales, std::int64_t rows, std::int64_t columns,
+                                void* out, std::int64_t stride, const Int8Operand& values,
+                                std::int64_t column);
+
   // y[D] = sum over k of gates[k] * rows[row_of_choice[k]], k ascending; gates null: all 1.
   void (*weighted_sum)(const float* rows, const std::int32_t* row_of_choice, const float* gates,
                        std::int64_t K, std::int64_t D, void* y);
@@ -127,6 +164,8 @@ struct TypedKernels {
   // scale: a row in memory, or one of an A panel of this storage type (n is then a multiple of `panel`).
   float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
+  float (*quantize_plain_row)(const void* row, std::int64_t n, std::int64_t rows,
+                              Word* a_panel);  // without scales
   float (*quantize_panel_row)(const Word* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                               Word* a_panel);
 

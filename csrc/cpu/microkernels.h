@@ -3,6 +3,7 @@
 // namespace.
 #pragma once
 
+#include "attention_tiles.h"
 #include "epilogues.h"
 #include "products.h"
 #include "router_products.h"
@@ -69,9 +70,16 @@ constexpr TypedKernels typed_kernels() {
 #undef CLIPUP_FINISH
   table.finish_output = finish_output<Storage, FloatSums>;
   table.finish_int8_output = finish_output<Storage, Int8Sums>;
+  table.attention_shares = attention_shares<Storage, Operand, FloatScores>;
+  table.int8_attention_shares = attention_shares<Storage, Int8Quads, Int8Scores>;
+  table.quantize_keys = quantize_keys<Storage>;
+  table.quantize_values = quantize_values<Storage>;
+  table.finish_attention = finish_attention<Storage>;
+  table.finish_int8_attention = finish_int8_attention<Storage>;
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
   table.quantize_row = quantize_row<Storage>;
+  table.quantize_plain_row = quantize_plain_row<Storage>;
   table.quantize_panel_row = quantize_panel_row<Operand>;
   table.router_logits = router_logits<Storage>;
   table.router_input_gradient = router_input_gradient<Storage>;

@@ -209,6 +209,27 @@ inline void load_columns(const void* rows, std::int64_t stride, U32x (&columns)[
   columns[3] = unpack_high_pairs(high, high_next);
 }
 
+inline std::uint32_t largest_of(U32x value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(value));
+#else
+  std::uint32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+  return largest;
+#endif
+}
+
+// NaN is passed over.
+inline float largest_of(F32x value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(value));
+#else
+  float largest = -__builtin_inff();
+  for (int i = 0; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+  return largest;
+#endif
+}
+
 inline float sum_of(F32x value) {
   float lanes[kLanes];
   store_as(lanes, value);

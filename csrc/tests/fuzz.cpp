@@ -64,9 +64,14 @@ void fuzz_cuda_dispatch() {
                       uniform() < 0.5F);
 }
 
+void fuzz_attention() {
+  check_attention({DType{static_cast<int>(integer(3))}, random_size(3), random_size(90), random_size(4),
+                   random_size(70), static_cast<int>(integer(3)), integer(8)});
+}
+
 void fuzz_case() {
   set_threads(1 + static_cast<int>(integer(3)));
-  switch (integer(13)) {
+  switch (integer(14)) {
     case 0:
       return fuzz_dispatch();
     case 1:
@@ -82,6 +87,8 @@ void fuzz_case() {
     case 6:
     case 7:
       return check_linear(random_linear());
+    case 13:
+      return fuzz_attention();
     case 8:
       return fuzz_cuda_topk_gating();
     case 9:

@@ -192,6 +192,7 @@ int run(int count, char** arguments) {
     test_memory();
     test_activations();
     test_products();
+    test_attention();
     if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
       test_cuda_topk_gating();
       test_cuda_dispatch();

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../moe.h"
+
 namespace clipup::tests {
 
 // Counts and prints a failure, with the case that was running.
@@ -82,15 +84,25 @@ void test_dispatch();
 void test_rows();
 void test_activations();
 void test_products();
+void test_attention();
 void test_memory();
 void test_cuda_topk_gating();
 void test_cuda_dispatch();
+
+struct AttentionShape {
+  enum { kNone, kOfAll, kOfEachHead };
+  DType dtype = DType::kFloat32;
+  std::int64_t B = 1, L = 1, heads = 1, d = 1;
+  int mask = kNone;
+  std::int64_t shift = 0;  // elements after a cache line's beginning
+};
 
 // Single cases of these tests, for the fuzzer.
 void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
                     bool prioritised);
 void check_rows(std::int64_t T, std::int64_t K, std::int64_t D);
 void check_rows_refusals();
+void check_attention(const AttentionShape& shape);
 void check_cuda_topk_gating(std::int64_t T, std::int64_t E, std::int64_t K, int options);
 void check_cuda_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
                          bool prioritised);

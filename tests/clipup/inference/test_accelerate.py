@@ -23,7 +23,8 @@ from clipup.clip.inputs import encoders, random_inputs
 from clipup.clip.towers import tower_blocks
 from clipup.dense.dense_mlp import class_name
 from clipup.inference.prepared import Prepared, PreparedMLP
-from clipup.inference.prepared_attention import ATTENTION_MODULES, PreparedAttention, PreparedLinear, can_be_prepared
+from clipup.inference.prepared_attention import ATTENTION_MODULES, PreparedAttention, can_be_prepared
+from clipup.inference.prepared_linear import PreparedLinear
 
 needs_kernels = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ packs weights")
 with_weights = pytest.mark.parametrize("weights", [None, pytest.param("int8", marks=needs_kernels)])

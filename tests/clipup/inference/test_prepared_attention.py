@@ -11,7 +11,8 @@ from torch import nn
 
 import clipup_kernels
 from clipup import accelerate
-from clipup.inference.prepared_attention import PreparedAttention, PreparedLinear, can_be_prepared, prepared_attention
+from clipup.inference.prepared_attention import PreparedAttention, can_be_prepared, prepared_attention
+from clipup.inference.prepared_linear import PreparedLinear, PreparedPatches, patches_can_be_prepared
 
 pytestmark = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
 with_weights = pytest.mark.parametrize("weights", [None, "int8"])
@@ -97,7 +98,7 @@ def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length, w
     mask[3] = True
     with torch.inference_mode():
         ours, _ = prepared(x, x, x, need_weights=False, attn_mask=mask)
-        rest, _ = prepared(x, x, x, need_weights=False)
+        rest, _ = prepared(x, x, x, need_weights=False, attn_mask=torch.zeros_like(mask))
     torch.testing.assert_close(ours[:, 3], plain.out_proj.bias.expand(2, -1))
     others = torch.arange(length) != 3
     torch.testing.assert_close(ours[:, others], rest[:, others])
@@ -114,6 +115,29 @@ def test_a_linear_layer_follows_torch(bias, weights):
     assert tuple(prepared.weight.shape) == (40, 64) and (prepared.bias is not None) is bias
     with pytest.raises(ValueError, match="60"):
         prepared(torch.randn(7, 60))
+
+
+@with_weights
+@in_both_types
+@pytest.mark.parametrize("size", [(16, 24), (19, 27), (8, 8)])
+def test_patches_follow_the_convolution(size, dtype, weights):
+    torch.manual_seed(0)
+    plain, x = nn.Conv2d(3, 40, 8, 8), torch.randn(2, 3, *size)
+    prepared = PreparedPatches(copy.deepcopy(plain).to(dtype), weights)
+    with torch.inference_mode():
+        assert_follows(prepared(x.to(dtype)), plain(x), weights)
+    if weights is None:
+        restored = nn.Conv2d(3, 40, 8, 8).to(dtype)
+        restored.load_state_dict(prepared.state_dict())
+        torch.testing.assert_close(restored.weight, plain.weight.to(dtype))
+
+
+def test_only_convolutions_of_patches_side_by_side_are_prepared():
+    hooked = nn.Conv2d(3, 8, 4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    others = [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}, {"stride": 4, "groups": 3}]
+    kinds = [nn.Conv2d(3, 9, 4, **other) for other in others] + [hooked, nn.Conv1d(3, 8, 4, 4)]
+    assert patches_can_be_prepared(nn.Conv2d(3, 8, 4, 4)) and not any(map(patches_can_be_prepared, kinds))
 
 
 OUTLIERS = {"weight": (100, 1000, float("inf")), "input": (100, 1000), "output": (0, 1000)}

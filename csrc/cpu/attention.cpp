@@ -1,0 +1,159 @@
+// Self-attention of all heads, from the projections as a linear layer leaves them. A task computes one head of one
+// sequence: it packs the head's keys and values once, then takes the queries a tile at a time, so that scores and shares
+// stay in the first-level cache.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "../checks.h"
+#include "expert_rows.h"
+
+namespace clipup {
+
+namespace {
+
+// Memory of one thread, in words.
+struct Room {
+  std::int64_t keys, values, queries, shares, scores, scratch, columns;
+
+  std::int64_t words() const {
+    return round_up(keys + values + queries + shares + scores + scratch + 3 * columns, kLineWords);
+  }
+};
+
+// Asks for `bytes` bytes into the second-level cache.
+void ask_for(const void* from, std::int64_t bytes) {
+  for (std::int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
+  }
+}
+
+}  // namespace
+
+void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_t mask_batch_stride,
+                    std::int64_t mask_head_stride, std::int64_t B, std::int64_t L, std::int64_t heads,
+                    std::int64_t d, void* out, PackedType type) {
+  check_dtype(dtype);
+  check_size("B", B, 0);
+  check_size("L", L, 0);
+  check_size("heads", heads, 0);
+  check_size("d", d, 0);
+  check_row_count(B, L);
+  check_packed_type(type, std::max(L, d));
+  check_pointer("qkv", qkv, B * L * 3 * heads * d);
+  check_pointer("out", out, B * L * heads * d);
+
+  const Kernels& ks = kernels();
+  const TypedKernels& typed = ks.of(dtype);
+  const bool int8 = type == PackedType::kInt8;
+  const TypedKernels& operands = int8 ? ks.int8 : typed;
+  const std::int64_t stride = 3 * heads * d;  // elements from one token to the next
+  const std::int64_t key_panels = ceil_div(L, ks.panel), value_panels = ceil_div(d, ks.panel);
+  const std::int64_t d_words = ceil_div(d, operands.per_word), key_words = ceil_div(L, operands.per_word);
+  const std::int64_t query_row = a_row_words(d, operands);
+  const std::int64_t share_row = a_row_words(key_panels * ks.panel, operands);
+  const std::int64_t columns = std::max(key_panels, value_panels) * ks.panel;
+  const Room room{key_panels * ks.panel * d_words, value_panels * ks.panel * key_words,
+                  ks.tile_rows * query_row,        ks.tile_rows * share_row,
+                  ks.tile_rows * columns,          int8 ? ks.panel * query_row : 0,
+                  int8 ? 2 * columns : 0};
+  const Buffer<Word> memory(thread_count() * room.words());
+  const float scale = 1.0F / std::sqrt(static_cast<float>(d));
+
+  parallel_tasks(B * heads, [&](std::int64_t task, std::int64_t thread) {
+    const std::int64_t sequence = task / heads, head = task % heads;
+    Word* const keys = memory.get() + thread * room.words();
+    Word* const values = keys + room.keys;
+    Word* const queries = values + room.values;
+    Word* const shares = queries + room.queries;
+    auto* const scores = reinterpret_cast<float*>(shares + room.shares);
+    Word* const scratch = shares + room.shares + room.scores;
+    auto* const floats = reinterpret_cast<float*>(scratch + room.scratch);
+    const auto operand = [&](Word* panels, std::int64_t which) {
+      float* const first = floats + which * room.columns;
+      auto* const sums = reinterpret_cast<std::int32_t*>(floats + 2 * room.columns) + which * columns;
+      return Int8Operand{panels, first, first + columns, sums};
+    };
+    const Int8Operand int8_keys = operand(keys, 0), int8_values = operand(values, 1);
+    const auto part_of = [&](std::int64_t t, std::int64_t token, std::int64_t which) {
+      return element(qkv, dtype, (t / heads * L + token) * stride + (which * heads + t % heads) * d);
+    };
+    const auto part = [&](std::int64_t token, std::int64_t which) { return part_of(task, token, which); };
+    // Rows of a head lie far apart: the queries of the next tile, and keys and values of the task that this thread
+    // probably computes next, are asked for while a tile is computed.
+    const std::int64_t next_task = task + thread_count();
+    const auto ask_ahead = [&](std::int64_t row) {
+      for (std::int64_t i = row; i < std::min(row + ks.tile_rows, L); ++i) {
+        if (i + ks.tile_rows < L) ask_for(part(i + ks.tile_rows, 0), d * element_size(dtype));
+        for (std::int64_t which = 1; which < 3 && next_task < B * heads; ++which) {
+          ask_for(part_of(next_task, i, which), d * element_size(dtype));
+        }
+      }
+    };
+
+    if (int8) {
+      typed.quantize_keys(part(0, 1), stride, L, d, scratch, int8_keys);
+      typed.quantize_values(part(0, 2), stride, L, d, int8_values);
+    } else {
+      for (std::int64_t panel = 0; panel < key_panels; ++panel) {
+        const std::int64_t key = panel * ks.panel;
+        typed.transposed_b_panel(part(key, 1), stride, std::min(ks.panel, L - key), d,
+                                 keys + panel * d_words * ks.panel);
+      }
+      for (std::int64_t word = 0; word < key_words; ++word) {
+        std::array<const void*, 2> rows{};
+        for (std::int64_t i = 0; i < typed.per_word; ++i) {
+          const std::int64_t key = word * typed.per_word + i;
+          if (key < L) rows[i] = part(key, 2);
+        }
+        typed.rows_to_column_panels(rows.data(), nullptr, d, ks.panel, key_words, values + word * ks.panel);
+      }
+    }
+
+    Prefetch nothing;
+    for (std::int64_t row = 0; row < L; row += ks.tile_rows) {
+      const std::int64_t rows = std::min(ks.tile_rows, L - row);
+      ask_ahead(row);
+      std::array<float, kMostTileRows> inverse_sums{}, query_scales{};
+      for (std::int64_t i = 0; i < rows; ++i) {
+        Word* const to = queries + i * kLineWords;
+        if (int8) {
+          query_scales[i] = typed.quantize_plain_row(part(row + i, 0), d, rows, to);
+        } else {
+          typed.row_to_a_panel(part(row + i, 0), d, rows, to);
+        }
+      }
+      for (std::int64_t panel = 0; panel < key_panels; ++panel) {
+        operands.by_rows[rows](queries, keys + panel * d_words * ks.panel, d_words,
+                               scores + panel * rows * ks.panel, false, nothing);
+      }
+      AttentionTile tile{};
+      tile.rows = rows;
+      tile.keys = L;
+      if (mask != nullptr)
+        tile.mask = mask + sequence * mask_batch_stride + head * mask_head_stride + row * L;
+      tile.mask_stride = L;
+      tile.scale = scale;
+      tile.scores = scores;
+      tile.scaling = {query_scales.data(), int8_keys.scales, int8_keys.sums};
+      tile.shares = shares;
+      tile.inverse_sums = inverse_sums.data();
+      (int8 ? typed.int8_attention_shares : typed.attention_shares)(tile);
+      for (std::int64_t panel = 0; panel < value_panels; ++panel) {
+        const std::int64_t column = panel * ks.panel;
+        operands.by_rows[rows](shares, values + panel * key_words * ks.panel, key_words, scores, false,
+                               nothing);
+        void* const to = element(out, dtype, ((sequence * L + row) * heads + head) * d + column);
+        const std::int64_t width = std::min(ks.panel, d - column);
+        if (int8) {
+          typed.finish_int8_attention(scores, inverse_sums.data(), rows, width, to, heads * d, int8_values,
+                                      column);
+        } else {
+          typed.finish_attention(scores, inverse_sums.data(), rows, width, to, heads * d);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace clipup

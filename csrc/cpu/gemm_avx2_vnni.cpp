@@ -1,0 +1,7 @@
+#include "microkernels.h"
+
+namespace clipup {
+
+extern const Kernels kAvx2Vnni = tier("avx2_vnni");
+
+}  // namespace clipup
