@@ -59,7 +59,8 @@ def read_weights(path: str | Path) -> Weights:
     if shard_files.is_sharded(path):
         return _read_sharded(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
+        what = f"{path} is a directory without weights" if path.is_dir() else f"there is no file {path}"
+        raise FileNotFoundError(f"{what}; expected safetensors or a checkpoint (checkpoints/epoch_K of a run)")
     if path.suffix == ".safetensors":
         return Weights(strip_wrapper_prefixes(read_safetensors(path)))
     check_archive(path)

@@ -109,6 +109,7 @@ def refused(place, capsys, monkeypatch):
         ("eval half_cfg --val-data x.csv", "half_cfg/open_clip_config.json: model_cfg lacks"),
         ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a complete safetensors file"),
         ("inspect sparse --images jpegs --dense ViT-B-32", "--dense-pretrained"),
+        ("convert jpegs out", "jpegs is a directory without weights"),
         ("data pictogram", "did you mean 'pictograms'?"),
         ("eval dense --batch-size 0 --val-data x.csv", "--batch-size must be at least 1"),
     ],
