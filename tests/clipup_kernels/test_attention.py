@@ -3,7 +3,6 @@
 import pytest
 import torch
 from moe_cases import DTYPES, TOLERANCE, randn, usual
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
@@ -92,8 +91,6 @@ def test_a_wrong_argument_is_named(changes, error, name):
 
 def test_it_is_an_op_of_torch_without_a_derivative():
     qkv, heads, mask = qkv_and_mask("text", mask="causal")
-    for quantize in (None, "int8"):
-        opcheck(torch.ops.clipup.self_attention, (qkv, mask, heads, quantize))
     compiled = torch.compile(ck.self_attention, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(qkv, heads, mask), ck.self_attention(qkv, heads, mask))
     with FlopCounterMode(display=False) as counter:
