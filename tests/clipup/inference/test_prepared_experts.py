@@ -54,6 +54,8 @@ def test_a_prepared_mlp_gives_the_mlps_output_to_rounding():
     plain = mlp()
     prepared = clipup.accelerate(plain)
     assert type(prepared) is PreparedMLP and (prepared(tokens()) - plain(tokens())).abs().max() < 1e-5
+    with pytest.raises(TypeError, match="prepared in torch.float32"):
+        prepared(tokens().half())
     with pytest.raises(ValueError, match="23"):
         prepared(torch.ones(3, 23))
 
