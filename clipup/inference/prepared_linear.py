@@ -29,7 +29,14 @@ class PreparedProjections(Prepared):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class PreparedLinear(PreparedProjections):
+class _OneMatrix(PreparedProjections):
+    """Layers with the attributes of ``nn.Linear`` and convolutions."""
+
+    weight = property(lambda self: self.in_weight)
+    bias = property(lambda self: self._buffers.get("in_bias"))
+
+
+class PreparedLinear(_OneMatrix):
     """An ``nn.Linear`` with packed weights."""
 
     def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
@@ -42,19 +49,16 @@ class PreparedLinear(PreparedProjections):
     def read(plain: nn.Linear) -> Mapping[str, Tensor | None]:
         return {"in_weight": plain.weight, "in_bias": plain.bias}
 
-    weight = property(lambda self: self.in_weight)
-    bias = property(lambda self: self._buffers.get("in_bias"))
-
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., I] in the type in which the layer was prepared."""
         self._check_type(x)
-        return self._linear(x, self.in_weight, self._buffers.get("in_bias"))
+        return self._linear(x, self.in_weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, quantize={self.quantize!r}"
 
 
-class PreparedPatches(PreparedProjections):
+class PreparedPatches(_OneMatrix):
     """The convolution that embeds an image's patches, as a linear layer on them."""
 
     def __init__(self, convolution: nn.Conv2d, quantize: str | None = None) -> None:
@@ -66,9 +70,6 @@ class PreparedPatches(PreparedProjections):
     @staticmethod
     def read(plain: nn.Conv2d) -> Mapping[str, Tensor | None]:
         return {"in_weight": plain.weight.flatten(1), "in_bias": plain.bias}
-
-    weight = property(lambda self: self.in_weight)
-    bias = property(lambda self: self._buffers.get("in_bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, height, width] in the type in which the layer was prepared -> [B, D, rows, columns]."""
@@ -106,6 +107,6 @@ def patches_can_be_prepared(convolution: nn.Module) -> bool:
         type(convolution) is nn.Conv2d
         and convolution.kernel_size == convolution.stride
         and (convolution.groups, convolution.dilation) == (1, (1, 1))
-        and convolution.padding in ((0, 0), 0, "valid")
+        and convolution.padding in ((0, 0), "valid")
         and is_replaceable(convolution, PreparedPatches.read(convolution))
     )

@@ -9,24 +9,16 @@
 #include "expert_rows.h"
 
 namespace clipup {
-
 namespace {
 
-// Memory of one thread, in words.
+// Memory of one thread, in words; the last two are those of int8 operands, of which there are two.
 struct Room {
   std::int64_t keys, values, queries, shares, scores, scratch, columns;
 
   std::int64_t words() const {
-    return round_up(keys + values + queries + shares + scores + scratch + 3 * columns, kLineWords);
+    return round_up(keys + values + queries + shares + scores + scratch + 6 * columns, kLineWords);
   }
 };
-
-// Asks for `bytes` bytes into the second-level cache.
-void ask_for(const void* from, std::int64_t bytes) {
-  for (std::int64_t byte = 0; byte < bytes; byte += 64) {
-    __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
-  }
-}
 
 }  // namespace
 
@@ -53,10 +45,13 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
   const std::int64_t query_row = a_row_words(d, operands);
   const std::int64_t share_row = a_row_words(key_panels * ks.panel, operands);
   const std::int64_t columns = std::max(key_panels, value_panels) * ks.panel;
-  const Room room{key_panels * ks.panel * d_words, value_panels * ks.panel * key_words,
-                  ks.tile_rows * query_row,        ks.tile_rows * share_row,
-                  ks.tile_rows * columns,          int8 ? ks.panel * query_row : 0,
-                  int8 ? 2 * columns : 0};
+  const Room room{key_panels * ks.panel * d_words,
+                  value_panels * ks.panel * key_words,
+                  ks.tile_rows * query_row,
+                  ks.tile_rows * share_row,
+                  ks.tile_rows * columns,
+                  int8 ? ks.panel * query_row : 0,
+                  int8 ? columns : 0};
   const Buffer<Word> memory(thread_count() * room.words());
   const float scale = 1.0F / std::sqrt(static_cast<float>(d));
 
@@ -70,25 +65,13 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
     Word* const scratch = shares + room.shares + room.scores;
     auto* const floats = reinterpret_cast<float*>(scratch + room.scratch);
     const auto operand = [&](Word* panels, std::int64_t which) {
-      float* const first = floats + which * room.columns;
-      auto* const sums = reinterpret_cast<std::int32_t*>(floats + 2 * room.columns) + which * columns;
-      return Int8Operand{panels, first, first + columns, sums};
+      float* const first = floats + 3 * which * room.columns;  // scales, means, sums
+      float* const sums = first + 2 * room.columns;
+      return Int8Operand{panels, first, first + room.columns, reinterpret_cast<std::int32_t*>(sums)};
     };
     const Int8Operand int8_keys = operand(keys, 0), int8_values = operand(values, 1);
-    const auto part_of = [&](std::int64_t t, std::int64_t token, std::int64_t which) {
-      return element(qkv, dtype, (t / heads * L + token) * stride + (which * heads + t % heads) * d);
-    };
-    const auto part = [&](std::int64_t token, std::int64_t which) { return part_of(task, token, which); };
-    // Rows of a head lie far apart: the queries of the next tile, and keys and values of the task that this thread
-    // probably computes next, are asked for while a tile is computed.
-    const std::int64_t next_task = task + thread_count();
-    const auto ask_ahead = [&](std::int64_t row) {
-      for (std::int64_t i = row; i < std::min(row + ks.tile_rows, L); ++i) {
-        if (i + ks.tile_rows < L) ask_for(part(i + ks.tile_rows, 0), d * element_size(dtype));
-        for (std::int64_t which = 1; which < 3 && next_task < B * heads; ++which) {
-          ask_for(part_of(next_task, i, which), d * element_size(dtype));
-        }
-      }
+    const auto part = [&](std::int64_t token, std::int64_t which) {
+      return element(qkv, dtype, (sequence * L + token) * stride + (which * heads + head) * d);
     };
 
     if (int8) {
@@ -113,12 +96,11 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
     Prefetch nothing;
     for (std::int64_t row = 0; row < L; row += ks.tile_rows) {
       const std::int64_t rows = std::min(ks.tile_rows, L - row);
-      ask_ahead(row);
       std::array<float, kMostTileRows> inverse_sums{}, query_scales{};
       for (std::int64_t i = 0; i < rows; ++i) {
         Word* const to = queries + i * kLineWords;
         if (int8) {
-          query_scales[i] = typed.quantize_plain_row(part(row + i, 0), d, rows, to);
+          query_scales[i] = typed.quantize_row(part(row + i, 0), nullptr, d, rows, to);
         } else {
           typed.row_to_a_panel(part(row + i, 0), d, rows, to);
         }

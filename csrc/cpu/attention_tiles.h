@@ -37,7 +37,7 @@ struct Int8Scores {
     const F32x sum = __builtin_convertvector(load_as<I32x>(c) - offset, F32x);
     return sum * (load_as<F32x>(scaling.columns + key) * (scaling.rows[row] * scale));
   }
-  // An integer, with the sum of a mean share of one over the longest sequence still exact.
+  // An integer up to 255; sums of these are exact.
   static F32x share(F32x e) {
     const F32x kRound = splat(12582912.0F);  // 3 * 2^22 rounds to an integer, ties to even
     return multiply_add(e, splat(255.0F), kRound) - kRound;
@@ -181,8 +181,7 @@ void quantize_values(const void* rows, std::int64_t stride, std::int64_t keys, s
       most = magnitude > most ? magnitude : most;
       unordered += magnitude * 0.0F;  // NaN where a value is not finite
     }
-    const F32x wide = most > 1e-30F ? most : splat(1.0F);
-    const F32x inverse = most > 1e-30F ? 127.0F / wide : F32x{};
+    const F32x inverse = most > 1e-30F ? 127.0F / most : F32x{};
     store_as(to.scales + e, (most > 1e-30F ? most / 127.0F : F32x{}) + unordered);
     const F32x kRound = splat(12582912.0F);
     U32x sum{};

@@ -107,17 +107,10 @@ float quantize_row(const void* row, const float* input_scale, std::int64_t n, st
                    Word* a_panel) {
   const auto* const elements = static_cast<const typename Storage::Element*>(row);
   const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  return quantize(padded, rows, a_panel, [&](std::int64_t e) {
-    return load_some<Storage>(elements + e, n - e) * load_as<F32x>(input_scale + e);
-  });
-}
-
-template <class Storage>
-float quantize_plain_row(const void* row, std::int64_t n, std::int64_t rows, Word* a_panel) {
-  const auto* const elements = static_cast<const typename Storage::Element*>(row);
-  const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  const auto plain = [&](std::int64_t e) { return load_some<Storage>(elements + e, n - e); };
+  if (input_scale == nullptr) return quantize(padded, rows, a_panel, plain);
   return quantize(padded, rows, a_panel,
-                  [&](std::int64_t e) { return load_some<Storage>(elements + e, n - e); });
+                  [&](std::int64_t e) { return plain(e) * load_as<F32x>(input_scale + e); });
 }
 
 // The same for a row of an A panel of words of Operand; n is a multiple of kLanes.

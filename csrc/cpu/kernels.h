@@ -160,12 +160,11 @@ struct TypedKernels {
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
 
-  // Quantize one row of n elements, times input scales, into an A panel of int8 words of `rows` rows, and return its
-  // scale: a row in memory, or one of an A panel of this storage type (n is then a multiple of `panel`).
+  // Quantize one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows` rows,
+  // and return its scale: a row in memory, or one of an A panel of this storage type (n is then a multiple of
+  // `panel`).
   float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
-  float (*quantize_plain_row)(const void* row, std::int64_t n, std::int64_t rows,
-                              Word* a_panel);  // without scales
   float (*quantize_panel_row)(const Word* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                               Word* a_panel);
 

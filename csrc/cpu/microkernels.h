@@ -79,7 +79,6 @@ constexpr TypedKernels typed_kernels() {
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
   table.quantize_row = quantize_row<Storage>;
-  table.quantize_plain_row = quantize_plain_row<Storage>;
   table.quantize_panel_row = quantize_panel_row<Operand>;
   table.router_logits = router_logits<Storage>;
   table.router_input_gradient = router_input_gradient<Storage>;

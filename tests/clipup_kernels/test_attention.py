@@ -52,15 +52,20 @@ def test_attention_follows_the_oracle(force_backend, case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ["image", "text", "odd"])
-def test_int8_attention_stays_close_whatever_all_tokens_share(size, dtype):
-    """Keys and values of trained models have a large common part; it is subtracted before they are quantized."""
+def test_int8_attention_stays_close(size, dtype):
     qkv, heads, _ = qkv_and_mask(size, dtype)
-    width = qkv.shape[2] // 3
-    offset = 20 * randn(3 * width, seed=3)
-    offset[:width] = 0
-    shifted = (qkv + offset).to(dtype)
-    for given in (qkv, shifted):
-        assert error_of(ck.self_attention(given, heads, quantize="int8"), exact(given, heads, None)) < 0.04
+    assert error_of(ck.self_attention(qkv, heads, quantize="int8"), exact(qkv, heads, None)) < 0.03
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_what_all_tokens_share_costs_int8_attention_no_accuracy(part):
+    """Keys and values of trained models have a large common part; it is subtracted before they are quantized."""
+    qkv, heads, _ = qkv_and_mask("image")
+    common = torch.zeros(3, qkv.shape[2] // 3)
+    common[("queries", "keys", "values").index(part)] = 20 * randn(qkv.shape[2] // 3, seed=3)
+    shifted = qkv + common.flatten()
+    error = ck.self_attention(shifted, heads, quantize="int8").double() - exact(shifted, heads, None)
+    assert error.norm() < 0.03 * exact(qkv, heads, None).norm()
 
 
 @pytest.mark.skipif(extension.NATIVE is None, reason="the compiled kernels promise it")
