@@ -44,44 +44,55 @@ struct Int8Scores {
   }
   template <class Operand>
   static void store(Word* to, F32x share) {
-    const U32x levels = __builtin_convertvector(share, U32x) + (Int8Quads::kOffset - 128U);
-    store_as(to, __builtin_convertvector(levels, U8x));
+    const U32x levels =
+        reinterpret_cast<U32x>(__builtin_convertvector(share, I32x)) + (Int8Quads::kOffset - 128U);
+    store_as(to, lowest_bytes(levels));
   }
 };
 
 template <class Storage, class Operand, class Scores>
 void attention_shares(const AttentionTile& tile) {
   const Scores scores(tile);
-  const std::int64_t end = (tile.keys + kPanel - 1) / kPanel * kPanel;
+  const std::int64_t rows = tile.rows, keys = tile.keys, end = (keys + kPanel - 1) / kPanel * kPanel;
   const F32x lowest = splat(-__builtin_inff());
   U32x lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const auto place = [&](std::int64_t row, std::int64_t key) {
-    return tile.scores + (key / kPanel * tile.rows + row) * kPanel + key % kPanel;
-  };
-  for (std::int64_t row = 0; row < tile.rows; ++row) {
-    F32x most = lowest, unordered{};
+  for (std::int64_t row = 0; row < rows; ++row) {
+    float* const of_row = tile.scores + row * kPanel;
+    Word* const shares = tile.shares + row * kLineWords;
     const float* const mask = from(tile.mask, row * tile.mask_stride);
-    for (std::int64_t key = 0; key < end; key += kLanes) {
-      F32x score = scores.at(place(row, key), row, key, tile.scale);
-      const std::int64_t left = tile.keys - key;
-      if (mask != nullptr) score += load_some<Float32>(mask + key, left);
-      if (left < kLanes) score = lane < static_cast<std::uint32_t>(left < 0 ? 0 : left) ? score : lowest;
-      store_as(place(row, key), score);
+    F32x most = lowest, unordered{};
+    const auto scaled = [&](std::int64_t key, float* place, auto&& absent) {
+      F32x score = scores.at(place, row, key, tile.scale);
+      if (mask != nullptr) score += load_some<Float32>(mask + key, keys - key);
+      score = absent(score);
+      store_as(place, score);
       most = score > most ? score : most;
       unordered = score == score ? unordered : score;
+    };
+    std::int64_t key = 0;
+    float* panel = of_row;
+    for (; key + kPanel <= keys; key += kPanel, panel += rows * kPanel) {
+      for (int v = 0; v < 2; ++v)
+        scaled(key + v * kLanes, panel + v * kLanes, [](F32x score) { return score; });
+    }
+    for (int v = 0; key < end; ++v, key += kLanes) {
+      const auto left = static_cast<std::uint32_t>(key < keys ? keys - key : 0);
+      scaled(key, panel + v * kLanes, [&](F32x score) { return lane < left ? score : lowest; });
     }
     const float largest = largest_of(most);
     const bool masked = largest == -__builtin_inff();
     F32x sum = unordered;
-    for (std::int64_t key = 0; key < end; key += kLanes) {
-      const F32x score = load_as<F32x>(place(row, key)) - largest;
-      const F32x e =
-          sizeof(typename Storage::Element) == 4 && Scores::kExact ? exp_of(score) : coarse_exp(score);
-      const F32x share = Scores::share(masked ? F32x{} : e);
-      sum += share;
-      Scores::template store<Operand>(in_a_panel<Operand>(tile.shares, tile.rows, key) + row * kLineWords,
-                                      share);
+    panel = of_row;
+    for (key = 0; key < end; key += kPanel, panel += rows * kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        const F32x score = load_as<F32x>(panel + v * kLanes) - largest;
+        const F32x e =
+            sizeof(typename Storage::Element) == 4 && Scores::kExact ? exp_of(score) : coarse_exp(score);
+        const F32x share = Scores::share(masked ? F32x{} : e);
+        sum += share;
+        Scores::template store<Operand>(in_a_panel<Operand>(shares, rows, key + v * kLanes), share);
+      }
     }
     const float total = sum_of(sum);
     tile.inverse_sums[row] = total == 0.0F ? 0.0F : 1.0F / total;

@@ -30,10 +30,10 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const bool identity =  // the rows are y's
       routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];
-  const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);
-  const WaveSize most = largest(waves);
   const DType operands = operand_type(experts);
   const bool int8 = operands == kInt8Words;
+  const std::vector<Wave> waves = make_waves(routing.offsets, E, int8 ? kInt8WaveRows : kWaveRows, ks, typed);
+  const WaveSize most = largest(waves);
   const std::int64_t hidden = round_up(H, ks.panel);
   const std::int64_t x_words = a_row_words(D, ks.of(operands));
   const std::int64_t a_words = a_row_words(hidden, typed);

@@ -104,7 +104,8 @@ struct Workspace {
 
 // Rows of a wave: few enough that their hidden activations stay in or near the last-level cache.
 constexpr std::int64_t kWaveRows = 2016;
-constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
+constexpr std::int64_t kInt8WaveRows = 504;  // of int8 products, which outrun that cache
+constexpr std::int64_t kBlockRows = 504;     // a multiple of every tier's tile_rows and column_tile
 
 // Words of a row of k elements in A panels; one cache line if k is 0, so that rows have an address.
 inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {

@@ -35,9 +35,9 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
                    std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
-  const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
   const DType operands = operand_type(dtype, packed_type);
   const bool int8 = operands == kInt8Words;
+  const std::vector<Wave> waves = make_waves(offsets, E, int8 ? kInt8WaveRows : kWaveRows, ks, typed);
   const std::int64_t words = a_row_words(k, ks.of(operands));
   const std::int64_t most_rows = largest(waves).rows;
   const Buffer<Word> a_panels(most_rows * words);

@@ -11,7 +11,6 @@ namespace clipup {
 namespace {
 
 using I32x = std::int32_t __attribute__((vector_size(kLanes * 4)));
-using U8x = std::uint8_t __attribute__((vector_size(kLanes)));
 
 // Words of four int8, summed in 32-bit integers, which travel as the bits of floats: multiply() only adds and stores them.
 struct Int8Quads {
@@ -96,7 +95,7 @@ float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& loa
     const U32x rounded = bits(multiply_add(values, splat(inverse_scale), splat(kRound))) + kOffset;
     constexpr std::int64_t kLine = kLineWords * Int8Quads::kPerWord;
     auto* const line = reinterpret_cast<std::uint8_t*>(a_panel + e / kLine * rows * kLineWords);
-    store_as(line + e % kLine, __builtin_convertvector(rounded, U8x));
+    store_as(line + e % kLine, lowest_bytes(rounded));
   }
   if (!finite) return __builtin_nanf("");
   return range > kSmallest ? range / kMost : 0.0F;

@@ -118,8 +118,8 @@ struct BFloat16Pairs {
     return reinterpret_cast<U32x>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), pairs));
   }
   static U32x bits_across(const void* row, const void* next) {
-    const U32x low = row == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(row), U32x);
-    const U32x high = next == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(next), U32x);
+    const U32x low = row == nullptr ? U32x{} : widened(load_as<U16x>(row));
+    const U32x high = next == nullptr ? U32x{} : widened(load_as<U16x>(next));
     return low | high << 16;
   }
   static F32x sum(U32x words) { return from_bits(words << 16) + from_bits(words & 0xFFFF0000U); }

@@ -23,6 +23,7 @@ using F32x = float __attribute__((vector_size(kLanes * 4)));
 using U32x = std::uint32_t __attribute__((vector_size(kLanes * 4)));
 using U32half = std::uint32_t __attribute__((vector_size(kLanes * 2)));
 using U16x = std::uint16_t __attribute__((vector_size(kLanes * 2)));
+using U8x = std::uint8_t __attribute__((vector_size(kLanes)));
 
 template <class V>
 inline V load_as(const void* from) {
@@ -55,6 +56,47 @@ inline void stream_as(void* to, V value) {
 inline void streams_done() {
 #if defined(__AVX2__)
   _mm_sfence();
+#endif
+}
+
+// Conversions between widths that GCC 12 splits in pieces, down to one integer register for every byte, if it is left to
+// find the instruction.
+inline U32x widened(U16x value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32x>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32x>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(value)));
+#else
+  return __builtin_convertvector(value, U32x);
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The lower halves of words that are below 65536, in the lower half of the result.
+inline __m128i packed_halves(U32x value) {
+  const __m256i words = reinterpret_cast<__m256i>(value);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+#endif
+
+inline U16x lower_halves(U32x value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16x>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U16x>(packed_halves(value & 0xFFFFU));
+#else
+  return __builtin_convertvector(value, U16x);
+#endif
+}
+
+inline U8x lowest_bytes(U32x value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U8x>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(value)));
+#elif defined(__AVX2__)
+  const __m128i halves = packed_halves(value & 0xFFU), bytes = _mm_packus_epi16(halves, halves);
+  return load_as<U8x>(&bytes);
+#else
+  return __builtin_convertvector(value, U8x);
 #endif
 }
 
@@ -230,13 +272,18 @@ inline float largest_of(F32x value) {
 #endif
 }
 
+// Each half added to the other, until one is left.
 inline float sum_of(F32x value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(value));
+#else
   float lanes[kLanes];
   store_as(lanes, value);
   for (int step = kLanes / 2; step > 0; step /= 2) {
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   }
   return lanes[0];
+#endif
 }
 
 // Rounded to nearest, ties to even; a NaN stays one. (The instruction takes subnormals for zero.)
@@ -247,11 +294,11 @@ inline U16x float_to_bfloat16(F32x value) {
   const U32x b = bits(value);
   const U32x rounded = b + 0x7FFFU + ((b >> 16) & 1U);
   const U32x quiet = b | 0x400000U;
-  return __builtin_convertvector(((b & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded) >> 16, U16x);
+  return lower_halves(((b & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded) >> 16);
 #endif
 }
 
-inline F32x bfloat16_to_float(U16x value) { return from_bits(__builtin_convertvector(value, U32x) << 16); }
+inline F32x bfloat16_to_float(U16x value) { return from_bits(widened(value) << 16); }
 
 // IEEE binary16, as in element.h: rounds to nearest, ties to even, beyond 65504 to infinity.
 inline F32x float16_to_float(U16x half) {
