@@ -32,86 +32,97 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t used = routing.offsets[E];
   const DType operands = operand_type(experts);
   const bool int8 = operands == kInt8Words;
-  const std::vector<Wave> waves = make_waves(routing.offsets, E, int8 ? kInt8WaveRows : kWaveRows, ks, typed);
-  const WaveSize most = largest(waves);
+  const Int8Waves few = int8_waves(used, ks);
+  const bool alone = int8 && few.alone;
+  const std::vector<Wave> waves = make_waves(routing.offsets, E, int8 ? few.rows : kWaveRows, ks, typed);
+  const std::int64_t most_rows = largest(waves).rows, rooms = alone ? thread_count() : 1;
   const std::int64_t hidden = round_up(H, ks.panel);
   const std::int64_t x_words = a_row_words(D, ks.of(operands));
   const std::int64_t a_words = a_row_words(hidden, typed);
   const std::int64_t int8_words = a_row_words(hidden, ks.int8);
-  const Buffer<Word> x_a_panels(most.rows * x_words);
-  const Buffer<Word> hidden_a_panels(most.rows * a_words);
-  const Buffer<Word> int8_a_panels(int8 ? most.rows * int8_words : 0);  // the same, quantized
-  const Buffer<float> scales(int8 ? most.rows : 0);
+  const Buffer<Word> x_rooms(rooms * most_rows * x_words);
+  const Buffer<Word> hidden_rooms(rooms * most_rows * a_words);
+  const Buffer<Word> int8_rooms(int8 ? rooms * most_rows * int8_words : 0);  // the hidden ones, quantized
+  const Buffer<float> scale_rooms(int8 ? rooms * most_rows : 0);
   const Int8Scales in_scales(int8 ? experts.packed_in : nullptr, E, H, D);
   const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
   const Int8Scales out_scales(int8 ? experts.packed_out : nullptr, E, D, H);
   check(!(int8 && gated) || gate_scales.same_inputs(in_scales, E),
         "packed_gate: expected the input scales of packed_in, got others");
-  const Int8Hidden int8_hidden{in_scales, gate_scales, scales.get()};
   const Buffer<float> out_rows(identity ? 0 : used * D);
   const Workspace workspace(ks, gated ? 2 : 1);
 
-  for (const Wave& wave : waves) {
-    for_row_tiles(wave, ks, [&](const RowTile& tile) {
-      pack_a_panels(ks, experts, routing, tile, x, x_a_panels.get(), int8 ? &in_scales : nullptr,
-                    scales.get());
-    });
+  for_waves(waves, alone, [&](const Wave& wave, Team team) {
+    const std::int64_t room = std::max<std::int64_t>(team.alone, 0) * most_rows;
+    Word* const x_a_panels = x_rooms.get() + room * x_words;
+    Word* const hidden_a_panels = hidden_rooms.get() + room * a_words;
+    Word* const int8_a_panels = int8_rooms.get() + room * int8_words;
+    float* const scales = scale_rooms.get() + room;
+    for_row_tiles(
+        wave, ks,
+        [&](const RowTile& tile) {
+          pack_a_panels(ks, experts, routing, tile, x, x_a_panels, int8 ? &in_scales : nullptr, scales);
+        },
+        team);
     std::vector<PreActivations> places;
     for (const Piece& piece : wave.pieces) {
       places.push_back(
           {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
     }
-    hidden_product(experts, wave, x_a_panels.get(), hidden_a_panels.get(), places, workspace,
-                   int8 ? &int8_hidden : nullptr);
+    const Int8Hidden int8_hidden{in_scales, gate_scales, scales};
+    hidden_product(experts, wave, x_a_panels, hidden_a_panels, places, workspace,
+                   int8 ? &int8_hidden : nullptr, team);
     if (int8) {
-      for_row_tiles(wave, ks, [&](const RowTile& tile) {
-        const std::int64_t at = tile.piece->at + tile.row;
-        const Word* const from = a_panel_at(hidden_a_panels.get(), at, a_words);
-        Word* const to = a_panel_at(int8_a_panels.get(), at, int8_words);
-        for (std::int64_t i = 0; i < tile.rows; ++i) {
-          scales.get()[at + i] =
-              typed.quantize_panel_row(from + i * kLineWords, out_scales.of_inputs(tile.piece->expert),
-                                       hidden, tile.rows, to + i * kLineWords);
-        }
-      });
+      for_row_tiles(
+          wave, ks,
+          [&](const RowTile& tile) {
+            const std::int64_t at = tile.piece->at + tile.row;
+            const Word* const from = a_panel_at(hidden_a_panels, at, a_words);
+            Word* const to = a_panel_at(int8_a_panels, at, int8_words);
+            for (std::int64_t i = 0; i < tile.rows; ++i) {
+              scales[at + i] =
+                  typed.quantize_panel_row(from + i * kLineWords, out_scales.of_inputs(tile.piece->expert),
+                                           hidden, tile.rows, to + i * kLineWords);
+            }
+          },
+          team);
     }
-    const Word* const second_a_panels = int8 ? int8_a_panels.get() : hidden_a_panels.get();
+    const Word* const second_a_panels = int8 ? int8_a_panels : hidden_a_panels;
     const std::int64_t second_words = int8 ? int8_words : a_words;
 
     const std::vector<Block> blocks =
-        make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0);
+        make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0, team);
     const auto out_matrix = [&](const Piece& piece) {
       return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H, D * H);
     };
-    parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+    team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
       const Term term{a_panel_at(second_a_panels, piece.at + block.row, second_words), second_words,
                       out_matrix(piece)};
-      multiply_block(ks, operands, &term, 1, 1, block,
-                     following_region(blocks, task, operands, ks, out_matrix), workspace, thread,
-                     nothing_ahead,
-                     [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
-                       const std::int64_t column = panel * ks.panel;
-                       const std::int64_t at = (piece.begin + block.row + row) * D + column;
-                       OutputTile tile{};
-                       tile.rows = rows;
-                       tile.columns = std::min(ks.panel, D - column);
-                       tile.c = c[0];
-                       tile.bias = element(experts.out_bias, dtype, piece.expert * D + column);
-                       tile.stride = D;
-                       if (identity) {
-                         tile.out = element(y, dtype, at);
-                       } else {
-                         tile.sum = out_rows.get() + at;
-                       }
-                       if (!int8) return typed.finish_output(tile);
-                       const float* const row_scales = scales.get() + piece.at + block.row + row;
-                       tile.scaling = out_scales.at(piece.expert, column, row_scales);
-                       typed.finish_int8_output(tile);
-                     });
+      multiply_block(
+          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, out_matrix, team),
+          workspace, thread, nothing_ahead,
+          [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+            const std::int64_t column = panel * ks.panel;
+            const std::int64_t at = (piece.begin + block.row + row) * D + column;
+            OutputTile tile{};
+            tile.rows = rows;
+            tile.columns = std::min(ks.panel, D - column);
+            tile.c = c[0];
+            tile.bias = element(experts.out_bias, dtype, piece.expert * D + column);
+            tile.stride = D;
+            if (identity) {
+              tile.out = element(y, dtype, at);
+            } else {
+              tile.sum = out_rows.get() + at;
+            }
+            if (!int8) return typed.finish_output(tile);
+            tile.scaling = out_scales.at(piece.expert, column, scales + piece.at + block.row + row);
+            typed.finish_int8_output(tile);
+          });
     });
-  }
+  });
 
   if (z != nullptr) {
     for (std::int64_t part = 0; part < (gated ? 2 : 1); ++part) {

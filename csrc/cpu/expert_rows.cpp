@@ -138,7 +138,7 @@ Right forward_matrix(const Experts& experts, const void* weight, const void* pac
 
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace,
-                    const Int8Hidden* int8) {
+                    const Int8Hidden* int8, Team team) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(experts.dtype);
   const DType dtype = experts.dtype;
@@ -150,14 +150,14 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
   const auto finish_hidden = int8 != nullptr ? typed.finish_int8_hidden[static_cast<int>(experts.activation)]
                                              : typed.finish_hidden[static_cast<int>(experts.activation)];
   const std::vector<Block> blocks =
-      make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0);
+      make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0, team);
   const auto* const first_piece = wave.pieces.data();
 
   const auto in_matrix = [&](const Piece& piece) {
     return forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D,
                           in_stride(experts));
   };
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+  team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
     const Block& block = blocks[task];
     const Piece& piece = *block.piece;
     const PreActivations& place = places[block.piece - first_piece];
@@ -168,8 +168,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
                                            D, in_stride(experts))}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
-        ks, operands, terms, outputs, outputs, block, following_region(blocks, task, operands, ks, in_matrix),
-        workspace, thread,
+        ks, operands, terms, outputs, outputs, block,
+        following_region(blocks, task, operands, ks, in_matrix, team), workspace, thread,
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
           ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));

@@ -35,11 +35,11 @@ struct RowTile {
 };
 std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels);
 
-// Calls body(tile) for every tile of the wave, spread over threads.
+// Calls body(tile) for every tile of the wave, spread over the team's threads.
 template <class Body>
-void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
+void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body, Team team = {}) {
   const std::vector<RowTile> tiles = row_tiles(wave, kernels);
-  parallel_for(static_cast<std::int64_t>(tiles.size()), 2, [&](std::int64_t i) { body(tiles[i]); });
+  team.tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t) { body(tiles[i]); });
 }
 
 // The type of the operands of the forward products: kInt8Words for int8 weights.
@@ -101,7 +101,7 @@ struct Int8Hidden {
 };
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace,
-                    const Int8Hidden* int8 = nullptr);
+                    const Int8Hidden* int8 = nullptr, Team team = {});
 
 // y[t] = the gated sum of the rows of every token, from rows[R,D] in float.
 void sum_rows(const Kernels& kernels, DType dtype, const Routing& routing, const float* gates,

@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t kBlocksPerThread = 8;
 
 std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_unit, std::int64_t columns,
-                       const Kernels& kernels, std::int64_t few_rows) {
+                       const Kernels& kernels, std::int64_t few_rows, Team team) {
   const std::int64_t all_panels = ceil_div(columns, kernels.panel);
   std::int64_t most_panels = kBlockColumns / kernels.panel;
   std::int64_t most_rows = kBlockRows;
@@ -27,7 +27,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
     }
     return blocks;
   };
-  const std::int64_t wanted = kBlocksPerThread * thread_count();
+  const std::int64_t wanted = team.size() == 1 ? 1 : kBlocksPerThread * team.size();
   while (count() < wanted && most_panels > 1) most_panels /= 2;
   while (count() < wanted && most_rows > 4 * row_unit) most_rows = round_up(most_rows / 2, row_unit);
 
@@ -59,9 +59,10 @@ std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::i
     const std::int64_t count = offsets[e + 1] - begin;
     if (count == 0) continue;
     const std::int64_t parts = ceil_div(count, most_rows);
-    const std::int64_t height = round_up(ceil_div(count, parts), kernels.tile_rows);
-    for (std::int64_t row = 0; row < count; row += height) {
-      const std::int64_t rows = std::min(height, count - row);
+    const std::int64_t tiles = ceil_div(count, kernels.tile_rows);
+    for (std::int64_t part = 0; part < parts; ++part) {  // of as many tiles, or one more
+      const std::int64_t row = tiles * part / parts * kernels.tile_rows;
+      const std::int64_t rows = std::min(tiles * (part + 1) / parts * kernels.tile_rows, count) - row;
       if (!open || parts > 1 || waves.back().rows + rows > most_rows) waves.emplace_back();
       Wave& wave = waves.back();
       wave.pieces.push_back({e, begin + row, rows, wave.rows, wave.words, row == 0, row + rows == count});
@@ -83,13 +84,21 @@ WaveSize largest(const std::vector<Wave>& waves) {
 }
 
 std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
-                               std::int64_t few_rows) {
-  return cut(wave, 0, kernels.tile_rows, columns, kernels, few_rows);
+                               std::int64_t few_rows, Team team) {
+  return cut(wave, 0, kernels.tile_rows, columns, kernels, few_rows, team);
 }
 
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
                                       const Kernels& kernels) {
-  return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0);
+  return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0, {});
+}
+
+Int8Waves int8_waves(std::int64_t rows, const Kernels& kernels) {
+  constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7;
+  const std::int64_t fewest = kFewestTiles * kernels.tile_rows, threads = thread_count();
+  const std::int64_t wanted = round_up(ceil_div(rows, kWavesPerThread * threads), kernels.tile_rows);
+  const bool alone = rows >= 2 * threads * fewest;
+  return {alone ? std::min(std::max(wanted, fewest), kBlockRows) : kBlockRows, alone};
 }
 
 std::int64_t sum_block(std::int64_t words) {

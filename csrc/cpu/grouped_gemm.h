@@ -62,11 +62,11 @@ struct Block {
   }
 };
 
-// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every thread. No
-// result depends on the split: the order of a sum depends only on the summed axis. Pieces of up to `few_rows` rows get
-// smaller blocks (kFewRowsColumns).
+// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every thread of the
+// team. No result depends on the split: the order of a sum depends only on the summed axis. Pieces of up to `few_rows`
+// rows get smaller blocks (kFewRowsColumns).
 std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
-                               std::int64_t few_rows);
+                               std::int64_t few_rows, Team team = {});
 
 // The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -104,8 +104,26 @@ struct Workspace {
 
 // Rows of a wave: few enough that their hidden activations stay in or near the last-level cache.
 constexpr std::int64_t kWaveRows = 2016;
-constexpr std::int64_t kInt8WaveRows = 504;  // of int8 products, which outrun that cache
-constexpr std::int64_t kBlockRows = 504;     // a multiple of every tier's tile_rows and column_tile
+constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
+
+// The waves of int8 products. These are so fast that operands have to stay near the core: a wave has few rows, and with
+// enough of them every thread computes waves of its own, from the first product to the last, and waits for no other.
+struct Int8Waves {
+  std::int64_t rows;  // of a wave, at most
+  bool alone;
+};
+Int8Waves int8_waves(std::int64_t rows, const Kernels& kernels);
+
+// Calls body(wave, team) for every wave.
+template <class Body>
+void for_waves(const std::vector<Wave>& waves, bool alone, const Body& body) {
+  if (!alone) {
+    for (const Wave& wave : waves) body(wave, Team{});
+    return;
+  }
+  parallel_tasks(static_cast<std::int64_t>(waves.size()),
+                 [&](std::int64_t i, std::int64_t thread) { body(waves[i], Team{thread}); });
+}
 
 // Words of a row of k elements in A panels; one cache line if k is 0, so that rows have an address.
 inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {
@@ -132,8 +150,8 @@ Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, c
 // The same for the block that this thread probably processes next. right_of(piece): its right operand.
 template <class RightOf>
 Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, DType dtype,
-                          const Kernels& kernels, const RightOf& right_of) {
-  const std::size_t next = task + thread_count();
+                          const Kernels& kernels, const RightOf& right_of, Team team = {}) {
+  const std::size_t next = task + team.size();
   if (next >= blocks.size()) return {};
   return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
 }

@@ -37,41 +37,49 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
   const TypedKernels& typed = ks.of(dtype);
   const DType operands = operand_type(dtype, packed_type);
   const bool int8 = operands == kInt8Words;
-  const std::vector<Wave> waves = make_waves(offsets, E, int8 ? kInt8WaveRows : kWaveRows, ks, typed);
+  const Int8Waves few = int8_waves(offsets[E], ks);
+  const bool alone = int8 && few.alone;
+  const std::vector<Wave> waves = make_waves(offsets, E, int8 ? few.rows : kWaveRows, ks, typed);
   const std::int64_t words = a_row_words(k, ks.of(operands));
-  const std::int64_t most_rows = largest(waves).rows;
-  const Buffer<Word> a_panels(most_rows * words);
-  const Buffer<float> row_scales(int8 ? most_rows : 0);
+  const std::int64_t most_rows = largest(waves).rows, rooms = alone ? thread_count() : 1;
+  const Buffer<Word> panel_rooms(rooms * most_rows * words);
+  const Buffer<float> scale_rooms(int8 ? rooms * most_rows : 0);
   const Int8Scales scales(int8 ? packed : nullptr, E, n, k);
   const Workspace workspace(ks, 1);
-  for (const Wave& wave : waves) {
-    for_row_tiles(wave, ks, [&](const RowTile& tile) {
-      const std::int64_t at = tile.piece->at + tile.row;
-      Word* const first = a_panel_at(a_panels.get(), at, words);
-      for (std::int64_t i = 0; i < tile.rows; ++i) {
-        const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
-        Word* const to = first + i * kLineWords;
-        if (int8) {
-          row_scales.get()[at + i] =
-              typed.quantize_row(row, scales.of_inputs(tile.piece->expert), k, tile.rows, to);
-        } else {
-          typed.row_to_a_panel(row, k, tile.rows, to);
-        }
-      }
-    });
+  for_waves(waves, alone, [&](const Wave& wave, Team team) {
+    const std::int64_t room = std::max<std::int64_t>(team.alone, 0) * most_rows;
+    Word* const a_panels = panel_rooms.get() + room * words;
+    float* const row_scales = scale_rooms.get() + room;
+    for_row_tiles(
+        wave, ks,
+        [&](const RowTile& tile) {
+          const std::int64_t at = tile.piece->at + tile.row;
+          Word* const first = a_panel_at(a_panels, at, words);
+          for (std::int64_t i = 0; i < tile.rows; ++i) {
+            const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
+            Word* const to = first + i * kLineWords;
+            if (int8) {
+              row_scales[at + i] =
+                  typed.quantize_row(row, scales.of_inputs(tile.piece->expert), k, tile.rows, to);
+            } else {
+              typed.row_to_a_panel(row, k, tile.rows, to);
+            }
+          }
+        },
+        team);
     const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
-    const std::vector<Block> blocks = make_blocks(wave, n, ks, few_rows);
+    const std::vector<Block> blocks = make_blocks(wave, n, ks, few_rows, team);
     const auto right_of = [&](const Piece& piece) {
       return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
                    packed_matrix(packed, operands, piece.expert, n, k)};
     };
-    parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+    team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Term term{a_panel_at(a_panels.get(), piece.at + block.row, words), words, right_of(piece)};
+      const Term term{a_panel_at(a_panels, piece.at + block.row, words), words, right_of(piece)};
       multiply_block(
-          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of), workspace,
-          thread, nothing_ahead,
+          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of, team),
+          workspace, thread, nothing_ahead,
           [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel, const float* const* c) {
             const std::int64_t column = panel * ks.panel;
             OutputTile tile{};
@@ -82,12 +90,11 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
             tile.out = element(out, dtype, (piece.begin + block.row + row) * n + column);
             tile.stride = n;
             if (!int8) return typed.finish_output(tile);
-            const float* const scales_of_rows = row_scales.get() + piece.at + block.row + row;
-            tile.scaling = scales.at(piece.expert, column, scales_of_rows);
+            tile.scaling = scales.at(piece.expert, column, row_scales + piece.at + block.row + row);
             typed.finish_int8_output(tile);
           });
     });
-  }
+  });
 }
 
 }  // namespace

@@ -70,6 +70,19 @@ void parallel_tasks(std::int64_t n, const Body& body) {
 #endif
 }
 
+// Who shares a piece of work: all threads, or one of them alone while others have pieces of their own.
+struct Team {
+  std::int64_t alone = -1;  // this thread
+
+  std::int64_t size() const { return alone < 0 ? thread_count() : 1; }
+  // `parallel_tasks` with the team's threads.
+  template <class Body>
+  void tasks(std::int64_t n, const Body& body) const {
+    if (alone < 0) return parallel_tasks(n, body);
+    for (std::int64_t task = 0; task < n; ++task) body(task, alone);
+  }
+};
+
 // Number of rows of `row_bytes` bytes from which using several threads is worth waking them.
 inline std::int64_t parallel_from(std::int64_t row_bytes) {
   constexpr std::int64_t kBytes = 1 << 16;
