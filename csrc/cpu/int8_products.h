@@ -33,6 +33,13 @@ struct Int8Quads {
 #else
   static constexpr std::uint32_t kOffset = 0;
 
+#ifdef __ARM_FEATURE_DOTPROD
+  static F32x multiply_add(F32x sum, Word a, U32x b) {
+    return reinterpret_cast<F32x>(vdotq_s32(reinterpret_cast<int32x4_t>(sum),
+                                            reinterpret_cast<int8x16_t>(U32x{} + a),
+                                            reinterpret_cast<int8x16_t>(b)));
+  }
+#else
   // The bytes in even and in odd places, widened to pairs of int16, whose products are summed in pairs.
   static F32x multiply_add(F32x sum, Word a, U32x b) {
     const I32x words = reinterpret_cast<I32x>(U32x{} + a);
@@ -68,6 +75,7 @@ struct Int8Quads {
 #endif
     return reinterpret_cast<F32x>(reinterpret_cast<I32x>(sum) + products);
   }
+#endif
 #endif
 };
 

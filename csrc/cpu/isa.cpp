@@ -6,6 +6,10 @@
 #include "kernels.h"
 #ifdef CLIPUP_X86_TIERS
 #include <cpuid.h>
+#elif defined(CLIPUP_ARM_TIERS) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(CLIPUP_ARM_TIERS)
+#include <sys/auxv.h>
 #endif
 
 namespace clipup {
@@ -14,6 +18,8 @@ namespace clipup {
 extern const Kernels kPortable;
 #ifdef CLIPUP_X86_TIERS
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16;
+#elif defined(CLIPUP_ARM_TIERS)
+extern const Kernels kNeonDotprod;
 #endif
 
 namespace {
@@ -38,6 +44,16 @@ bool has_avx_vnni() {
   constexpr unsigned kAvxVnni = 1U << 4U;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
 }
+#elif defined(CLIPUP_ARM_TIERS)
+bool has_dot_products() {
+#ifdef __APPLE__
+  int has = 0;
+  std::size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+}
 #endif
 
 // Fastest first. Intel's processors multiply pairs of bfloat16 no faster than floats (a Xeon of 2023 at 0.66 of their
@@ -57,6 +73,8 @@ const Tier* tiers(std::size_t& count) {
       {&kAvx2Vnni, avx2 && has_avx_vnni()},
       {&kAvx2, avx2},
       {&kPortable, true}};
+#elif defined(CLIPUP_ARM_TIERS)
+  static const Tier all[] = {{&kNeonDotprod, has_dot_products()}, {&kPortable, true}};
 #else
   static const Tier all[] = {{&kPortable, true}};
 #endif

@@ -7,9 +7,11 @@
 namespace clipup {
 namespace {
 
-// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers.
+// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512, NEON) or 16 registers.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kColumnTile = 8;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kTileRows = 14, kColumnTile = 4;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6, kColumnTile = 4;
 #else

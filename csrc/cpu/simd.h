@@ -6,6 +6,8 @@
 #include <cstdint>
 #ifdef __F16C__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace clipup {
@@ -113,6 +115,10 @@ inline F32x multiply_add(F32x a, F32x b, F32x sum) {
 #elif defined(__AVX2__)
   return reinterpret_cast<F32x>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
                                                 reinterpret_cast<__m256>(sum)));
+#elif defined(__ARM_NEON)
+  return reinterpret_cast<F32x>(vfmaq_f32(reinterpret_cast<float32x4_t>(sum),
+                                          reinterpret_cast<float32x4_t>(a),
+                                          reinterpret_cast<float32x4_t>(b)));
 #else
   return sum + a * b;
 #endif
