@@ -106,7 +106,8 @@ test-fuzz: test-native
 test-faults: $(call installed,test)
 	$(BIN)/python tests/fault_injection/inject.py --processes 1 2 --seconds $$(($(FAULT_SECONDS) / 2)) $(FAULT_ARGS)
 
-# The portable tier on aarch64, emulated. Debian: apt install g++-aarch64-linux-gnu qemu-user
+# Aarch64, emulated: a CPU with dot products and one without, each of which must choose its own tier.
+# Debian: apt install g++-aarch64-linux-gnu qemu-user
 QEMU_AARCH64 = $(firstword $(shell command -v qemu-aarch64; command -v qemu-aarch64-static))
 test-aarch64: $(VENV)/.build-tools
 	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || [ -z "$(QEMU_AARCH64)" ]; then \
@@ -115,7 +116,10 @@ test-aarch64: $(VENV)/.build-tools
 	  $(NATIVE_BUILD) -B build/native-aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
 	  $(BIN)/cmake --build build/native-aarch64 && \
-	  $(QEMU_AARCH64) -L /usr/aarch64-linux-gnu build/native-aarch64/native_tests --quick; \
+	  for cpu in max:neon_dotprod cortex-a53:portable; do \
+	    $(QEMU_AARCH64) -cpu $${cpu%:*} -L /usr/aarch64-linux-gnu build/native-aarch64/native_tests --quick \
+	      | tee build/native-aarch64/log && grep -q "^$${cpu#*:}: .* 0 failed" build/native-aarch64/log || exit 1; \
+	  done; \
 	fi
 
 # Runs the notebooks and saves their outputs.

@@ -262,7 +262,8 @@ struct PackedLayout {
 };
 PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 
-// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2 or portable.
+// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2, neon_dotprod
+// or portable.
 const char* instruction_tier();
 
 // Whether the CPU has AMX tiles for bfloat16, which no tier here uses.

@@ -16,8 +16,8 @@ FORCE_BACKEND = "CLIPUP_BACKEND"
 that it has. ``torch_eager`` has all of them, so that neither the compiled extension nor Triton is used."""
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
-"""Environment variable: the instruction tier of the C++ kernels (avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2 or
-portable) in place of the best one that this CPU has."""
+"""Environment variable: the instruction tier of the C++ kernels (avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2,
+neon_dotprod or portable) in place of the best one that this CPU has."""
 
 
 def _share_openmp() -> None:

@@ -90,11 +90,14 @@ def _without_cuda_extension(index: int | None = None) -> str | None:
 
 
 def _matmul_is_faster(dtype: torch.dtype) -> str | None:
-    """Where torch uses instructions that the micro-kernels of csrc/cpu lack."""
+    """Where torch uses instructions that the micro-kernels of csrc/cpu lack, or these were never timed."""
     if os.environ.get(FORCE_TIER):
         return None
-    if extension.NATIVE.instruction_tier() == "portable":
+    tier = extension.NATIVE.instruction_tier()
+    if tier == "portable":
         return "the C++ kernels use no vector instructions of this CPU"
+    if tier == "neon_dotprod":
+        return "the C++ kernels for aarch64 were never timed on a CPU; int8 weights use them"
     if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles():
         return "this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels do not use"
     return None

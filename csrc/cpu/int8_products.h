@@ -35,9 +35,9 @@ struct Int8Quads {
 
 #ifdef __ARM_FEATURE_DOTPROD
   static F32x multiply_add(F32x sum, Word a, U32x b) {
-    return reinterpret_cast<F32x>(vdotq_s32(reinterpret_cast<int32x4_t>(sum),
-                                            reinterpret_cast<int8x16_t>(U32x{} + a),
-                                            reinterpret_cast<int8x16_t>(b)));
+    return reinterpret_cast<F32x>(vdotq_lane_s32(reinterpret_cast<int32x4_t>(sum),
+                                                 reinterpret_cast<int8x16_t>(b),
+                                                 vreinterpret_s8_u32(uint32x2_t{a}), 0));
   }
 #else
   // The bytes in even and in odd places, widened to pairs of int16, whose products are summed in pairs.

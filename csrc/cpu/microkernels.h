@@ -40,6 +40,8 @@ constexpr TypedKernels products_of() {
   if constexpr (kTileRows > 6) {
     table.by_rows[7] = multiply<Operand, 7, true>;
     table.by_rows[8] = multiply<Operand, 8, true>;
+  }
+  if constexpr (kTileRows > 8) {
     table.by_rows[9] = multiply<Operand, 9, true>;
     table.by_rows[10] = multiply<Operand, 10, true>;
     table.by_rows[11] = multiply<Operand, 11, true>;

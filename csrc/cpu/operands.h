@@ -7,11 +7,12 @@
 namespace clipup {
 namespace {
 
-// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512, NEON) or 16 registers.
+// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers. NEON has 32 too, but
+// GCC loads many broadcasts early, and from 11 rows on it moves accumulators to memory.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kColumnTile = 8;
 #elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int kTileRows = 14, kColumnTile = 4;
+constexpr int kTileRows = 8, kColumnTile = 4;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6, kColumnTile = 4;
 #else

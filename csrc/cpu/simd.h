@@ -97,6 +97,10 @@ inline U8x lowest_bytes(U32x value) {
 #elif defined(__AVX2__)
   const __m128i halves = packed_halves(value & 0xFFU), bytes = _mm_packus_epi16(halves, halves);
   return load_as<U8x>(&bytes);
+#elif defined(__ARM_NEON)
+  const uint16x4_t halves = vmovn_u32(reinterpret_cast<uint32x4_t>(value));
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(halves, halves));
+  return load_as<U8x>(&bytes);
 #else
   return __builtin_convertvector(value, U8x);
 #endif

@@ -42,6 +42,7 @@ def modern_gpu(monkeypatch):
         ("avx512_bf16", False, {}, set()),
         ("avx512_bf16", True, {}, {torch.bfloat16}),
         ("portable", False, {}, set(DTYPES)),
+        ("neon_dotprod", False, {}, set(DTYPES)),
         ("portable", True, {"CLIPUP_CPU_ISA": "portable"}, set()),
         ("avx2", False, {"CLIPUP_BACKEND": "torch_matmul"}, set(DTYPES)),
         ("portable", True, {"CLIPUP_BACKEND": "cpp"}, set()),
