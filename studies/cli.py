@@ -121,7 +121,7 @@ class Run:
 
 @dataclass
 class Report:
-    """Writes the page of a study and its figures, with all numbers from the logs.
+    """Writes the page of a study, its figure and its tables (CSV), with all numbers from the logs.
 
     Example: python -m studies report studies/icons --out docs/study.md
     """
@@ -129,10 +129,9 @@ class Report:
     study: tyro.conf.Positional[Path]
     """Directory of the study, with page.md.j2 and logs."""
     out: Path
-    """The page; figures are written beside it."""
+    """The page. The figure is written beside it, the tables into a directory of its name."""
 
     def run(self) -> int:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         for path in page.write(self.study, self.out):
             print(path)
         return 0

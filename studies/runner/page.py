@@ -1,76 +1,86 @@
 """Writes the page of a study from its template and its logs.
 
-The template (``studies/icons/page.md.j2``) calls the methods of ``Tables``, and ``by(COLUMN, FILE)`` for the rows of a
-CSV file beside it by the values of a column; ``pending`` are the runs without a log, ``planned`` is the number of runs.
-``study(NAME)`` are the tables of a study whose directory is beside this one, ``by(COLUMN, FILE, NAME)`` rows of its
-files, ``pending_of(NAME)`` its runs without a log, and ``NAME/part.md.j2`` is what it adds to the page, to be included.
-Figures are written beside the page, those of another study if it has such a part. The same logs, configs and template
-give the same bytes.
+The template (``studies/icons/page.md.j2``) calls the methods of ``Tables`` for its numbers. It also has:
+
+* ``study(NAME)``: the tables of a study whose directory is beside this one;
+* ``pending(NAME)``: the names of its runs that have a config and no log; default: those of this study;
+* ``by(COLUMN, FILE, NAME)``: the rows of a CSV file of its directory by the values of a column; default: of this study;
+* ``saved(FILE, COLUMN, TABLES)``: a link to a CSV file in a directory beside the page, which holds several tables, told
+  apart by the first column;
+* ``figure(TABLES)``: a link to a figure beside the page.
+
+The same logs, configs and template give the same bytes.
 """
 
 from __future__ import annotations
 
 import csv
-from functools import partial
+import io
+from functools import cache, partial
 from pathlib import Path
 
 import jinja2
 
 from clipup.atomic_files import replace_files
+from clipup.inspection.figures.format import MISSING
 
-from . import results
+from . import figures, results
 from .config import SUFFIX
-from .figures import figures
-from .tables import Tables
+from .tables import Table, Tables
 
-TEMPLATE, PART = "page.md.j2", "part.md.j2"
+TEMPLATE = "page.md.j2"
 
 
 def write(study: str | Path, out: str | Path) -> list[Path]:
-    """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
+    """Writes the page of a study's directory (its template and ``logs``) to ``out``, its tables and figure beside it.
 
     Raises:
         FileNotFoundError, ValueError: no logs, or an invalid log.
         jinja2.TemplateError: no template (an OSError too), or it fails.
     """
     study, out = Path(study).resolve(), Path(out)
-    shown: dict[str, Tables] = {}
+    written: dict[Path, str] = {}
 
+    @cache
     def tables_of(name: str) -> Tables:
-        if name not in shown:
-            shown[name] = Tables(results.read(study.with_name(name) / "logs"))
-        return shown[name]
+        return Tables(results.read(study.with_name(name) / "logs"))
 
-    def configs(name: str) -> list[str]:
-        return sorted(path.stem for path in study.with_name(name).glob(f"*{SUFFIX}"))
+    def pending(name: str = study.name) -> list[str]:
+        configs = sorted(path.stem for path in study.with_name(name).glob(f"*{SUFFIX}"))
+        return [run for run in configs if run not in tables_of(name).results]
 
-    def pending(name: str) -> list[str]:
-        return [run for run in configs(name) if run not in tables_of(name).results]
-
-    def rows(column: str, file: str, name: str = study.name) -> dict[str, dict[str, str]]:
+    def by(column: str, file: str, name: str = study.name) -> dict[str, dict[str, str]]:
         with (study.with_name(name) / file).open(encoding="utf-8", newline="") as opened:
             return {row[column]: row for row in csv.DictReader(opened)}
 
+    def saved(file: str, column: str, tables: dict[str, Table]) -> str:
+        text = io.StringIO()
+        head, *_ = next(iter(tables.values()))
+        rows = [[value, *row] for value, (_, *rows) in tables.items() for row in rows]
+        csv.writer(text, lineterminator="\n").writerows([[column, *head], *_plain(rows)])
+        written[out.with_suffix("") / file] = text.getvalue()
+        return f"[`{file}`]({out.stem}/{file})"
+
+    def figure(tables: Tables) -> str:
+        path = out.with_name(f"{out.stem}_recall.svg")
+        written[path] = figures.recall(tables) + "\n"
+        return f"![R@1 over FLOPs]({path.name})"
+
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(study.parent),
+        loader=jinja2.FileSystemLoader(study),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    texts = {
-        out: environment.get_template(f"{study.name}/{TEMPLATE}").render(
-            tables=tables_of(study.name),
-            study=tables_of,
-            by=rows,
-            pending=pending(study.name),
-            planned=len(configs(study.name)),
-            pending_of=pending,
-        )
-    }
-    for name, tables in shown.items():
-        prefix = "" if name == study.name else f"{name}_"
-        if not prefix or (study.with_name(name) / PART).is_file():
-            for key, figure in figures(tables).items():
-                texts[out.with_name(f"{out.stem}_{prefix}{key}.svg")] = figure + "\n"
-    replace_files({path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in texts.items()})
-    return list(texts)
+    written[out] = environment.get_template(TEMPLATE).render(
+        tables=tables_of(study.name), study=tables_of, pending=pending, by=by, saved=saved, figure=figure
+    )
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in written.items()})
+    return list(written)
+
+
+def _plain(rows: Table) -> Table:
+    """Without emphasis, and an empty cell where a table has a dash."""
+    return [[cell.strip("*").replace(MISSING, "") for cell in row] for row in rows]

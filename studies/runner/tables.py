@@ -1,4 +1,4 @@
-"""Tables of a study's results."""
+"""Tables of a study's results: a head and rows of cells, for the page or for CSV files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from clipup.inspection.figures.format import MISSING, percent
 from . import results
 from .results import Result
 
+Table = list[list[str]]
+"""The head and the rows."""
+
 
 class Tables:
-    """Tables in Markdown, with rows ordered by budget and arm. A group holds the runs of one arm and budget."""
+    """Tables with rows ordered by budget and arm. A group holds the runs of one arm and budget."""
 
     def __init__(self, found: dict[str, Result]) -> None:
         self.results = dict(sorted(found.items()))
@@ -62,30 +65,33 @@ class Tables:
             for split, (images, captions) in sizes.items()
         }
 
-    def retrieval(self, split: str) -> str:
-        """Recall and negative log-likelihood of every group on a split, at its chosen learning rate."""
+    def retrieval(self) -> Table:
+        """Recall and negative log-likelihood of every group on every test split, at its chosen learning rate."""
+        tests = [split for split in self.galleries() if split.startswith("test_")]
+        written = {"R@1": percent, "R@5": percent, "nll": "{:.3f}".format}
         rows = []
-        for group, runs in self.groups:
+        for split, (group, runs) in product(tests, self.groups):
             config = runs[0].config
-            cells = [label(group.arm), f"{config['steps']:,}", f"{config['lr']:g}", str(len(runs)), self._pflop(runs)]
-            for way, (name, written) in product(WAYS, (("R@1", percent), ("R@5", percent), ("nll", "{:.3f}".format))):
-                cells.append(_spread([run.test[split][f"{way}_{name}"] for run in runs], written))
+            pflop = f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
+            cells = [split, label(group.arm), str(config["steps"]), f"{config['lr']:g}", str(len(runs)), pflop]
+            for way, name in product(WAYS, written):
+                cells.append(_spread([run.test[split][f"{way}_{name}"] for run in runs], written[name]))
             rows.append(cells)
-        measures = [head for way in WAYS for head in (f"{way}_R@1 %", "R@5 %", "NLL")]
-        return _table(["arm", "steps", "lr", "seeds", "PFLOP", *measures], rows)
+        measures = [head for way in WAYS for head in (f"{way}_R@1 %", f"{way}_R@5 %", f"{way}_NLL")]
+        return [["split", "arm", "steps", "lr", "seeds", "PFLOP", *measures], *rows]
 
-    def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+    def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> Table:
         """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
         have; the last but one column is also over splits and directions. The last is the same for the NLL, in nats."""
         rows = []
         for group, pairs in self._pairs(arm):
             leads = [results.lead(pairs, [split], [way]) for split, way in product(splits, WAYS)]
-            cells = [label(group.arm), f"{group.budget:,}", str(len(pairs)), *map(_lead, leads)]
+            cells = [label(group.arm), str(group.budget), str(len(pairs)), *map(_lead, leads)]
             rows.append([*cells, _lead(results.lead(pairs, splits)), _nats(results.lead(pairs, splits, measure="nll"))])
         ways = [_way(split, way) for split, way in product(splits, WAYS)]
-        return _table(["minus", "budget", "seeds", *ways, "mean", "NLL"], rows)
+        return [["minus", f"steps of {label(arm)}", "seeds", *ways, "mean", "NLL"], *rows]
 
-    def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
+    def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> Table:
         """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
         seeds."""
         budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
@@ -94,7 +100,7 @@ class Tables:
             for group, of_rate in results.by_rate(self.results.values()).items()
             if group.budget == budget
         }
-        lines: list[list[str]] = []
+        lines: Table = []
         for rate, ours in sorted(rates.get(arm, {}).items()):
             cells = []
             for other in others:
@@ -103,12 +109,13 @@ class Tables:
                 cells += [_lead(results.lead(pairs, splits)), str(len(pairs))] if pairs else [MISSING] * 2
             lines.append([f"{rate:g}", *cells])
         heads = [head for other in others for head in (f"minus {label(other)}", "seeds")]
-        return _table(["learning rate of both", *heads], lines)
+        return [["learning rate of both", *heads], *lines]
 
-    def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
+    def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> Table:
         """R@1 of an arm and others by length of the runs, mean over splits and directions, and the arm's leads. A row
         is over the seeds that all of its arms have; the first is the start of the shortest runs."""
-        of_group, lines = dict(self.groups), []
+        of_group = dict(self.groups)
+        lines: Table = []
         for group in (group for group, _ in self.groups if group.arm == arm):
             of_arm = {
                 name: {run.config["seed"]: run for run in of_group[group._replace(arm=name)]}
@@ -124,9 +131,9 @@ class Tables:
             recalls = [_recall(found[name], splits) if name in found else MISSING for name in (*others, arm)]
             pairs = {name: list(zip(found[arm], runs, strict=True)) for name, runs in found.items()}
             leads = [_lead(results.lead(pairs[name], splits)) if name in pairs else MISSING for name in others]
-            lines.append([f"{group.budget:,}", str(len(seeds)), *recalls, *leads])
+            lines.append([str(group.budget), str(len(seeds)), *recalls, *leads])
         head = ["steps", "seeds", *map(label, (*others, arm)), *(f"minus {label(other)}" for other in others)]
-        return _table(head, lines)
+        return [head, *lines]
 
     def validation(self, run: str) -> str:
         """A run's R@1 on validation, mean of both directions, for a sentence."""
@@ -136,40 +143,21 @@ class Tables:
         """The cosine between a run's experts at the end, for a sentence."""
         return f"{self.results[run].similarity:.2f}"
 
-    def verdict(
-        self, arm: str, others: dict[str, str], measure: str = "R@1", splits: Sequence[str] = results.TESTS
-    ) -> str:
-        """The leads over other arms in one sentence, with the same wording whether the arm wins or loses: those over
-        several seeds first, in points or nats, with budget and seeds in parentheses, then those with a single seed,
-        which decide nothing.
+    def comparisons(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> Table:
+        """The leads over other arms, by budget and then in the order of ``others``, without a head: the wording of the
+        comparison, the steps of the arm, seeds, the lead in R@1 and its verdict, the lead in NLL and its verdict. The
+        wording of the verdicts is the same whether the arm wins or loses.
 
         Args:
             others: the wording of each comparison by arm, "at equal steps" for ``dense_continued``.
-            measure: ``R@1``, or ``nll``, where lower is better.
         """
-        better, written = (1, _lead) if measure == "R@1" else (-1, _nats)
-        decided, single = [], []
-        for group, pairs in self._pairs(arm):
-            if group.arm in others:
-                lead = results.lead(pairs, splits, measure=measure)
-                name, steps, points = others[group.arm], f"{group.budget:,}", written(lead)
-                if lead.half_width is None:
-                    single.append(f"{name} ({steps}) {points}")
-                else:
-                    decided.append(f"{name} ({steps}; {lead.seeds} seeds) {_verdict(lead, better)}, {points}")
-        if single:
-            decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
-        return "; ".join(decided) or "there is no run to compare yet"
-
-    def comparisons(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> list[list[str]]:
-        """The leads in R@1 over other arms as rows of a table, by budget and then in the order of ``others``: the
-        wording of the comparison, the steps of the arm, seeds, lead and verdict. ``others``: as of ``verdict``."""
-        order = list(others)
-        of_others = [(group, results.lead(pairs, splits)) for group, pairs in self._pairs(arm) if group.arm in others]
-        return [
-            [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead), _verdict(lead)]
-            for group, lead in sorted(of_others, key=lambda one: (one[0].budget, order.index(one[0].arm)))
-        ]
+        rows, order = [], list(others)
+        pairs_of = [(group, pairs) for group, pairs in self._pairs(arm) if group.arm in others]
+        for group, pairs in sorted(pairs_of, key=lambda one: (one[0].budget, order.index(one[0].arm))):
+            recall, nll = results.lead(pairs, splits), results.lead(pairs, splits, measure="nll")
+            cells = [others[group.arm], f"{group.budget:,}", str(recall.seeds)]
+            rows.append([*cells, _lead(recall), _verdict(recall), _nats(nll), _verdict(nll, better=-1)])
+        return rows
 
     def lead(
         self,
@@ -178,12 +166,13 @@ class Tables:
         splits: Sequence[str] = results.TESTS,
         seeds: Sequence[int] | None = None,
         measure: str = "R@1",
+        ways: Sequence[str] = WAYS,
     ) -> str:
         """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
         all. ``measure``: ``R@1`` or ``R@5``."""
         pairs = self.shortest_pairs(arm).get(other, [])
         of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
-        return _lead(results.lead(of_seeds, splits, measure=measure)) if of_seeds else MISSING
+        return _lead(results.lead(of_seeds, splits, ways, measure)) if of_seeds else MISSING
 
     def gain(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""
@@ -191,21 +180,21 @@ class Tables:
         starts = self.starts_of(runs)
         return _lead(results.lead(list(zip(runs, starts, strict=True)), splits)) if starts else MISSING
 
-    def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
+    def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> Table:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
         leads over both, at its smallest budget, over the seeds that all arms of all rows have. Starts with a single
         seed are left out."""
         fewer, more = others
-        starts, seeds = self.comparable_starts(arm, others)
+        starts, seeds = self._comparable_starts(arm, others)
         lines = []
         for steps in starts:
             of = self.of_start(steps)
             leads = [of.lead(more, fewer, ["validation"], seeds), *(of.lead(arm, one, splits, seeds) for one in others)]
-            lines.append([f"{steps:,}", str(len(seeds)), *leads])
+            lines.append([str(steps), str(len(seeds)), *leads])
         gain = f"{label(more)} minus {label(fewer)}, validation"
-        return _table(["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], lines)
+        return [["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], *lines]
 
-    def comparable_starts(self, arm: str, others: Sequence[str]) -> tuple[list[int], list[int]]:
+    def _comparable_starts(self, arm: str, others: Sequence[str]) -> tuple[list[int], list[int]]:
         """The starts that ``leads_by_start`` is about, and the seeds that all of ``arm`` and ``others`` have there."""
         seeds: dict[int, set[int]] = {}
         for steps in self.starts:
@@ -215,7 +204,7 @@ class Tables:
         starts = [steps for steps in self.starts if len(seeds[steps]) > 1]  # one seed has no interval
         return starts, sorted(set.intersection(*(seeds[steps] for steps in starts))) if starts else []
 
-    def recovery(self, arms: Sequence[str]) -> str:
+    def recovery(self, arms: Sequence[str]) -> Table:
         """How far a run falls below its start: R@1 on validation, mean of both directions, of the start, at the lowest
         evaluation and at the end, and the share of the steps after which the runs are at the start's level again. Means
         over the seeds of each arm at its smallest budget and chosen rate."""
@@ -231,64 +220,47 @@ class Tables:
                 back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
                 share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
                 first, least, last = (percent(value, 2) for value in (start, curve[lowest], curve[-1]))
-                rows.append([label(arm), f"{steps[-1]:,}", str(len(runs)), first, least, *share, last])
+                rows.append([label(arm), str(steps[-1]), str(len(runs)), first, least, *share, last])
         head = ["arm", "steps", "seeds", "start", "lowest", "after", "at the start's level after", "end"]
-        return _table(head, rows)
+        return [head, *rows]
 
-    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> Table:
         """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
         pair of runs with the same seed. Images are left out: many share a caption, so they are not independent."""
         rows = []
         for ours, theirs in (pair for _, pairs in self._pairs(arm) for pair in pairs):
             found = [results.paired_difference(ours, theirs, split, WAYS[0]) for split in splits]
             cells = [f"{100 * difference:+.2f} ± {100 * half:.2f}" for difference, half in found]
-            rows.append([f"`{ours.name}`", f"`{theirs.name}`", *cells])
-        return _table(["run", "minus", *(_way(split, WAYS[0]) for split in splits)], rows)
+            rows.append([ours.name, theirs.name, *cells])
+        return [["run", "minus", *(_way(split, WAYS[0]) for split in splits)], *rows]
 
-    def sweep(self, with_seeds: bool = False) -> str:
-        """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold.
-        ``with_seeds``: the seeds of a rate are given where the rates of an arm have different ones."""
+    def runs(self) -> Table:
+        """Every run: R@1 on validation at the end, mean of both directions, and whether its learning rate is the chosen
+        one; the similarity of its experts and the balance of their load at the end; its cost."""
         picked = {run.name for _, runs in self.groups for run in runs}
         rows = []
-        for group, rates in sorted(results.by_rate(self.results.values()).items()):
-            named = with_seeds and len({frozenset(of_seed) for of_seed in rates.values()}) > 1
-            cells = []
-            for rate, of_seed in sorted(rates.items()):
-                runs = [of_seed[seed] for seed in sorted(of_seed)]
-                of_seeds = f" (seeds {', '.join(map(str, sorted(of_seed)))})" if named else ""
-                text = f"{rate:g}{of_seeds}: {' / '.join(percent(run.selection, 2) for run in runs)}"
-                cells.append(f"**{text}**" if runs[0].name in picked else text)
-            rows.append([label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
-        return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
-
-    def experts(self) -> str:
-        """Similarity of the experts and balance of their load at the end of each run."""
-        rows = []
         for run in self.results.values():
-            if layers := run.layers.values():
-                loads, dropped = ([layer[name] for layer in layers] for name in ("load", "dropped"))
-                cells = [f"`{run.name}`", f"{run.similarity:.3f}", f"{fmean(loads):.2f}", f"{max(loads):.2f}"]
-                rows.append([*cells, percent(fmean(dropped))])
-        return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
-
-    def costs(self) -> str:
-        """The cost of every run."""
-        columns = {
-            "steps": lambda cost: f"{cost['steps']:,}",
-            "M pairs": lambda cost: f"{cost['pairs'] / 1e6:.2f}",
-            "epochs": lambda cost: f"{cost['pairs'] / self.data()['images']['train']:.1f}",
-            "GFLOP per pair": lambda cost: f"{cost['gflops_per_pair']:.4f}",
-            "PFLOP": lambda cost: f"{cost['train_gflops'] / 1e6:.3f}",
-            "M params": lambda cost: f"{cost['params'] / 1e6:.2f}",
-            "active": lambda cost: f"{cost['active_params'] / 1e6:.2f}",
-            "hours, 1 thread": lambda cost: f"{cost['seconds'] / 3600:.2f}",
-            "machine": lambda cost: cost["machine"]["processor"],
-        }
-        rows = [[f"`{run.name}`", *(cell(run.cost) for cell in columns.values())] for run in self.results.values()]
-        return _table(["run", *columns], rows)
+            config, cost = run.config, run.cost
+            rows.append(
+                [
+                    *(run.name, label(config["arm"]), str(config["steps"]), f"{config['lr']:g}", str(config["seed"])),
+                    *(percent(run.selection, 2), "yes" if run.name in picked else "no"),
+                    *_experts(run),
+                    f"{cost['pairs'] / 1e6:.2f}",
+                    f"{cost['pairs'] / self.data()['images']['train']:.1f}",
+                    f"{cost['gflops_per_pair']:.4f}",
+                    f"{cost['train_gflops'] / 1e6:.3f}",
+                    *(f"{cost[count] / 1e6:.2f}" for count in ("params", "active_params")),
+                    *(f"{cost['seconds'] / 3600:.2f}", cost["machine"]["processor"]),
+                ]
+            )
+        head = ["run", "arm", "steps", "lr", "seed", "validation R@1 %", "chosen rate"]
+        head += ["cosine of experts", "load, max / mean", "worst layer", "dropped %", "M pairs", "epochs"]
+        head += ["GFLOP per pair", "PFLOP", "M params", "active", "hours, 1 thread", "machine"]
+        return [head, *rows]
 
     def machines(self) -> str:
-        """The machines of the runs with their seeds.
+        """The machines of the runs with their seeds, for a sentence.
 
         Raises:
             ValueError: the runs of one seed were made on two machines, so that more differs between them than the arm.
@@ -299,7 +271,7 @@ class Tables:
             if of_seed.setdefault(seed, processor) != processor:
                 raise ValueError(f"seed {seed} has runs on {of_seed[seed]} and {processor}: run the seed again on one")
         seeds = {name: [str(seed) for seed, of in of_seed.items() if of == name] for name in of_seed.values()}
-        return _table(["machine", "seeds"], [[name, ", ".join(of)] for name, of in seeds.items()])
+        return "; ".join(f"{name}, seeds {', '.join(of)}" for name, of in seeds.items())
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
         """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
@@ -329,8 +301,12 @@ class Tables:
         """What the runs start from, for those that start from another run."""
         return [start for run in runs for start in results.before(run, self.results)[:1]]
 
-    def _pflop(self, runs: Sequence[Result]) -> str:
-        return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
+
+def _experts(run: Result) -> list[str]:
+    if not run.layers:
+        return [MISSING] * 4
+    loads, dropped = ([layer[name] for layer in run.layers.values()] for name in ("load", "dropped"))
+    return [f"{run.similarity:.3f}", f"{fmean(loads):.2f}", f"{max(loads):.2f}", percent(fmean(dropped))]
 
 
 def _of_validation(record: dict) -> float:
@@ -376,8 +352,3 @@ def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
     """Mean, and ± the standard deviation over seeds if there are several."""
     spread = f" ± {written(stdev(values))}" if len(values) > 1 else ""
     return written(fmean(values)) + spread
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *(rows or [[MISSING] * len(head)])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -69,13 +69,12 @@ _POINTS = 72  # in an inch: a chart's pixels are matplotlib's points
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _CHARACTER = 6.5  # px, average of a wide sans serif at 12 px: the reader's font cannot be measured
 _MOST_POINTS = 100
-_BESIDE = 8  # between series with intervals, in pixels
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x``, of equal length. ``points`` marks every point. ``half_intervals`` draws y ± that at
-    every point, as a bar; None is a point without one. ``dash``: lengths of a dash and of a gap in pixels, "6 3"."""
+    """One line: ``y`` over ``x``, of equal length. ``points`` marks every point. ``dash``: lengths of a dash and of a
+    gap in pixels, "6 3"."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -83,7 +82,6 @@ class Series:
     color: str | None = None
     dash: str | None = None
     points: bool = False
-    half_intervals: Sequence[SupportsFloat | None] = ()
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
@@ -109,25 +107,18 @@ def line_chart(
 
     ``percent``: fractions of 1 are written as percentages. ``y_range``: ends of the y axis; by default those of the
     values. ``marks``: (x, label) of dotted vertical lines; ``levels``: (y, label) of dashed horizontal lines. Series
-    without a color cycle through the palette, dashed from the second cycle on. Series with intervals are drawn side by
-    side, so that their bars do not hide one another.
+    without a color cycle through the palette, dashed from the second cycle on.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
 
     def paint(axes: Axes) -> None:
-        every_x = [float(x) for one in series for x in one.x]
-        step = _BESIDE / width * (max(every_x) - min(every_x))
-        beside = [one for one in series if one.half_intervals]
         for row, one in enumerate(series):
-            x = np.array(one.x, dtype=float)
             color, dash = (expert_color(row), _expert_dash(row)) if one.color is None else (one.color, None)
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(one.dash or dash), "clip_on": False}
-            if one.half_intervals:
-                x += step * (beside.index(one) - (len(beside) - 1) / 2)
-                look |= {"yerr": np.array(one.half_intervals, float), "elinewidth": 1.5, "capsize": 4}
-            axes.errorbar(x, np.array(one.y, float), marker="o" if one.points else "", label=one.label, **look)
+            x, y = np.array(one.x, dtype=float), np.array(one.y, dtype=float)
+            axes.plot(x, y, marker="o" if one.points else "", label=one.label, **look)
         for mark, label in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1, linestyle=_dashes("2 3"))
             axes.annotate(label, (mark, 1), (6, 0), axes.get_xaxis_transform(), "offset points", color=_SOFT)

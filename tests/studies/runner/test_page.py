@@ -1,5 +1,6 @@
 """The page of a study is that of its logs."""
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,13 @@ from studies.runner import page as study_page
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_committed_page_is_the_one_of_the_committed_logs(tmp_path):
-    for path in study_page.write(ROOT / "studies" / "icons", tmp_path / "study.md"):
-        assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes(), f"{path.name}: run `make study`"
+def test_the_committed_page_and_tables_are_those_of_the_committed_logs(tmp_path):
+    paths = study_page.write(ROOT / "studies" / "icons", tmp_path / "study.md")
+    written = {path.relative_to(tmp_path) for path in paths}
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (ROOT / "docs" / path).read_bytes(), f"{path}: run `make study`"
+    committed = [*ROOT.glob("docs/study/*"), *ROOT.glob("docs/study[._]*")]
+    assert {path.relative_to(ROOT / "docs") for path in committed} == written
 
 
 def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(found, tmp_path, capsys):
@@ -22,6 +27,9 @@ def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(found, t
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs" / "study.md")]) == 0
 
     names = {Path(name).name for name in capsys.readouterr().out.split()}
-    assert names == {"study.md"} | {f"study_{name}.svg" for name in ("recall", "loss", "similarity")}
+    assert names == {"study.md", "study_recall.svg", "retrieval.csv", "leads.csv", "runs.csv"}
     page = (tmp_path / "docs" / "study.md").read_text()
-    assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page and "1 of 2 runs have no log yet" in page
+    assert "@iconify/json 1.2.3" in page and "1 runs have no log yet" in page
+    with (tmp_path / "docs" / "study" / "retrieval.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if (row["split"], row["arm"]) == ("test_styles", "clip up"))
+    assert row["text_to_image_R@1 %"] == "54.0 ± 2.8" and row["seeds"] == "2"
