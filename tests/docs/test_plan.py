@@ -11,10 +11,7 @@ PAGE = ROOT / "docs" / "plan.md"
 SETTINGS = {
     "DDP": {},
     "DDP, checkpointing": {"grad_checkpointing": True},
-    "DDP, 4 batches accumulated": {"accum_freq": 4},
     "fsdp": {"fsdp": True},
-    "fsdp, 8 replicas": {"fsdp": True, "fsdp_replicas": 8},
-    "fsdp, ep 8": {"fsdp": True, "ep": 8},
     "fsdp, ep 8, checkpointing": {"fsdp": True, "ep": 8, "grad_checkpointing": True},
 }
 BATCH, SAMPLES = 32768, 10**9
