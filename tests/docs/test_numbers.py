@@ -167,7 +167,7 @@ def test_the_verdict_on_the_first_page_is_that_of_the_studys_logs():
     assert len(bullets) == 2
     for bullet in bullets:
         start, steps, seeds = re.match(r"(\S+) dense steps and (\S+) more, over (\d+) seeds", bullet).groups()
-        found = re.findall(r"([+-]\S+ ± \S+) at equal (\w+)( \(undecided)?", bullet)
+        found = re.findall(r"([+-]\S+ ± \S+) at\s+equal\s+(\w+)(\s+\(undecided)?", bullet)
         assert [what for _, what, _ in found] == ["FLOPs", "steps"]
         for lead, what, undecided in found:
             assert (known[start, f"the same {what}", steps, seeds, lead] == "undecided") == bool(undecided)
