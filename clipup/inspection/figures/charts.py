@@ -122,10 +122,10 @@ def line_chart(
         for mark, label in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1, linestyle=_dashes("2 3"))
             axes.annotate(label, (mark, 1), (6, 0), axes.get_xaxis_transform(), "offset points", color=_SOFT)
-        for y, label in levels:
-            axes.axhline(y, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
+        for level, label in levels:
+            axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()
-            axes.annotate(label, (1, y), (-2, 4), right, "offset points", color=_SOFT, size=11, ha="right")
+            axes.annotate(label, (1, level), (-2, 4), right, "offset points", color=_SOFT, size=11, ha="right")
         axes.set_ylim(y_range)
 
     labels = [one.label for one in series] if len(series) > 1 else []
