@@ -31,8 +31,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SOURCES := pyproject.toml setup.py CMakeLists.txt clipup_kernels/_version.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 
-# The requirements of pyproject.toml's [build-system]. With them in .venv, reinstalling after an edit needs no network.
-BUILD_TOOLS := 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
+# pypa's build, and the requirements of pyproject.toml's [build-system]. With these in .venv, reinstalling after an edit needs no network.
+BUILD_TOOLS := build 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
 
 # The stamp file of an extra. Once all extras are installed, their stamp serves every target.
 installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(1))
@@ -173,18 +173,18 @@ demo-start: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
 	$(BIN)/python -m studies.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
-lint: $(call installed,test)
+lint: $(call installed,lint)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: $(call installed,test)
+format: $(call installed,lint)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-build: $(call installed,test)
+build: $(VENV)/.build-tools
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 

@@ -3,7 +3,7 @@
     python benchmarks/gpu_host.py
 
 Tensors are small, in float16 and on the CPU; kernels are compiled for sm_90 once. No GPU is needed, and none is used.
-What is missing is the driver itself, and torch's allocator of GPU memory in place of that of the CPU.
+What is missing is the driver itself, and torch's allocator of GPU memory instead of that of the CPU.
 """
 
 from __future__ import annotations

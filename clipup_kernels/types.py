@@ -102,7 +102,7 @@ class RoutingBlocks(NamedTuple):
 class PackedWeight(NamedTuple):
     """A weight packed for this CPU's kernels by ``pack_weight``, for inference only.
 
-    ``expert_mlp``, ``dense_mlp`` and ``grouped_linear`` take it in place of the weight, with bitwise the same results
+    ``expert_mlp``, ``dense_mlp`` and ``grouped_linear`` take it instead of the weight, with bitwise the same results
     unless it is quantized. It holds a copy: writing to the original weight does not change it. ``unpack_weight``
     returns the weight.
     """

@@ -221,7 +221,7 @@ void expert_mlp_backward(const Experts& experts, const Routing& routing, const v
 //
 //   rows[R,I], weight[E,O,I], bias[E,O] or null, out[R,O]   of type `dtype`
 //   offsets[E+1]
-//   packed               the weight from `pack_weight`, in place of `weight`, which is then not read; or null
+//   packed               the weight from `pack_weight`, instead of `weight`, which is then not read; or null
 void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
                     const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                     std::int64_t I, void* out, const void* packed = nullptr,

@@ -181,7 +181,7 @@ class _Cached:
             for images, captions, report in each(partial(_read, samples), places, max(1, options.workers)):
                 reader.skips.add(report.skipped)
                 _check_memory(len(samples), images[:1].numel(), reader.world_size)
-                self.images += images.clone().unbind()  # workers hand over shared memory, of which there is less
+                self.images += images.clone().unbind()  # workers hand over shared memory, which is scarcer
                 self.captions += captions.values()
                 rows += captions
                 bar.update(len(captions) + len(report.skipped))

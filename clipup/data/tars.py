@@ -26,7 +26,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 _DOTTED_IMAGES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TAR = "tar --sort=name --dereference --hard-dereference"
-"""The command that writes the files of a directory as samples: side by side, and with content in place of links."""
+"""The command that writes the files of a directory as samples: side by side, and with content instead of links."""
 
 _NO_TAR = "it is not an uncompressed tar file"
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names

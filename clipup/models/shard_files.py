@@ -101,7 +101,7 @@ def check_files(directory: Path, index: Index, names: Iterable[str]) -> None:
         found, expected = sum_of(directory / name), index.files[name]
         if found != expected:
             raise ValueError(
-                f"{directory / name} is damaged: its size and checksum are {tuple(found)} in place of {tuple(expected)}"
+                f"{directory / name} is damaged: its size and checksum are {tuple(found)} instead of {tuple(expected)}"
             )
 
 

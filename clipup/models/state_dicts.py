@@ -147,7 +147,7 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
 def write_pickle(content: dict[str, Any], path: Path) -> None:
     """Writes with ``torch.save`` what ``read_pickle`` reads. Numbers of numpy become Python's.
 
-    When writing breaks off, torch's archive writer raises a RuntimeError from its destructor in place of the reason.
+    When writing breaks off, torch's archive writer raises a RuntimeError from its destructor instead of the reason.
 
     Raises:
         OSError: the file could not be written.

@@ -1,4 +1,4 @@
-"""``SparseMoE``: a Mixture-of-Experts MLP in place of a dense one. It holds parameters and options and calls ops.
+"""``SparseMoE``: a Mixture-of-Experts MLP instead of a dense one. It holds parameters and options and calls ops.
 
 Axis legend, used in every shape: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices per
 token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as in ``nn.Linear``: ``[E, out, in]``.
@@ -68,7 +68,7 @@ class SparseMoE(Experts):
         dropout: probability of dropping an entry between the projections in training, before the norm. With a norm, and
             with dropout in training, experts run on the unfused ops.
         device, dtype: of all parameters.
-        overrides: fields of ``MoEConfig`` in place of those of ``config``: ``SparseMoE(768, 3072, num_experts=16)``.
+        overrides: fields of ``MoEConfig`` instead of those of ``config``: ``SparseMoE(768, 3072, num_experts=16)``.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.

@@ -54,6 +54,6 @@ def update_selection_bias(model: nn.Module) -> None:
 
 
 def forget_loads(model: nn.Module) -> None:
-    """Discards the load of a step that was not applied; call it in place of ``update_selection_bias``."""
+    """Discards the load of a step that was not applied; call it instead of ``update_selection_bias``."""
     for layer in moe_layers(model).values():
         layer.state.take_load()

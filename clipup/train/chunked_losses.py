@@ -97,7 +97,7 @@ class MultiPositiveClipLoss(ChunkedClipLoss):
     2204.03610) would change nothing: equal texts have equal features, so their rows add up to ClipLoss again.
     """
 
-    def forward(  # type: ignore[override]  # texts in place of a bias
+    def forward(  # type: ignore[override]  # texts instead of a bias
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, texts: Tensor
     ) -> Tensor:
         """image_features, text_features: [B, D], normalized; texts: [B, L] token ids, row i of pair i."""

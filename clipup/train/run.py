@@ -39,10 +39,10 @@ def train(
 
     Args:
         options: everything that the command line can set.
-        model: trained in place of one built from ``options.model``.
+        model: trained instead of one built from ``options.model``.
         preprocess: image transform, or (training, validation) pair; None takes the built model's own.
         tokenizer: texts to token ids; None takes the built model's own.
-        loader: batches (images, texts) in place of ``options.train_data``: ``TrainData``, or anything with a
+        loader: batches (images, texts) instead of ``options.train_data``: ``TrainData``, or anything with a
             length that can be iterated repeatedly. Set ``options.steps`` or ``options.epochs``.
         callbacks: evaluations along the way.
 

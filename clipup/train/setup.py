@@ -100,7 +100,7 @@ def build_model(
     Args:
         model: an existing model; ``options.model`` then only names its architecture, for saving.
         preprocess: the transform of training and validation images, or a pair of them.
-        tokenizer: in place of the model's. Words are saved with the model; another one is not, which is a warning.
+        tokenizer: instead of the model's. Words are saved with the model; another one is not, which is a warning.
         resumed: whether weights and moments come from a checkpoint of the run.
     """
     given_tokenizer = tokenizer

@@ -17,7 +17,7 @@ that it has. ``torch_eager`` has all of them, so that neither the compiled exten
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
 """Environment variable: the instruction tier of the C++ kernels (avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2,
-neon_dotprod or portable) in place of the best one that this CPU has."""
+neon_dotprod or portable) instead of the fastest one of this CPU."""
 
 
 def _share_openmp() -> None:

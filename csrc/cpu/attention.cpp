@@ -11,7 +11,7 @@
 namespace clipup {
 namespace {
 
-// Memory of one thread, in words; the last two are those of int8 operands, of which there are two.
+// Memory of one thread, in words; `scratch` and `columns` are for int8, `columns` for both of its operands.
 struct Room {
   std::int64_t keys, values, queries, shares, scores, scratch, columns;
 

@@ -1,4 +1,4 @@
-// Fibers in place of the threads of a block, and their scheduler.
+// Fibers instead of the threads of a block, and their scheduler.
 //
 // Nothing here is instrumented, so that the thread sanitizer sees only the ordering that a GPU guarantees, and the
 // address sanitizer does not mistake a jump between stacks for returning functions.

@@ -130,7 +130,7 @@ def test_compiled_without_graph_breaks_gives_the_eager_result_for_any_size_and_c
 
 SIZE = SHAPE.width * SHAPE.hidden
 ONE = 2 * SHAPE.tokens * SHAPE.k * SIZE
-"""One product of all experts, of which both passes have three for each weight; z is recomputed by all but the last."""
+"""One product of all experts. Both passes have three for each weight; z is recomputed by all but the last."""
 EXPERTS = [
     (
         make("plain", "dropless", recompute=recompute, **form),

@@ -121,7 +121,7 @@ def newest(
     if unusable:
         raise ValueError(
             f"there are checkpoints in {directory}, but none can be used: {'; '.join(unusable)}. Restore one from a "
-            "copy, or start from the beginning with --force in place of --resume"
+            "copy, or start from the beginning with --force instead of --resume"
         )
     return None
 

@@ -214,7 +214,7 @@ def _targets(optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> dic
 
 @contextmanager
 def _causes_raised() -> Iterator[None]:
-    """Raises what happened in place of DCP's exception, which ``except Exception`` does not catch."""
+    """Raises what happened instead of DCP's exception, which ``except Exception`` does not catch."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

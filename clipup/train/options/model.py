@@ -27,11 +27,11 @@ class ModelOptions(OptionGroup):
     moments for every expert. Steps and schedule start at zero."""
 
     force_image_size: int | tuple[int, int] | None = None
-    """Side of the images in place of the model's, or height and width. Position embeddings are resized."""
+    """Side of the images instead of the model's, or height and width. Position embeddings are resized."""
     force_patch_dropout: float | None = None
-    """Share of the patches that the image tower leaves out in training, in place of the model's."""
+    """Share of the patches that the image tower leaves out in training, instead of the model's."""
     force_context_length: int | None = None
-    """Tokens of a text in place of the model's. Position embeddings are resized."""
+    """Tokens of a text instead of the model's. Position embeddings are resized."""
     force_quick_gelu: bool = False
     """Use QuickGELU, as OpenAI's weights need."""
     force_custom_text: bool = False

@@ -60,7 +60,7 @@ STAND_INS = {
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48
     ),
 }
-"""Small configs of the same architectures, in place of Hugging Face configs, which need a download."""
+"""Small configs of the same architectures, instead of Hugging Face configs, which need a download."""
 
 
 def by_prefix(table, name):
