@@ -100,16 +100,18 @@ class Progress:
     def _line(self) -> None:
         self._last_printed = self.done
         count = f"{self.done}" if self.total is None else f"{self.done} of {self.total}"
-        parts = [f"{self.description}: {count} {self.unit}", self._detail, self._time_left()]
+        parts = [f"{self.description}: {count} {self.unit}", self._detail, self._speed()]
         self.write(", ".join(filter(None, parts)))
 
-    def _time_left(self) -> str:
-        """The estimated remaining time, at the average speed so far."""
-        done = self.done - self._done_at_start
-        if self.total is None or not 0 < self.done < self.total or done == 0:
+    def _speed(self) -> str:
+        """The average speed so far, and the remaining time at this speed."""
+        done, seconds = self.done - self._done_at_start, time.monotonic() - self._start
+        if done == 0 or seconds == 0:
             return ""
-        left = (time.monotonic() - self._start) / done * (self.total - self.done)
-        return f"{tqdm.format_interval(left)} left"
+        speed = f"{done / seconds:.3g} {self.unit}/s"
+        if self.total is None or self.done >= self.total:
+            return speed
+        return f"{speed}, {tqdm.format_interval(seconds / done * (self.total - self.done))} left"
 
     def __enter__(self) -> Progress:
         return self

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ..progress import printable, progress
+from ..progress import printable
 from .flags import EncodingOptions, parse
 from .logs import errors_only
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         preprocess,
         batch_size=options.batch_size,
         workers=options.workers,
-        show=lambda batches: progress(batches, "encoding images", "batches"),
+        show_progress=True,
     )
     if others := passed_over(options.images):
         print(f"clipup index: passed over {others}", file=sys.stderr)

@@ -12,6 +12,7 @@ from .skips import raise_lack
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from torchvision.transforms import Resize
 
 MAX_PIXELS = 89_478_485
 """Default for the largest image to decode, in pixels: where Pillow warns of a decompression bomb."""
@@ -22,12 +23,18 @@ the model: without a limit, a file of some kilobytes would take gigabytes."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Decoded formats, whatever the file extension. Not EPS: Pillow runs it in Ghostscript, an interpreter."""
+_SPARE = 2
+"""Pixels of a JPEG decoded at a smaller scale, on each side, for one of its target. With 2, resized photographs differ
+by 0.3 of 255 levels on average from those decoded in full, with 1.5 by 0.5, with 1 by 0.9; bilinear ones do by 1.0."""
 _FULL_16_BIT = 65_535
 _PILLOWS_BOUND = threading.Lock()
 
 
-def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """An image, fully decoded to RGB, from a path or from its bytes.
+def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS, resize: Resize | None = None) -> Image:
+    """An image, decoded to RGB, from a path or from its bytes.
+
+    With `resize`, it is resized as by that transform, in less time: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size
+    where that leaves `_SPARE` times the pixels on both sides, and torch's resize takes a fifth of Pillow's time.
 
     16-bit gray values (modes I;16 and I) are scaled to 8 bits from 0..65535, floats from 0..1, or from 0..255 if any is
     above 1.
@@ -41,9 +48,27 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
             raise ValueError(f"its {width} x {height} pixels exceed the limit of {max_pixels} (max_image_pixels)")
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f"its {width} x {height} pixels exceed the limit of {MAX_ASPECT_RATIO}:1 on the shape")
+        target = image.size
+        inside: tuple[float, float] = image.size
+        if resize is not None:
+            target = _target(resize, image.size)
+            reduced = image.draft(None, (_SPARE * target[0], _SPARE * target[1]))
+            inside = reduced[1][2:] if reduced else image.size  # the last row and column may lie partly outside
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _eight_bit(image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        return image if resize is None else _resized(image, inside, target, resize.interpolation.value)
+
+
+def resize_of(preprocess: Callable[[Image], Tensor]) -> Resize | None:
+    """The first step of a transform, if it resizes to a shorter side or to a square: then images may be turned after
+    it."""
+    from torchvision.transforms import Resize
+
+    first = next(iter(getattr(preprocess, "transforms", ())), None)
+    if not isinstance(first, Resize) or first.max_size is not None:
+        return None
+    return first if isinstance(first.size, int) or len({*first.size}) == 1 else None
 
 
 def upright(image: Image) -> Image:
@@ -79,6 +104,28 @@ def _opened(file: str | BytesIO) -> Image:
             raise ValueError(f"it is not an image of a supported format ({', '.join(formats)})") from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _target(resize: Resize, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height to which a transform of torchvision resizes."""
+    height, *width = [resize.size] if isinstance(resize.size, int) else resize.size
+    if width:
+        return width[0], height
+    return int(height * size[0] / min(size)), int(height * size[1] / min(size))
+
+
+def _resized(image: Image, inside: tuple[float, float], target: tuple[int, int], mode: str) -> Image:
+    """An RGB image, with that part of its width and height inside, resized to the target."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    scale = [(after + 1e-6) / before for after, before in zip(target[::-1], inside[::-1], strict=True)]  # rounded down
+    pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode=mode, antialias=True)
+    resized = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+    resized.info = image.info  # with its EXIF orientation
+    return resized
 
 
 def _eight_bit(image: Image) -> Image:

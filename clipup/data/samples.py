@@ -25,6 +25,7 @@ from .tars import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torchvision.transforms import Resize
 
 _OTHER_KINDS = ("avif", "bmp", "dng", "gif", "heic", "heif", "jxl", "tif", "tiff")
 
@@ -97,9 +98,13 @@ class Images(Dataset):
     """`[i]` is the preprocessed image of sample i and "", or None and why it cannot be read."""
 
     def __init__(
-        self, samples: Sequence[Sample], preprocess: Callable[[Image], Tensor], max_pixels: int = MAX_PIXELS
+        self,
+        samples: Sequence[Sample],
+        preprocess: Callable[[Image], Tensor],
+        max_pixels: int = MAX_PIXELS,
+        resize: Resize | None = None,
     ) -> None:
-        self.samples, self.preprocess, self.max_pixels = samples, preprocess, max_pixels
+        self.samples, self.preprocess, self.max_pixels, self.resize = samples, preprocess, max_pixels, resize
         self.retried = Retries()
 
     def __len__(self) -> int:
@@ -108,7 +113,8 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         sample = self.samples[index]
         try:
-            image = load_image(self.retried(lambda: sample.named, lambda: _content(sample)), self.max_pixels)
+            content = self.retried(lambda: sample.named, lambda: _content(sample))
+            image = load_image(content, self.max_pixels, self.resize)
         except Exception as error:  # PIL has no common class for what a broken file may raise
             raise_lack(error)
             return None, f"{type(error).__name__}: {error}"

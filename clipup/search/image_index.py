@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic_files import replace_files
-from ..data.images import upright
+from ..data.images import resize_of, upright
 from ..data.loaders import EvalSamples
 from ..data.samples import Sample
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive
 from ..models import model_names, tokenizers
 from ..precision import Precision
+from ..progress import Progress
 
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
@@ -152,7 +153,7 @@ def update_index(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    show: Callable[[Iterable], Iterable] = iter,
+    show_progress: bool = False,
 ) -> ImageIndex:
     """Makes an index of images, or brings an earlier one up to date.
 
@@ -164,8 +165,9 @@ def update_index(
         images: directory of the images, below which ``records`` lie.
         records: the images, by their paths below ``images``.
         encode: images [B, 3, H, W] -> features [B, D] of length 1.
-        preprocess: PIL image -> tensor [3, H, W].
-        show: wraps the batches, to show progress.
+        preprocess: PIL image -> tensor [3, H, W]. If it begins with torchvision's ``Resize``, images are decoded at a
+            smaller scale and resized by ``load_image``, with almost the same pixels.
+        show_progress: a progress bar.
 
     Raises:
         DirectoryInUse: another process writes the index.
@@ -190,15 +192,16 @@ def update_index(
                 part.clear()
 
         try:
-            for batch, _, metadata in show(
-                EvalSamples(todo, partial(_upright, preprocess), skips).batches(batch_size, workers)
-            ):
-                features = encode(batch)
-                if not features.isfinite().all():
-                    raise ValueError(f"the model gives features that are not finite, from {metadata[0]['key']} on")
-                part |= {now[about["key"]]: one for about, one in zip(metadata, features, strict=True)}
-                if len(part) >= PART_IMAGES:
-                    write_part()
+            samples = EvalSamples(todo, partial(_upright, preprocess), skips, resize=resize_of(preprocess))
+            with Progress("encoding", "images", len(todo), show=show_progress) as shown:
+                for batch, _, metadata in samples.batches(batch_size, workers):
+                    features = encode(batch)
+                    if not features.isfinite().all():
+                        raise ValueError(f"the model gives features that are not finite, from {metadata[0]['key']} on")
+                    part |= {now[about["key"]]: one for about, one in zip(metadata, features, strict=True)}
+                    shown.update(len(batch))
+                    if len(part) >= PART_IMAGES:
+                        write_part()
         except BaseException:
             write_part()
             raise

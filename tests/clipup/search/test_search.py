@@ -12,9 +12,12 @@ import torch
 from benchmark_layouts import picture
 from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
+from torchvision.transforms import Compose, Resize
 
 import clipup
 from clipup.cli import main
+from clipup.data import samples
+from clipup.data.images import load_image
 from clipup.data.samples import image_files
 from clipup.locks import DirectoryInUse
 from clipup.search import ImageIndex, Result, find, image_index, results_page, update_index
@@ -192,6 +195,28 @@ def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys)
         text = plain.encode_text(clipup.get_tokenizer(model)(["a red apple"]), normalize=True)
         scores = (plain.encode_image(images, normalize=True) @ text.T).flatten().sort(descending=True).values
     assert [float(score) for score, *_ in found] == pytest.approx(scores[:3].tolist(), abs=1e-3)
+
+
+def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clipup.progress, "_FIRST_PAUSES", (0.0,))
+    transform = Compose([Resize(8), to_tensor])
+    picture(1).resize((301, 203), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=90)
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    expected = Counted()(transform(Image.open(tmp_path / "a.jpg"))[None])
+    decoded = []
+
+    def observed(content, *options):
+        decoded.append(load_image(content, *options))
+        return decoded[-1]
+
+    monkeypatch.setattr(samples, "load_image", observed)
+    records = image_files(tmp_path)
+    made = update_index(
+        tmp_path / "index", tmp_path, records, ENCODER, Counted(), transform, batch_size=1, show_progress=True
+    )
+    assert [image.size for image in decoded] == [(11, 8)]
+    assert torch.allclose(made.features, expected, atol=0.005)
+    assert re.search(r"^encoding: 1 of 2 images, [\d.e+]+ images/s, [\d:]+ left$", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize("damage, error", [(b"{}", ValueError), (None, FileNotFoundError)])
