@@ -56,7 +56,8 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS, resize: Resiz
             inside = reduced[1][2:] if reduced else image.size  # the last row and column may lie partly outside
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _eight_bit(image)
-        image = image.convert("RGB")
+        if resize is None or image.mode != "RGB":
+            image = image.convert("RGB")
         return image if resize is None else _resized(image, inside, target, resize.interpolation.value)
 
 
@@ -120,10 +121,10 @@ def _resized(image: Image, inside: tuple[float, float], target: tuple[int, int],
     import torch
     from PIL import Image
 
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # channels last
     scale = [(after + 1e-6) / before for after, before in zip(target[::-1], inside[::-1], strict=True)]  # rounded down
     pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode=mode, antialias=True)
-    resized = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+    resized = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     resized.info = image.info  # with its EXIF orientation
     return resized
 
