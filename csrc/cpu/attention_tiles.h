@@ -3,7 +3,8 @@
 //
 // Keys are quantized after their mean over the sequence is subtracted, which changes every score of a query by the same
 // amount and so no share; values too, and their mean is added to the result, since shares sum to 1. What is common to
-// all tokens therefore costs no accuracy. Shares are integers up to 255, and are summed as such.
+// all tokens therefore costs no accuracy. Shares are integers up to 255, but are summed before they are rounded: what
+// rounding takes from them then goes to the mean. Many keys beside a large one would otherwise count for nothing at all.
 #pragma once
 
 #include "activations.h"
@@ -18,6 +19,7 @@ namespace {
 // Scores and shares in floats.
 struct FloatScores {
   static constexpr bool kExact = true;
+  static constexpr float kOne = 1.0F;  // a share of 1 as it is stored
   explicit FloatScores(const AttentionTile&) {}
   F32x at(const float* c, std::int64_t, std::int64_t, float scale) const { return load_as<F32x>(c) * scale; }
   static F32x share(F32x e) { return e; }
@@ -30,6 +32,7 @@ struct FloatScores {
 // Those of int8 products.
 struct Int8Scores {
   static constexpr bool kExact = false;
+  static constexpr float kOne = 255.0F;
   const Int8Scaling& scaling;
   explicit Int8Scores(const AttentionTile& tile) : scaling(tile.scaling) {}
   F32x at(const float* c, std::int64_t row, std::int64_t key, float scale) const {
@@ -37,10 +40,10 @@ struct Int8Scores {
     const F32x sum = __builtin_convertvector(load_as<I32x>(c) - offset, F32x);
     return sum * (load_as<F32x>(scaling.columns + key) * (scaling.rows[row] * scale));
   }
-  // An integer up to 255; sums of these are exact.
+  // An integer up to 255.
   static F32x share(F32x e) {
     const F32x kRound = splat(12582912.0F);  // 3 * 2^22 rounds to an integer, ties to even
-    return multiply_add(e, splat(255.0F), kRound) - kRound;
+    return multiply_add(e, splat(kOne), kRound) - kRound;
   }
   template <class Operand>
   static void store(Word* to, F32x share) {
@@ -89,12 +92,13 @@ void attention_shares(const AttentionTile& tile) {
         const F32x score = load_as<F32x>(panel + v * kLanes) - largest;
         const F32x e =
             sizeof(typename Storage::Element) == 4 && Scores::kExact ? exp_of(score) : coarse_exp(score);
-        const F32x share = Scores::share(masked ? F32x{} : e);
+        const F32x share = masked ? F32x{} : e;
         sum += share;
-        Scores::template store<Operand>(in_a_panel<Operand>(shares, rows, key + v * kLanes), share);
+        Scores::template store<Operand>(in_a_panel<Operand>(shares, rows, key + v * kLanes),
+                                        Scores::share(share));
       }
     }
-    const float total = sum_of(sum);
+    const float total = sum_of(sum) * Scores::kOne;
     tile.inverse_sums[row] = total == 0.0F ? 0.0F : 1.0F / total;
   }
 }

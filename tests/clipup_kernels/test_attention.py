@@ -1,5 +1,7 @@
 """Self-attention against softmax attention in float64, exact and in int8."""
 
+import math
+
 import pytest
 import torch
 from moe_cases import DTYPES, TOLERANCE, randn, usual
@@ -66,6 +68,17 @@ def test_what_all_tokens_share_costs_int8_attention_no_accuracy(part):
     shifted = qkv + common.flatten()
     error = ck.self_attention(shifted, heads, quantize="int8").double() - exact(shifted, heads, None)
     assert error.norm() < 0.03 * exact(qkv, heads, None).norm()
+
+
+def test_small_shares_beside_a_large_one_count_in_int8_attention():
+    """Trained vision towers have tokens that take most of the attention. Each share of the rest then rounds to zero."""
+    length, d, share = 577, 64, 0.7
+    queries, keys, values = torch.zeros(length, d), torch.zeros(length, d), randn(length, d, seed=1)
+    queries[:, 0], values[0] = d**0.5, 0.0
+    keys[0, 0] = math.log(share / (1 - share) * (length - 1))
+    values[1:] += randn(d, seed=2)
+    qkv = torch.cat([queries, keys, values], -1)[None]
+    assert error_of(ck.self_attention(qkv, 1, quantize="int8"), exact(qkv, 1, None)) < 0.03
 
 
 @pytest.mark.skipif(extension.NATIVE is None, reason="the compiled kernels promise it")
