@@ -177,3 +177,10 @@ def refuse_dropout(name: str, module: nn.Module) -> None:
             f"cannot read an MLP with {name}={module} after its projections: experts have no dropout there; "
             "create the model with a drop rate of 0"
         )
+
+
+class FirstLinear:
+    """``mlp.c_fc``, from whose ``weight.dtype`` open_clip's blocks read a tower's type; torch.compile traces it."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight

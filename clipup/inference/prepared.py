@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, unpack_weight
 
-from ..dense.dense_mlp import DenseMLP, is_changed
+from ..dense.dense_mlp import DenseMLP, FirstLinear, is_changed
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 
@@ -81,8 +80,7 @@ class Prepared(nn.Module):
     in_weight = property(lambda self: self.packed("in_weight"))
     out_weight = property(lambda self: self.packed("out_weight"))
     gate_weight = property(lambda self: self.packed("gate_weight"))
-    c_fc = property(lambda self: SimpleNamespace(weight=self.in_weight))
-    """From ``block.mlp.c_fc.weight.dtype`` open_clip's blocks read the type of the tower."""
+    c_fc = property(lambda self: FirstLinear(self.in_weight))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .. import checks
-from ..dense.dense_mlp import DenseMLP
+from ..dense.dense_mlp import DenseMLP, FirstLinear
 from ..dense.expert_init import experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
@@ -159,8 +158,7 @@ class SparseMoE(Experts):
         layer.train(mlp.training if isinstance(mlp, nn.Module) else True)
         return layer
 
-    c_fc = property(lambda self: SimpleNamespace(weight=self.in_weight))
-    """From ``block.mlp.c_fc.weight.dtype`` open_clip's blocks read the type of the tower."""
+    c_fc = property(lambda self: FirstLinear(self.in_weight))
 
     @property
     def config(self) -> MoEConfig:

@@ -161,14 +161,15 @@ def test_a_pickle_is_computed_on_every_cpu(machine):
 
 @with_weights
 def test_a_model_is_compiled_and_exported(weights):
-    visual = clipup.accelerate(upcycled(), weights=weights).visual
-    images, more = (random_inputs(tiny_clip(), count)[0] for count in (3, 5))
+    model = clipup.accelerate(upcycled(), weights=weights)
+    visual, both = model.visual, random_inputs(model, 3)
+    images, more = both[0], random_inputs(model, 5)[0]
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(visual, (images,), dynamic_shapes=({0: batch},)).module()
-    compiled = torch.compile(visual, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(exported(more), visual(more))
-        assert torch.equal(compiled(images), visual(images))
+        assert all(map(torch.equal, compiled(*both), model(*both)))
 
 
 def test_a_model_is_cast_before_it_is_prepared():
