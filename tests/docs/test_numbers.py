@@ -30,18 +30,26 @@ def ratio(value: str) -> str:
     return f"{float(value):.2f}" if float(value) < 10 else f"{float(value):.1f}"
 
 
-def test_the_rates_and_ratios_of_the_readme_are_those_of_the_csv():
+def test_costs_and_speeds_of_the_readme_are_those_of_the_csv_files():
     condition = {"dtype": "bf16", "pass": "fwd", "batch_size": "16", "caption_words": "12", "threads": "2"}
-    for model, parameters, gflops, rate, relative in rows(README, "pairs per second"):
-        kind, name, accelerated = re.fullmatch(r"(dense|CLIP-UP) (\S+?)(, accelerated)?", model).groups()
-        name += " CLIP-UP" * (kind == "CLIP-UP") + " accelerated" * bool(accelerated)
-        (row,) = measured(MODELS, model=name, device="AMD EPYC", **condition)
-        active = f" ({row['active_params_m']} M)" if row["active_params_m"] != row["params_m"] else ""
-        shown = [f"{row['params_m']} M{active}", f"{float(row['gflops_per_pair']):.1f}", row["pairs_per_s"]]
-        assert [parameters, gflops, rate, relative] == [*shown, ratio(row["speed_to_l14"])]
-        if model == "CLIP-UP ViT-B-16, accelerated":
-            head = " ".join(README.read_text("utf-8").partition("**Proven:**")[0].split())
-            assert re.findall(r"(\d+\.\d) times as many image-text pairs", head) == [f"{float(relative):.1f}"]
+    files = (MODELS, "clip_throughput_int8_cpu.csv")
+    found = {row["model"]: row for file in files for row in measured(file, device="AMD EPYC", **condition)}
+    names = {"dense B/16": "ViT-B-16", "CLIP-UP B/16": "ViT-B-16 CLIP-UP", "dense L/14": "ViT-L-14"}
+    shown = rows(README, "parameters (active)")
+    assert [row[0] for row in shown] == list(names)
+    for model, parameters, gflops, speeds in shown:
+        plain, *others = (found.get(f"{names[model]}{form}") for form in ("", " accelerated", " int8"))
+        active = f" ({plain['active_params_m']} M)" if plain["active_params_m"] != plain["params_m"] else ""
+        assert [parameters, gflops] == [f"{plain['params_m']} M{active}", f"{float(plain['gflops_per_pair']):.1f}"]
+        assert speeds == " / ".join(ratio(row["speed_to_b16"]) for row in (plain, *others) if row), model
+
+    text = " ".join(README.read_text("utf-8").split())
+    dense, sparse, large = (found[name] for name in names.values())
+    costs = [float(row["gflops_per_pair"]) for row in (dense, sparse, large)]
+    assert f"{float(sparse['params_m']) / float(dense['params_m']):.1f} times the parameters" in text
+    assert f"{costs[1] / costs[0]:.1f} times the arithmetic" in text
+    assert f"{100 * costs[1] / costs[2]:.0f} % of its arithmetic" in text
+    assert f"plain dense B/16 ({dense['pairs_per_s']} per second)" in text
 
 
 def test_what_the_trainer_costs_is_what_was_measured():
@@ -175,7 +183,7 @@ def test_the_verdict_on_the_first_page_is_that_of_the_studys_logs():
 
 def test_the_readme_quotes_the_studys_verdict():
     """That from the converged start, at equal FLOPs and at equal steps."""
-    (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Tested:**"))
+    (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Does it pay?**"))
     paragraph = " ".join(paragraph.split())
     found = {what: rest for start, what, steps, *rest in leads() if (start, steps) == ("30,000", "5,000")}
     flops, steps = (found[f"the same {what}"] for what in ("FLOPs", "steps"))
