@@ -60,7 +60,7 @@ def test_the_figure_of_the_kernels_is_what_its_program_draws():
 
 def test_the_picture_of_the_readme_shows_each_drawing_each_layers_maps_and_the_recall(tmp_path):
     dense, _, _ = clipup.create_model_and_transforms(str(START))
-    clipup.save_pretrained(clipup.upcycle(dense), tmp_path / "clip_up" / "model")
+    clipup.save_pretrained(clipup.upcycle(dense), tmp_path / "clip_up" / "model", clipup.get_model_config(str(START)))
     arm = {"steps": 400, "seconds": 55.0, "text_to_image_R@1": 0.5833}
     report = {"clip_up": arm, "dense_continued": arm, "chance_R@1": 0.001}
     report |= {"data": {"test_images": 1007}, "machine": {"threads": 2}}
