@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -73,7 +74,9 @@ def figure(demo: Path) -> str:
     sparse, _, preprocess = clipup.create_model_and_transforms(str(demo / "clip_up" / "model"))
     drawings = [draw(shapes) for shapes in DRAWINGS.values()]
     seen = inspect_experts(sparse, drawings, preprocess=preprocess)
-    rows = [("Drawing", [svg.element("image", href=data_uri(one), width=SIDE, height=SIDE) for one in drawings])]
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("Drawing", [svg.element("image", href=data_uri(one), width=SIDE, height=SIDE) for one in drawings])
+    ]
     for name, layer in seen.of_tower("image").items():
         maps = [routing_map(*pair, width=SIDE) for pair in zip(drawings, layer.maps(), strict=True)]
         rows.append((f"{seen.title(name)}: the expert of each patch", maps))
@@ -94,7 +97,7 @@ def result(report: dict) -> tuple[str, str]:
     )
 
 
-def _row(label: str, cells: list[str], top: int) -> str:
+def _row(label: str, cells: Sequence[str], top: int) -> str:
     """Cells side by side under a label."""
     moved = [svg.element("g", cell, transform=f"translate({n * (SIDE + GAP)} {LINE})") for n, cell in enumerate(cells)]
     return svg.element("g", _text(label, 0), *moved, transform=f"translate(0 {top})")
