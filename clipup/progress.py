@@ -100,18 +100,17 @@ class Progress:
     def _line(self) -> None:
         self._last_printed = self.done
         count = f"{self.done}" if self.total is None else f"{self.done} of {self.total}"
-        parts = [f"{self.description}: {count} {self.unit}", self._detail, self._speed()]
-        self.write(", ".join(filter(None, parts)))
+        self.write(", ".join([f"{self.description}: {count} {self.unit}", *self._speed()]))
 
-    def _speed(self) -> str:
-        """The average speed so far, and the remaining time at this speed."""
+    def _speed(self) -> Iterator[str]:
+        """The detail, or the average speed so far, and the remaining time at this speed."""
         done, seconds = self.done - self._done_at_start, time.monotonic() - self._start
-        if done == 0 or seconds == 0:
-            return ""
-        speed = f"{done / seconds:.3g} {self.unit}/s"
-        if self.total is None or self.done >= self.total:
-            return speed
-        return f"{speed}, {tqdm.format_interval(seconds / done * (self.total - self.done))} left"
+        if self._detail:
+            yield self._detail
+        elif done and seconds:
+            yield f"{done / seconds:.3g} {self.unit}/s"
+        if done and self.total is not None and self.done < self.total:
+            yield f"{tqdm.format_interval(seconds / done * (self.total - self.done))} left"
 
     def __enter__(self) -> Progress:
         return self

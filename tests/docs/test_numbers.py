@@ -118,7 +118,10 @@ def test_int8_times_and_accuracies_are_those_of_the_csv_files():
         for row in models
     ]
     assert rows(PERFORMANCE, "pairs per second") == [
-        [*(row[column] for column in ("model", "images_per_s", "texts_per_s", "pairs_per_s")), ratio(row["speed_to_b16"])]
+        [
+            *(row[column] for column in ("model", "images_per_s", "texts_per_s", "pairs_per_s")),
+            ratio(row["speed_to_b16"]),
+        ]
         for row in measured("clip_throughput_engines_xeon.csv")
     ]
     assert rows(PERFORMANCE, "text_to_image_R@1 %") == [
