@@ -100,9 +100,9 @@ class Progress:
     def _line(self) -> None:
         self._last_printed = self.done
         count = f"{self.done}" if self.total is None else f"{self.done} of {self.total}"
-        self.write(", ".join([f"{self.description}: {count} {self.unit}", *self._speed()]))
+        self.write(", ".join([f"{self.description}: {count} {self.unit}", *self._details()]))
 
-    def _speed(self) -> Iterator[str]:
+    def _details(self) -> Iterator[str]:
         """The detail, or the average speed so far, and the remaining time at this speed."""
         done, seconds = self.done - self._done_at_start, time.monotonic() - self._start
         if self._detail:

@@ -122,7 +122,7 @@ SELF_ATTENTION_BLOCKS = frozenset(
 
 
 def prepared_attention(attention: nn.Module, quantize: str | None) -> PreparedAttention:
-    """The prepared layer instead of a module of ``ATTENTION_MODULES`` for which ``can_be_prepared`` holds."""
+    """The prepared layer for a module of ``ATTENTION_MODULES`` for which ``can_be_prepared`` holds."""
     of_torch = isinstance(attention, nn.MultiheadAttention)
     return (PreparedAttention if of_torch else PreparedOpenClipAttention)(attention, quantize)
 

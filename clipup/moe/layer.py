@@ -1,4 +1,4 @@
-"""``SparseMoE``: a Mixture-of-Experts MLP instead of a dense one. It holds parameters and options and calls ops.
+"""``SparseMoE``: a Mixture-of-Experts MLP that replaces a dense one. It holds parameters and options and calls ops.
 
 Axis legend, used in every shape: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices per
 token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as in ``nn.Linear``: ``[E, out, in]``.

@@ -65,29 +65,23 @@ void attention_shares(const AttentionTile& tile) {
     Word* const shares = tile.shares + row * kLineWords;
     const float* const mask = from(tile.mask, row * tile.mask_stride);
     F32x most = lowest, unordered{};
-    const auto scaled = [&](std::int64_t key, float* place, auto&& absent) {
-      F32x score = scores.at(place, row, key, tile.scale);
-      if (mask != nullptr) score += load_some<Float32>(mask + key, keys - key);
-      score = absent(score);
-      store_as(place, score);
-      most = score > most ? score : most;
-      unordered = score == score ? unordered : score;
-    };
-    std::int64_t key = 0;
     float* panel = of_row;
-    for (; key + kPanel <= keys; key += kPanel, panel += rows * kPanel) {
-      for (int v = 0; v < 2; ++v)
-        scaled(key + v * kLanes, panel + v * kLanes, [](F32x score) { return score; });
-    }
-    for (int v = 0; key < end; ++v, key += kLanes) {
-      const auto left = static_cast<std::uint32_t>(key < keys ? keys - key : 0);
-      scaled(key, panel + v * kLanes, [&](F32x score) { return lane < left ? score : lowest; });
+    for (std::int64_t first = 0; first < end; first += kPanel, panel += rows * kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        const std::int64_t key = first + v * kLanes, left = keys - key;
+        F32x score = scores.at(panel + v * kLanes, row, key, tile.scale);
+        if (mask != nullptr) score += load_some<Float32>(mask + key, left);
+        if (left < kLanes) score = lane < static_cast<std::uint32_t>(left < 0 ? 0 : left) ? score : lowest;
+        store_as(panel + v * kLanes, score);
+        most = score > most ? score : most;
+        unordered = score == score ? unordered : score;
+      }
     }
     const float largest = largest_of(most);
     const bool masked = largest == -__builtin_inff();
     F32x sum = unordered;
     panel = of_row;
-    for (key = 0; key < end; key += kPanel, panel += rows * kPanel) {
+    for (std::int64_t key = 0; key < end; key += kPanel, panel += rows * kPanel) {
       for (int v = 0; v < 2; ++v) {
         const F32x score = load_as<F32x>(panel + v * kLanes) - largest;
         const F32x e =

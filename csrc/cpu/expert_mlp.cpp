@@ -32,18 +32,16 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t used = routing.offsets[E];
   const DType operands = operand_type(experts);
   const bool int8 = operands == kInt8Words;
-  const Int8Waves few = int8_waves(used, ks);
-  const bool alone = int8 && few.alone;
-  const std::vector<Wave> waves = make_waves(routing.offsets, E, int8 ? few.rows : kWaveRows, ks, typed);
-  const std::int64_t most_rows = largest(waves).rows, rooms = alone ? thread_count() : 1;
+  const ForwardWaves waves(routing.offsets, E, int8, ks, typed);
+  const std::int64_t wave_rows = waves.rows_in_memory();
   const std::int64_t hidden = round_up(H, ks.panel);
   const std::int64_t x_words = a_row_words(D, ks.of(operands));
   const std::int64_t a_words = a_row_words(hidden, typed);
   const std::int64_t int8_words = a_row_words(hidden, ks.int8);
-  const Buffer<Word> x_rooms(rooms * most_rows * x_words);
-  const Buffer<Word> hidden_rooms(rooms * most_rows * a_words);
-  const Buffer<Word> int8_rooms(int8 ? rooms * most_rows * int8_words : 0);  // the hidden ones, quantized
-  const Buffer<float> scale_rooms(int8 ? rooms * most_rows : 0);
+  const Buffer<Word> all_x(wave_rows * x_words);
+  const Buffer<Word> all_hidden(wave_rows * a_words);
+  const Buffer<Word> all_int8(int8 ? wave_rows * int8_words : 0);  // the same, quantized
+  const Buffer<float> all_scales(int8 ? wave_rows : 0);
   const Int8Scales in_scales(int8 ? experts.packed_in : nullptr, E, H, D);
   const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
   const Int8Scales out_scales(int8 ? experts.packed_out : nullptr, E, D, H);
@@ -52,12 +50,11 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const Buffer<float> out_rows(identity ? 0 : used * D);
   const Workspace workspace(ks, gated ? 2 : 1);
 
-  for_waves(waves, alone, [&](const Wave& wave, Team team) {
-    const std::int64_t room = std::max<std::int64_t>(team.alone, 0) * most_rows;
-    Word* const x_a_panels = x_rooms.get() + room * x_words;
-    Word* const hidden_a_panels = hidden_rooms.get() + room * a_words;
-    Word* const int8_a_panels = int8_rooms.get() + room * int8_words;
-    float* const scales = scale_rooms.get() + room;
+  waves.each([&](const Wave& wave, Team team, std::int64_t row) {
+    Word* const x_a_panels = all_x.get() + row * x_words;
+    Word* const hidden_a_panels = all_hidden.get() + row * a_words;
+    Word* const int8_a_panels = all_int8.get() + row * int8_words;
+    float* const scales = all_scales.get() + row;
     for_row_tiles(
         wave, ks,
         [&](const RowTile& tile) {

@@ -27,7 +27,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
     }
     return blocks;
   };
-  const std::int64_t wanted = team.size() == 1 ? 1 : kBlocksPerThread * team.size();
+  const std::int64_t wanted = kBlocksPerThread * team.size();
   while (count() < wanted && most_panels > 1) most_panels /= 2;
   while (count() < wanted && most_rows > 4 * row_unit) most_rows = round_up(most_rows / 2, row_unit);
 
@@ -93,12 +93,18 @@ std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_column
   return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0, {});
 }
 
-Int8Waves int8_waves(std::int64_t rows, const Kernels& kernels) {
-  constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7;
-  const std::int64_t fewest = kFewestTiles * kernels.tile_rows, threads = thread_count();
-  const std::int64_t wanted = round_up(ceil_div(rows, kWavesPerThread * threads), kernels.tile_rows);
-  const bool alone = rows >= 2 * threads * fewest;
-  return {alone ? std::min(std::max(wanted, fewest), kBlockRows) : kBlockRows, alone};
+ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Kernels& kernels,
+                           const TypedKernels& typed) {
+  constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7, kInt8WaveRows = 504;
+  const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * kernels.tile_rows;
+  alone_ = int8 && rows >= 2 * threads * fewest;
+  std::int64_t most_rows = int8 ? kInt8WaveRows : kWaveRows;
+  if (alone_) {
+    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), kernels.tile_rows);
+    most_rows = std::min(std::max(share, fewest), most_rows);
+  }
+  waves_ = make_waves(offsets, E, most_rows, kernels, typed);
+  most_rows_ = largest(waves_).rows;
 }
 
 std::int64_t sum_block(std::int64_t words) {

@@ -106,24 +106,33 @@ struct Workspace {
 constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
 
-// The waves of int8 products. These are so fast that operands have to stay near the core: a wave has few rows, and with
-// enough of them every thread computes waves of its own, from the first product to the last, and waits for no other.
-struct Int8Waves {
-  std::int64_t rows;  // of a wave, at most
-  bool alone;
-};
-Int8Waves int8_waves(std::int64_t rows, const Kernels& kernels);
+// The waves of a forward pass. Int8 products are so fast that their operands have to stay near the core: a wave has few
+// rows, and with enough of them every thread computes waves of its own, from the first product to the last, and waits for
+// no other.
+class ForwardWaves {
+ public:
+  ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Kernels& kernels,
+               const TypedKernels& typed);
 
-// Calls body(wave, team) for every wave.
-template <class Body>
-void for_waves(const std::vector<Wave>& waves, bool alone, const Body& body) {
-  if (!alone) {
-    for (const Wave& wave : waves) body(wave, Team{});
-    return;
+  // Rows of all waves that are in memory at the same time.
+  std::int64_t rows_in_memory() const { return (alone_ ? thread_count() : 1) * most_rows_; }
+  // Calls body(wave, team, row) for every wave; `row`: its first one in memory.
+  template <class Body>
+  void each(const Body& body) const {
+    if (!alone_) {
+      for (const Wave& wave : waves_) body(wave, Team{}, std::int64_t{0});
+      return;
+    }
+    parallel_tasks(static_cast<std::int64_t>(waves_.size()), [&](std::int64_t i, std::int64_t thread) {
+      body(waves_[i], Team{thread}, thread * most_rows_);
+    });
   }
-  parallel_tasks(static_cast<std::int64_t>(waves.size()),
-                 [&](std::int64_t i, std::int64_t thread) { body(waves[i], Team{thread}); });
-}
+
+ private:
+  std::vector<Wave> waves_;
+  std::int64_t most_rows_;
+  bool alone_;
+};
 
 // Words of a row of k elements in A panels; one cache line if k is 0, so that rows have an address.
 inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {

@@ -37,19 +37,15 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
   const TypedKernels& typed = ks.of(dtype);
   const DType operands = operand_type(dtype, packed_type);
   const bool int8 = operands == kInt8Words;
-  const Int8Waves few = int8_waves(offsets[E], ks);
-  const bool alone = int8 && few.alone;
-  const std::vector<Wave> waves = make_waves(offsets, E, int8 ? few.rows : kWaveRows, ks, typed);
+  const ForwardWaves waves(offsets, E, int8, ks, typed);
   const std::int64_t words = a_row_words(k, ks.of(operands));
-  const std::int64_t most_rows = largest(waves).rows, rooms = alone ? thread_count() : 1;
-  const Buffer<Word> panel_rooms(rooms * most_rows * words);
-  const Buffer<float> scale_rooms(int8 ? rooms * most_rows : 0);
+  const Buffer<Word> all_panels(waves.rows_in_memory() * words);
+  const Buffer<float> all_scales(int8 ? waves.rows_in_memory() : 0);
   const Int8Scales scales(int8 ? packed : nullptr, E, n, k);
   const Workspace workspace(ks, 1);
-  for_waves(waves, alone, [&](const Wave& wave, Team team) {
-    const std::int64_t room = std::max<std::int64_t>(team.alone, 0) * most_rows;
-    Word* const a_panels = panel_rooms.get() + room * words;
-    float* const row_scales = scale_rooms.get() + room;
+  waves.each([&](const Wave& wave, Team team, std::int64_t first_row) {
+    Word* const a_panels = all_panels.get() + first_row * words;
+    float* const row_scales = all_scales.get() + first_row;
     for_row_tiles(
         wave, ks,
         [&](const RowTile& tile) {

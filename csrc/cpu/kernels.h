@@ -101,8 +101,7 @@ struct AttentionTile {
   float* scores;        // [panels][rows, panel], overwritten
   Int8Scaling scaling;  // of int8 products: `columns` and `sums` of all keys
   Word* shares;         // written: an A panel of exp(score - the row's largest); keys past the last one are 0
-  float*
-      inverse_sums;  // [rows] written: 1 / the sum of the exact shares; 0 for a row whose keys are all masked
+  float* inverse_sums;  // [rows] written: 1 / the sum of the exact shares; 0 where all keys are masked
 };
 
 // Keys or values of one head, quantized: each vector of the right operand minus its mean, over its scale.

@@ -99,7 +99,7 @@ struct Attention {
           const double value = at(b, l, 2, h, i) - value_mean[i];
           const double share = shares[l] / total;
           sum.add(share, value);
-          error += (share * factor + level / total * (1.0 + L * share)) * (std::abs(value) + value_step[i]);
+          error += (share * factor + level / total) * (std::abs(value) + value_step[i]);
           all += share;
         }
         const std::int64_t index = ((b * L + row) * shape.heads + h) * d + i;

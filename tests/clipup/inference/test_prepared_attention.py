@@ -143,10 +143,8 @@ def test_only_convolutions_of_patches_side_by_side_are_prepared():
 @with_weights
 def test_under_a_causal_mask_a_token_does_not_depend_on_later_ones(weights):
     """To the bit, so that a text has the same features beside longer ones."""
-    prepared, x = (
-        PreparedAttention(nn.MultiheadAttention(64, 4, batch_first=True).eval(), weights),
-        torch.randn(2, 7, 64),
-    )
+    prepared = PreparedAttention(nn.MultiheadAttention(64, 4, batch_first=True).eval(), weights)
+    x = torch.randn(2, 7, 64)
     changed = torch.cat((x[:, :4], 9 * torch.randn(2, 3, 64)), dim=1)
     with torch.inference_mode():
         one, other = (prepared(each, each, each, need_weights=False, attn_mask=ADDITIVE)[0] for each in (x, changed))
