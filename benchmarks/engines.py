@@ -27,6 +27,7 @@ class Tower(nn.Module):
     def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method
+        self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
         return getattr(self.model, self.method)(inputs)

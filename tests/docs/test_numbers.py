@@ -102,6 +102,17 @@ def test_times_of_whole_models_are_those_of_the_csv_file():
         assert cells == [ratio(row["speed_to_b16"]), ratio(row["speed_to_l14"])], model
 
 
+PER_SECOND = ("images_per_s", "texts_per_s")
+
+
+def of_batch(batch: str, model: str, column: str) -> str:
+    """The time of a form of B/16 over that of OpenVINO's int8 on the dense model."""
+    models = (f"ViT-B-16 {model}", "ViT-B-16 openvino-int8")
+    found = [measured("clip_throughput_batches_xeon.csv", batch_size=batch, model=one) for one in models]
+    ours, theirs = (float(row[column]) for (row,) in found)
+    return f"{theirs / ours:.2f}"
+
+
 def test_int8_times_and_accuracies_are_those_of_the_csv_files():
     impls = ("clipup_prepared", "clipup_int8", "dense_k_int8", "dense_k_torch_int8")
     for case, *cells in rows(PERFORMANCE, "sparse, int8"):
@@ -124,6 +135,13 @@ def test_int8_times_and_accuracies_are_those_of_the_csv_files():
         ]
         for row in measured("clip_throughput_engines_xeon.csv")
     ]
+    over_openvino = [
+        [batch, *(of_batch(batch, model, column) for model in ("int8", "CLIP-UP int8") for column in PER_SECOND)]
+        for batch in ("1", "4", "16")
+    ]
+    assert rows(PERFORMANCE, "image, dense int8") == over_openvino
+    of_images = [row[1] for row in over_openvino]
+    assert f"takes {min(of_images)} to {max(of_images)} of the time of OpenVINO's" in README.read_text("utf-8")
     assert rows(PERFORMANCE, "text_to_image_R@1 %") == [
         [
             *(row["model"].split("/")[0], "yes" if row["outliers"] == "1" else "no", row["form"]),
