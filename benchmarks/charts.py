@@ -17,7 +17,7 @@ Row = dict[str, str]
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "clipup",  # the same chart has the same bytes
+    "svg.hashsalt": "clipup",  # the same chart has the same names of parts
     "text.parse_math": False,  # a dollar sign is a dollar sign
     "text.color": "#1c2128",
     "axes.labelcolor": "#1c2128",
@@ -55,7 +55,7 @@ def log_ticks(axis: Axis, ticks: Sequence[float]) -> None:
 
 
 def main(description: str, chart: Callable[[list[Row]], Figure], argv: list[str] | None) -> int:
-    """The program: writes the chart of the rows of all files as SVG, the same bytes for the same rows."""
+    """The program: writes the chart of the rows of all files as SVG, the same chart for the same rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", nargs="+", type=Path, help="files written with --csv")
     parser.add_argument("--out", required=True, type=Path, help="SVG file to write")

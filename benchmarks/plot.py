@@ -1,6 +1,6 @@
 """A chart of ratio_to_dense_k from the CSV files of moe_forward.py and moe_training.py.
 
-    python benchmarks/plot.py benchmarks/results/moe_*_cpu.csv --out benchmarks/results/moe_cpu.svg
+    python benchmarks/plot.py benchmarks/results/moe_{forward,training}_cpu.csv --out benchmarks/results/moe_cpu.svg
 
 One row for each case, one panel for each dtype, one marker for each implementation.
 """

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,6 @@ from pathlib import Path
 import pytest
 from benchmark_layouts import picture
 from documents import PAGES, ROOT, blocks, broken_links, name
-
-import clipup
-from clipup.demo.options import START
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -51,24 +47,6 @@ def test_the_manual_builds_without_a_warning(tmp_path):
     pytest.importorskip("furo")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees")]
     subprocess.run([*command, str(ROOT / "docs"), str(tmp_path / "html")], check=True)
-
-
-def test_the_figure_of_the_kernels_is_what_its_program_draws():
-    program = ROOT / "docs" / "figures" / "expert_mlp.py"
-    assert program.with_suffix(".svg").read_text("utf-8") == runpy.run_path(str(program))["figure"]()
-
-
-def test_the_picture_of_the_readme_shows_each_drawing_each_layers_maps_and_the_recall(tmp_path):
-    dense, _, _ = clipup.create_model_and_transforms(str(START))
-    clipup.save_pretrained(clipup.upcycle(dense), tmp_path / "clip_up" / "model", clipup.get_model_config(str(START)))
-    arm = {"steps": 400, "seconds": 55.0, "text_to_image_R@1": 0.5833}
-    report = {"clip_up": arm, "dense_continued": arm, "chance_R@1": 0.001}
-    report |= {"data": {"test_images": 1007}, "machine": {"threads": 2}}
-    (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")
-    program = runpy.run_path(str(ROOT / "docs" / "figures" / "expert_maps.py"))
-    drawn, layers = program["figure"](tmp_path), 2
-    assert drawn.count("<image ") == len(program["DRAWINGS"]) * (1 + layers)
-    assert "in 55 s" in drawn and "for 58 % of captions" in drawn
 
 
 def test_readme_is_at_most_ninety_lines():

@@ -1,0 +1,53 @@
+"""The committed figures are what their programs draw from the committed numbers."""
+
+import json
+import re
+import runpy
+from importlib.metadata import version
+from pathlib import Path
+
+import plot
+import plot_throughput
+import pytest
+
+import clipup
+from clipup.demo.options import START
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+CLIP = r"p[0-9a-f]{10}\b"  # matplotlib's name of a clip path, made of an address
+
+
+@pytest.mark.parametrize(
+    ("program", "figure", "files"),
+    [
+        (plot, "moe_cpu.svg", ("moe_forward_cpu.csv", "moe_training_cpu.csv")),
+        (plot_throughput, "clip_throughput_cpu.svg", ("clip_throughput_cpu.csv",)),
+    ],
+)
+def test_charts_of_the_benchmarks_are_those_of_the_csv_files(program, figure, files, tmp_path):
+    committed = (RESULTS / figure).read_text("utf-8")
+    (made_by,) = re.findall(r"Matplotlib v([\d.]+)", committed)
+    if made_by != version("matplotlib"):
+        pytest.skip(f"drawn by matplotlib {made_by}; others place texts elsewhere")
+    assert program.main([*(str(RESULTS / file) for file in files), "--out", str(tmp_path / figure)]) == 0
+    drawn = (tmp_path / figure).read_text("utf-8")
+    assert re.sub(CLIP, "", drawn) == re.sub(CLIP, "", committed)
+
+
+def test_the_figure_of_the_kernels_is_what_its_program_draws():
+    program = ROOT / "docs" / "figures" / "expert_mlp.py"
+    assert program.with_suffix(".svg").read_text("utf-8") == runpy.run_path(str(program))["figure"]()
+
+
+def test_the_picture_of_the_readme_shows_each_drawing_each_layers_maps_and_the_recall(tmp_path):
+    dense, _, _ = clipup.create_model_and_transforms(str(START))
+    clipup.save_pretrained(clipup.upcycle(dense), tmp_path / "clip_up" / "model", clipup.get_model_config(str(START)))
+    arm = {"steps": 400, "seconds": 55.0, "text_to_image_R@1": 0.5833}
+    report = {"clip_up": arm, "dense_continued": arm, "chance_R@1": 0.001}
+    report |= {"data": {"test_images": 1007}, "machine": {"threads": 2}}
+    (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")
+    program = runpy.run_path(str(ROOT / "docs" / "figures" / "expert_maps.py"))
+    drawn, layers = program["figure"](tmp_path), 2
+    assert drawn.count("<image ") == len(program["DRAWINGS"]) * (1 + layers)
+    assert "in 55 s" in drawn and "for 58 % of captions" in drawn
