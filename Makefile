@@ -1,5 +1,5 @@
 # make install | demo | test | test-all | test-faults | test-open-clip | bench | study | study-runs | study-converged |
-#      study-scenes | study-gpu | notebooks | docs | lint | build | clean
+#      study-scenes | study-gpu | models | notebooks | docs | lint | build | clean
 #
 # Everything runs in .venv, which is created if it is missing. Stamp files in it record the installed extras; they expire when
 # the packaging or the native code changes.
@@ -14,7 +14,7 @@
 # FAULT_ARGS   options for tests/fault_injection/inject.py (none)
 # ICONS        the study's data set, built by `python -m studies icons` (runs/icons/data)
 # STUDY_RUNS   checkpoints of the study's runs (runs/icons/runs)
-# ICONIFY      the unpacked npm package @iconify/json, for study-converged, study-scenes, study-gpu, demo-start (package)
+# ICONIFY      the unpacked npm package @iconify/json, for study-converged, study-scenes, study-gpu, models, demo-start (package)
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -39,7 +39,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-scenes study-gpu demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-scenes study-gpu models demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -166,6 +166,24 @@ study-gpu: $(call installed,all)
 	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
 	$(BIN)/python -m studies run studies/icons-w384/*.yaml --device cuda --data $(W384)/data --runs $(W384)/runs
 	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
+
+# The study's CLIP-UP that is best on validation, and the dense model that it starts from, as directories for others to take: with
+# their results, also in int8 (int8.json), in the model cards, and a page about the experts. Trains them first, in hours.
+MODELS := runs/models
+DENSE_MODEL := dense-30000-lr0.002-s6
+SPARSE_MODEL := clip_up-5000-lr0.004-from30000-s6
+evaluate = $(BIN)/clipup eval $(MODELS)/$$run --val-data '$(CONVERGED)/data/test_names-*.tar' --multi-positive
+models: $(call installed,all)
+	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run \
+	  studies/converged/$(DENSE_MODEL).yaml studies/converged/$(SPARSE_MODEL).yaml \
+	  --data $(CONVERGED)/data --runs $(MODELS)/runs --logs $(MODELS)/logs
+	for run in $(DENSE_MODEL) $(SPARSE_MODEL); do \
+	  rm -rf $(MODELS)/$$run && cp -r $(MODELS)/runs/$$run/model $(MODELS)/$$run && cp $(CONVERGED)/data/LICENSES.md $(MODELS)/$$run && \
+	  $(evaluate) --card && $(evaluate) --int8 --precision bf16 --device cpu --out $(MODELS)/$$run/int8.json || exit 1; \
+	done
+	$(BIN)/clipup inspect $(MODELS)/$(SPARSE_MODEL) --dense $(MODELS)/$(DENSE_MODEL) \
+	  --images '$(CONVERGED)/data/test_names-*.tar' --out $(MODELS)/$(SPARSE_MODEL)/experts.html
 
 # The dense model that the demonstration starts from, trained on icons of the npm package in ICONIFY; half an hour.
 START := runs/start

@@ -41,7 +41,8 @@ MODELS = (
     BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}", *(f"ViT-B-16 {engine}" for engine in ENGINES),
     "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}", f"ViT-B-16 CLIP-UP {INT8}",
     "ViT-B-32", f"ViT-B-32 {ACCELERATED}", f"ViT-B-32 {INT8}", "ViT-B-32 openvino", "ViT-B-32 openvino-int8",
-    "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
+    "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}",
+    LARGE, f"{LARGE} {ACCELERATED}", f"{LARGE} {INT8}",
 )  # fmt: skip
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
 UNTIMED = 3  # calls of the check and of `alternate`, before the timed ones

@@ -62,13 +62,13 @@ def test_its_code_upcycles_looks_and_evaluates(notebook, tmp_path, monkeypatch, 
     monkeypatch.setattr(build, "build", few)
     sources = list(map(source_of, code_cells(notebook)))
     (place,) = (i for i, source in enumerate(sources) if source.startswith("DATA = "))
-    sources[place] = f"DATA = Path({str(tmp_path / 'data')!r})\nDENSE_STEPS, MORE_STEPS, BATCH_SIZE = 5, 20, 32"
+    sources[place] = f"DATA = Path({str(tmp_path / 'data')!r})\nSTEPS, BATCH_SIZE = 20, 32"
     values = {}
     shown = [run(source, values) for source in sources]
     figures = [figure._repr_html_() for figure in shown if hasattr(figure, "_repr_html_")]
     before, after = (figure for figure in figures if "experts' cosine" in html.unescape(figure))
     assert before.count("1.000") == 16 > after.count("1.000")  # all cosines of equal experts
-    assert len(figures) == 10
+    assert len(figures) == 9
     results = shown[-2]
     assert set(results) == {"dense", "dense continued", "CLIP-UP"}
     assert all(0 <= numbers[f"{way}_R@1"] <= 1 for numbers in results.values() for way in WAYS)
