@@ -41,7 +41,10 @@ def comparison_table(report: Mapping[str, Any]) -> str:
     parts = [
         *(f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report)), ""),
         *("Other splits, R@1 in %", as_text(splits(report)), ""),
-        *(textwrap.fill(sentence, _TEXT_WIDTH) for sentence in (step0(report), found.sentence, *found.notes)),
+        *(
+            textwrap.fill(sentence.translate(_TERMINAL), _TEXT_WIDTH)
+            for sentence in (step0(report), found.sentence, *found.notes)
+        ),
     ]
     return "\n".join(parts).translate(_TERMINAL).encode("ascii", "replace").decode("ascii")
 

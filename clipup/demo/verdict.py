@@ -13,9 +13,9 @@ _COMPARED = ("clip_up", "dense_continued")
 _LEAST_MARGIN = 0.0005  # a fraction; smaller differences are written 0.0 points
 _STANDARD_ERRORS = 2
 """Differences of two rates below this many standard errors are called level."""
-_OTHER = "the dense baseline (continued training)"
+_OTHER = "continued dense training"
 _STANDING = {
-    (0,): f"and {_OTHER} are level within the sampling error",
+    (0,): f"and {_OTHER} are level within sampling error",
     (1,): f"is ahead of {_OTHER}",
     (-1,): f"is behind {_OTHER}",
     (0, 1): f"is ahead of {_OTHER} in one direction and level in the other",
@@ -46,11 +46,11 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         margins.append(max(_LEAST_MARGIN, _STANDARD_ERRORS * math.sqrt(variance)))
         signs.add(0 if abs(clip_up - dense) < margins[-1] else int(math.copysign(1, clip_up - dense)))
         details.append(
-            f"{points(clip_up - dense)} points of R@1 {name} ({percent(clip_up)} against {percent(dense)}\u00a0%)"
+            f"R@1 {name} {percent(clip_up)} against {percent(dense)}\u00a0% ({points(clip_up - dense)} points)"
         )
     times = report["clip_up"]["gflops_per_pair"] / report["dense_continued"]["gflops_per_pair"]
     return Verdict(
-        f"At equal steps and with one seed CLIP-UP {_STANDING[tuple(sorted(signs))]}: {' and '.join(details)}.",
+        f"CLIP-UP {_STANDING[tuple(sorted(signs))]} (equal steps, one seed): {', '.join(details)}.",
         (
             f"No claim of significance is made: with {count(test_images)} test images, differences below "
             f"{100 * max(margins):.1f} points ({_STANDARD_ERRORS} standard errors) are called level, and the "

@@ -23,4 +23,4 @@ def test_a_model_that_came_trained_has_no_curve_of_its_training(inputs):
         del records["dense"]
     page = render_demo(**inputs)
     assert "upcycled</text>" not in page and "A dense CLIP trained on other images" in page
-    assert '<p class="statement" id="verdict">At equal steps' in page
+    assert '<p class="statement" id="verdict">CLIP-UP ' in page

@@ -8,22 +8,22 @@ DENSE_TO_IMAGE, DENSE_TO_TEXT = 0.231, 0.239
 @pytest.mark.parametrize(
     "lead_to_image, lead_to_text, standing",
     [
-        (0.06, 0.05, "is ahead of THEM:"),
-        (-0.06, -0.05, "is behind THEM:"),
-        (0.06, -0.05, "is ahead of THEM in one direction and behind it in the other:"),
-        (-0.06, 0.05, "is ahead of THEM in one direction and behind it in the other:"),
-        (0.0, 0.0, "and THEM are level within the sampling error:"),
-        (-0.03, 0.03, "and THEM are level within the sampling error:"),
-        (0.06, 0.01, "is ahead of THEM in one direction and level in the other:"),
-        (0.0, -0.06, "is behind THEM in one direction and level in the other:"),
+        (0.06, 0.05, "is ahead of THEM ("),
+        (-0.06, -0.05, "is behind THEM ("),
+        (0.06, -0.05, "is ahead of THEM in one direction and behind it in the other ("),
+        (-0.06, 0.05, "is ahead of THEM in one direction and behind it in the other ("),
+        (0.0, 0.0, "and THEM are level within sampling error ("),
+        (-0.03, 0.03, "and THEM are level within sampling error ("),
+        (0.06, 0.01, "is ahead of THEM in one direction and level in the other ("),
+        (0.0, -0.06, "is behind THEM in one direction and level in the other ("),
     ],
 )
 def test_the_verdict_says_which_way_it_fell(make, lead_to_image, lead_to_text, standing):
     found = verdict(make.report(DENSE_TO_IMAGE + lead_to_image, DENSE_TO_TEXT + lead_to_text))
-    assert f"CLIP-UP {standing.replace('THEM', 'the dense baseline (continued training)')}" in found.sentence
+    assert f"CLIP-UP {standing.replace('THEM', 'continued dense training')}" in found.sentence
 
 
-@pytest.mark.parametrize(("test_images", "standing"), [(200, "is ahead of"), (192, "level within the sampling error")])
+@pytest.mark.parametrize(("test_images", "standing"), [(200, "is ahead of"), (192, "level within sampling error")])
 def test_a_lead_counts_from_two_standard_errors_on(make, test_images, standing):
     report = make.report(0.5, DENSE_TO_TEXT)
     report["dense_continued"]["text_to_image_R@1"] = 0.4  # 2 sqrt((.24 + .25) / 196) = 0.1
@@ -33,5 +33,5 @@ def test_a_lead_counts_from_two_standard_errors_on(make, test_images, standing):
 
 def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of(make):
     sentence = verdict(make.report(0.2191, 0.2461)).sentence.replace("\u00a0", " ")
-    assert "−1.2 points of R@1 text → image (21.9 against 23.1 %)" in sentence
-    assert "+0.7 points of R@1 image → text (24.6 against 23.9 %)" in sentence
+    assert "R@1 text → image 21.9 against 23.1 % (−1.2 points)" in sentence
+    assert "R@1 image → text 24.6 against 23.9 % (+0.7 points)" in sentence
