@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -179,8 +179,7 @@ def refuse_dropout(name: str, module: nn.Module) -> None:
         )
 
 
-class FirstLinear:
+class FirstLinear(NamedTuple):
     """``mlp.c_fc``, from whose ``weight.dtype`` open_clip's blocks read a tower's type; torch.compile traces it."""
 
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
+    weight: Any

@@ -95,6 +95,12 @@ class Prepared(nn.Module):
                 f"prepare that: clipup.accelerate(model.to({wanted}))"
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        for plain in vars(self).get("_plain", ()):
+            if name in {*plain._parameters, *plain._modules} - {*self._buffers, *self._modules}:
+                raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> Prepared:
         if mode:
             raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")

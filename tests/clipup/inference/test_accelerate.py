@@ -1,6 +1,7 @@
 """accelerate: prepares sparse layers, dense MLPs and attention for inference, plain or int8, and leaves the rest."""
 
 import copy
+import operator
 import os
 import pickle
 import subprocess
@@ -71,6 +72,17 @@ def test_features_and_state_dict_are_those_of_the_plain_model(kind, sparse, weig
         assert attention or kind == "custom_blocks"  # open_clip 3 has an attention of its own in these
         for name, module in attention.items():
             assert isinstance(fast.get_submodule(name), PreparedAttention) == can_be_prepared(module)
+
+
+@needs_kernels
+@pytest.mark.parametrize("part", ["attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_fc.weight", "mlp.c_proj"])
+def test_a_part_that_a_prepared_layer_does_not_read_cannot_be_set(part):
+    model = tiny_clip()
+    layer, _, name = f"visual.transformer.resblocks.0.{part}".rpartition(".")
+    with pytest.raises(AttributeError, match="cannot be set|can't set"):
+        setattr(
+            operator.attrgetter(layer)(clipup.accelerate(model)), name, operator.attrgetter(f"{layer}.{name}")(model)
+        )
 
 
 @with_weights
