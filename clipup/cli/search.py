@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,6 @@ def main(argv: list[str]) -> int:
         for result in results:
             print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
-        write_text(options.page, results_page(found))
+        write_text(options.page, results_page(index, found, shlex.join(["clipup", "search", *argv])))
         print(f"page: {options.page}")
     return 0

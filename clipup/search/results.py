@@ -16,7 +16,7 @@ from ..extras import needed_for
 from ..inspection.page import template
 from .image_index import ImageIndex
 
-_THUMBNAIL = 240
+_THUMBNAIL = 360
 """Largest side of a picture on the page, in pixels."""
 
 
@@ -48,16 +48,25 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
     ]
 
 
-def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:
-    """One HTML page with the results of each text, pictures included."""
+def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]], command: str) -> str:
+    """One HTML page with the results of each text, pictures included.
+
+    Args:
+        found: every text with its images of ``index``.
+        command: the command line that searches again.
+    """
     sections = [
         {
             "text": text,
-            "results": [{"path": str(r.path), "score": r.score, "picture": _picture(r.path)} for r in results],
+            "results": [
+                {"name": r.path.relative_to(index.images).as_posix(), "score": r.score, "picture": _picture(r.path)}
+                for r in results
+            ],
         }
         for text, results in found
     ]
-    return template("results.html.j2", __package__).render(sections=sections)
+    page = template("results.html.j2", __package__)
+    return page.render(directory=index.images.name, images=len(index.entries), sections=sections, command=command)
 
 
 def _picture(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """clipup index and clipup search: one's own images, found by text; brought up to date, continued, exact."""
 
 import base64
+import html
 import io
 import json
 import os
@@ -147,12 +148,15 @@ def test_the_best_images_are_found_in_order(tmp_path, photos):
     assert len(find(index, index.features[:1], 100)[0]) == 6
 
 
-def test_the_page_shows_pictures_and_escapes_names(tmp_path, photos):
+def test_the_page_has_the_query_the_command_pictures_and_names_below_the_directory_of_images(tmp_path, photos):
     (photos / "<b>.png").write_bytes((photos / "0.png").read_bytes())
     index = updated(tmp_path / "index", photos, Counted())
     found = find(index, index.features[:1], 7)[0]
     (photos / "holiday" / "3.png").unlink()
-    page = results_page([("a <i>red</i> bicycle", found)])
+    page = results_page(index, [("a <i>red</i> bicycle", found)], "clipup search index '<u>'")
+    assert "<title>a &lt;i&gt;red&lt;/i&gt; bicycle – images of photos</title>" in page
+    assert "clipup search index &#39;&lt;u&gt;&#39;</pre>" in page
+    assert "<code>holiday/1.png</code>" in page and str(tmp_path) not in page
     assert page.count("data:image/jpeg;base64,") == 6 and "cannot be read any more" in page
     assert "<i>red</i>" not in page and "<b>.png" not in page and "&lt;b&gt;.png" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
@@ -175,7 +179,7 @@ def test_photos_are_encoded_and_shown_upright(tmp_path):
     Image.new("RGB", (64, 32), "red").save(root / "b.jpg", exif=b"Exif\0\0no header of a TIFF")
     made = updated(tmp_path / "index", root, Counted())
     assert torch.allclose(made.features[0], Counted()(upright[None])[0], atol=0.01) and len(made.entries) == 2
-    page = results_page([("a photo", [Result(root / "a.jpg", 0.5)])])
+    page = results_page(made, [("a photo", [Result(root / "a.jpg", 0.5)])], "clipup search")
     shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
     assert shown.size == (32, 64) and shown.getpixel((16, 4))[0] < 64 < 192 < shown.getpixel((16, 60))[0]
 
@@ -189,6 +193,7 @@ def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys)
     assert main(["search", index, "a red apple", "--count", "3", "--page", str(page), "--device", "cpu"]) == 0
     found = [line.split() for line in capsys.readouterr().out.splitlines() if ".png" in line]
     assert page.read_text().count("<figure>") == 3
+    assert f"clipup search {index} 'a red apple' --count 3" in html.unescape(page.read_text())
     plain, _, preprocess = clipup.create_model_and_transforms(model)
     images = torch.stack([preprocess(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
     with torch.inference_mode():
