@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect", RULES)
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names
-    from .runs import load_for_inference
+    from .runs import load_for_inference, trained_steps
 
     if options.dense is not None:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
@@ -79,10 +79,11 @@ def main(argv: list[str]) -> int:
         if options.dense is None
         else factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]
     )
+    labels: list[str] = []
     skipped: dict[str, str] = {}
     seen = inspect_experts(
         model,
-        progress(_readable(records, skipped), "routing images", "images", total=len(records)),
+        progress(_readable(records, labels, skipped), "routing images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
         tokenizer=tokenizer,
@@ -90,7 +91,8 @@ def main(argv: list[str]) -> int:
         name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
-    write_text(options.out, dataclasses.replace(seen, skipped=skipped).page(options.shown))
+    seen = dataclasses.replace(seen, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
+    write_text(options.out, seen.page(options.shown))
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
     print(f"{len(seen.pictures)} images and {len(seen.captions)} captions{left_out}: {options.out}")
     return 0
@@ -118,8 +120,9 @@ def _captions(options: Options, records: list[Sample]) -> list[str]:
     return read_lines(options.captions, "caption")
 
 
-def _readable(records: list[Sample], skipped: dict[str, str]) -> Iterator[Image]:
-    """The images that can be read; the others go into ``skipped`` with the reason."""
+def _readable(records: list[Sample], labels: list[str], skipped: dict[str, str]) -> Iterator[Image]:
+    """The images that can be read, whose names and captions go into ``labels``; the others go into ``skipped`` with the
+    reason."""
     from ..data.samples import read_image
 
     for record in records:
@@ -128,6 +131,7 @@ def _readable(records: list[Sample], skipped: dict[str, str]) -> Iterator[Image]
         except Exception as error:  # PIL has no common class for what a broken file may raise
             skipped[record.key] = f"{type(error).__name__}: {error}"
             continue
+        labels.append(" · ".join((record.key, *record.captions[:1])))
         yield image
     if records and len(skipped) == len(records):
         raise ValueError(f"images: none of the {len(records)} can be read, such as {_first(skipped)}")

@@ -19,6 +19,7 @@ from ..models.state_dicts import read_weights
 from ..precision import Precision
 from ..train.checkpoints import open_clip_format
 from ..train.checkpoints.run_directory import RunDirectory
+from ..train.log.records import read_records
 
 
 @contextmanager
@@ -50,6 +51,13 @@ def model_of(name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         saving.save_with_tokenizer(model, Path(temporary), model_cfg, tokenizer_files)
         yield f"{model_names.LOCAL_PREFIX}{temporary}"
+
+
+def trained_steps(directory: Path) -> int | None:
+    """Steps of a finished run, from its directory or that of its model; None for any other directory."""
+    run = RunDirectory(directory.parent if directory.name == "model" else directory)
+    records = read_records(run.root / "metrics.jsonl") if (run.model / CONFIG_NAME).is_file() else []
+    return records[-1]["step"] if records else None
 
 
 def load_for_inference(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from clipup_kernels import backend_info
 
 from ..clip.inputs import CheckedTokenizer
-from .expert_similarity import Similarity, in_words, model_similarity
+from .expert_similarity import EQUAL, Similarity, in_words, model_similarity
 from .figures import expert_cards, svg
 from .figures.charts import imbalance
 from .figures.format import MISSING, count
@@ -35,7 +36,7 @@ from .page import layer_title, template
 from .routing_trace import LayerRouting, route_images, route_texts
 from .token_words import Piece, expert_words, pieces
 
-_MAP_WIDTH, _CELL_WITH_NUMBER = 144, 14  # px
+_MAP_WIDTH, _CELL_WITH_NUMBER = 130, 14  # px
 _MAP_MARGIN = 14  # px by which a map may shrink before the row wraps
 _MOST_SKIPPED = 20
 _NARROW = 2  # maps per image that leave room for a second image beside it
@@ -58,6 +59,10 @@ class ExpertReport:
     """Similarity of the experts of every sparse layer, by name."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Images that could not be read, with the reason."""
+    labels: list[str] = field(default_factory=list)
+    """What is written above each picture, such as its file name and caption; empty: nothing."""
+    steps: int | None = None
+    """Steps that the model was trained; None: not known."""
 
     def title(self, layer: str) -> str:
         """A layer's readable name, "Image tower, block 3"."""
@@ -108,12 +113,17 @@ class ExpertReport:
         layers = self.of_tower("image").items()
         maps = {name: layer.maps()[picture] for name, layer in layers if layer.grid is not None}
         width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * experts.shape[1] for experts in maps.values())])
-        shown = [("as the model sees it", whole_picture(image, f"picture {picture}", width))]
+        shown = [("input", whole_picture(image, self._label(picture), width))]
         shown += [
             (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), width))
             for name, experts in maps.items()
         ]
-        return _side_by_side(shown, narrowest=width - _MAP_MARGIN)
+        maps_of_layers = _side_by_side(shown, narrowest=width - _MAP_MARGIN)
+        if not self.labels:
+            return maps_of_layers
+        look = "margin-bottom:6px;overflow-wrap:anywhere;line-height:1.35;text-align:left"
+        label = svg.element("div", escape(svg.clean(self.labels[picture])), dir="auto", style=look)
+        return Figure(svg.element("div", label, maps_of_layers))
 
     def tokens(self, caption: int) -> Figure:
         """A caption for every sparse layer of the text tower, each token in its expert's color."""
@@ -126,8 +136,12 @@ class ExpertReport:
         return Figure(svg.element("div", *strips, "", style="margin:0"))
 
     def similarity(self, layer: str) -> Figure:
-        """Heatmaps of the cosines between the experts' first and between their second matrices."""
+        """Heatmaps of the cosines between the experts' first and between their second matrices; one line if all are
+        equal."""
         alike, title = self.similarities[layer], self.title(layer)
+        if alike.granularity == 1 and in_words(alike.first_mean) == in_words(alike.second_mean) == EQUAL:
+            line = f"the {len(alike.first)} experts are equal, still copies of one dense MLP."
+            return Figure(svg.element("div", svg.element("strong", f"{escape(svg.clean(title))}:"), f" {line}"))
         first = similarity_heatmap(alike.first, f"{title}: first", alike.first_to_dense, alike.granularity)
         second = similarity_heatmap(alike.second, f"{title}: second", alike.second_to_dense, alike.granularity)
         return _side_by_side([("", first), ("", second)], narrowest=260)
@@ -170,6 +184,9 @@ class ExpertReport:
     def _repr_html_(self) -> str:
         return str(self.table())
 
+    def _label(self, picture: int) -> str:
+        return self.labels[picture] if self.labels else f"picture {picture}"
+
     def _patches(self, routing: LayerRouting, expert: int, most: int) -> list[Figure]:
         if routing.grid is None:
             return []
@@ -177,7 +194,7 @@ class ExpertReport:
         for sample, token in routing.strongest(expert, most):
             row, column = routing.patch_of(token)
             probability = routing.probabilities[sample, token, expert]
-            name = f"picture {sample}, row {row}, column {column}: probability {probability:.2f}"
+            name = f"{self._label(sample)}, row {row}, column {column}: probability {probability:.2f}"
             drawn.append(patch(self.pictures[sample], routing.grid, row, column, name))
         return drawn
 
@@ -270,7 +287,8 @@ def statements(report: ExpertReport) -> list[str]:
     """The summary, in sentences: what was run, how similar the experts are, and whether all are used."""
     found = [
         f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
-        f"{_plural(len(report.captions), 'caption')}.",
+        f"{_plural(len(report.captions), 'caption')}."
+        + (f" The model was trained {_plural(report.steps, 'step')}." if report.steps else ""),
         " ".join(filter(None, (_similarity(report, tower) for tower in _TOWERS))),
     ]
     if report.layers:

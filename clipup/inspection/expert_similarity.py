@@ -19,8 +19,9 @@ from ..dense.expert_init import experts_of
 from ..dense.mlp_families import find_mlp
 from ..moe.layer import SparseMoE, moe_layers
 
+EQUAL = "equal"
 BANDS = (
-    (1 - 1e-5, "equal"),
+    (1 - 1e-5, EQUAL),
     (0.99, "nearly identical"),
     (0.9, "similar"),
     (0.5, "partly similar"),

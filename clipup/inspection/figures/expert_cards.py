@@ -38,7 +38,7 @@ def _cards(first_load: Iterable[SupportsFloat], contents: Sequence[str], nothing
 
 def _head(expert: int, share: float) -> str:
     words = svg.element("span", escape(f"expert {expert}, first choice of {percent(share)}%"))
-    style = "display:flex;gap:7px;align-items:center;margin-bottom:5px;font-size:14px"
+    style = "display:flex;gap:7px;align-items:center;margin-bottom:5px;font-size:13px"
     return svg.element("div", expert_mark(expert), words, style=style)
 
 

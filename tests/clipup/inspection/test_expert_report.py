@@ -72,7 +72,15 @@ def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
         assert row in page.text and all(cell in page.words for cell in values.values())
     assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over uniform") == 4
     assert "The experts of tiny" in page.text
-    assert html.count("as the model sees it") == 6 and seen.page(shown=0).count("as the model sees it") == 0
+    assert html.count(">input<") == 6 and seen.page(shown=0).count(">input<") == 0
+
+
+def test_experts_that_are_still_copies_are_said_in_one_line():
+    model = upcycle(dense_clip(), MoEConfig(num_experts=3))
+    report = inspect_experts(model, pictures(1), preprocess=transform())
+    page = Page(report.page())
+    assert page.text.count("the 3 experts are equal, still copies of one dense MLP.") == 4
+    assert "mean of all pairs" not in page.text
 
 
 def test_maps_and_captions_show_the_first_choices(seen):
