@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import charts
 from charts import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from clipup.inspection.figures.charts import spread
 
 PANEL, HEAD = 320, 100  # px
 LABEL_GAP = 13  # px between neighbouring labels
@@ -65,6 +64,24 @@ def panel(axes: Axes, points: Sequence[Point], limits: tuple[float, float]) -> N
                 ha="right" if left else "left",
                 va="center",
             )
+
+
+def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The nearest places between low and high with at least ``gap`` between neighbours, for labels.
+
+    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
+    A gap that leaves no room for all of them is reduced.
+    """
+    gap = min(gap, (high - low) / max(1, len(sorted_places)))
+    pools: list[list[float]] = []
+    for index, place in enumerate(sorted_places):
+        pools.append([place - index * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            later = pools.pop()
+            pools[-1] += later
+    last = high - (len(sorted_places) - 1) * gap
+    bases = [min(max(fmean(pool), low), last) for pool in pools for _ in pool]
+    return [base + index * gap for index, base in enumerate(bases)]
 
 
 def chart(rows: Sequence[Row]) -> Figure:

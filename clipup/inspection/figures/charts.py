@@ -19,7 +19,7 @@ import numpy as np
 from ...extras import needed_for
 from . import svg
 from .format import percent_tick, short
-from .palette import expert_color, is_second_eight
+from .palette import ARMS, expert_color, is_second_eight
 from .svg import Figure
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _INK = "#010203"  # becomes the page's text color
 _SOFT, _RULE = _INK + "b0", _INK + "22"
+_BAND = ARMS["clip_up"]
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipup",  # ids depend on content alone
@@ -125,7 +126,7 @@ def line_chart(
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()
-            axes.annotate(label, (1, level), (-2, 4), right, "offset points", color=_SOFT, size=11, ha="right")
+            axes.annotate(label, (1, level), (-2, 4), right, "offset points", color=_SOFT, ha="right")
         axes.set_ylim(y_range)
 
     labels = [one.label for one in series] if len(series) > 1 else []
@@ -141,59 +142,42 @@ def load_chart(
     width: float = 440,
     height: float = 290,
 ) -> Figure:
-    """Each expert's share of all routed (token, expert) pairs over training, one line per expert, as SVG.
+    """The band of the experts' shares of all routed (token, expert) pairs over training, as SVG.
 
-    steps [N], loads [N, E] fractions of 1. The dashed line is the uniform share 1/E; more than 100 steps are drawn as
-    100 means of adjacent steps. ``y_max`` gives several charts the same axis. Raises as ``line_chart``.
+    It extends from the share of the least used expert to that of the busiest one; the dashed line is the uniform share
+    1/E. More than 100 steps are drawn as 100 means of adjacent steps.
+
+    Args:
+        steps: [N].
+        loads: [N, E], fractions of 1.
+        y_max: gives several charts the same axis.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     shares = np.array(loads, dtype=float)
     experts = shares.shape[1]
     groups = np.array_split(np.arange(len(shares)), min(len(shares), _MOST_POINTS))
     x = [fmean(float(steps[i]) for i in group) for group in groups]
     x[0], x[-1] = float(steps[0]), float(steps[-1])
-    lines = np.stack([shares[group].mean(0) for group in groups])
-    top = y_max or 1.06 * max(lines.max(), 1.5 / experts)
+    means = np.stack([shares[group].mean(0) for group in groups])
+    high, low = means.max(1), means.min(1)
     imbalances = [imbalance(row) for row in shares]
+    labels = ["least to most used expert", f"uniform, 1/{experts}"]
 
     def paint(axes: Axes) -> None:
-        axes.axhline(1 / experts, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
-        order = lines[-1].argsort(kind="stable")
-        places = spread(lines[-1, order].tolist(), 12 / (0.6 * height) * top, 0.0, top)
-        for expert, place in zip(order.tolist(), places, strict=True):
-            look: dict[str, Any] = {"color": expert_color(expert), "linestyle": _dashes(_expert_dash(expert))}
-            axes.plot(x, lines[:, expert], linewidth=1.6, **look)
-            end, leader = (x[-1], lines[-1, expert]), {"arrowstyle": "-", **look, "shrinkA": 0, "shrinkB": 1}
-            beside = axes.get_yaxis_transform()
-            axes.annotate(str(expert), end, (1.045, place), "data", beside, size=11, va="center", arrowprops=leader)
-        axes.set_ylim(0, top)
+        axes.fill_between(x, low, high, facecolor=_BAND + "50", edgecolor=_BAND, linewidth=1.2, label=labels[0])
+        axes.axhline(1 / experts, color=_INK, linewidth=1, linestyle=_dashes("4 4"), label=labels[1])
+        axes.set_ylim(0, y_max or 1.06 * max(high.max(), 1.5 / experts))
 
-    largest = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most"
-    above = f"{largest}\nshare of load; dashed: uniform, 1/{experts}"
-    return _drawn(paint, title, "step", above, [], True, width, height)
+    above = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most\nshare of load"
+    return _drawn(paint, title, "step", above, labels, True, width, height)
 
 
 def imbalance(load: Iterable[SupportsFloat]) -> float:
     """Largest share over the uniform share: 1 if the load is balanced."""
     shares = [float(share) for share in load]
     return max(shares) * len(shares)
-
-
-def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The nearest places between low and high with at least ``gap`` between neighbours, for labels.
-
-    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
-    A gap that leaves no room for all of them is reduced.
-    """
-    gap = min(gap, (high - low) / max(1, len(sorted_places)))
-    pools: list[list[float]] = []
-    for index, place in enumerate(sorted_places):
-        pools.append([place - index * gap])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            later = pools.pop()
-            pools[-1] += later
-    last = high - (len(sorted_places) - 1) * gap
-    bases = [min(max(fmean(pool), low), last) for pool in pools for _ in pool]
-    return [base + index * gap for index, base in enumerate(bases)]
 
 
 def _drawn(

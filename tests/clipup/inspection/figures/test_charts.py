@@ -42,15 +42,18 @@ def test_a_line_runs_where_its_values_say_and_has_a_gap_where_there_is_none():
 
 
 @pytest.mark.parametrize("experts", [1, 16])
-def test_every_expert_has_a_line_and_a_number_that_overlaps_no_other(experts):
+def test_the_load_is_a_band_from_the_least_to_the_most_used_expert(experts):
     loads = [[0.7, *[0.3 / experts] * (experts - 1)]] * 150
-    figure = load_chart(range(150), loads, "Image tower, block 1")
+    figure = load_chart(range(150), loads, "Image tower, block 1", y_max=1)
     largest = f"{0.7 * experts:.2f}"
-    shown = " ".join(texts(figure))
-    assert f"largest share over uniform: {largest} at the end, {largest} at most" in shown
-    assert f"dashed: uniform, 1/{experts}" in shown and set(map(str, range(experts))) <= set(texts(figure))
-    (line, *_) = strokes(figure, "#2266aa")
-    assert line[0].count("L") <= 99
+    assert f"largest share over uniform: {largest} at the end, {largest} at most" in " ".join(texts(figure))
+    assert {"least to most used expert", f"uniform, 1/{experts}", "100%"} <= set(texts(figure))
+    paths = [path.get("d") for path in ElementTree.fromstring(figure).iter(f"{SVG}path")]
+    band = next(path for path in paths if path.count("L") > 99)
+    grid = [line for line, style in strokes(figure, "currentColor") if "stroke-opacity: 0.133" in style]  # 0 to 100 %
+    whole, high = (np.ptp([float(y) for y in re.findall(r"[ML] \S+ (\S+)", lines)]) for lines in ("".join(grid), band))
+    assert high / whole == pytest.approx(0.7 - 0.3 / experts if experts > 1 else 0, abs=0.01)
+    assert band.count("L") <= 2 * 100 + 3
 
 
 def test_smoothing_is_a_centered_mean_that_leaves_out_what_is_not_finite():
