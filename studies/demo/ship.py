@@ -15,7 +15,12 @@ from clipup.demo.options import START
 from clipup.models import factory, model_card, model_names
 from clipup.models.saving import save_pretrained
 
-_README = """# The dense model that the demonstration starts from
+_README = """---
+library_name: clipup
+pipeline_tag: zero-shot-image-classification
+---
+
+# The dense model that the demonstration starts from
 
 A dense CLIP of 0.8 M parameters (`clipup-icons-w64`, 32 x 32 pixels, whole words), in float16, trained from random
 weights by `make demo-start` with the config in `studies/demo` (log: `studies/demo/logs`). Its training images are

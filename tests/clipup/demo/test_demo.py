@@ -2,6 +2,7 @@ import json
 
 import pytest
 from html_page import assert_stands_alone
+from huggingface_hub import ModelCard
 
 import clipup
 from clipup.cli import main
@@ -45,7 +46,8 @@ def test_the_report_holds_what_is_promised(demonstration):
     assert_stands_alone((out / "report.html").read_text())
 
 
-def test_the_model_that_it_starts_from_is_small_and_dense_and_loads():
+def test_the_model_that_it_starts_from_is_small_and_dense_and_loads(caplog):
+    assert ModelCard.load(START / "README.md").data.library_name == "clipup" and not caplog.records
     assert (START / WEIGHTS_NAME).stat().st_size < 4e6
     model, *_ = clipup.create_model_and_transforms(str(START))
     assert not clipup.moe_layers(model) and all(p.isfinite().all() for p in model.parameters())
