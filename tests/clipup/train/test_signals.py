@@ -17,11 +17,14 @@ def sending(step, *numbers):
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_is_heard():
-    """A shell's background jobs ignore it from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_are_heard():
+    """A shell's background jobs ignore Ctrl-C from the start, programs under nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT",), ("SIGTERM",), ("SIGHUP",), ("SIGTERM",) * 3, ("SIGINT", "SIGTERM")])
