@@ -99,7 +99,9 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     experts: list[Any] = [module for module in model.modules() if type(module) in _PREPARED]
     dense = _dense_mlps(model)
     if not experts and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
-        raise NothingToPrepare("the model has no sparse layer and no dense MLP to prepare (docs/index.md lists them)")
+        raise NothingToPrepare(
+            "the model has no sparse layer and no dense MLP to prepare; `clipup doctor MODEL` says for each block why"
+        )
     for layer in experts:
         _PREPARED[type(layer)].prepare(layer, weights)
     for mlp in dense:
