@@ -131,16 +131,18 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {cells[0]} |", "|" + " --- |" * len(lines[0]), *(f"| {line} |" for line in cells[1:])]
 
 
-def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
+def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tuple[str, bool]:
     """The page, and whether all is well.
 
     Args:
-        measured: whether the main case was to be measured.
+        measured: whether the main case was to be measured. unfinished: whether steps are still to come.
     """
     rows, steps = layer_rows(folder), read(folder / "steps.csv")
     found = list(demands(rows)) if measured else []
-    well = all(step["status"] in WELL for step in steps) and not any(
-        finding.verdict in ("FAIL", "not measured") for finding in found
+    well = (
+        not unfinished
+        and all(step["status"] in WELL for step in steps)
+        and not any(finding.verdict in ("FAIL", "not measured") for finding in found)
     )
     where = "{device}, torch {torch}, triton {triton}, commit {commit}".format(**rows[0]) if rows else "no layer"
     page = ["# GPU suite", "", where, ""]
@@ -152,7 +154,7 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     page += [line for words in dict.fromkeys(told) for line in (words, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
-    page += ["all is well" if well else "not all is well"]
+    page += ["the run has not ended"] if unfinished else ["all is well" if well else "not all is well"]
     return "\n".join(page) + "\n", well
 
 
@@ -160,8 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OUTDIR", help="what gpu_suite.sh has written")
     parser.add_argument("--windows", nargs="+", default=["main"], help="windows that ran; main has the main case")
+    parser.add_argument("--unfinished", action="store_true", help="steps are still to come")
     args = parser.parse_args(argv)
-    page, well = summary(args.folder, "main" in args.windows)
+    page, well = summary(args.folder, "main" in args.windows, args.unfinished)
     (args.folder / "summary.md").write_text(page)
     print(page if len(page) <= PRINTED else f"(the beginning is in summary.md)\n{page[-PRINTED:]}", end="")
     return int(not well)

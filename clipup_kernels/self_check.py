@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
 products to TF32, which has 10 bits."""
 _POISON_BYTES = 64 << 20
+_LINE = "{:28}  {:8}  {:12}  {:7}  {:7}  {}"
 _lock = threading.Lock()
 
 
@@ -61,7 +62,12 @@ class Finding:
     """Why it failed; None if it passed."""
 
 
-def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> list[Finding]:
+Each = Callable[[Finding], object]
+
+
+def self_check(
+    device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype] = tuple(TOLERANCE), each: Each | None = None
+) -> list[Finding]:
     """Runs every op, forward and backward, and compares it with plain torch in float64.
 
     An op that fails in a type is no longer given to that backend on this device, in this process: the next one of the
@@ -70,6 +76,7 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
 
     Args:
         device: where to run, a CPU or a CUDA device. dtypes: types of the tokens to check.
+        each: called with every finding as soon as it is known, from several threads on CUDA devices.
 
     Returns:
         A finding for each op, type and backend that was checked, failed ones included.
@@ -85,7 +92,7 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
         for dtype in _checked_types(dtypes):
             cases = cases_of_ops(dtype, SIZES[device.type])
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
-                for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device), cases):  # noqa: B023
+                for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device, each), cases):  # noqa: B023
                     findings += found
     for finding in findings:
         chosen_by = getattr(torch, finding.chosen_by)
@@ -93,21 +100,25 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
     return findings
 
 
-def _check_op(op: str, cases: list[tuple], dtype: torch.dtype, device: torch.device) -> list[Finding]:
+def _check_op(
+    op: str, cases: list[tuple], dtype: torch.dtype, device: torch.device, each: Each | None
+) -> list[Finding]:
     """Findings about the backends of an op, best first, up to one that passes or to plain torch."""
     findings: list[Finding] = []
     for choice in registry.choices(op, cases[0][0].dtype, device.type, device.index):
         if choice.backend.name == "torch_eager":
             break
         findings.append(_check(op, choice.backend, cases, dtype, device))
+        if each:
+            each(findings[-1])
         if findings[-1].reason is None:
             break
     return findings
 
 
-def check_again(device: str | torch.device = "cuda") -> list[Finding]:
+def check_again(device: str | torch.device = "cuda", each: Each | None = None) -> list[Finding]:
     """``self_check`` in every type, whose result replaces the one that ``check_once`` keeps."""
-    findings = self_check(device)
+    findings = self_check(device, each=each)
     _keep(cache_file(device), findings)
     return findings
 
@@ -158,18 +169,21 @@ def sentence(finding: Finding, device: str | torch.device) -> str:
     )
 
 
-def report(findings: list[Finding], device: str | torch.device) -> str:
-    """The findings as a table, with a last line that counts them."""
-    rows = [("op", "type", "backend", "error", "allowed", "verdict")]
-    for one in findings:
-        error = "" if one.error is None else f"{one.error:.1e}"
-        rows.append((one.op, one.dtype, one.backend, error, f"{one.allowed:.0e}", one.reason or "ok"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    failed = sum(finding.reason is not None for finding in findings)
-    lines = [processor_name(device), *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+def print_check(device: str | torch.device) -> list[Finding]:
+    """``check_again``, which prints every finding as soon as it is known, and counts them in the last line."""
+    print(processor_name(device))
+    print(_LINE.format("op", "type", "backend", "error", "allowed", "verdict"), flush=True)
+    findings = check_again(device, lambda finding: print(_line(finding), flush=True))
     if not findings:
-        lines[1:2] = ["nothing to check: plain torch computes every op here (clipup_kernels.backend_info() says why)"]
-    return "\n".join([*lines, f"{len(findings)} checks, {failed} failed"])
+        print("nothing to check: plain torch computes every op here (clipup_kernels.backend_info() says why)")
+    print(f"{len(findings)} checks, {sum(finding.reason is not None for finding in findings)} failed")
+    return findings
+
+
+def _line(finding: Finding) -> str:
+    error = "" if finding.error is None else f"{finding.error:.1e}"
+    allowed, verdict = f"{finding.allowed:.0e}", finding.reason or "ok"
+    return _LINE.format(finding.op, finding.dtype, finding.backend, error, allowed, verdict)
 
 
 def cache_file(device: str | torch.device) -> Path:
@@ -270,10 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             parser.error(f"device: got {device}, but torch finds no CUDA device; pass cpu to check its kernels")
-        findings = check_again(device)
+        findings = print_check(device)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
-    print(report(findings, device))
     return int(any(finding.reason is not None for finding in findings))
 
 

@@ -55,18 +55,17 @@ def main(argv: list[str]) -> int:
 def check_kernels(options: Options) -> int:
     """Checks the kernels of a device and prints the findings; 1 if an op failed."""
     from clipup_kernels.machine import describe_machine
-    from clipup_kernels.self_check import check_again, report
+    from clipup_kernels.self_check import check_again, print_check
 
     from ..precision import check_device
 
     device = check_device(str(options.device))
-    findings = check_again(device)
+    findings = check_again(device) if options.json else print_check(device)
     failed = sum(finding.reason is not None for finding in findings)
     if options.json:
         about = {"machine": describe_machine(device), "findings": [dataclasses.asdict(finding) for finding in findings]}
         print(json.dumps(about | {"failed": failed}, indent=2))
     else:
-        print(report(findings, device))
         waits = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
         print(f"waiting threads: {waits}; programs of your own set it themselves (docs/performance.md)")
     return int(failed > 0)

@@ -166,3 +166,14 @@ def test_results_are_kept_by_card_installation_and_tier(monkeypatch, name, value
     other = cache_file("cpu")
     monkeypatch.setenv(registry.FORCE_TIER, "portable")
     assert len({here, other, cache_file("cpu")}) == 3
+
+
+def test_findings_are_told_as_they_come_and_those_before_a_failure_are_kept(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(cpp, "permute", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        module.print_check("cpu")
+    found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert found[: len(registry.ROUTING)] == [[op, "float32"] for op in registry.ROUTING]
