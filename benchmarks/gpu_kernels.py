@@ -4,8 +4,9 @@
 
 Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
 the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 12 MiB that stay in the
-second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. A
-launch that fails is left out by name. The file is written again after every launch.
+second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. Where
+QuACK is installed, its launches for ``project_in`` and ``project_back`` are beside them. A launch that fails is left
+out by name. The file is written again after every launch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import gpu_model
+import peers
 import torch
 import triton
 import triton.language as tl
+from grouped_peers import quack_back, quack_in
 from harness import DTYPES, GpuTable, clock, gpu_options, print_table, timing
 
 from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, router_logits, rows, topk_gating
@@ -90,7 +93,8 @@ def layer_tensors(
 def launches(
     tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str
 ) -> Iterator[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, those of an op together, and torch's products on as many rows."""
+    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and
+    QuACK's."""
     t = layer_tensors(tokens, width, hidden, experts, top_k, dtype, device)
     offsets, choice_of_row, row_of_choice = t.plan
 
@@ -143,6 +147,14 @@ def launches(
     flops, moved = modelled["project_in"].flops, 2 * (tokens * top_k * (width + hidden) + width * hidden)
     yield Launch("torch, in", flops, moved, lambda: left @ in_weight.mT)
     yield Launch("torch, out", flops, moved, lambda: z_and_a()[1] @ in_weight)
+    if not peers.missing(["quack"]):
+        token_of_row, gate_of_row = choice_of_row // top_k, t.gates.flatten()[choice_of_row]
+        shared = offsets, token_of_row
+        for name, run in {
+            "project_in, z kept": lambda: quack_in(t.x, t.in_weight, t.in_bias, *shared, keep_z=True),
+            "project_back": lambda: quack_back(t.dy, t.out_weight, z_and_a()[0], gate_of_row, *shared),
+        }.items():
+            yield Launch(f"quack, {name}", modelled[name].flops, modelled[name].bytes, run)
 
 
 def modelled_launches(*layer: int) -> dict[str, gpu_model.Launch]:

@@ -5,7 +5,8 @@
 
 Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints its end, where
 the verdict is. The exit status is 0 when every step ended well or was skipped for want of a tool, and every demand was
-measured and met. Aims and peers that are faster are told and do not count.
+measured and met. Aims and peers that are faster are told and do not count, but without the strong peers there is no
+verdict. Last comes what follows from the measurements, as docs/kernels.md has decided beforehand.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ MAIN_CASE = {
 CASE = (*MAIN_CASE, "pass")
 """The columns that say what was measured."""
 LOOPS = ("loop", "loop_unbind", "loop_sorted")
-PEERS = ("scattermoe", "megablocks", "sonicmoe", "hf_grouped_mm")
+STRONG_PEERS = ("grouped_mm_fused", "quack")
+PEERS = (*STRONG_PEERS, "scattermoe", "megablocks", "sonicmoe", "hf_grouped_mm")
 MOST_RATIO = {"fwd": 1.00, "fwd_bwd": 1.05}
-LEAST_SPEED = {"cuBLAS loop": (LOOPS, 1.15), "grouped_mm": (("grouped_mm",), 1.3)}
+LEVEL = 0.97
+"""At most this share of another's time counts as faster."""
+LEAST_SPEED = {"cuBLAS loop": (LOOPS, 1.15), "grouped_mm_fused": (("grouped_mm_fused",), 1 / LEVEL)}
+QUACK_AHEAD = 1.15
+QUACK_LAUNCHES = ("project_in, z kept", "project_back")
 AIM_TFLOPS = {"fwd": 600, "fwd_bwd": 500}
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAVED_SLACK = 1.01
@@ -54,6 +60,11 @@ def read(path: Path) -> list[Row]:
 def layer_rows(folder: Path) -> list[Row]:
     """The rows of moe_forward.py and moe_training.py, of all their files."""
     return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("ratio_to_dense_k")]
+
+
+def launch_rows(folder: Path) -> list[Row]:
+    """The rows of gpu_kernels.py."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("gflop")]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -115,14 +126,45 @@ def faster_peers(rows: list[Row]) -> Finding:
     """Which peers were faster in the same run, where and by how much."""
     ours = {case_of(row): row for row in rows if row["impl"] == "clipup"}
     pairs = [(ours[case_of(row)], row) for row in rows if row["impl"] in PEERS and case_of(row) in ours]
-    if not pairs:
-        return Finding("peers that are faster", "none", "", "no peer is installed")
+    missing = [
+        f"{impl} {pass_}" for pass_ in MOST_RATIO for impl in STRONG_PEERS if impl not in of_main_case(rows, pass_)
+    ]
+    if missing:
+        return Finding("peers that are faster", "none", f"without {', '.join(missing)}", "not measured")
     faster = [
         f"{theirs['impl']} {1 / speed(mine, theirs):.2f} times as fast ({' '.join(case_of(theirs))})"
         for mine, theirs in pairs
         if speed(mine, theirs) < 1
     ]
     return Finding("peers that are faster", "none", "; ".join(faster) or "none", "told" if faster else "pass")
+
+
+def decisions(rows: list[Row], launches: dict[str, float]) -> Iterator[tuple[str, str, str]]:
+    """What was decided beforehand in docs/kernels.md: the question, the measured number and what follows."""
+    names = [(name, f"quack, {name}") for name in QUACK_LAUNCHES]
+    quack = None
+    if all(name in launches for pair in names for name in pair):
+        quack = sum(launches[ours] for ours, _ in names) / sum(launches[theirs] for _, theirs in names)
+    training = of_main_case(rows, "fwd_bwd")
+    grouped = None
+    if "clipup" in training and "grouped_mm_fused" in training:
+        grouped = 1 / speed(training["clipup"], training["grouped_mm_fused"])
+
+    def row(what: str, value: float | None, bound: float, then: str, otherwise: str) -> tuple[str, str, str]:
+        if value is None:
+            return what, "", "not measured: undecided"
+        return what, f"{value:.2f} times as fast", then if value >= bound else otherwise
+
+    yield row(
+        "QuACK, project_in and project_back together", quack, QUACK_AHEAD,
+        "an optional backend for sm_90 and sm_100; tuning for Hopper ends", "no backend",
+    )  # fmt: skip
+    yield row(
+        "grouped_mm_fused, both passes", grouped, LEVEL,
+        "the default for training; the products of our own go", "our own products stay",
+    )  # fmt: skip
+    if quack is not None and grouped is not None and quack < QUACK_AHEAD and grouped < LEVEL:
+        yield "neither", "", "one Gluon kernel for the two products, nothing else"
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -154,6 +196,9 @@ def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tu
     page += [line for words in dict.fromkeys(told) for line in (words, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
+    if measured:
+        launches = {row["launch"]: float(row["ms"]) for row in launch_rows(folder)}
+        page += [*table(("decided beforehand", "measured", "what follows"), decisions(rows, launches)), ""]
     page += ["the run has not ended"] if unfinished else ["all is well" if well else "not all is well"]
     return "\n".join(page) + "\n", well
 

@@ -83,6 +83,20 @@ def grouped_mm(x: Tensor, w: Weights) -> Tensor:
     return torch.zeros_like(x).index_add(0, token, out * gates.flatten()[order, None].to(x.dtype))
 
 
+def grouped_mm_fused(x: Tensor, w: Weights) -> Tensor:
+    """``grouped_mm`` as a careful user writes it: bias and GELU in one launch, this project's routing and sums."""
+    from grouped_peers import grouped_mm_fused
+
+    return grouped_mm_fused(x, w)
+
+
+def quack(x: Tensor, w: Weights) -> Tensor:
+    """QuACK's products with GELU in their epilogues, and this project's routing and sums."""
+    from grouped_peers import quack
+
+    return quack(x, w)
+
+
 def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
     """The experts of Hugging Face transformers, ``experts_implementation="grouped_mm"``: no gate, biases, erf GELU.
 
@@ -211,6 +225,8 @@ PEERS = {
     "loop_unbind": Peer(loop_unbind),
     "loop_sorted": Peer(loop_sorted, usual_on=("cuda",)),
     "grouped_mm": Peer(grouped_mm),
+    "grouped_mm_fused": Peer(grouped_mm_fused, packages=("triton",), only_on="cuda"),
+    "quack": Peer(quack, packages=("triton", "quack"), only_on="cuda"),
     "hf_grouped_mm": Peer(hf_grouped_mm, packages=("transformers",)),
     "clipup": Peer(clipup),
     "clipup_prepared": Peer(clipup, only_on="cpu", weights="packed", derivative=False),

@@ -20,10 +20,10 @@ from clipup.inspection.figures.palette import EXPERTS
 IMPLEMENTATIONS = (
     "clipup_int8", "clipup_prepared", "clipup", "dense_k_int8", "dense_k_prepared", "dense_k_torch_int8",
     "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine",
-    "dense_1", "loop_sorted", "scattermoe", "megablocks", "sonicmoe",
+    "dense_1", "loop_sorted", "scattermoe", "megablocks", "sonicmoe", "grouped_mm_fused", "quack",
 )  # fmt: skip
 OURS = {"clipup_int8": "#8c3a00", "clipup_prepared": "#e0660a", "clipup": "#f2b27a"}
-OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8", "#b3a000", "#1f5c57")
+OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8", "#b3a000", "#1f5c57", "#8f3f71", "#3b6ea8")
 COLORS = OURS | dict(zip(IMPLEMENTATIONS[len(OURS) :], OTHERS, strict=True))
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 TITLE = "Time over that of a dense MLP on K·T rows; left of 1 is faster"

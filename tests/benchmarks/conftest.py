@@ -6,7 +6,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    collect_ignore = [f"test_gpu_{name}.py" for name in ("kernels", "static")]
+    collect_ignore = [f"test_{name}.py" for name in ("gpu_kernels", "gpu_static", "grouped_peers")]
 
 
 @pytest.fixture(autouse=True)

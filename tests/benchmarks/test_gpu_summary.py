@@ -4,8 +4,9 @@ import gpu_summary
 import pytest
 from harness import write_csv
 
-FWD = {"dense_k": 1.0, "loop_unbind": 1.6, "loop_sorted": 1.2, "grouped_mm": 1.4, "clipup": 0.95}
-FWD_BWD = {"dense_k": 1.0, "loop_unbind": 1.9, "loop_sorted": 1.3, "grouped_mm": 1.5, "clipup": 1.02}
+STRONG = {"grouped_mm_fused": 1.4, "quack": 1.25}
+FWD = {"dense_k": 1.0, "loop_unbind": 1.6, "loop_sorted": 1.2, "clipup": 0.95} | STRONG
+FWD_BWD = {"dense_k": 1.0, "loop_unbind": 1.9, "loop_sorted": 1.3, "clipup": 1.02} | STRONG
 Z_MB = 614.4  # 100,000 rows of 3072 in two bytes
 ROUTING_MB = (4 * 50_000 * 8 + 4 * 4 * 100_000 + 4 * 9 + 4 * 8 * 768) / 1e6
 
@@ -43,7 +44,7 @@ def test_everything_shown_is_a_pass(tmp_path, capsys):
 def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
     assert found["fwd: times as fast as cuBLAS loop"] == (f"{1.2 / 0.95:.3g}", "pass")
-    assert found["fwd_bwd: times as fast as grouped_mm"] == (f"{1.5 / 1.02:.3g}", "pass")
+    assert found["fwd_bwd: times as fast as grouped_mm_fused"] == (f"{1.4 / 1.02:.3g}", "pass")
     assert found["fwd: TFLOP/s (aim)"] == (f"{650 / 0.95:.3g}", "met")
 
 
@@ -53,7 +54,7 @@ def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
         (dict(forward=FWD | {"clipup": 1.001}), "fwd: ratio_to_dense_k"),
         (dict(training=FWD_BWD | {"clipup": 1.051}), "fwd_bwd: ratio_to_dense_k"),
         (dict(forward=FWD | {"loop_sorted": 1.08}), "fwd: times as fast as cuBLAS loop"),
-        (dict(training=FWD_BWD | {"grouped_mm": 1.32}), "fwd_bwd: times as fast as grouped_mm"),
+        (dict(training=FWD_BWD | {"grouped_mm_fused": 1.04}), "fwd_bwd: times as fast as grouped_mm_fused"),
         (
             dict(more=[row("clipup", 1.0, "fwd_bwd", tokens="4096", saved_mb=f"{50.34 * 1.02 + 0.4:.2f}")]),
             "saved over x + z + routing",
@@ -76,9 +77,40 @@ def test_what_was_not_measured_or_did_not_end_well_is_no_pass(tmp_path, change):
     assert gpu_summary.main([str(measured(tmp_path, **change))]) == 1
 
 
+@pytest.mark.parametrize("peer", gpu_summary.STRONG_PEERS)
+@pytest.mark.parametrize("rows", ["forward", "training"])
+def test_without_a_strong_peer_there_is_no_verdict(tmp_path, peer, rows):
+    everything = {"forward": FWD, "training": FWD_BWD}[rows]
+    others = {impl: ratio for impl, ratio in everything.items() if impl != peer}
+    weak = [row("hf_grouped_mm", 2.0, pass_) for pass_ in ("fwd", "fwd_bwd")]
+    folder = measured(tmp_path, **{rows: others}, more=weak)
+    words, verdict = verdicts(folder)["peers that are faster"]
+    assert peer in words and verdict == "not measured" and gpu_summary.main([str(folder)]) == 1
+
+
 def test_peers_that_are_faster_are_named_with_case_and_factor(tmp_path):
-    assert verdicts(measured(tmp_path))["peers that are faster"] == ("", "no peer is installed")
     folder = measured(tmp_path, more=[row("sonicmoe", 0.85, "fwd_bwd"), row("scattermoe", 1.2, "fwd_bwd")])
     words = "sonicmoe 1.20 times as fast (bf16 50000 768 3072 8 2 balanced fwd_bwd)"
     assert verdicts(folder)["peers that are faster"] == (words, "told")
     assert gpu_summary.main([str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("grouped", "quack_ms", "wanted"),
+    [
+        (1.4, 1.0, ["no backend", "our own products stay", "one Gluon kernel for the two products, nothing else"]),
+        (1.4, 0.8, ["an optional backend for sm_90 and sm_100; tuning for Hopper ends", "our own products stay"]),
+        (1.05, 1.0, ["no backend", "the default for training; the products of our own go"]),
+        (1.4, None, ["not measured: undecided", "our own products stay"]),
+    ],
+)
+def test_what_follows_was_decided_beforehand(tmp_path, grouped, quack_ms, wanted):
+    folder = measured(tmp_path, training=FWD_BWD | {"grouped_mm_fused": grouped})
+    ours = {"project_in, z kept": 0.9, "project_back": 1.1}
+    theirs = {} if quack_ms is None else {f"quack, {name}": quack_ms for name in ours}
+    launches = [{"launch": name, "ms": str(ms), "gflop": "1"} for name, ms in (ours | theirs).items()]
+    write_csv(folder / "kernels.csv", launches)
+    gpu_summary.main([str(folder)])
+    page = (folder / "summary.md").read_text()
+    told = page[page.index("| decided beforehand") :].splitlines()[2:]
+    assert [line.split(" | ")[-1].removesuffix(" |") for line in told if line.startswith("|")] == wanted
