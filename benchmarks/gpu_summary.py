@@ -103,6 +103,8 @@ def demands(rows: list[Row]) -> Iterator[Finding]:
             yield judged(f"{pass_}: times as fast as {name}", ">=", least, min(speeds, default=None))
         tflops = ours and float(ours["tflops"])
         yield judged(f"{pass_}: TFLOP/s (aim)", ">=", AIM_TFLOPS[pass_], tflops, ("met", "missed"))
+    off = [f"{row['impl']} by {row['off_by']} ({' '.join(case_of(row))})" for row in rows if row.get("off_by")]
+    yield Finding("results that are off", "none", "; ".join(off) or "none", "FAIL" if off else "pass")
     yield saved_memory(rows)
     yield faster_peers(rows)
 
