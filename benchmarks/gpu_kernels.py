@@ -3,10 +3,10 @@
     python benchmarks/gpu_kernels.py --csv runs/gpu_kernels.csv
 
 Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
-the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 12 MiB that stay in the
-second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. Where
-QuACK is installed, its launches for ``project_in`` and ``project_back`` are beside them. A launch that fails is left
-out by name. The file is written again after every launch.
+the rates of memory and of the second-level cache that were measured here. Ceilings: a copy in memory, reads of 12 MiB
+that stay in the second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the
+layer has. Where QuACK is installed, its launches for ``project_in`` and ``project_back`` are beside them. A launch that
+fails is left out by name. The file is written again after every launch.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def modelled_launches(*layer: int) -> dict[str, gpu_model.Launch]:
     return {one.name: one for training in (False, True) for one in gpu_model.launches(*layer, training)}
 
 
-def predictions(*layer: int, l2: float) -> dict[str, float]:
+def predictions(*layer: int, l2: float, dram: float = gpu_model.DRAM_BYTES) -> dict[str, float]:
     """Milliseconds by launch."""
-    return {name: gpu_model.predict(one, l2).total for name, one in modelled_launches(*layer).items()}
+    return {name: gpu_model.predict(one, l2, dram).total for name, one in modelled_launches(*layer).items()}
 
 
 def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, float]) -> dict[str, str]:
@@ -197,10 +197,13 @@ def main(argv: list[str] | None = None) -> int:
 
     for ceiling in ceilings("cuda", dtype):
         measure(ceiling)
-    rates = [float(found["gbytes_per_s"]) * 1e9 for found in table.rows if found["launch"] == "L2 read"]
+    rates = {found["launch"]: float(found["gbytes_per_s"]) * 1e9 for found in table.rows}
     card = torch.cuda.get_device_properties(0)
-    if rates and (card.major, card.multi_processor_count) == (9, gpu_model.MULTIPROCESSORS):
-        predicted |= predictions(*layer, l2=rates[0])
+    if {"copy", "L2 read"} <= rates.keys() and (card.major, card.multi_processor_count) == (
+        9,
+        gpu_model.MULTIPROCESSORS,
+    ):
+        predicted |= predictions(*layer, l2=rates["L2 read"], dram=rates["copy"])
     for launch in launches(*layer, dtype, "cuda"):
         measure(launch)
     print_table(table.rows, COLUMNS.split())

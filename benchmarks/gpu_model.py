@@ -3,10 +3,12 @@
     python benchmarks/gpu_model.py                       the kernels as they are, at 50,000 tokens
     python benchmarks/gpu_model.py --tokens 4096 --l2 5.5
 
-A product's tile takes the longer of two times: its FLOPs on the tensor cores, and its bytes through the second-level
-cache, operands, results and what its epilogue reads. The last wave of tiles counts as full, and a launch takes at least
-as long as its bytes from memory. Routing and the sum of x's two gradients are included. Left out are instructions,
-which products hide, the start of a block, waiting at barriers, the clock under load and the host.
+A product's tile takes the longest of three times: its FLOPs on the tensor cores, its bytes through shared memory
+(operands are written once, and read by every warpgroup that multiplies them), and its bytes through the second-level
+cache: operands, results and what its epilogue reads. A block that has its multiprocessor alone starts with a wait for
+its first operands. The last wave of tiles counts as full, and a launch takes at least as long as its bytes from memory.
+Routing and the sum of x's two gradients are included. Left out are instructions, which products hide, waiting at
+barriers, the clock under load and the host.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from clipup_kernels.triton import configs
 MULTIPROCESSORS, CLOCK = 132, 1.7e9
 TENSOR_FLOPS = 4096
 """Per cycle and multiprocessor, dense, 16 bits (H100 SXM datasheet: 989 TFLOP/s at 1.83 GHz)."""
-SHARED_BYTES, LAUNCH, DRAM_BYTES = 227 * 1024, 3e-6, 2.6e12
-CUBLAS_FLOPS = 650e12
+SHARED_BYTES, SHARED_RATE = 227 * 1024, 128
+"""Of a multiprocessor; the rate in bytes per cycle."""
+START = 1500
+"""Cycles from a block's start to its first product: offsets, then choices, then operands, one wait after the other."""
+LAUNCH, DRAM_BYTES = 3e-6, 2.6e12
+CUBLAS_FLOPS = 720e12
 """Of dense_k's products in torch. ``gpu_kernels.py`` measures them ("torch, in" and "torch, out")."""
 
 
@@ -79,6 +85,7 @@ class Prediction(NamedTuple):
     """Milliseconds of a launch: what bounds it, each alone, and the whole."""
 
     tensor: float
+    shared: float
     l2: float
     dram: float
     total: float
@@ -87,11 +94,11 @@ class Prediction(NamedTuple):
     """Blocks that share a multiprocessor."""
 
 
-def predict(launch: Launch, l2_bytes: float) -> Prediction:
+def predict(launch: Launch, l2_bytes: float, dram_bytes: float = DRAM_BYTES) -> Prediction:
     """The model of the file's first lines."""
-    dram, start = launch.bytes / DRAM_BYTES * 1e3, launch.kernels * LAUNCH * 1e3
+    dram, start = launch.bytes / dram_bytes * 1e3, launch.kernels * LAUNCH * 1e3
     if not launch.depth:
-        return Prediction(0, 0, dram, dram + start, 0, 0)
+        return Prediction(0, 0, 0, dram, dram + start, 0, 0)
     kernel = launch.name.partition(",")[0]
     tile = configs.heuristic(90, kernel, "half", "many", 768, 3072)
     block_m, block_n, block_k = tile[:3]
@@ -100,18 +107,21 @@ def predict(launch: Launch, l2_bytes: float) -> Prediction:
     tensor = 2 * block_m * block_n * launch.depth / TENSOR_FLOPS
     through_l2 = 2 * (block_m + block_n) * launch.depth + launch.epilogue_bytes * block_m * block_n
     l2 = through_l2 / (l2_bytes / MULTIPROCESSORS / CLOCK)
+    through_shared = 2 * (2 * block_m + (1 + tile.num_warps // 4) * block_n) * launch.depth
+    shared = through_shared / SHARED_RATE
+    of_tile = max(tensor, shared, l2) + (START if blocks == 1 else 0)
     waves = tiles / (MULTIPROCESSORS * blocks)
     in_all = tiles / MULTIPROCESSORS / CLOCK * 1e3
-    total = max(-(-waves // 1) * blocks * max(tensor, l2) / CLOCK * 1e3, dram) + start
-    return Prediction(tensor * in_all, l2 * in_all, dram, total, waves, blocks)
+    total = max(-(-waves // 1) * blocks * of_tile / CLOCK * 1e3, dram) + start
+    return Prediction(tensor * in_all, shared * in_all, l2 * in_all, dram, total, waves, blocks)
 
 
-def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: float = CUBLAS_FLOPS) -> float:
+def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: float, dram_bytes: float) -> float:
     """Milliseconds of a dense MLP on as many rows in torch: products at cuBLAS's rate, and passes over memory for the
     activation, its slope, and the sums that are the biases' gradients."""
     flops = (3 if training else 1) * 4 * rows * width * hidden
     passes = (2 + (3 if training else 0)) * 2 * rows * hidden + (2 * rows * (hidden + width) if training else 0)
-    return 1e3 * (flops / cublas_flops + passes / DRAM_BYTES)
+    return 1e3 * (flops / cublas_flops + passes / dram_bytes)
 
 
 def add_layer(parser: argparse.ArgumentParser) -> None:
@@ -124,20 +134,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_layer(parser)
     parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
-    parser.add_argument("--cublas", type=float, default=650, help="TFLOP/s of dense_k's products (default 650)")
+    parser.add_argument("--memory", type=float, default=2.6, help="TB/s of memory (default 2.6; an H200 has 3.8)")
+    parser.add_argument("--cublas", type=float, default=720, help="TFLOP/s of dense_k's products (default 720)")
     args = parser.parse_args(argv)
     layer = args.tokens, args.width, args.hidden, args.experts, args.top_k
-    print(f"{'launch':22} {'blocks':>6} {'waves':>6} {'tensor':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
+    print(f"{'launch':22} {'blocks':>6} {'waves':>6} {'tensor':>7} {'shared':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
     for training in (False, True):
         total = 0.0
         for launch in launches(*layer, training):
-            found = predict(launch, args.l2 * 1e12)
+            found = predict(launch, args.l2 * 1e12, args.memory * 1e12)
             total += found.total
-            times = " ".join(f"{ms:7.2f}" for ms in found[:4])
+            times = " ".join(f"{ms:7.2f}" for ms in found[:5])
             print(f"{launch.name:22} {found.blocks or '':6} {found.waves:6.1f} {times}")
-        peer = dense(args.tokens * args.top_k, *layer[1:3], training, args.cublas * 1e12)
+        peer = dense(args.tokens * args.top_k, *layer[1:3], training, args.cublas * 1e12, args.memory * 1e12)
         what = "forward + backward" if training else "forward"
-        print(f"{what:22} {total:44.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
+        print(f"{what:22} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
 
 
 if __name__ == "__main__":
