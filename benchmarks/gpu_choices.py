@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_choices.py --csv runs/gpu_choices.csv
 
-For every product: another width of its tile, and weights by descriptors. Then gradients in one launch or two, and both
-passes with all weights by descriptors. Tiles are compiled in parallel and compared with the usual one on few tokens;
-those that fail, differ or do not fit have no time. ``ratio`` is the time over the usual choice's, the median of
-pair-by-pair ratios: below 1 a choice is faster. docs/kernels.md says what follows from which figure. The file is
-written again after every launch; one that fails is named, and the others are measured.
+For every product: another width of its tile, and weights by descriptors. Then gradients in one launch or two. Tiles are
+compiled in parallel and compared with the usual one on few tokens; those that fail, differ or do not fit have no time.
+``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is faster.
+docs/kernels.md says what follows from which figure. The file is written again after every launch; one that fails is
+named, and the others are measured.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
-from gpu_kernels import layer_tensors
 from harness import DTYPES, GpuTable, alternate, gpu_options, print_table
 
-from clipup_kernels.triton import configs, expert_mlp, expert_mlp_backward, tune
+from clipup_kernels.triton import configs, tune
 from clipup_kernels.triton.configs import Config
 
 COLUMNS = "layer launch choice ms p20_ms p80_ms ratio"
@@ -46,8 +44,7 @@ def choices(kernel: str, usual: Config) -> dict[str, Config]:
 def comparisons(
     layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
 ) -> Iterator[tuple[str, Prepare]]:
-    """Every product and both passes, and what makes the choices: None for those that fail, whose results differ or
-    that do not fit."""
+    """Every product, and what makes the choices: None for those that fail, whose results differ or that do not fit."""
     arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
     bucket = configs.bucket_of(tokens * layer[3], layer[2])
     few = {one[:3]: one for one in tune.products(*layer, min(1000, tokens), dtype, device, gated=False)}
@@ -71,23 +68,6 @@ def comparisons(
     for product in listed:
         if product.kernel != "weight_gradient":
             yield product.kernel, functools.partial(runs, product)
-    yield "both passes", lambda: passes(layer, tokens, dtype, device)
-
-
-def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Run | None]:
-    """Both passes of the experts with the usual tiles, and with all weights by descriptors."""
-    t = layer_tensors(tokens, *layer, dtype, device)
-    choose = configs.choose
-
-    def run(descriptors: bool) -> None:
-        def chosen(kernel: str, *which) -> Config:
-            return choose(kernel, *which)._replace(descriptors=descriptors and kernel not in configs.GRADIENTS)
-
-        with mock.patch.object(configs, "choose", chosen):
-            _, z = expert_mlp.expert_mlp_forward(*t.routed, "gelu", True)
-            expert_mlp_backward.expert_mlp_backward(t.dy, *t.routed, z, "gelu", [True] * 4)
-
-    return {USUAL: lambda: run(False), "all weights by descriptors": lambda: run(True)}
 
 
 def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds: int = 5) -> list[dict[str, str]]:

@@ -105,8 +105,6 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
         tile = tile._replace(block_n=tile.block_n // 2)
-        if kind == "ieee" and (depth % 16 or columns % 16):
-            tile = tile._replace(num_stages=3)  # with 2, Triton 3.9 spills registers
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _tile_side(columns)))
@@ -142,7 +140,7 @@ class Case(NamedTuple):
 def cases(arch: int, kernel: str) -> Iterator[Case]:
     """Every tile that the heuristic gives a kernel on an architecture, for weights with at least 128 columns.
 
-    The main one also with weights by descriptors on architecture 90 and later, because ``tune`` may choose them.
+    The main one also with weights by descriptors on architecture 90, because ``tune`` may choose them.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -156,7 +154,7 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
-                if is_main and arch >= 90 and kernel not in GRADIENTS:
+                if is_main and arch == 90 and kernel not in GRADIENTS:
                     yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
                 yield Case(arch, kernel, dtype, kind, tile, False, even=False)

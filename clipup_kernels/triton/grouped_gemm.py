@@ -246,7 +246,7 @@ _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
 _WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden", "stride"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
-_TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+_TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ()}
 
 
 def describe(

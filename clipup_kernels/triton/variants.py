@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities, times ten, that the kernels are compiled for without a GPU."""
+"""Compute capabilities, times ten, that the kernels are compiled for without a GPU; for 100 no more than that."""
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, technical specifications)."""
@@ -52,7 +52,7 @@ class Compiled(NamedTuple):
     registers: int
     """Per thread."""
     stack_bytes: int
-    """Per thread: spilled registers, and arrays in local memory. Should be 0."""
+    """Per thread: spilled registers, and arrays in local memory."""
     shared_bytes: int
     """Per block."""
     sass: str

@@ -13,7 +13,8 @@ FINE = Compiled(registers=64, stack_bytes=0, shared_bytes=1024, sass="HGMMA.64x1
     ("compiled", "words"),
     [
         (FINE, "ok"),
-        (FINE._replace(stack_bytes=8), "8 bytes of stack"),
+        (FINE._replace(stack_bytes=gpu_static.MOST_STACK), "ok"),
+        (FINE._replace(stack_bytes=gpu_static.MOST_STACK + 8), "24 bytes of stack"),
         (FINE._replace(shared_bytes=SHARED_BYTES[90] + 16), "limit by 16 bytes"),
         (None, "does not compile: no such layout"),
     ],
@@ -38,4 +39,5 @@ def test_kernels_whose_epilogue_is_hidden_by_a_second_block_leave_it_its_registe
     for variant in (gated, *plain):
         assert gpu_static.faults(variant._replace(instructions=()), FINE._replace(registers=128), 90) == []
         assert gpu_static.faults(variant, FINE._replace(registers=129), 90)[0] == "129 registers, 128 at most"
+    assert gpu_static.faults(gated, FINE._replace(stack_bytes=64, sass=""), 100) == []
     assert gpu_static.faults(gated._replace(instructions=("HGMMA", "UTMALDG")), FINE, 90) == ["no UTMALDG"]

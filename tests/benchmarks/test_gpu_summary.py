@@ -46,7 +46,6 @@ def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
     assert found["fwd: times as fast as cuBLAS loop"] == (f"{1.2 / 0.95:.3g}", "pass")
     assert found["fwd_bwd: times as fast as grouped_mm_fused"] == (f"{1.4 / 1.02:.3g}", "pass")
-    assert found["fwd: TFLOP/s (aim)"] == (f"{650 / 0.95:.3g}", "met")
 
 
 @pytest.mark.parametrize(
