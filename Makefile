@@ -70,12 +70,16 @@ test-open-clip: $(call installed,test)
 	  --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS) tests/clipup
 
 # The Triton kernels interpreted, and compiled for GPUs that need not be there, under the oldest Triton that a supported
-# torch brings. Its interpreter fails under numpy 2.4.
+# torch brings, and compiled under that of torch 2.13 for CUDA. The oldest interpreter fails under numpy 2.4.
 OLDEST_TRITON := build/triton-3.6
+CUDA_TRITON := build/triton-3.7.1
 test-triton: $(call installed,test)
 	test -f $(OLDEST_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(OLDEST_TRITON) 'triton==3.6.*' 'numpy<2.4'
 	PYTHONPATH=$(OLDEST_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -m "interpreter and not cuda" tests/clipup_kernels
+	test -f $(CUDA_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(CUDA_TRITON) 'triton==3.7.1'
+	PYTHONPATH=$(CUDA_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest -q -n $(JOBS) tests/clipup_kernels/interpreter/test_variants.py
 
 # The native code alone: on every instruction tier of this CPU under the address and undefined-behavior sanitizers and as
 # shipped, and on the best tier under the thread sanitizer.

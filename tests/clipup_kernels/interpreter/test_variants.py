@@ -33,7 +33,7 @@ FILES = (*PRODUCTS, dispatch, router_logits, rows, topk_gating)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("arch", variants.ARCHITECTURES)
 def test_every_kernel_compiles_within_its_limits(arch, file):
-    """No stack, shared memory within the card's, tensor cores where they are meant to be used."""
+    """Hardly a spill, shared memory within the card's, tensor cores where they are meant to be used."""
     names = {variant.name for variant in file.variants(arch)}
     environment = {variable: value for variable, value in os.environ.items() if variable != "TRITON_INTERPRET"}
     command = [sys.executable, str(GPU_STATIC), "--arch", str(arch), "--match", *names]
