@@ -34,7 +34,7 @@ from .backends import meta, registry, torch_eager
 from .machine import processor_name
 from .self_check_cases import SIZES, cases_of_ops, map_tensors, wide
 from .types import type_name
-from .user_cache import user_cache, write_json
+from .user_cache import one_process, user_cache, write_json
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
@@ -137,11 +137,12 @@ def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
     """``self_check``, once for each type, each card and each version of torch, Triton and this package.
 
     A result without failures is kept in the user's cache directory (``$XDG_CACHE_HOME`` or ~/.cache, in
-    clipup/self_check). Ops that fail are each named in a ``RuntimeWarning``, and the next program checks again.
+    clipup/self_check). Ops that fail are each named in a ``RuntimeWarning``, and the next program checks again. The
+    ranks of a machine take turns: the first one compiles the kernels, and the others read its result.
     """
     types = _checked_types(dtypes)
-    with _lock:
-        path = cache_file(device)
+    path = cache_file(device)
+    with _lock, one_process(path):
         findings = _read(path)
         known = {finding.dtype for finding in findings}
         missing = [dtype for dtype in types if type_name(dtype) not in known]

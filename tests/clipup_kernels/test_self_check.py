@@ -1,5 +1,9 @@
 """The check of an installation's kernels: a wrong one is named, and another backend takes its place."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from moe_cases import assert_follows_oracle, experts_case
@@ -177,3 +181,21 @@ def test_findings_are_told_as_they_come_and_those_before_a_failure_are_kept(monk
         module.print_check("cpu")
     found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
     assert found[: len(registry.ROUTING)] == [[op, "float32"] for op in registry.ROUTING]
+
+
+def test_of_several_ranks_one_checks_and_the_others_read_its_result(tmp_path):
+    program = (
+        "import torch\n"
+        "from clipup_kernels import self_check as module\n"
+        "check = module.self_check\n"
+        "module.self_check = lambda *arguments: print('checked') or check(*arguments)\n"
+        "print(len(module.check_once('cpu', torch.float32)))\n"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    told = [rank.communicate()[0].split() for rank in ranks]
+    assert sum("checked" in words for words in told) == 1
+    assert len({words[-1] for words in told}) == 1
