@@ -155,7 +155,8 @@ class TrainStep:
         with torch.no_grad(), autocast(self.precision, self.device):
             for index, batch in enumerate(batches):
                 self.seed_batch(index)
-                cached.append(forward(self.module, *batch))
+                output = forward(self.module, *batch)  # whose memory the next pass of a model in CUDA graphs takes
+                cached.append({name: value.clone() for name, value in output.items()})
                 counting.add()
         done: list[StepLosses] = []
         with counting.used():

@@ -205,6 +205,15 @@ def test_compiled_without_graph_breaks_gives_the_eager_result():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments))
 
 
+def test_compiled_into_graphs_gives_the_eager_result_in_every_step():
+    step = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    router, x, experts, mask = layer_arguments()
+    for number in range(4):  # it warms up, records and replays
+        arguments = router, (x * (1 + number)).detach().requires_grad_(), experts, mask
+        want = layer_and_gradients(*arguments)
+        torch.testing.assert_close(layer_and_gradients(*arguments, function=step), want)
+
+
 def test_rows_behind_two_to_the_31_elements_are_found():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")

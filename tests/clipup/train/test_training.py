@@ -162,3 +162,35 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_weights_and_selection_bia
     if not checkpointing:  # a checkpointed forward must not change the layer's state inside a graph
         assert not torch._dynamo.utils.counters["graph_break"]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_with_graphs_that_write_into_the_outputs_of_the_step_before_losses_stay_those_of_the_eager_step(
+    make_model, pairs, options, monkeypatch, accum_freq
+):
+    asked = []
+
+    def with_graphs(model, **how):
+        """A stand-in for the mode reduce-overhead: a forward pass takes the memory of the outputs of the one before."""
+        outputs = []
+
+        def call(*args, **kwargs):
+            for output in outputs:
+                output.data.fill_(torch.nan)
+            found = type(model)._call_impl(model, *args, **kwargs)
+            outputs[:] = [value for value in found.values() if not isinstance(value, torch.nn.Parameter)]
+            return found
+
+        asked.append(how)
+        model._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_graphs)
+    usual = {"logs": None, "steps": 3, "warmup": 0, "accum_freq": accum_freq}
+    graphs = {"torchcompile": True, "torchcompile_mode": "reduce-overhead"}
+    eager, compiled = (
+        train(options(**usual, **changes), model=make_model(BIASED), loader=pairs(pairs=8, batch_size=4))
+        for changes in ({}, graphs)
+    )
+    assert asked == [{"backend": "inductor", "mode": "reduce-overhead"}]
+    for name in ("loss", "contrastive", "aux", "logit_scale"):
+        assert [record[name] for record in compiled.history] == [record[name] for record in eager.history], name
