@@ -5,7 +5,7 @@
 For every product: another width of its tile, and weights by descriptors. Then gradients in one launch or two. Tiles are
 compiled in parallel and compared with the usual one on few tokens; those that fail, differ or do not fit have no time.
 ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is faster.
-docs/kernels.md says what follows from which figure. The file is written again after every launch; one that fails is
+docs/gpu_kernels.md says what follows from which figure. The file is written again after every launch; one that fails is
 named, and the others are measured.
 """
 

@@ -6,7 +6,7 @@
 Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints its end, where
 the verdict is. The exit status is 0 when every step ended well or was skipped for want of a tool, and every demand was
 measured and met. Peers that are faster are told and do not count, but without the strong peers there is no verdict.
-Last comes what follows from the measurements, as docs/kernels.md has decided beforehand.
+Last comes what follows from the measurements, as docs/gpu_kernels.md has decided beforehand.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def faster_peers(rows: list[Row]) -> Finding:
 
 
 def decisions(rows: list[Row], launches: dict[str, float]) -> Iterator[tuple[str, str, str]]:
-    """What was decided beforehand in docs/kernels.md: the question, the measured number and what follows."""
+    """What was decided beforehand in docs/gpu_kernels.md: the question, the measured number and what follows."""
     names = [(name, f"quack, {name}") for name in QUACK_LAUNCHES]
     quack = None
     if all(name in launches for pair in names for name in pair):

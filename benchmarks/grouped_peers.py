@@ -1,7 +1,7 @@
 """The strong peers on a GPU: this project's routing and moving of rows around other projects' grouped products.
 
-Both are what a careful user would write, so ``gpu_summary.py`` gives no verdict without them, and docs/kernels.md says
-what follows if they are faster.
+Both are what a careful user would write, so ``gpu_summary.py`` gives no verdict without them, and docs/gpu_kernels.md
+says what follows if they are faster.
 
     grouped_mm_fused   torch's grouped products; bias and GELU, and their backward with the bias's gradient, in a launch
     quack              QuACK's products, which gather rows and have both in their epilogues

@@ -111,7 +111,7 @@ def test_predictions_depend_on_the_rates_of_the_card_as_the_documentation_says(c
         told = [line for line in capsys.readouterr().out.splitlines() if "of dense_k" in line]
         times += [float(line.split(", ")[0].split()[-1]) for line in told]
         ratios += [float(line.split(", ")[1].split()[0]) for line in told]
-    assert times == [2.01, 5.97, 2.30, 6.81, 1.97, 5.84]  # docs/kernels.md
+    assert times == [2.01, 5.97, 2.30, 6.81, 1.97, 5.84]  # docs/gpu_kernels.md
     assert ratios == [1.13, 1.10, 1.29, 1.26, 1.21, 1.18]
 
 
