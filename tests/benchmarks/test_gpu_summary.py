@@ -78,6 +78,10 @@ def test_what_was_not_measured_or_did_not_end_well_is_no_pass(tmp_path, change):
     assert gpu_summary.main([str(measured(tmp_path, **change))]) == 1
 
 
+def test_a_run_that_measured_nothing_passes_nothing(tmp_path):
+    assert {verdict for _, verdict in verdicts(tmp_path).values()} == {"not measured"}
+
+
 @pytest.mark.parametrize("peer", gpu_summary.STRONG_PEERS)
 @pytest.mark.parametrize("rows", ["forward", "training"])
 def test_without_a_strong_peer_there_is_no_verdict(tmp_path, peer, rows):
