@@ -30,6 +30,8 @@ TOLERANCE = 1e-4
 class Options(SparseOptions):
     """Makes a dense CLIP sparse: in some blocks, several copies of the MLP (experts) and a new router replace the MLP.
 
+    The defaults are CLIP-UP's recipe. For other sizes, set --num-experts, --top-k, --towers or --blocks first.
+
     Example: clipup upcycle ViT-B-16 models/b16-moe --pretrained laion2b_s34b_b88k
     """
 

@@ -22,7 +22,7 @@ pipeline_tag: zero-shot-image-classification
 
 # The dense model that the demonstration starts from
 
-A dense CLIP of 0.8 M parameters (`clipup-icons-w64`, 32 x 32 pixels, whole words), in float16, trained from random
+A dense CLIP of 0.5 M parameters (`clipup-icons-w48`, 32 x 32 pixels, whole words), in float16, trained from random
 weights by `make demo-start` with the config in `studies/demo` (log: `studies/demo/logs`). Its training images are
 openly licensed icons from the npm package @iconify/json, without the sets that the demonstration uses (openmoji,
 twemoji, ph). `python -m studies icons` lists their makers and licences.
