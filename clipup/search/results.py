@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.images import load_image, upright
 from ..extras import needed_for
+from ..inspection.figures import svg
 from ..inspection.page import template
 from .image_index import ImageIndex
 
@@ -49,7 +50,7 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
 
 
 def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]], command: str) -> str:
-    """One HTML page with the results of each text, pictures included.
+    """One HTML page with the results of each text, pictures included, to be written as UTF-8.
 
     Args:
         found: every text with its images of ``index``.
@@ -65,8 +66,10 @@ def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]
         }
         for text, results in found
     ]
-    page = template("results.html.j2", __package__)
-    return page.render(directory=index.images.name, images=len(index.entries), sections=sections, command=command)
+    page = template("results.html.j2", __package__).render(
+        directory=index.images.name, images=len(index.entries), sections=sections, command=command
+    )
+    return svg.clean(page)
 
 
 def _picture(path: Path) -> str | None:

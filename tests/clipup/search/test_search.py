@@ -162,6 +162,20 @@ def test_the_page_has_the_query_the_command_pictures_and_names_below_the_directo
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
+def test_a_name_or_query_that_is_not_text_leaves_the_page_writable(tmp_path, photos):
+    """Names written under another encoding (Latin-1, from an old disk) reach Python with surrogates."""
+    name = os.fsencode(photos) + b"/caf\xe9.png"
+    try:
+        os.rename(photos / "0.png", name)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    index = updated(tmp_path / "index", photos, Counted())
+    found = find(index, index.features, 6)[0]
+    page = results_page(index, [("caf\udce9", found)], "clipup search index 'caf\udce9'")
+    assert "<code>caf\ufffd.png</code>" in page and page.count("data:image/jpeg;base64,") == 6
+    page.encode("utf-8")
+
+
 def photo(path):
     """A photo as phones store it: an upright half black, half white picture that lies on its side."""
     upright = Image.fromarray(np.repeat(np.uint8([0] * 32 + [255] * 32)[:, None, None], 32, 1).repeat(3, 2))
