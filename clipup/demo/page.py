@@ -54,6 +54,7 @@ def render_demo(
         comparison=tables.as_html(comparison_tables.overview(report), "Recall and cost of every model"),
         splits=tables.as_html(comparison_tables.splits(report), "R@1 on the other splits"),
         curves=_charts(report, curves, evaluations, window),
+        counted_from="the dense model’s first" if "dense" in curves else "upcycling",
         window=window,
         loads=_load_charts(curves["clip_up"]),
         legend=images.expert_legend(report["moe_cfg"]["num_experts"]),
@@ -154,4 +155,7 @@ def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{key}.")
         else:
-            yield f"{path}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield (
+                f"{path}{key}",
+                ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value),
+            )

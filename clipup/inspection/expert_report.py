@@ -288,7 +288,7 @@ def statements(report: ExpertReport) -> list[str]:
     found = [
         f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
-        + (f" The model was trained {_plural(report.steps, 'step')}." if report.steps else ""),
+        + (f" The model was trained for {_plural(report.steps, 'step')}." if report.steps else ""),
         " ".join(filter(None, (_similarity(report, tower) for tower in _TOWERS))),
     ]
     if report.layers:

@@ -98,7 +98,8 @@ def _of_simple(tokenizer: open_clip.SimpleTokenizer, ids: list[int]) -> list[Pie
 def _of_words(tokenizer: WordTokenizer, ids: list[int]) -> list[Piece]:
     """Start, words, end and padding, one token each."""
     end = ids.index(tokenizer.end_of_text)
-    names = [_special("start"), *(tokenizer.decode([token]) for token in ids[1:end]), _special("end")]
+    known = [tokenizer.decode([token]) for token in ids[1:end]]
+    names = [_special("start"), *(_special("unknown") if word == "?" else word for word in known), _special("end")]
     return [Piece(name, word) for word, name in enumerate(names)] + [Piece("", PADDING)] * (len(ids) - end - 1)
 
 

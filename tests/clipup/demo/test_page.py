@@ -15,6 +15,7 @@ def test_the_page_has_every_number_and_stands_alone(inputs):
     assert "Best" in first_screen and "Worst" in first_screen and "least to most used expert" not in first_screen
     assert "gallery of 1,012 images and 3,988 captions, chance R@1 0.099 %" in first_screen
     assert "at most 3.0e-07 before the first step" in first_screen
+    assert "Steps are counted from the dense model’s first." in page.text
     assert "Abacus-7" in page.text and "blocks.image 1, 3" in page.text
 
 
@@ -24,4 +25,5 @@ def test_a_model_that_came_trained_has_no_curve_of_its_training(inputs):
         del records["dense"]
     page = render_demo(**inputs)
     assert "upcycled</text>" not in page and "A dense CLIP trained on other images" in page
+    assert "Steps are counted from upcycling." in Page(page).text
     assert '<p class="statement" id="verdict">CLIP-UP ' in page

@@ -58,7 +58,7 @@ def test_of_a_finished_run_the_page_has_the_steps(model, captions, tmp_path):
     shutil.copytree(model, tmp_path / "run" / "model")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 30}\n')
     for path in (tmp_path / "run", tmp_path / "run" / "model"):
-        assert "trained 30 steps." in Page(made(tmp_path / "r.html", path, "--captions", captions)).text
+        assert "trained for 30 steps." in Page(made(tmp_path / "r.html", path, "--captions", captions)).text
 
 
 def test_photos_stand_upright(model, tmp_path, monkeypatch):

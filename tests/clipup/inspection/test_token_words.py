@@ -73,7 +73,7 @@ def test_words_of_open_clips_tokenizer_are_those_of_the_caption(caption):
 def test_a_tokenizer_of_whole_words():
     tokenizer = WordTokenizer(["red", "cat"], context_length=6)
     found = pieces(tokenizer, tokenizer("Red zebra cat")[0].tolist())
-    assert words(found) == ["⟨start⟩", "red", "?", "cat", "⟨end⟩", ""]
+    assert words(found) == ["⟨start⟩", "red", "⟨unknown⟩", "cat", "⟨end⟩", ""]
 
 
 def routed(experts, num_experts):
