@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     check_file("out", options.out)
     path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
-    records = [] if options.images is None else find_images(options.images)[: options.max_images]
+    records, incomplete = ([], {}) if options.images is None else find_images(options.images)
+    records = records[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
     model, preprocess, tokenizer = load_for_inference(f"{known_models.LOCAL_PREFIX}{path}", device=options.device)
     dense = (
@@ -91,6 +92,7 @@ def main(argv: list[str]) -> int:
         name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
+    skipped |= incomplete
     seen = dataclasses.replace(seen, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
     write_text(options.out, seen.page(options.shown))
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
@@ -98,18 +100,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def find_images(source: str) -> list[Sample]:
-    """The images of a directory, or of evaluation shards (which bring captions), in the order of their names.
+def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
+    """The images of a directory, or of evaluation shards (which bring captions), in the order of their names; and the
+    incomplete samples of the shards, with the reason.
 
     Raises:
         FileNotFoundError: no such directory or shards, or no image in it.
+        ValueError: no sample of the shards is complete.
     """
-    from ..data.loaders import eval_samples
-    from ..data.samples import image_files
+    from ..data.samples import check_found, image_files
+    from ..data.shard_names import expand_shards
+    from ..data.shards import tar_samples
+    from ..data.skips import Skips
 
-    if ".tar" in Path(source).name:
-        return list(eval_samples(source, preprocess=None).samples)
-    return image_files(source)
+    if ".tar" not in Path(source).name:
+        return image_files(source), {}
+    skips = Skips()
+    records = tar_samples(expand_shards(source, "images"), skips, "images")
+    check_found(len(records), skips, source, "images")
+    return records, dict.fromkeys(skips.samples, "no image or caption in its shard, or damaged")
 
 
 def _captions(options: Options, records: list[Sample]) -> list[str]:

@@ -108,6 +108,19 @@ def test_shards_bring_their_captions(model, tmp_path):
     assert "2 · picture number 2" in text
 
 
+def test_incomplete_samples_of_shards_are_left_out_counted_and_named(model, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    pictures(1)[0].save(picture)
+    (tmp_path / "a.txt").write_text("a picture")
+    with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
+        for name in ("a.png", "a.txt"):
+            shard.add(tmp_path / name, name)
+        shard.add(picture, "b <i>.png")
+    text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
+    assert "1 images and 1 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
+    assert "1 image could not be read and was skipped" in text and "b <i> in " in text
+
+
 def test_no_more_are_looked_at_than_asked_for_and_what_cannot_be_read_is_skipped_counted_and_named(
     model, images, captions, tmp_path, capsys
 ):
