@@ -27,7 +27,7 @@ from .figures import expert_cards, svg
 from .figures.charts import imbalance
 from .figures.format import MISSING, count
 from .figures.heatmaps import load_bars, similarity_heatmap
-from .figures.images import expert_legend, patch, routing_map
+from .figures.images import MOST_CAPTION_CHARACTERS, expert_legend, patch, routing_map
 from .figures.images import picture as whole_picture
 from .figures.svg import Figure
 from .figures.tables import Column, Table, as_html
@@ -122,7 +122,8 @@ class ExpertReport:
         if not self.labels:
             return maps_of_layers
         look = "margin-bottom:6px;overflow-wrap:anywhere;line-height:1.35;text-align:left"
-        label = svg.element("div", escape(svg.clean(self.labels[picture])), dir="auto", style=look)
+        text = svg.shorten(self.labels[picture], MOST_CAPTION_CHARACTERS)
+        label = svg.element("div", escape(text), dir="auto", style=look)
         return Figure(svg.element("div", label, maps_of_layers))
 
     def tokens(self, caption: int) -> Figure:

@@ -33,7 +33,7 @@ def step0_difference(
         0 up to rounding right after upcycling with normalized gates. Features have length 1.
 
     Raises:
-        TypeError: one is no model of open_clip, timm or transformers, or images or texts are no tensors.
+        TypeError: a model is not one of open_clip, timm or transformers, or images or texts are not tensors.
     """
     checks.module("dense", dense)
     checks.module("sparse", sparse)

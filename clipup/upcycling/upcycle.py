@@ -35,7 +35,7 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
             (``clipup.clip.hugging_face``), dense and not wrapped. Or several models of one architecture, such as
             checkpoints of one training that were fine-tuned differently: expert e is the MLP of model e modulo their
             number (the multiplet of CLIP-MoE, arXiv 2409.19291), everything else is the first model's. Then the result
-            is no dense model's function at step 0.
+            differs from all of them at step 0.
         config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``.
         inplace: modify ``model`` instead of a copy.
 
