@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
@@ -54,16 +53,10 @@ class Tables:
         (data,) = seen.values()
         return data
 
-    def galleries(self) -> dict[str, dict[str, float]]:
-        """The number of ``images`` and distinct ``captions`` by split, the R@1 of guessing, ``chance``, which is equal
-        in both directions if every image has one caption, and ``uniform_nll``, the NLL of an image's caption if all
-        are equally likely."""
+    def galleries(self) -> dict[str, dict[str, int]]:
+        """The number of ``images`` and distinct ``captions`` by split."""
         test = next(iter(self.results.values())).test
-        sizes = {split: (of["gallery"], of["captions"]) for split, of in test.items()}
-        return {
-            split: {"images": images, "captions": captions, "chance": 1 / captions, "uniform_nll": math.log(captions)}
-            for split, (images, captions) in sizes.items()
-        }
+        return {split: {"images": of["gallery"], "captions": of["captions"]} for split, of in test.items()}
 
     def retrieval(self) -> Table:
         """Recall and negative log-likelihood of every group on every test split, at its chosen learning rate."""
