@@ -1,5 +1,5 @@
 # make install | demo | test | test-all | test-faults | test-open-clip | bench | study | study-runs | study-converged |
-#      study-scenes | study-gpu | models | notebooks | docs | lint | build | clean
+#      study-narrow | study-scenes | study-gpu | models | notebooks | docs | lint | build | clean
 #
 # Everything runs in .venv, which is created if it is missing. Stamp files in it record the installed extras; they expire when
 # the packaging or the native code changes.
@@ -14,7 +14,7 @@
 # FAULT_ARGS   options for tests/fault_injection/inject.py (none)
 # ICONS        the study's data set, built by `python -m studies icons` (runs/icons/data)
 # STUDY_RUNS   checkpoints of the study's runs (runs/icons/runs)
-# ICONIFY      the unpacked npm package @iconify/json, for study-converged, study-scenes, study-gpu, models, demo-start (package)
+# ICONIFY      the unpacked npm package @iconify/json, for study-converged and those after it, models, demo-start (package)
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -39,7 +39,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-scenes study-gpu models demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-scenes study-gpu models demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -156,6 +156,13 @@ study-converged: $(call installed,all)
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged_rate/*-lr0.008-*.yaml \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
+
+# The runs of the third part (studies/narrow/plan.md), on the second part's data.
+NARROW := runs/narrow
+study-narrow: $(call installed,all)
+	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow/*.yaml \
+	  --data $(CONVERGED)/data --runs $(NARROW)/runs
 
 # The runs on scenes (studies/scenes/plan.md), in the same way.
 SCENES := runs/scenes
