@@ -108,17 +108,13 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
         FileNotFoundError: no such directory or shards, or no image in it.
         ValueError: no sample of the shards is complete.
     """
-    from ..data.samples import check_found, image_files
-    from ..data.shard_names import expand_shards
-    from ..data.shards import tar_samples
-    from ..data.skips import Skips
+    from ..data.loaders import eval_samples
+    from ..data.samples import image_files
 
     if ".tar" not in Path(source).name:
         return image_files(source), {}
-    skips = Skips()
-    records = tar_samples(expand_shards(source, "images"), skips, "images")
-    check_found(len(records), skips, source, "images")
-    return records, dict.fromkeys(skips.samples, "no image or caption in its shard, or damaged")
+    found = eval_samples(source, preprocess=None, argument="images", max_skipped=1.0)
+    return list(found.samples), dict.fromkeys(found.skips.samples, "no image or caption in its shard, or damaged")
 
 
 def _captions(options: Options, records: list[Sample]) -> list[str]:

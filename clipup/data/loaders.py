@@ -182,14 +182,14 @@ class EvalSamples:
         """
         self.samples, self.preprocess, self.strict = samples, preprocess, strict
         self.max_image_pixels, self.resize = max_image_pixels, resize
-        self._skips, self._total = skips, len(samples) + int(skips)
+        self.skips, self._total = skips, len(samples) + int(skips)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def skipped(self) -> int:
-        return int(self._skips)
+        return int(self.skips)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
         for images, captions, metadata in self.batches(1):
@@ -197,7 +197,7 @@ class EvalSamples:
 
     def only(self, samples: Sequence[Sample]) -> EvalSamples:
         """Some of the samples, such as those of one process of a distributed evaluation."""
-        return EvalSamples(samples, self.preprocess, self._skips, self.strict, self.max_image_pixels, self.resize)
+        return EvalSamples(samples, self.preprocess, self.skips, self.strict, self.max_image_pixels, self.resize)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """Batches `(images [B, C, H, W], captions per image, metadata per image)`.
@@ -230,8 +230,8 @@ class EvalSamples:
     def _note(self, sample: Sample, reason: str) -> None:
         if self.strict:
             raise ValueError(f"cannot read the image {sample.named}: {reason}; repair or remove it")
-        self._skips.note(sample.named, reason)
-        self._skips.check(self._total)
+        self.skips.note(sample.named, reason)
+        self.skips.check(self._total)
 
 
 def eval_samples(
