@@ -148,8 +148,7 @@ def main(argv: list[str]) -> int:
         )
     results = evaluate(options)
     if options.card and directory is not None:
-        finished = directory / "model"  # if it is a run's
-        model_card.add_results(finished if finished.is_dir() else directory, results)
+        model_card.add_results(directory, results)
     text = json.dumps(results, indent=2)
     print(text if options.out == "-" else table(results))
     if options.out is not None and options.out != "-":

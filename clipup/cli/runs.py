@@ -35,12 +35,10 @@ def model_of(name: str) -> Iterator[str]:
     if root is None:
         yield name
         return
-    run = RunDirectory(root)
-    for directory in (root, run.model):
-        if (directory / CONFIG_NAME).is_file():
-            yield f"{model_names.LOCAL_PREFIX}{directory}"
-            return
-    latest = open_clip_format.newest(run.checkpoints)
+    if (root / CONFIG_NAME).is_file():
+        yield f"{model_names.LOCAL_PREFIX}{root}"
+        return
+    latest = open_clip_format.newest(RunDirectory(root).checkpoints)
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"

@@ -6,6 +6,7 @@ file that belongs to a directory may only name images in that directory.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
@@ -112,7 +113,7 @@ def readable_rows(
         elif directory is not None and leaves(image):
             fault, lost = f"its image is not in {directory}", 1
         elif not os.path.isfile(found):
-            fault, lost = "its image is no file that can be opened", 1
+            fault, lost = f"there is no file {printable(os.path.abspath(found))}", 1
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:
@@ -138,8 +139,10 @@ def _records(path: str, argument: str, separator: str, retried: Retries) -> Iter
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
         raise ValueError(
-            f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
+            f"{argument}: {path} is not UTF-8 text ({error.reason}): save it as UTF-8, or convert it, such as with "
+            f"`iconv -f {encoding} -t UTF-8`"
         ) from error
     reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator), 0
     try:

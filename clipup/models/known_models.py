@@ -36,4 +36,6 @@ def check_known(name: str, known: Collection[str]) -> None:
     lower = {model.lower(): model for model in known}
     close = [lower[model] for model in difflib.get_close_matches(name.lower(), lower, n=3)]
     hint = f"; similar names are {', '.join(close)}" if close else ""
+    if Path(name).is_file():
+        hint = "; to load a file of weights, pass it as pretrained, with the name of its model"
     raise ValueError(f"{name!r} is neither an open_clip model nor a directory{hint}")

@@ -37,12 +37,15 @@ def get_model_config(model_name: str) -> dict[str, Any]:
 
 
 def directory_of(model_name: str) -> Path | None:
-    """The directory that a model name refers to; None for open_clip and hub names."""
-    if model_name.startswith(LOCAL_PREFIX):
-        return Path(model_name.removeprefix(LOCAL_PREFIX))
-    if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):
-        return None
-    return Path(model_name) if Path(model_name).is_dir() else None
+    """The directory that a model name refers to, for that of a finished run the run's model; None for open_clip and hub
+    names."""
+    directory = Path(model_name.removeprefix(LOCAL_PREFIX))
+    if not model_name.startswith(LOCAL_PREFIX):
+        if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX) or not directory.is_dir():
+            return None
+    finished = directory / "model"
+    is_run = (finished / model_directory.CONFIG_NAME).is_file()
+    return finished if is_run and not (directory / model_directory.CONFIG_NAME).is_file() else directory
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -122,7 +123,8 @@ class MoEConfig:
     eval_capacity_factor: float | None = None
     """The same in evaluation. None: an embedding does not depend on the rest of the batch."""
     normalize_gates: GateNormalization = "before_drop"
-    """When a token's K gates are scaled to sum to 1: before choices over capacity are dropped, after, or not at all."""
+    """When a token's K gates are scaled to sum to 1: before choices over capacity are dropped, after, or not at all. A
+    single gate is then always 1, so that with top_k 1 the task loss does not train the router."""
     priority: bool = False
     """Assign slots by descending router probability (batch-priority routing) instead of by position."""
     router_noise: float = 0.0
@@ -151,7 +153,8 @@ class MoEConfig:
     """Choices that the balance loss counts: first choices only (top2), or all choices (topk)."""
     loss_scope: LossScope = "batch"
     """Tokens that the balance loss, z-loss and local entropy average over: those of each batch on each rank, or of the
-    whole step (global_batch, arXiv 2501.11873), so that they do not depend on how the step is divided."""
+    whole step (global_batch, arXiv 2501.11873), so that they do not depend on how the step is divided: over ranks, and
+    in clipup's training over accumulated batches too."""
     z_weight: float = 0.0
     """Weight of the router z-loss."""
     importance_weight: float = 0.0
@@ -185,6 +188,12 @@ class MoEConfig:
         check("reinit_ratio", self.reinit_ratio, self.reinit_ratio <= 1, "between 0 and 1")
         self._check_blocks()
         self._check_combinations()
+        if self.top_k == 1 < self.num_experts and self.routing == "token_choice" and self.normalize_gates != "none":
+            warnings.warn(
+                "with top_k=1, normalized gates are always 1, so the task loss does not train the router; "
+                "normalize_gates='none' lets it, and an upcycled model then starts from another function",
+                stacklevel=3,
+            )
 
     def _check_blocks(self) -> None:
         towers, blocks, last = self.towers, self.blocks, self.last_blocks

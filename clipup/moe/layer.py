@@ -272,9 +272,9 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
 def aux_loss(model: nn.Module) -> Tensor:
     """Takes the weighted auxiliary losses of the calling thread's forward passes and returns their sum.
 
-    Add it to the loss of each forward pass, or of several at once: the losses of a forward pass count once. Returns a
-    0-d tensor, float32 (float64 of float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse
-    layers).
+    Add it to the loss of each forward pass, or of several at once. The losses of a forward pass count once, and not at
+    all if another one came after it and its outputs are no longer in use. Returns a 0-d tensor, float32 (float64 of
+    float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers).
 
     The losses of a forward pass belong to the thread that ran it, so several threads can train or evaluate one model.
     If other threads run the forward passes of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the

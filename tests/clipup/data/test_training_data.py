@@ -7,6 +7,7 @@ import logging
 import pickle
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,19 @@ def test_missing_data_are_named(pictures, picture, name, error, read):
     (pictures.folder / "latin.csv").write_bytes(b"filepath\ttitle\n1.png\tcaf\xe9\n")
     with pytest.raises(error, match="^(train_data|source): "):
         read(pictures.folder / name, preprocess, tokenizer, 3, 0)
+
+
+@pytest.mark.parametrize("written, named", [("cp1252", "WINDOWS-1252"), ("utf-16", "UTF-16")])
+def test_the_encoding_of_a_spreadsheets_csv_file_is_named(pictures, written, named):
+    (pictures.folder / "a.csv").write_text("filepath\ttitle\n1.png\tcafé\n", encoding=written)
+    with pytest.raises(ValueError, match=f"iconv -f {named} -t UTF-8"):
+        train_loader(pictures.folder / "a.csv", preprocess, tokenizer, 3, 0)
+
+
+def test_a_relative_path_of_a_csv_file_is_named_as_it_was_looked_for(pictures):
+    (pictures.folder / "a.csv").write_text("filepath\ttitle\n1.png\ta\n")
+    with pytest.raises(ValueError, match=f"there is no file {Path('1.png').resolve()}"):
+        train_loader(pictures.folder / "a.csv", preprocess, tokenizer, 3, 0)
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypatch):

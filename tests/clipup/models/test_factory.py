@@ -17,6 +17,20 @@ def test_unknown_names_are_refused_with_similar_names(call):
         call("ViT-B-61")
 
 
+def test_the_directory_of_a_finished_run_stands_for_its_model(tmp_path):
+    save_pretrained(tiny_clip(), tmp_path / "run" / "model", tiny_config())
+    model, *_ = clipup.create_model_and_transforms(str(tmp_path / "run"))
+    assert torch.equal(model.logit_scale, tiny_clip().logit_scale)
+    assert clipup.get_model_config(str(tmp_path / "run")) == tiny_config()
+    assert clipup.get_tokenizer(str(tmp_path / "run")) is not None
+
+
+def test_a_file_of_weights_is_not_a_models_name(tmp_path):
+    (tmp_path / "epoch_1.pt").touch()
+    with pytest.raises(ValueError, match="pass it as pretrained"):
+        clipup.create_model_and_transforms(str(tmp_path / "epoch_1.pt"))
+
+
 def test_unknown_weights_are_refused_with_the_known_tags():
     with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
         clipup.create_model_and_transforms("ViT-B-32", "laion")

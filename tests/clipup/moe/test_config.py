@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,15 @@ def test_clip_up_preset_is_the_recipe():
     assert (config.num_experts, config.top_k, config.capacity_factor, config.eval_capacity_factor) == (8, 2, 1.0, None)
     assert (config.balance_weight, config.z_weight, config.balance) == (0.01, 1e-4, "top2")
     assert (config.towers, config.blocks, config.normalize_gates) == (None, "every_other", "before_drop")
+
+
+def test_a_single_normalized_gate_gives_a_warning_that_the_router_does_not_learn():
+    with pytest.warns(UserWarning, match="top_k=1.*normalize_gates"):
+        MoEConfig.clip_up(top_k=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for learns in ({"normalize_gates": "none"}, {"num_experts": 1}, {"routing": "expert_choice"}):
+            MoEConfig(top_k=1, **learns)
 
 
 @pytest.mark.parametrize(
