@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,6 +215,9 @@ def _find(options: Options) -> DataSet | None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
         found = datasets.ClassificationSet(images, names, TEMPLATES)
+        if isinstance(images[0], tuple):  # names, numbers or the order may have decided
+            pairs = [f"{path.relative_to(options.images).parts[0]} is {names[label]!r}" for path, label in images]
+            print(printable(f"clipup eval: in --images, {pairs[0]}, ..., {pairs[-1]}"), file=sys.stderr)
     elif options.root is not None:
         root, split = options.root, options.split
         readers: dict[str | None, Callable[[], DataSet]] = {

@@ -113,7 +113,7 @@ def readable_rows(
         elif directory is not None and leaves(image):
             fault, lost = f"its image is not in {directory}", 1
         elif not os.path.isfile(found):
-            fault, lost = f"there is no file {printable(os.path.abspath(found))}", 1
+            fault, lost = f"there is no file {printable(os.path.abspath(found)[:_MOST_SHOWN])}", 1
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:

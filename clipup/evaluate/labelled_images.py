@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips
 from ..data.tars import lines, read_samples
 
-_LOG = logging.getLogger(__name__)
-_LOG.setLevel(logging.WARNING)  # in ``clipup eval`` too, which shows other loggers' errors only
 _SHOWN = 3
 """Names that a message lists."""
 
@@ -80,9 +77,6 @@ def _labels(directory: str | Path, names: list[str], classes: Sequence[str]) -> 
             f"{len(classes)} names; expected subdirectories that are all named as classes, the numbers 0 to "
             f"{len(classes) - 1}, each once, or one for each name in the same order"
         )
-    if not by_name and not numbered:
-        pairs = [f"{names[at]} is {classes[at]!r}" for at in (0, -1)]
-        _LOG.warning("no subdirectory of %s is named as a class; in order, %s", directory, ", ..., ".join(pairs))
     return labels
 
 

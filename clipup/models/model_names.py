@@ -40,12 +40,11 @@ def directory_of(model_name: str) -> Path | None:
     """The directory that a model name refers to, for that of a finished run the run's model; None for open_clip and hub
     names."""
     directory = Path(model_name.removeprefix(LOCAL_PREFIX))
-    if not model_name.startswith(LOCAL_PREFIX):
-        if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX) or not directory.is_dir():
-            return None
-    finished = directory / "model"
-    is_run = (finished / model_directory.CONFIG_NAME).is_file()
-    return finished if is_run and not (directory / model_directory.CONFIG_NAME).is_file() else directory
+    named = model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX)
+    if not model_name.startswith(LOCAL_PREFIX) and (named or not directory.is_dir()):
+        return None
+    places = (directory, directory / "model")
+    return next((place for place in places if (place / model_directory.CONFIG_NAME).is_file()), directory)
 
 
 @contextmanager

@@ -49,6 +49,12 @@ def run(directory, *options):
     return main(["eval", str(directory), "--device", "cpu", "--workers", "0", *map(str, options)])
 
 
+def test_eval_says_which_directory_is_which_class(directory, classes, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("katze\nhund\n")
+    assert run(directory, *classes) == 0
+    assert "cat is 'katze', ..., dog is 'hund'" in capsys.readouterr().err
+
+
 def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, tmp_path, capsys):
     out = tmp_path / "out" / "results.json"
     assert run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--json", out) == 0
