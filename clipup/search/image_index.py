@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +41,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the features of an index were computed with; indexes of different encoders do not mix."""
+    """What the features of an index were computed with; indexes of different encoders do not mix. The digest says
+    which model it is, wherever its files are."""
 
-    model: str
+    model: str = field(compare=False)
     """Model name, or the absolute path of its directory."""
-    pretrained: str | None
+    pretrained: str | None = field(compare=False)
     precision: Precision
     int8: bool
-    model_digest: str = field(repr=False)
+    model_digest: str
     """``digest`` of the model."""
 
 
@@ -177,8 +178,8 @@ def update_index(
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
-        known = _known(directory, images, encoder)
         now = {record.key: _entry(record) for record in records}
+        known = _known(directory, images, encoder, {*now.values()})
         todo = [record for record in records if now[record.key] not in known]
         skips = Skips()
         part: dict[Entry, Tensor] = {}
@@ -225,8 +226,9 @@ def _entry(record: Sample) -> Entry:
     return Entry(record.key, status.st_size, status.st_mtime_ns)
 
 
-def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tensor]:
-    """Features that are there already, of a finished index and of the parts of an interrupted call."""
+def _known(directory: Path, images: Path, encoder: Encoder, entries: set[Entry]) -> dict[Entry, Tensor]:
+    """Features that are there already, of a finished index and of the parts of an interrupted call. Images that moved
+    are those of the index if at least one of their ``entries`` is in it."""
     known: dict[Entry, Tensor] = {}
     sources = [directory] if (directory / INDEX_FILE).exists() else []
     for source in [*sources, *_parts(directory)]:
@@ -235,14 +237,13 @@ def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tenso
         except (FileNotFoundError, ValueError) as error:
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
-        same_digest = replace(found.encoder, model_digest=encoder.model_digest)
-        for what, have, wanted in (("encoder", same_digest, encoder), ("images", found.images, images)):
+        indexed = found.images if entries.isdisjoint(found.entries) else images
+        for what, have, wanted in (("encoder", found.encoder, encoder), ("images", indexed, images)):
             if have != wanted:
                 raise ValueError(
                     f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
                     "directory, or remove this one"
                 )
-        found.check_model(encoder.model_digest)
         known |= dict(zip(found.entries, found.features, strict=True))
     return known
 

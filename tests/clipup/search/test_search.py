@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,11 +123,19 @@ def test_unreadable_images_are_named_and_skipped(tmp_path, photos, caplog):
 
 def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
     updated(tmp_path / "index", photos, Counted())
-    other = Encoder("another", None, "fp32", True, "a0")
-    with pytest.raises(ValueError, match="holds an index with encoder .*'model'.*'another'.* was asked for"):
-        update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor)
+    for other in (replace(ENCODER, int8=True), replace(ENCODER, model_digest="b1")):
+        with pytest.raises(ValueError, match="holds an index with encoder .*a0.* was asked for"):
+            update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor)
     with pytest.raises(ValueError, match="holds an index with images"):
         updated(tmp_path / "index", photos / "holiday", Counted())
+
+
+def test_an_index_follows_images_and_model_that_moved(tmp_path, photos):
+    before = updated(tmp_path / "index", photos, Counted())
+    moved, renamed = photos.rename(tmp_path / "renamed"), replace(ENCODER, model="renamed", pretrained="weights.pt")
+    after = update_index(tmp_path / "index", moved, image_files(moved), renamed, encode := Counted(), to_tensor)
+    assert encode.images == 0 and torch.equal(after.features, before.features)
+    assert (after.images, ImageIndex.load(tmp_path / "index").encoder) == (moved, renamed)
 
 
 def test_one_call_writes_an_index_at_a_time(tmp_path, photos):
