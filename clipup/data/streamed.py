@@ -50,6 +50,7 @@ def streamed_data(options: DataOptions, shards: list[str], num_samples: int, rea
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
         worker_init_fn=worker_init_fn(),
+        pin_memory=torch.cuda.is_available(),
         generator=generator,
     )
     num_batches = worker_batches * workers

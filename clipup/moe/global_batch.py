@@ -41,11 +41,11 @@ class StepCounting:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Inside, the losses of this thread's forward passes are those of one batch of the step. A collective."""
+        """Inside, the losses of forward passes are those of one batch of the step. A collective."""
         for layer, counts in zip(self._layers, over_ranks(self._counts), strict=True):
-            layer.state.mine.step_counts = counts
+            layer.state.step_counts = counts
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.state.mine.step_counts = None
+                layer.state.step_counts = None

@@ -216,7 +216,7 @@ class SparseMoE(Experts):
         """[] float32."""
         if self.config.loss_scope == "batch":
             return weighted_losses(routing, self.config)
-        counts = self.state.mine.step_counts
+        counts = self.state.step_counts
         if counts is None:
             counts = over_ranks([StepCounts.of_batch(routing.gating.tokens_per_expert)])[0]
         return weighted_losses(routing, self.config, counts)

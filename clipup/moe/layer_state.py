@@ -110,8 +110,6 @@ class _State:
         self.ran_layer = False
         self.last_routing: LastRouting | Callable[[], LastRouting] | None = None
         self.newest: LossRecord | None = None
-        self.step_counts: StepCounts | None = None
-        """The counts of all batches of an accumulated step, which the thread's losses use."""
         self.kept = _Kept()
 
 
@@ -132,6 +130,9 @@ class LayerState:
         self._everyone: list[_Kept] = []
         self._lock = threading.Lock()
         self._threads = _OfThread(self._everyone, self._lock)
+        self.step_counts: StepCounts | None = None
+        """The counts of all batches of an accumulated step, which its losses use, also where autograd's thread runs the
+        forward again."""
 
     @property
     def mine(self) -> _State:

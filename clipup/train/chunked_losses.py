@@ -97,20 +97,19 @@ class MultiPositiveClipLoss(ChunkedClipLoss):
     2204.03610) would change nothing: equal texts have equal features, so their rows add up to ClipLoss again.
     """
 
-    def forward(  # type: ignore[override]  # texts instead of a bias
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, texts: Tensor
+    def forward(  # type: ignore[override]  # captions instead of a bias
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, captions: Tensor
     ) -> Tensor:
-        """image_features, text_features: [B, D], normalized; texts: [B, L] token ids, row i of pair i."""
-        caption = self._captions(texts)
+        """image_features, text_features: [B, D], normalized; captions: as ``captions`` returned them."""
 
         def compared(logits: Tensor, own: Tensor) -> Tensor:
-            same = caption[own][:, None] == caption[None, :]
+            same = captions[own][:, None] == captions[None, :]
             return logits.float().masked_fill(same.scatter(1, own[:, None], False), -torch.inf)
 
         return super().forward(image_features, text_features, logit_scale, compared=compared)
 
-    def _captions(self, texts: Tensor) -> Tensor:
-        """[N]: a number per pair, the same for equal texts."""
+    def captions(self, texts: Tensor) -> Tensor:
+        """[N]: a number per pair of all ranks, the same for equal texts [B, L]. On a GPU it waits for what runs."""
         if self.world_size > 1:
             of_rank = [torch.empty_like(texts) for _ in range(self.world_size)]
             dist.all_gather(of_rank, texts.contiguous())

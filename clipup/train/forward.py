@@ -43,7 +43,7 @@ def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor
     """The model's output by name; row i of the image and of the text features belongs to pair i."""
     if not drops_by_position(model):
         return _with_labels(named_output(model(images, texts)), texts)
-    order = torch.randperm(len(texts)).to(texts.device)
+    order = torch.randperm(len(texts)).to(texts.device, non_blocking=True)
     output = _with_labels(named_output(model(images, texts[order])), texts[order])
     output["text_features"] = output["text_features"][order.argsort()]
     return output

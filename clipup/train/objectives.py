@@ -119,11 +119,11 @@ class MultiPositiveObjective(ContrastiveObjective):
         self.loss = MultiPositiveClipLoss(chunk_size, **gathering)
 
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        return {"texts": torch.cat([texts for _, texts in batches])}
+        return {"captions": self.loss.captions(torch.cat([texts for _, texts in batches]))}
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         features = [output[name] for name in _FEATURES]
-        return {"contrastive": self.loss(*features, output["logit_scale"], targets["texts"])}
+        return {"contrastive": self.loss(*features, output["logit_scale"], targets["captions"])}
 
 
 class DistillationObjective(Objective):
@@ -152,15 +152,17 @@ class DistillationObjective(Objective):
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         outputs = [named_output(self.teacher(images, texts)) for images, texts in batches]
         features = {f"dist_{name}": torch.cat([output[name] for output in outputs]) for name in _FEATURES}
-        texts = {} if self.over_distinct is None else {"texts": torch.cat([texts for _, texts in batches])}
-        return {**features, "dist_logit_scale": outputs[0]["logit_scale"], **texts}
+        targets = {**features, "dist_logit_scale": outputs[0]["logit_scale"]}
+        if self.over_distinct is not None:
+            targets["captions"] = self.over_distinct.captions(torch.cat([texts for _, texts in batches]))
+        return targets
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         features = [output[name] for name in _FEATURES]
-        of_teacher = {name: target for name, target in targets.items() if name != "texts"}
+        of_teacher = {name: target for name, target in targets.items() if name != "captions"}
         contrastive, distill = self.loss(*features, output["logit_scale"], **of_teacher)
         if self.over_distinct is not None:
-            contrastive = self.over_distinct(*features, output["logit_scale"], targets["texts"])
+            contrastive = self.over_distinct(*features, output["logit_scale"], targets["captions"])
         return {"contrastive": contrastive, "distill": distill}
 
 

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from clipup import SparseMoE, aux_loss, moe_metrics, update_selection_bias
+from clipup.moe.global_batch import StepCounting
 
 D, THREADS, ROUNDS = 12, 4, 10
 
@@ -58,6 +60,27 @@ def test_threads_that_train_one_layer_take_their_own_losses(compiled):
         for loss in losses:
             torch.testing.assert_close(loss, expected[index])
     assert aux_loss(layer) == 0
+
+
+def test_losses_over_a_step_have_the_same_gradient_where_another_thread_recomputes_the_forward():
+    """A GPU's backward pass, and with it the recomputation of activation checkpointing, runs in autograd's thread."""
+
+    def gradient(forward):
+        layer = make_layer(loss_scope="global_batch")
+        batches, counting = [tokens(0, count=8), tokens(1, count=40)], StepCounting(layer)
+        for batch in batches:
+            with torch.no_grad():
+                layer(batch)
+            counting.add()
+        with counting.used(), ThreadPoolExecutor(1) as autograd:
+            for batch in batches:
+                y = forward(layer, batch.requires_grad_())
+                autograd.submit((0 * y.sum() + aux_loss(layer)).backward).result()
+        return layer.router.weight.grad
+
+    expected = gradient(lambda layer, batch: layer(batch))
+    recomputed = gradient(lambda layer, batch: checkpoint(layer, batch, use_reentrant=False))
+    torch.testing.assert_close(recomputed, expected)
 
 
 def test_metrics_are_of_the_callers_last_forward():
