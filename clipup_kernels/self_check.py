@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +39,6 @@ from .user_cache import one_process, user_cache, write_json
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
 products to TF32, which has 10 bits."""
-_POISON_BYTES = 64 << 20
 _LINE = "{:28}  {:8}  {:12}  {:7}  {:7}  {}"
 _lock = threading.Lock()
 
@@ -88,7 +87,7 @@ def self_check(
     device = _checked_device(device)
     findings = []
     # Whatever the caller has set: tensors are made on the CPU, and the oracle is not cast.
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), _filled_memory():
         for dtype in _checked_types(dtypes):
             cases = cases_of_ops(dtype, SIZES[device.type])
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
@@ -98,6 +97,17 @@ def self_check(
         chosen_by = getattr(torch, finding.chosen_by)
         registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
     return findings
+
+
+@contextlib.contextmanager
+def _filled_memory() -> Iterator[None]:
+    """Inside, new tensors hold NaN or the largest integer, so that what an op does not write shows."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def _check_op(
@@ -254,8 +264,6 @@ def _error(op: str, backend: registry.Backend, arguments: tuple, device: torch.d
     wanted = _as_tuple(getattr(torch_eager, op)(*wide(arguments)))
     types = [output.dtype for output in _as_tuple(getattr(meta, op)(*map_tensors(lambda t: t.to("meta"), arguments)))]
     on_device = map_tensors(lambda t: t.to(device, copy=True), arguments)
-    if device.type == "cuda":  # memory that the op does not write shows
-        torch.full((_POISON_BYTES // 4,), torch.nan, device=device)
     results = _as_tuple(registry.implementation(backend, op)(*on_device))
     pairs = [pair for pair in zip(arguments, on_device, strict=True) if isinstance(pair[0], Tensor)]
     changed = any(not torch.equal(before, after.cpu()) for before, after in pairs)

@@ -24,7 +24,8 @@ def on_gpu(value):
 
 def poison_memory() -> None:
     """Memory that the caching allocator hands out next holds NaN, so that an output not written whole shows."""
-    blocks = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24)]
+    sizes = 64 * [1 << 8, 1 << 12, 1 << 16] + [1 << 20, 1 << 24]  # up to 1 MiB from a pool of their own
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size in sizes]
     del blocks
 
 
