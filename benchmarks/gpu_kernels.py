@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,6 +34,9 @@ COLUMNS = "launch ms p20_ms p80_ms gflop tflops mbyte gbytes_per_s predicted_ms 
 CACHED_BYTES, PASSES = 12 << 20, 256
 """An H100's cache has two parts of 25 MiB, and each multiprocessor may read through its own: half of a part, so that it
 surely stays. So many passes that the first one, from memory, is 1% of the time."""
+
+WARM_UP_SECONDS = 0.05
+"""Before a launch is timed: while it is compiled, the GPU lowers its clock."""
 
 
 class Launch(NamedTuple):
@@ -169,8 +173,10 @@ def predictions(*layer: int, l2: float, dram: float = gpu_model.DRAM_BYTES) -> d
 
 def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, float]) -> dict[str, str]:
     """A row of the table but for the launch's name."""
-    for _ in range(3):
-        launch.run()
+    launch.run()  # compiles
+    warm = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < warm:
+        clock(launch.run, device)
     found = timing([clock(launch.run, device) for _ in range(repetitions)])
     ms, expected = found.median_ms, predicted.get(launch.name)
     return {
