@@ -100,13 +100,9 @@ def _encode(
     share: Share,
     filler: Callable[[], Item],
 ) -> Tensor:
-    """filler: makes an item for a process that has none left while others have."""
+    """filler: makes an item, as for ``Share.each``."""
     with evaluating(model):
-        batches = in_batches(items, batch_size)
-        mine = [encode(batch).float().cpu() for batch in batches] if not share.in_step else []
-        while share.in_step and share.any((batch := next(batches, None)) is not None):
-            features = encode([filler()] if batch is None else batch)  # the others need this process's weights
-            mine += [] if batch is None else [features.float().cpu()]
+        mine = share.each(in_batches(items, batch_size), lambda batch: encode(batch).float().cpu(), lambda: [filler()])
     joined = share.join(mine)
     if not joined:
         raise ValueError("nothing to encode: the data set is empty")

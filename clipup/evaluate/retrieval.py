@@ -151,6 +151,7 @@ def evaluate_retrieval(
         captions, pairs = merge_equal(captions, pairs)
     text_features = encode_texts(model, captions, tokenizer, batch_size, precision, share)
     if share.index > 0:
+        _check(image_features, text_features, pairs)  # what one process refuses, all do
         return None
     result = retrieval(image_features, text_features, pairs)
     values = sorted({group for group in groups if group is not None})

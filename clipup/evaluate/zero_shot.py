@@ -99,18 +99,14 @@ def zero_shot_classifier(
             raise ValueError(f"templates: {template!r} has no {{}}, which stands for the class name")
     share = share or Share()
     at_once = max(1, batch_size // len(templates))
-    mine = share.part(classes, at_once)
-    device = device_of(model)
-    columns: list[Tensor] = []
-    if mine:
-        with evaluating(model), autocast(precision, device):
-            whole = open_clip.build_zero_shot_classifier(
-                model,
-                CheckedTokenizer(tokenizer, model),
-                classnames=mine,
-                templates=list(templates),
-                num_classes_per_batch=at_once,
-                device=device,
-            )
-        columns = list(whole.float().cpu().split(at_once, dim=1))
-    return torch.cat(share.join(columns), dim=1)
+    device, checked = device_of(model), CheckedTokenizer(tokenizer, model)
+
+    def columns_of(names: list[str]) -> Tensor:
+        columns = open_clip.build_zero_shot_classifier(
+            model, checked, names, list(templates), num_classes_per_batch=None, device=device
+        )
+        return columns.float().cpu()
+
+    with evaluating(model), autocast(precision, device):
+        mine = share.each(in_batches(share.part(classes, at_once), at_once), columns_of, lambda: list(classes[:1]))
+    return torch.cat(share.join(mine), dim=1)

@@ -72,6 +72,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             whole_state.load_optimizer_state(self.optimizer, self.model, built.optimizer_state)
+            built.optimizer_state["state"].clear()  # whole, while the optimizer's may be sharded
         self.train_step = TrainStep(
             wrapped,
             built.objective,

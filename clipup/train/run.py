@@ -74,13 +74,14 @@ def train(
         data = Epochs(
             build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
         )
-        data.check_alike(ranks.gather)
+        data.check_alike(ranks.gather_patiently)  # some may have had to list their data first
         options = replace(options, warmup=warmup_steps(options, Length.of(options, data.steps, 0).steps))
         trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
         if checkpoint is not None:
             trainer.restore(checkpoint.state, checkpoint.path, start)
             if trainer.state.finished:
                 return trainer.result_before()
+            checkpoint = None  # its tensors, in every process
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:

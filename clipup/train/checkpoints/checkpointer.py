@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...atomic_files import make_aside, remove_aside
 from ...models import model_card, model_names, saving, tokenizers
 from ...models.state_dicts import check_fit
@@ -150,6 +152,8 @@ class Checkpointer:
         """In a thread, which meets those of the other ranks in a group of their own. It does not keep the process from
         ending, as that of DCP's ``async_save`` does: one that waits for a frozen rank would."""
 
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_device(self.ranks.device)
         finish = partial(sharded.complete, aside, target, configs=self._configs(), state=state)
         try:
             sharded.write(staged, aside, self._group, finish)

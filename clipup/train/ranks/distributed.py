@@ -127,12 +127,16 @@ def joined(options: TrainOptions) -> Iterator[Ranks]:
     """
     device = check_device(options.device)
     if first_set(DISTRIBUTED, 1) <= 1:
-        yield Ranks(torch.device(device))
+        alone = torch.device(device)
+        if alone.type == "cuda" and alone.index is not None:
+            torch.cuda.set_device(alone)  # what stages checkpoints waits for the current device
+        yield Ranks(alone)
         return
     try:
         yield _connected(device, options.dist_backend, timedelta(seconds=options.dist_timeout))
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    except BaseException as error:
+        atexit.unregister(dist.destroy_process_group)  # with NCCL it would wait for the other ranks
+        if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise ConnectionError(
             f"another rank is lost, whose own message comes first if it has one ({error}). The last checkpoint is "
@@ -150,7 +154,7 @@ def _connected(device: str, backend: str | None, timeout: timedelta) -> Ranks:
     local_rank, rank, world_size = Launched.from_environment()
     target = torch.device(device)
     if target.type == "cuda":
-        target = torch.device("cuda", local_rank)
+        target = torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each rank its own
         torch.cuda.set_device(target)
     if not dist.is_initialized():
         backend = backend or ("nccl" if target.type == "cuda" else "gloo")

@@ -223,11 +223,12 @@ def finish_gradients(model: nn.Module, world_size: int) -> None:
         return
     gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     whole = [gradient for gradient in gradients if not is_distributed(gradient)]
-    joined = torch.cat([torch.zeros(0, device=gradients[0].device), *(gradient.reshape(-1) for gradient in whole)])
-    dist.all_reduce(joined)
-    means = (joined / world_size).split([gradient.numel() for gradient in whole])
-    for gradient, mean in zip(whole, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    if whole:  # not on the device of the others where those are offloaded
+        joined = torch.cat([gradient.reshape(-1) for gradient in whole])
+        dist.all_reduce(joined)
+        means = (joined / world_size).split([gradient.numel() for gradient in whole])
+        for gradient, mean in zip(whole, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
     for gradient in filter(is_distributed, gradients):
         if _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
             shard_of(gradient).div_(gradient.device_mesh[_EP].size())

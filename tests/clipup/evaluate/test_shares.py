@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from clipup.evaluate import Share, evaluate_retrieval, zero_shot
+from clipup.evaluate.retrieval import NonFiniteFeatures
 
 WORDS = "cat dog sun sea tree house road boat bird".split()
 
 
-def all_shares(count, call):
+def all_shares(count, call, in_step=False):
     """The results of ``call(share)`` in ``count`` threads, which simulate processes."""
     barrier, boxes = threading.Barrier(count, timeout=60), [None] * count
 
@@ -29,7 +30,7 @@ def all_shares(count, call):
         return gather
 
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda index: call(Share(index, count, gather_as(index))), range(count)))
+        return list(pool.map(lambda index: call(Share(index, count, gather_as(index), in_step)), range(count)))
 
 
 @pytest.fixture
@@ -70,3 +71,43 @@ def test_distributed_classification_equals_that_of_one_process(model, tokenizer,
 
     assert all_shares(count, classify) == [alone] * count
     assert alone["images"] == alone["classes"] == 9
+
+
+@pytest.mark.parametrize("count, batch_size", [(2, 4), (3, 8), (4, 16)])
+def test_processes_that_hold_parts_of_a_model_encode_equally_many_batches(model, tokenizer, samples, count, batch_size):
+    """Each call of an encoder gathers the others' weights, so it waits for them."""
+    labelled = [(image, index) for index, (image, _, _) in enumerate(samples)]
+    together = threading.Barrier(count, timeout=5)
+
+    def gathering(encode):
+        def call(*arguments, **options):
+            together.wait()
+            return encode(*arguments, **options)
+
+        return call
+
+    def evaluate(share):
+        sharded = copy.deepcopy(model)
+        for name in ("encode_image", "encode_text"):
+            setattr(sharded, name, gathering(getattr(sharded, name)))
+        options = {"batch_size": batch_size, "share": share}
+        found = evaluate_retrieval(sharded, share.part(samples, batch_size), tokenizer, **options)
+        mine, templates = share.part(labelled, batch_size), ["a {}", "one {} more"]
+        return found, zero_shot(sharded, mine, WORDS, tokenizer, templates=templates, **options)
+
+    (first, accuracy), *others = all_shares(count, evaluate, in_step=True)
+
+    assert first == evaluate_retrieval(model, samples, tokenizer, batch_size=batch_size)
+    assert others == [(None, accuracy)] * (count - 1)
+
+
+def test_features_that_are_not_finite_fail_in_every_process(model, tokenizer, samples):
+    with torch.no_grad():
+        model.text_projection.fill_(torch.nan)
+
+    def evaluate(share):
+        with pytest.raises(NonFiniteFeatures):
+            evaluate_retrieval(copy.deepcopy(model), share.part(samples, 4), tokenizer, batch_size=4, share=share)
+        return True
+
+    assert all_shares(2, evaluate) == [True, True]
