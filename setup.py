@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(build)], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                "clipup: the native code did not build; the reason is above. It needs a C++17 compiler and Python's "
+                "clipup: the native code did not build; the reason is above. It needs g++ 11 or clang 14, Python's "
                 "headers (Debian: apt install g++ python3-dev) and, with --no-build-isolation, pip install cmake ninja "
                 "pybind11. CLIPUP_NATIVE=OFF installs without native code; the ops then run in plain torch."
             ) from error

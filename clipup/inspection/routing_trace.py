@@ -177,7 +177,7 @@ def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 def _shares(experts: np.ndarray, num_experts: int) -> np.ndarray:
     counts = np.bincount(experts[experts >= 0], minlength=num_experts)
-    return counts / max(1, counts.sum())
+    return counts / max(1, int(counts.sum()))
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #ifdef __F16C__
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -147,57 +148,61 @@ inline F32x coarse_inverse(F32x value) {
 #endif
 }
 
+// The elements of two vectors at these indices, b's after a's. In g++ 11 the builtin has another name.
+#if __has_builtin(__builtin_shufflevector)
+#define CLIPUP_SHUFFLE __builtin_shufflevector
+#else
+#define CLIPUP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, U32x{__VA_ARGS__})
+#endif
+
 // The lower (upper) halves of two vectors, element by element in turn.
 inline U32x interleave_low(U32x a, U32x b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return CLIPUP_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  return CLIPUP_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  return CLIPUP_SHUFFLE(a, b, 0, 4, 1, 5);
 #endif
 }
 
 inline U32x interleave_high(U32x a, U32x b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return CLIPUP_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  return CLIPUP_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  return CLIPUP_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
 // The same within every sixteen bytes, by words and by pairs of words.
 #if defined(__AVX512F__)
 inline U32x unpack_low(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  return CLIPUP_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 }
 inline U32x unpack_high(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  return CLIPUP_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 }
 inline U32x unpack_low_pairs(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  return CLIPUP_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
 }
 inline U32x unpack_high_pairs(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return CLIPUP_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 #elif defined(__AVX2__)
-inline U32x unpack_low(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
-inline U32x unpack_high(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
-inline U32x unpack_low_pairs(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-}
-inline U32x unpack_high_pairs(U32x a, U32x b) {
-  return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-}
+inline U32x unpack_low(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
+inline U32x unpack_high(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
+inline U32x unpack_low_pairs(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13); }
+inline U32x unpack_high_pairs(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15); }
 #else
-inline U32x unpack_low(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline U32x unpack_high(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-inline U32x unpack_low_pairs(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
-inline U32x unpack_high_pairs(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+inline U32x unpack_low(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 0, 4, 1, 5); }
+inline U32x unpack_high(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 2, 6, 3, 7); }
+inline U32x unpack_low_pairs(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 0, 1, 4, 5); }
+inline U32x unpack_high_pairs(U32x a, U32x b) { return CLIPUP_SHUFFLE(a, b, 2, 3, 6, 7); }
 #endif
 
+#if __has_builtin(__builtin_shufflevector)
 inline U32half low_half(U32x value) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -217,6 +222,19 @@ inline U32half high_half(U32x value) {
   return __builtin_shufflevector(value, value, 2, 3);
 #endif
 }
+#else  // g++ 11, which keeps the copies in registers
+inline U32half low_half(U32x value) {
+  U32half half;
+  std::memcpy(&half, &value, sizeof half);
+  return half;
+}
+
+inline U32half high_half(U32x value) {
+  U32half half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&value) + sizeof half, sizeof half);
+  return half;
+}
+#endif
 
 // A square of words, transposed: interleaving row i with row i + half, log2(rows) times.
 inline void transpose(U32x (&rows)[kLanes]) {

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import moe_bench
 import pytest
+from platforms import linux_only
 
+pytestmark = linux_only
 SUITE = Path(moe_bench.__file__).parent / "gpu_suite.sh"
 TOOLS = "bash sh cat cp cut dirname env find grep gzip mkdir mktemp mv rm sleep tail tar timeout tr".split()
 PYTHON = """#!/bin/sh

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from platforms import linux_only
+
 from clipup_kernels import _C
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ def test_the_module_is_linked_to_no_openmp_runtime():
     assert b"omp.so" not in Path(_C.__file__).read_bytes()
 
 
+@linux_only
 def test_native_ops_run_on_as_many_threads_as_torch_is_given():
     # A runtime of its own would start its threads at the first large call.
     script = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy
 import torch
@@ -22,6 +23,12 @@ def png(number: int) -> bytes:
 def preprocess(image) -> Tensor:
     """[3, H, W] float32, the colours as they are."""
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float()
+
+
+def noisy(image) -> Tensor:
+    """The picture, with random numbers of all three generators below its integer value."""
+    noise = torch.rand(()) / 4 + random.random() / 8 + numpy.random.rand() / 8
+    return preprocess(image) + noise
 
 
 def tokenizer(texts) -> Tensor:

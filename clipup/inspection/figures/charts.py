@@ -158,7 +158,7 @@ def load_chart(
     shares = np.array(loads, dtype=float)
     experts = shares.shape[1]
     groups = np.array_split(np.arange(len(shares)), min(len(shares), _MOST_POINTS))
-    x = [fmean(float(steps[i]) for i in group) for group in groups]
+    x = [fmean(float(steps[int(i)]) for i in group) for group in groups]
     x[0], x[-1] = float(steps[0]), float(steps[-1])
     means = np.stack([shares[group].mean(0) for group in groups])
     high, low = means.max(1), means.min(1)
@@ -168,7 +168,7 @@ def load_chart(
     def paint(axes: Axes) -> None:
         axes.fill_between(x, low, high, facecolor=_BAND + "50", edgecolor=_BAND, linewidth=1.2, label=labels[0])
         axes.axhline(1 / experts, color=_INK, linewidth=1, linestyle=_dashes("4 4"), label=labels[1])
-        axes.set_ylim(0, y_max or 1.06 * max(high.max(), 1.5 / experts))
+        axes.set_ylim(0, y_max or 1.06 * max(*high.tolist(), 1.5 / experts))
 
     above = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most\nshare of load"
     return _drawn(paint, title, "step", above, labels, True, width, height)

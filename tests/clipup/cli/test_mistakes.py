@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import open_clip
 import pytest
 from PIL import Image
+from platforms import linux_only
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
@@ -224,6 +225,7 @@ def test_closed_pipe_is_not_an_error(arguments):
     assert done.stderr == "" and int(done.stdout) in (0, 141)  # 0 if all was written before the pipe was closed
 
 
+@linux_only
 @pytest.mark.parametrize("arguments", ["--help", "flops --help"])
 def test_output_that_cannot_be_written_is_told(arguments):
     done = shell(f"{PYTHON} -m clipup {arguments} > /dev/full")

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from picture_samples import load, preprocess
-from torch.utils.data import DataLoader, Dataset
+from platforms import linux_only
+from torch.utils.data import DataLoader
+from worker_tasks import QUICK, Hangs, Repairable, at_seven
 
 from clipup.cli import reporting_errors
 from clipup.data import processes
@@ -21,8 +23,6 @@ from clipup.data.loaders import eval_samples
 from clipup.data.processes import LostWorker, _prepare_worker, each
 
 MAIN = os.getpid()
-QUICK = 3
-"""Items that are read before one that takes minutes."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,7 @@ def large(image):
     return torch.zeros(3, 512, 512)
 
 
+@linux_only
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed", "evaluation"])
 def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures, kind):
     if subprocess.run([*SMALL_SHARED_MEMORY, "true"], check=False).returncode:
@@ -95,17 +96,6 @@ def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures, kind):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "/dev/shm" in done.stdout and "--shm-size" in done.stdout, done.stderr
-
-
-class Hangs(Dataset):
-    """Numbers; reading those from the fourth on takes minutes."""
-
-    def __len__(self) -> int:
-        return 4 * QUICK
-
-    def __getitem__(self, index: int) -> int:
-        time.sleep(600 if index >= QUICK else 0)
-        return index
 
 
 @pytest.mark.parametrize("when", ["at exit", "when an iteration is left"])
@@ -128,8 +118,7 @@ def test_workers_that_hang_are_killed_together(monkeypatch, when):
 
 def test_workers_end_with_an_error_and_the_data_can_be_read_again(pictures, no_more_children):
     repaired = pictures.folder / "repaired"
-    change = lambda image: preprocess(image) if repaired.exists() else image  # noqa: E731
-    data = load("csv", pictures.csv(), workers=1, transform=change).dataloader
+    data = load("csv", pictures.csv(), workers=1, transform=Repairable(repaired)).dataloader
     with pytest.raises(TypeError) as kept:
         list(data)
     assert kept.value and no_more_children()
@@ -181,12 +170,6 @@ def test_a_program_ends_while_its_data_workers_are_alive(pictures):
     program = LEAVES.format(path=sys.path, source=pictures.csv())
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stderr == ""
-
-
-def at_seven(number):
-    if number == 7:
-        raise KeyError("seven")
-    return number
 
 
 @pytest.mark.parametrize("workers", [1, 2])

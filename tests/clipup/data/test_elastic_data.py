@@ -4,12 +4,11 @@ workers, and an epoch can start at any step."""
 from __future__ import annotations
 
 import os
-import random
 
 import numpy
 import pytest
 import torch
-from picture_samples import load, preprocess
+from picture_samples import load, noisy, preprocess
 
 from clipup.data import shards
 from clipup.data.epoch_order import EpochOrder
@@ -19,12 +18,6 @@ GLOBAL_BATCH = 12
 LAYOUTS = [(1, 12, 1), (1, 1, 12), (2, 3, 2), (3, 4, 1)]
 """(world_size, batch_size, accum_freq)"""
 SPOILT = (0, 7, 8, 21, 30, 31, 59)
-
-
-def noisy(image):
-    """The picture, with random numbers of all three generators below its integer value."""
-    noise = torch.rand(()) / 4 + random.random() / 8 + numpy.random.rand() / 8
-    return preprocess(image) + noise
 
 
 def batches_of(data, epoch, first_step=0):

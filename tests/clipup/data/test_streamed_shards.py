@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-import torch
-from picture_samples import epoch_of, load, pictures_of, preprocess, samples_of, tokenizer
+from picture_samples import epoch_of, load, noisy, pictures_of, preprocess, samples_of, tokenizer
 
 from clipup.data.loaders import train_loader
 
@@ -30,7 +29,6 @@ def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures,
 
 def test_every_worker_of_every_rank_reads_its_own_shards_and_augments_differently(pictures):
     """With one batch per worker, each batch is the shard of one worker."""
-    noisy = lambda image: preprocess(image) + torch.rand(()) / 2  # noqa: E731
     shards, noise = [], set()
     for rank in (0, 1):
         for batch in stream(pictures, 6, workers=2, world_size=2, rank=rank, transform=noisy).dataloader:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from platforms import linux_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clipup
@@ -102,6 +103,7 @@ def test_a_resumed_run_continues_its_trackio_run(stub, make_model, pairs, option
     assert [kwargs["step"] for function, _, kwargs in calls if function == "log"] == [1, 2, 3, 4]
 
 
+@linux_only
 def test_a_full_disk_under_the_log_prints_no_traceback(tmp_path, capsys):
     (tmp_path / "out.log").symlink_to("/dev/full")
     recorder = Recorder(tmp_path)
