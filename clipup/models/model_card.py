@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from torch import nn
 
@@ -145,9 +146,12 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
 
 def base_model_in(directory: str | Path) -> str | None:
-    """The ``base_model`` in the directory's card; None if there is none."""
+    """The ``base_model`` in the directory's card; None if there is none, or no card that can be read."""
     path = Path(directory) / README
-    return ModelCard.load(path).data.base_model if path.is_file() else None
+    try:
+        return ModelCard.load(path).data.base_model if path.is_file() else None
+    except (ValueError, yaml.YAMLError):  # somebody wrote it by hand
+        return None
 
 
 def _experts(layers: dict[str, SparseMoE]) -> list[str]:

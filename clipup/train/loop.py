@@ -365,7 +365,7 @@ class Trainer:
         self._validate(at_end=True)
         try:
             self.checkpoints.save_model()
-        except OSError:
+        except Exception:
             self._save(open_clip_format.LATEST)
             self.checkpoints.wait()
             raise

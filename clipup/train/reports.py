@@ -77,6 +77,7 @@ class Reports:
         self._state, self._ranks = state, ranks
         self._progress = Progress("training", "steps", length.steps, state.step, ranks.first, line_at_once=True)
         self._logged: Record = {}
+        self._failed = False
         for note in notes:
             self.recorder.say(logging.WARNING, note)
         begin = f"from step {state.step} to step {length.steps} on {ranks.device}, ranks: {ranks.world_size}"
@@ -120,10 +121,11 @@ class Reports:
 
     def failure(self, error: BaseException) -> None:
         """Why the run ends early. The console gets it from the caller of the run."""
+        self._failed = True
         self.recorder.say(logging.ERROR, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._sync is not None:
             self._sync.close()
         self._progress.close()
-        self.recorder.close()
+        self.recorder.close(self._failed)

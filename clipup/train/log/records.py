@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from torch import nn
 
@@ -70,9 +72,11 @@ class TrainResult(NamedTuple):
 class Tracker(NamedTuple):
     """A program that records the numbers of a run too."""
 
+    name: str
     log: Callable[..., object]
     """Takes numbers by name, such as train/loss, and ``step``."""
-    close: Callable[[], object]
+    close: Callable[[bool], object]
+    """Takes whether the run has failed."""
 
 
 class Recorder:
@@ -88,7 +92,7 @@ class Recorder:
         """``trackers`` get the numbers too. ``steps_done``, ``evaluations_done``: those at the checkpoint that the run
         continues from; later records are removed from the files. None keeps all evaluations up to the step."""
         self._memory: dict[str, list[Record]] = {kind: [] for kind in KINDS}
-        self._directory, self._trackers = directory, trackers
+        self._directory, self._trackers = directory, list(trackers)
         if directory is None:
             return
         for kind in KINDS:
@@ -113,8 +117,7 @@ class Recorder:
             words = (f"{key} {_short(value)}" for key, value in record.items() if key != "layers")
             LOG.info("%s: %s", kind, " ".join(words))
             numbers = named_numbers("train" if kind == "metrics" else "val", record)
-            for tracker in self._trackers:
-                tracker.log(numbers, step=record["step"])
+            self._tell(lambda tracker: tracker.log(numbers, step=record["step"]))
 
     def say(self, level: int, text: str) -> None:
         """A line for the log of the run alone: the console gets it in another way."""
@@ -125,15 +128,26 @@ class Recorder:
         """All records of the run, including those before a resume."""
         return self._memory[kind] if self._directory is None else read_records(self._directory / f"{kind}.jsonl")
 
-    def close(self) -> None:
+    def _tell(self, what: Callable[[Tracker], object]) -> None:
+        """A tracker that fails is left out from then on: the run's own files have all numbers."""
+        for tracker in tuple(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # of its own kinds
+                self._trackers.remove(tracker)
+                text = f"{tracker.name} has failed and gets no more numbers ({type(error).__name__}: {error})"
+                self.say(logging.WARNING, text)
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def close(self, failed: bool = False) -> None:
+        """failed: whether an error ends the run."""
+        self._tell(lambda tracker: tracker.close(failed))
         if self._directory is not None:
             level, LOG.propagate = self._log_before
             LOG.setLevel(level)
             for log in (LOG, _DATA_LOG):
                 log.removeHandler(self._handler)
             self._handler.close()
-        for tracker in self._trackers:
-            tracker.close()
 
 
 def read_records(path: Path) -> list[Record]:
@@ -207,15 +221,33 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int, con
         module = tracker_module(name)
         if name == "tensorboard":
             writer = module.SummaryWriter(str(directory / name), purge_step=steps_done + 1)
-            trackers.append(Tracker(partial(_log_scalars, writer), writer.close))
-            continue
-        if name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
-            place = {"id": directory.name, "dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
-            module.init(**run, **place, notes=options.wandb_notes, resume="allow")
+            trackers.append(Tracker(name, partial(_log_scalars, writer), _either_way(writer.close)))
+        elif name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
+            place = {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
+            run_id = _wandb_id(directory, continues)
+            module.init(**run, **place, id=run_id, notes=options.wandb_notes, resume="allow")
+            trackers.append(Tracker(name, module.log, partial(_finish_wandb, module)))
         else:  # into its local database
             module.init(**run, resume="allow" if continues else "never")
-        trackers.append(Tracker(module.log, module.finish))
+            trackers.append(Tracker(name, module.log, _either_way(module.finish)))
     return trackers
+
+
+def _wandb_id(directory: Path, continues: bool) -> str:
+    """A new one for each run: under a used one, wandb drops the steps that it has already."""
+    file = directory / "wandb" / "clipup_run_id"
+    if not (continues and file.is_file()):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(uuid4().hex, encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def _finish_wandb(wandb: Any, failed: bool) -> None:
+    wandb.finish(exit_code=int(failed))
+
+
+def _either_way(close: Callable[[], object]) -> Callable[[bool], object]:
+    return lambda failed: close()
 
 
 def _log_scalars(writer: Any, numbers: dict[str, float], step: int) -> None:

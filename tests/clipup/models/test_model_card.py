@@ -93,6 +93,12 @@ def test_base_model_is_derived_from_tags_and_hub_names(name, pretrained, base):
     assert base_model(name, pretrained) == base
 
 
+@pytest.mark.parametrize("metadata", ["title: CLIP: mine", "model-index:\n- results: []"])
+def test_a_card_that_cannot_be_read_names_no_base_model(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert base_model(str(tmp_path), None) is None
+
+
 def test_base_model_is_in_the_card_and_read_from_a_directory(sparse, tmp_path):
     save_pretrained(sparse, tmp_path, tiny_config(), base_model="org/dense")
 

@@ -78,8 +78,8 @@ def test_every_logged_step_and_evaluation_is_reported_to_tensorboard_and_wandb(s
     result = run(sparse=SPARSE, val_data=csv_data, steps=3, **noted)
 
     (start, *logs, end) = calls
-    assert start[0] == "init" and end == ("finish", (), {}) and {call[0] for call in logs} == {"log"}
-    expected = {"project": "moe", "name": "run", "mode": "offline", "notes": "a note", "id": "run", "resume": "allow"}
+    assert start[0] == "init" and end == ("finish", (), {"exit_code": 0}) and {call[0] for call in logs} == {"log"}
+    expected = {"project": "moe", "name": "run", "mode": "offline", "notes": "a note", "resume": "allow"}
     assert expected.items() <= start[2].items() and start[2]["config"]["lr"] == 1e-3
     losses = [record["loss"] for record in result.history]
     of_steps = {kwargs["step"]: args[0] for _, args, kwargs in logs if "train/loss" in args[0]}
@@ -101,6 +101,34 @@ def test_a_resumed_run_continues_its_trackio_run(stub, make_model, pairs, option
 
     assert [kwargs["resume"] for function, _, kwargs in calls if function == "init"] == ["never", "allow"]
     assert [kwargs["step"] for function, _, kwargs in calls if function == "log"] == [1, 2, 3, 4]
+
+
+def test_a_wandb_run_is_continued_by_the_same_run_alone_and_fails_with_it(stub, make_model, pairs, options):
+    """A new run under the id of another would continue it, and wandb drops the steps that it has already."""
+    calls = stub("wandb")
+    for changed in ({"steps": 2}, {"steps": 4, "resume": "latest"}, {"steps": 2, "force": True}):
+        train(options(report_to="wandb", **changed), model=make_model(), loader=pairs())
+    with pytest.raises(ZeroDivisionError):
+        train(
+            options(report_to="wandb", steps=3, force=True),
+            model=make_model(),
+            loader=pairs(),
+            callbacks=[Every(2, lambda model: 1 // 0)],
+        )
+
+    first, resumed, anew, failed = (kwargs["id"] for function, _, kwargs in calls if function == "init")
+    assert first == resumed and len({first, anew, failed}) == 3
+    assert [kwargs["exit_code"] for function, _, kwargs in calls if function == "finish"] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(stub, make_model, pairs, options, monkeypatch, broken):
+    calls = stub("wandb")
+    monkeypatch.setattr(sys.modules["wandb"], broken, lambda *_, **__: calls.append(broken) or 1 / 0)
+    with pytest.warns(RuntimeWarning, match="wandb has failed .*ZeroDivisionError"):
+        result = train(options(report_to="wandb", steps=3), model=make_model(), loader=pairs())
+    assert result.steps == 3 and calls.count(broken) == 1
+    assert "wandb has failed" in (result.directory / "out.log").read_text()
 
 
 @linux_only
