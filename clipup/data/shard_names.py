@@ -135,9 +135,24 @@ def open_shard(shard: str) -> BinaryIO:
     """Opens a shard returned by `expand_shards` for reading from its start."""
     if not is_remote(shard):
         return open(shard, "rb")
-    from webdataset.gopen import gopen
+    from webdataset.gopen import Pipe, gopen
 
-    return gopen(shard)
+    file = gopen(_of_everyone(shard))
+    if isinstance(file, Pipe):
+        file.args = shard  # its errors show the command, which holds the user's token for hf:
+    return file
+
+
+def _of_everyone(shard: str) -> str:
+    """A shard by hf: as one by https: without a token: webdataset would send "None", which the hub refuses."""
+    if not shard.startswith("hf:"):
+        return shard
+    from huggingface_hub import HfFileSystem, get_token, hf_hub_url
+
+    if get_token():
+        return shard
+    found = HfFileSystem().resolve_path(shard)
+    return hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
 
 
 def names_digest(shards: Sequence[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from types import SimpleNamespace
 
 import pytest
 from picture_samples import epoch_of, load, noisy, pictures_of, preprocess, samples_of, tokenizer
@@ -115,3 +117,25 @@ def test_a_command_that_fails_in_the_middle_loses_only_the_rest(pictures):
     seen = set(pictures_of(data))
     assert len(seen) > 60 and seen <= set(range(120))  # webdataset discards what is in the pipe when the command ends
     assert 120 <= data.skipped <= 180
+
+
+@pytest.fixture
+def curl(monkeypatch, tmp_path):
+    """A curl that fails; returns what it was told."""
+    found = SimpleNamespace(repo_id="org/data", path_in_repo="x.tar", repo_type="dataset", revision="main")
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", lambda self, path: found)
+    (tmp_path / "curl").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/told\nexit 22\n')
+    (tmp_path / "curl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return lambda: (tmp_path / "told").read_text()
+
+
+@pytest.mark.parametrize("token", ["hf_secret", None])
+def test_a_token_of_the_hub_is_sent_if_there_is_one_and_shown_nowhere(monkeypatch, curl, caplog, token):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    data = train_loader("hf://datasets/org/data/x.tar", preprocess, tokenizer, 2, train_num_samples=4, data_retries=0)
+    with pytest.raises(ValueError, match=r"hf://datasets/org/data/x\.tar: exit 22") as error:
+        list(data.dataloader)
+    assert "https://huggingface.co/datasets/org/data/resolve/main/x.tar" in curl()
+    assert ("Authorization:Bearer hf_secret" in curl()) == (token is not None) and "None" not in curl()
+    assert "hf_secret" not in caplog.text + str(error.value)
