@@ -98,10 +98,10 @@ def run(options: Options) -> None:
         model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to upcycle random weights"
         )
-    model_cfg = model_names.get_model_config(options.model)
-    tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(options.model))
     torch.manual_seed(options.seed)
     dense, _, preprocess = factory.create_model_and_transforms(options.model, options.pretrained)
+    model_cfg = model_names.get_model_config(options.model)
+    tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(options.model))
     sparse = upcycle(dense, options.moe_cfg)
     if options.calibrate_data is not None:
         run_calibration(sparse, dense, options, preprocess)
