@@ -4,9 +4,9 @@
     d_logits, x --_weight_sums--> sums per range of tokens --_add_up--> d_weight
 
 Products and sums are float32 outside of the tensor cores, which would round them: with 8 experts the arithmetic is
-hidden behind the loads. The gradients take their factors from shared memory ("ieee"
-dots), with far fewer instructions than if they were broadcast from registers, as those of the logits are.
-The split of tokens into ranges depends only on T and E, so every GPU adds in the same order.
+hidden behind the loads. The gradients take their factors from shared memory ("ieee" dots), with far
+fewer instructions than if they were broadcast from registers, as those of the logits are. The split of tokens into
+ranges depends only on T and E, so every GPU adds in the same order.
 """
 
 from __future__ import annotations
