@@ -1,4 +1,4 @@
-"""The figure of a study's results, as SVG."""
+"""The figures of a study's results, as SVG."""
 
 from __future__ import annotations
 
@@ -22,11 +22,24 @@ def recall(tables: Tables) -> str:
         lengths.setdefault(group.arm, []).append(runs)
     several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
     series = [_over_flops(tables, arm, groups) for arm, groups in several.items()]
-    title = "R@1 on styles and names at the end of a run"
-    x = "PFLOP of training, start included"
-    return svg.on_white(
-        line_chart(series, title, x, "R@1", percent=True, width=_WIDTH, height=_HEIGHT), _WIDTH, _HEIGHT
-    )
+    return _drawn(series, "R@1 on styles and names at the end of a run", "PFLOP of training, start included")
+
+
+def models(studies: Sequence[Tables], arms: Sequence[str]) -> str:
+    """R@1 over the FLOPs of a pair in inference: one line per arm, one point per study (a width) that has the arm, each
+    at its smallest budget and the mean over its seeds."""
+    series = []
+    for arm in arms:
+        found = [runs for of in studies for runs in [of.shortest(arm)[1]] if runs]
+        found.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
+        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in found]
+        series.append(Series(label(arm), x, [fmean(run.mean("R@1") for run in runs) for runs in found], points=True))
+    return _drawn(series, "R@1 on styles and names by model", "MFLOP of an image and a text in inference")
+
+
+def _drawn(series: Sequence[Series], title: str, x: str) -> str:
+    chart = line_chart(series, title, x, "R@1", percent=True, width=_WIDTH, height=_HEIGHT)
+    return svg.on_white(chart, _WIDTH, _HEIGHT)
 
 
 def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) -> Series:

@@ -7,7 +7,7 @@ The template (``studies/icons/page.md.j2``) calls the methods of ``Tables`` for 
 * ``by(COLUMN, FILE, NAME)``: the rows of a CSV file of its directory by the values of a column; default: of this study;
 * ``saved(FILE, COLUMN, TABLES)``: a link to a CSV file in a directory beside the page, which holds several tables, told
   apart by the first column;
-* ``figure(TABLES)``: a link to a figure beside the page.
+* ``figure(NAME, ...)``: the path of a figure beside the page, which the function of that name in ``figures`` draws.
 
 The same logs, configs and template give the same bytes.
 """
@@ -18,6 +18,7 @@ import csv
 import io
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -61,10 +62,10 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         written[out.with_suffix("") / file] = text.getvalue()
         return f"[`{file}`]({out.stem}/{file})"
 
-    def figure(tables: Tables) -> str:
-        path = out.with_name(f"{out.stem}_recall.svg")
-        written[path] = figures.recall(tables) + "\n"
-        return f"![R@1 over FLOPs]({path.name})"
+    def figure(name: str, *of: Any) -> str:
+        path = out.with_name(f"{out.stem}_{name}.svg")
+        written[path] = getattr(figures, name)(*of) + "\n"
+        return path.name
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(study),

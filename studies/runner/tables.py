@@ -160,12 +160,42 @@ class Tables:
         seeds: Sequence[int] | None = None,
         measure: str = "R@1",
         ways: Sequence[str] = WAYS,
+        of: Tables | None = None,
     ) -> str:
-        """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
-        all. ``measure``: ``R@1`` or ``R@5``."""
-        pairs = self.shortest_pairs(arm).get(other, [])
-        of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
-        return _lead(results.lead(of_seeds, splits, ways, measure)) if of_seeds else MISSING
+        """The lead of an arm over another one, each at its smallest budget, over the seeds of both, for a sentence.
+
+        Args:
+            seeds: those to take; default all.
+            measure: ``R@1`` or ``R@5``, in points, or ``nll``, in nats.
+            of: the tables of the other arm; default these.
+        """
+        theirs = {run.config["seed"]: run for run in (of or self).shortest(other)[1]}
+        pairs = [
+            (run, theirs[seed])
+            for run in self.shortest(arm)[1]
+            if (seed := run.config["seed"]) in theirs and (seeds is None or seed in seeds)
+        ]
+        if not pairs:
+            return MISSING
+        found = results.lead(pairs, splits, ways, measure)
+        return _nats(found) if measure == "nll" else _lead(found)
+
+    def beside(self, larger: Tables, rivals: Sequence[str], splits: Sequence[str] = results.TESTS) -> Table:
+        """Every arm beside arms of a larger dense model, ``rivals``: the FLOPs of a pair in inference, also as a share
+        of the larger model's; those of training, the start's included; R@1, mean over splits and directions; and the
+        leads over the rivals, in R@1 (points) and NLL (nats)."""
+        of_larger = larger.shortest(rivals[0])[1][0].cost["gflops_per_pair"]
+        rows = []
+        for group, runs in self.groups:
+            first, arm = runs[0], group.arm
+            gflops = first.cost["gflops_per_pair"]
+            pflop = results.total_gflops(first, self.results) / 1e6
+            leads = [self.lead(arm, one, splits, measure=of, of=larger) for one in rivals for of in ("R@1", "nll")]
+            cells = [label(arm), str(first.config["steps"]), f"{first.config['lr']:g}", str(len(runs))]
+            cells += [f"{gflops:.4f}", f"{gflops / of_larger:.0%}", f"{pflop:.3f}", _recall(runs, splits)]
+            rows.append([*cells, *leads])
+        heads = [f"minus {label(one)}{of}" for one in rivals for of in ("", ", NLL")]
+        return [["arm", "steps", "lr", "seeds", "GFLOP per pair", "share", "PFLOP", "R@1 %", *heads], *rows]
 
     def gain(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from studies.runner import log, results
+from studies.runner import figures, log, results
 from studies.runner.tables import Tables
 
 CHOICES = {
@@ -90,3 +90,34 @@ def test_rates_have_a_seed_in_common_a_seed_is_of_one_machine_and_all_logs_of_on
         Tables(found).machines()
     with pytest.raises(ValueError, match="2 different data sets"):
         Tables(found).data()
+
+
+def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_flops(write, make_records):
+    def tables(width, gflops, scores):
+        logs = []
+        for seed, (start, arms) in enumerate(scores):
+            base = f"{width}-{seed}"
+            logs.append(make_records(base, "dense", seed=seed, score=start, gflops=2e6))
+            for arm, score in arms.items():
+                logs.append(make_records(f"{arm}-{base}", arm, seed=seed, start=base, score=score, gflops=1e6))
+        for one in logs:
+            one[0]["model"], one[-1]["gflops_per_pair"] = width, gflops
+        found = write(*logs)
+        return Tables({name: run for name, run in found.items() if run.config["model"] == width})
+
+    narrow = tables("narrow", 0.004, [(0.40, {"clip_up": 0.50}), (0.42, {"clip_up": 0.53}), (0.1, {})])
+    wide = tables("wide", 0.016, [(0.48, {"more": 0.60}), (0.49, {"more": 0.59})])
+
+    head, *rows = narrow.beside(wide, ["dense", "more"], ["test_styles"])
+
+    row, dense = (dict(zip(head, one, strict=True)) for one in rows)
+    assert (row["seeds"], row["share"], row["PFLOP"], row["R@1 %"]) == ("2", "25%", "3.000", "38.62")
+    # three quarters of a score: images to texts have half of it
+    assert row["minus dense"].startswith("+2.25 ± ") and row["minus more"].startswith("-6.00 ± ")
+    assert row["minus more, NLL"].startswith("+0.060 ± ")
+    assert dense["seeds"] == "3" and dense["minus dense"].startswith("**-5.62 ± "), "a seed that wide lacks is left out"
+    assert narrow.lead("clip_up", "more", ["test_styles"], seeds=[1], of=wide) == "-4.50"
+    assert narrow.lead("clip_up", "more") == "–", "no such arm at this width"
+
+    drawn = figures.models([wide, narrow], ["dense", "clip_up"])
+    assert ">dense<" in drawn and ">clip up<" in drawn
