@@ -192,10 +192,10 @@ class Tables:
             pflop = results.total_gflops(first, self.results) / 1e6
             leads = [self.lead(arm, one, splits, measure=of, of=larger) for one in rivals for of in ("R@1", "nll")]
             cells = [label(arm), str(first.config["steps"]), f"{first.config['lr']:g}", str(len(runs))]
-            cells += [f"{gflops:.4f}", f"{gflops / of_larger:.0%}", f"{pflop:.3f}", _recall(runs, splits)]
+            cells += [f"{gflops:.4f}", percent(gflops / of_larger, 0), f"{pflop:.3f}", _recall(runs, splits)]
             rows.append([*cells, *leads])
         heads = [f"minus {label(one)}{of}" for one in rivals for of in ("", ", NLL")]
-        return [["arm", "steps", "lr", "seeds", "GFLOP per pair", "share", "PFLOP", "R@1 %", *heads], *rows]
+        return [["arm", "steps", "lr", "seeds", "GFLOP per pair", "share %", "PFLOP", "R@1 %", *heads], *rows]
 
     def gain(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""

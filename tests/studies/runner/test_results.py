@@ -111,7 +111,7 @@ def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_fl
     head, *rows = narrow.beside(wide, ["dense", "more"], ["test_styles"])
 
     row, dense = (dict(zip(head, one, strict=True)) for one in rows)
-    assert (row["seeds"], row["share"], row["PFLOP"], row["R@1 %"]) == ("2", "25%", "3.000", "38.62")
+    assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "38.62")
     # three quarters of a score: images to texts have half of it
     assert row["minus dense"].startswith("+2.25 ± ") and row["minus more"].startswith("-6.00 ± ")
     assert row["minus more, NLL"].startswith("+0.060 ± ")
