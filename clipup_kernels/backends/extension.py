@@ -9,6 +9,8 @@ import re
 import warnings
 from pathlib import Path
 
+import torch
+
 from ..types import ACTIVATIONS
 
 FORCE_BACKEND = "CLIPUP_BACKEND"
@@ -27,13 +29,19 @@ def _share_openmp() -> None:
     wheels load the runtime with global symbols already; the aarch64 ones do not.
     """
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return
-    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    loaded = {fields[5] for fields in lines if len(fields) == 6}
-    for path in sorted(loaded):
-        if re.fullmatch(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path(path).name):
+    if maps.exists():
+        for path in _openmp_runtimes(maps.read_text(), Path(torch.__file__).parent):
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def _openmp_runtimes(maps: str, torch_home: Path) -> list[str]:
+    """The paths of the OpenMP runtimes in a process's memory map. Torch's own comes first, because the first one made
+    visible is used, and faiss and scikit-learn bring theirs."""
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    loaded = {fields[5] for fields in lines if len(fields) == 6}
+    found = [path for path in loaded if re.fullmatch(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path(path).name)]
+    own = (f"{torch_home}/", f"{torch_home}.libs/")
+    return sorted(found, key=lambda path: (not path.startswith(own), path))
 
 
 def _remedy() -> str:

@@ -90,9 +90,11 @@ def _without_cuda_extension(index: int | None = None) -> str | None:
 
 
 def _matmul_is_faster(dtype: torch.dtype) -> str | None:
-    """Where torch uses instructions that the micro-kernels of csrc/cpu lack, or these were never timed."""
+    """Where torch uses threads or instructions that the kernels of csrc/cpu lack, or these were never timed."""
     if os.environ.get(FORCE_TIER):
         return None
+    if not extension.NATIVE.build_info()["openmp"]:
+        return "the extension was built without OpenMP (g++ has it), so its kernels run on one thread"
     tier = extension.NATIVE.instruction_tier()
     if tier == "portable":
         return "the C++ kernels use no vector instructions of this CPU"

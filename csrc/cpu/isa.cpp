@@ -17,7 +17,10 @@ namespace clipup {
 // Defined in gemm_<tier>.cpp.
 extern const Kernels kPortable;
 #ifdef CLIPUP_X86_TIERS
-extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
+#ifdef CLIPUP_AVX2_VNNI_TIER
+extern const Kernels kAvx2Vnni;
+#endif
 #elif defined(CLIPUP_ARM_TIERS)
 extern const Kernels kNeonDotprod;
 #endif
@@ -38,12 +41,14 @@ bool has_float16_conversions() {
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
 }
 
+#ifdef CLIPUP_AVX2_VNNI_TIER
 // Nor avxvnni.
 bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAvxVnni = 1U << 4U;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
 }
+#endif
 #elif defined(CLIPUP_ARM_TIERS)
 bool has_dot_products() {
 #ifdef __APPLE__
@@ -70,7 +75,9 @@ const Tier* tiers(std::size_t& count) {
       {&kAvx512Bf16, vnni && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("intel") != 0},
       {&kAvx512Vnni, vnni},
       {&kAvx512, avx512},
+#ifdef CLIPUP_AVX2_VNNI_TIER
       {&kAvx2Vnni, avx2 && has_avx_vnni()},
+#endif
       {&kAvx2, avx2},
       {&kPortable, true}};
 #elif defined(CLIPUP_ARM_TIERS)
@@ -109,8 +116,13 @@ const char* instruction_tier() { return kernels().name; }
 bool has_matrix_tiles() {
 #ifdef CLIPUP_X86_TIERS
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBf16Tiles = 1U << 22U;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16Tiles) != 0;
+  constexpr unsigned kXgetbv = 1U << 27U, kBf16Tiles = 1U << 22U, kTileRegisters = 3U << 17U;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kXgetbv) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16Tiles) == 0) return false;
+  // Linux saves the tile registers from 5.16 on; without that, their instructions fault.
+  unsigned saved = 0;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  return (saved & kTileRegisters) == kTileRegisters;
 #else
   return false;
 #endif

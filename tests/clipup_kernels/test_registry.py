@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,30 +38,41 @@ def modern_gpu(monkeypatch):
 
 @compiled
 @pytest.mark.parametrize(
-    ("tier", "tiles", "forced", "expected"),
+    ("tier", "tiles", "openmp", "forced", "expected"),
     [
-        ("avx512_bf16", False, {}, set()),
-        ("avx512_bf16", True, {}, {torch.bfloat16}),
-        ("portable", False, {}, set(DTYPES)),
-        ("neon_dotprod", False, {}, set(DTYPES)),
-        ("portable", True, {"CLIPUP_CPU_ISA": "portable"}, set()),
-        ("avx2", False, {"CLIPUP_BACKEND": "torch_matmul"}, set(DTYPES)),
-        ("portable", True, {"CLIPUP_BACKEND": "cpp"}, set()),
+        ("avx512_bf16", False, True, {}, set()),
+        ("avx512_bf16", True, True, {}, {torch.bfloat16}),
+        ("avx512_bf16", False, False, {}, set(DTYPES)),
+        ("portable", False, True, {}, set(DTYPES)),
+        ("neon_dotprod", False, True, {}, set(DTYPES)),
+        ("portable", True, False, {"CLIPUP_CPU_ISA": "portable"}, set()),
+        ("avx2", False, True, {"CLIPUP_BACKEND": "torch_matmul"}, set(DTYPES)),
+        ("portable", True, True, {"CLIPUP_BACKEND": "cpp"}, set()),
     ],
 )
 def test_matmul_computes_the_products_that_the_kernels_are_slower_at(
-    force_backend, monkeypatch, tier, tiles, forced, expected
+    force_backend, monkeypatch, tier, tiles, openmp, forced, expected
 ):
     monkeypatch.delenv("CLIPUP_CPU_ISA", raising=False)
     for name, value in forced.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        extension, "NATIVE", SimpleNamespace(instruction_tier=lambda: tier, has_matrix_tiles=lambda: tiles)
+    native = SimpleNamespace(
+        instruction_tier=lambda: tier, has_matrix_tiles=lambda: tiles, build_info=lambda: {"openmp": openmp}
     )
+    monkeypatch.setattr(extension, "NATIVE", native)
     for op in registry.PRODUCTS:
         assert {dtype for dtype in DTYPES if chosen(op, dtype, "cpu") == "torch_matmul"} == expected
         assert {chosen(op, dtype, "cpu") for dtype in set(DTYPES) - expected} <= {"cpp"}
     assert chosen("dispatch", torch.int32, "cpu") == "cpp"
+
+
+def test_the_extension_takes_the_openmp_runtime_of_torch_before_those_of_other_packages():
+    home = Path("/env/site-packages/torch")
+    others = ["/usr/lib/libgomp.so.1.0.0", "/env/site-packages/faiss_cpu.libs/libgomp-a1.so.1.0.0"]
+    for own in (f"{home}/lib/libgomp.so.1", f"{home}.libs/libgomp-b2.so.1.0.0"):
+        lines = [f"7f00-7f10 r-xp 0000 08:01 1  {path}" for path in (*others, own, "/env/libtorch.so")]
+        runtimes = extension._openmp_runtimes("\n".join(["7f00-7f10 rw-p 0000 00:00 0", *lines]), home)
+        assert runtimes == [own, *sorted(others)]
 
 
 def test_what_cannot_run_is_refused_with_the_reason(force_backend, monkeypatch):
