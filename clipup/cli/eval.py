@@ -198,6 +198,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         )
         assert recall is not None  # this is the only process
         results |= {"retrieval": {**recall, "skipped": samples.skipped}, "multi_positive": options.multi_positive}
+        if samples.skipped:
+            print(printable(f"clipup eval: skipped {samples.skipped}, such as {samples.skips.first}"), file=sys.stderr)
     if isinstance(found, ClassificationSet):
         images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)

@@ -26,7 +26,8 @@ from ..train.log.records import read_records
 def model_of(name: str) -> Iterator[str]:
     """The model that a name, a model's directory or a training run's stands for, as ``factory`` takes it.
 
-    Of a run that is not finished, the newest checkpoint, in a directory that is removed afterwards.
+    Of a run that is not finished, or that goes on since, the newest checkpoint, in a directory that is removed
+    afterwards.
 
     Raises:
         FileNotFoundError: a directory holds neither a model nor a checkpoint.
@@ -35,10 +36,11 @@ def model_of(name: str) -> Iterator[str]:
     if root is None:
         yield name
         return
-    if (root / CONFIG_NAME).is_file():
+    run = RunDirectory(Path(name.removeprefix(model_names.LOCAL_PREFIX)))
+    if (root / CONFIG_NAME).is_file() and (root == run.root or _is_finished(run)):
         yield f"{model_names.LOCAL_PREFIX}{root}"
         return
-    latest = open_clip_format.newest(RunDirectory(root).checkpoints)
+    latest = open_clip_format.newest(run.checkpoints)
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
@@ -54,8 +56,14 @@ def model_of(name: str) -> Iterator[str]:
 def trained_steps(directory: Path) -> int | None:
     """Steps of a finished run, from its directory or that of its model; None for any other directory."""
     run = RunDirectory(directory.parent if directory.name == "model" else directory)
-    records = read_records(run.root / "metrics.jsonl") if (run.model / CONFIG_NAME).is_file() else []
+    records = read_records(run.root / "metrics.jsonl") if _is_finished(run) else []
     return records[-1]["step"] if records else None
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    """Whether a run has a model, and no checkpoint of more steps."""
+    checkpoints, _ = open_clip_format.in_order(run.checkpoints)
+    return (run.model / CONFIG_NAME).is_file() and (not checkpoints or checkpoints[-1][0][2])
 
 
 def load_for_inference(

@@ -46,7 +46,7 @@ RULES = [
         "without a CSV file",
     ),
     NoEffect(
-        ("train_num_samples", "dataset_resampled"),
+        ("dataset_resampled",),
         lambda options: is_csv(options.train_data, options.dataset_type),
         "on a CSV file",
     ),

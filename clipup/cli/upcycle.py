@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..data.options import DataOptions, is_csv
+from ..data.options import DataOptions, SourceOptions, is_csv
 from ..models import known_models
 from ..progress import progress
 from .flags import MOE_RULES, NoEffect, SparseOptions, parse
@@ -54,6 +54,7 @@ class Options(SparseOptions):
     """Image-text pairs per calibration batch."""
     calibrate_lr: float = 1e-3
     """Adam's learning rate in calibration."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in calibrate_data run its command in a shell. Only for a calibrate_data that you trust."""
 
@@ -65,7 +66,10 @@ RULES = [
         "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out",
     ),
     NoEffect(
-        ("calibrate_steps", "calibrate_batch_size", "calibrate_lr", "allow_pipe"),
+        (
+            *("calibrate_steps", "calibrate_batch_size", "calibrate_lr", "allow_pipe"),
+            *(each.name for each in fields(SourceOptions)),
+        ),
         lambda options: options.calibrate_data is None,
         "without --calibrate-data",
     ),
@@ -134,10 +138,11 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
     FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
     samples = options.calibrate_steps * options.calibrate_batch_size
     data = DataOptions(
+        **asdict(options.source),
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,
         seed=options.seed,
-        train_num_samples=None if is_csv(options.calibrate_data) else samples,  # shards may have no sizes.json
+        train_num_samples=None if is_csv(options.calibrate_data, options.source.dataset_type) else samples,
         allow_pipe=options.allow_pipe,
     )
     tokenizer = CheckedTokenizer(tokenizers.get_tokenizer(options.model), dense).check()

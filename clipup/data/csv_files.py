@@ -64,7 +64,7 @@ def csv_samples(
         directory: which paths are relative to; they may not lead out of it.
     """
     captions: dict[str, list[str]] = {}
-    for row in readable_rows(path, form, skips, argument, directory):
+    for row in readable_rows(path, form, skips, argument, directory, of_images=True):
         captions.setdefault(row.image, []).append(row.caption)
     return [
         Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
@@ -79,8 +79,10 @@ def readable_rows(
     argument: str,
     directory: str | os.PathLike | None = None,
     retries: int = RETRIES,
+    of_images: bool = False,
 ) -> Iterator[Row]:
-    """The usable rows; the others are noted in `skips`. With `directory`, paths are relative to it.
+    """The usable rows; the others are noted in `skips`, with `of_images` one row of a missing image. With `directory`,
+    paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
     cell of several lines that contains the separator: an unclosed quote takes rows into its cell. All lines of such a
@@ -100,6 +102,7 @@ def readable_rows(
                 f"or csv_separator (now {form.separator!r})"
             )
     image_column, caption_column = header.index(form.img_key), header.index(form.caption_key)
+    missing: set[str] = set()
     for line, count, cells in records:
         if not any(map(str.strip, cells)):
             continue  # a blank line
@@ -114,6 +117,9 @@ def readable_rows(
             fault, lost = f"its image is not in {directory}", 1
         elif not os.path.isfile(found):
             fault, lost = f"there is no file {printable(os.path.abspath(found)[:_MOST_SHOWN])}", 1
+            if of_images and found in missing:
+                continue
+            missing.add(found)
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:

@@ -68,8 +68,8 @@ class SourceOptions:
         if self.dataset_type == "webdataset" or ".tar" in os.path.basename(source):
             return "webdataset"
         raise ValueError(
-            f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: set "
-            "dataset_type"
+            f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: rename "
+            "it, or set dataset_type"
         )
 
 

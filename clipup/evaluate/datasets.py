@@ -246,7 +246,7 @@ def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Pat
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
     """Lines ``NAME.jpg,CAPTION`` after a header; captions may contain commas and are not quoted."""
     captions: dict[str, list[str]] = {}
-    header, *rows = path.read_bytes().decode().split("\n")
+    header, *rows = checks.read_text(path).split("\n")
     if ".jpg," in header:
         raise ValueError(f"annotations: {path} begins with {header!r}, expected a header such as image,caption")
     for row in filter(str.strip, rows):

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .. import checks
 from ..data.images import MAX_PIXELS, load_image
 from ..data.loaders import EvalSamples
 from ..data.samples import Sample
@@ -29,7 +30,7 @@ def read_lines(path: str | Path, kind: str = "name") -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected a text file with one {kind} per line")
-    found = lines(Path(path).read_bytes().decode())
+    found = lines(checks.read_text(Path(path)))
     if not found:
         raise ValueError(f"{path} is empty; expected one {kind} per line")
     return found

@@ -87,8 +87,7 @@ def step_time(
     if rates.images_per_second is not None:
         compute = options.batch_size * options.accum_freq / rates.images_per_second
     else:
-        peak = card.tflops_fp32 if subject.precision == "fp32" else card.tflops
-        compute = step_flops(subject, options, gpus) / (rates.mfu * peak * 1e12)
+        compute = step_flops(subject, options, gpus) / (rates.mfu * card.peak(subject.precision) * 1e12)
     by_kind: dict[str, float] = {}
     hidden = 0.0
     for transfer in transfers:

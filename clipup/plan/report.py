@@ -80,8 +80,9 @@ def _traffic(made: Plan) -> list[str]:
 
 def _time(made: Plan, cluster: Cluster) -> list[str]:
     time, rates = made.time, cluster.rates
+    peak = cluster.card.peak(made.options.precision_on("cuda"))
     pace = (
-        f"at {rates.mfu:.0%} of {cluster.card.tflops:g} TFLOP/s"
+        f"at {rates.mfu:.0%} of {peak:g} TFLOP/s"
         if rates.images_per_second is None
         else f"at {rates.images_per_second:g} pairs per second and GPU, as given"
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..clip.flops import count
+from ..precision import Precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Card:
     source: str
     device_name: str = ""
     """What CUDA calls it."""
+
+    def peak(self, precision: Precision) -> float:
+        """Of products in a precision, 10^12 FLOPs per second."""
+        return self.tflops_fp32 if precision == "fp32" else self.tflops
 
 
 _400G = "400 Gb/s of network per GPU, as in NVIDIA's DGX and HGX systems"

@@ -220,8 +220,10 @@ class TrainStep:
             else:
                 self.scaler.step(self.optimizer)
             update_selection_bias(self.module)
-            with torch.no_grad():
-                self.module.get_parameter("logit_scale").clamp_(0, LOGIT_SCALE_MAX)
+            logit_scale = self.module.get_parameter("logit_scale")
+            if logit_scale.requires_grad:
+                with torch.no_grad():
+                    logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         if self.scaler is not None:
             self.scaler.update()
         return finite

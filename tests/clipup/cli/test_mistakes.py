@@ -138,7 +138,6 @@ TRAIN = "train --model dense --train-data x.csv"
         (f"{TRAIN} --moe --entropy-threshold 1", "--entropy-threshold"),
         (f"{TRAIN} --moe --capacity-factor None --priority", "--priority"),
         (f"{TRAIN} --moe --towers image --no-padding-aware", "--no-padding-aware"),
-        (f"{TRAIN} --train-num-samples 9", "--train-num-samples"),
         (f"{TRAIN} --dataset-resampled", "--dataset-resampled"),
         (f"{TRAIN} --val-frequency 2", "--val-frequency"),
         (f"{TRAIN} --skip-scheduler --warmup 5", "--warmup"),

@@ -52,6 +52,18 @@ def test_csv_rows_of_one_image_are_its_captions(pictures, picture):
     ]
 
 
+def test_a_missing_image_of_a_csv_file_is_one_lost_sample_however_many_captions_it_has(pictures, picture):
+    rows = []
+    for number in range(20):
+        (pictures.folder / f"{number}.png").write_bytes(picture(number))
+        rows += [f"{pictures.folder}/{number}.png\tcaption {caption}" for caption in range(5)]
+    (pictures.folder / "7.png").unlink()
+    path = pictures.folder / "captions.csv"
+    path.write_text("\n".join(["filepath\ttitle", *rows, ""]))
+    samples = eval_samples(path, preprocess, max_skipped=0.05)
+    assert (len(samples), samples.skipped) == (19, 1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_are_skipped_and_counted_once(pictures, workers, caplog):
     source = pictures.shards(count=6, shards=1)

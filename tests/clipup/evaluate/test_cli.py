@@ -50,7 +50,9 @@ def run(directory, *options):
 
 
 def test_eval_says_which_directory_is_which_class(directory, classes, tmp_path, capsys):
-    (tmp_path / "classes.txt").write_text("katze\nhund\n")
+    (tmp_path / "classes.txt").write_bytes("kätze\nhund\n".encode("latin-1"))
+    assert run(directory, *classes) == 2 and "classes.txt is not UTF-8" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("\ufeffkatze\nhund\n")  # as Windows' editors save it
     assert run(directory, *classes) == 0
     assert "cat is 'katze', ..., dog is 'hund'" in capsys.readouterr().err
 
@@ -64,7 +66,8 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
     assert (retrieval["gallery"], retrieval["captions"], retrieval["skipped"]) == (4, 5, 1)
     assert retrieval["text_to_image_R@5"] == retrieval["image_to_text_R@5"] == 1
     assert (results["zero_shot"]["images"], results["zero_shot"]["classes"]) == (2, 2)
-    table = capsys.readouterr().out
+    table, errors = capsys.readouterr()
+    assert "skipped 1, such as " in errors
     assert "retrieval (%)" in table and "text_to_image" in table and "zero-shot" in table and "25.00" in table
     assert "1 samples could not be read" in table
 

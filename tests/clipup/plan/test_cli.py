@@ -19,6 +19,8 @@ def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
     out = capsys.readouterr().out
     assert "fits into 80 GB" in out and "expert rows" in out and "what autograd saves" in out
     assert "run of 1,000,000 pairs, 977 steps" in out and "\n  --batch-size 128" in out
+    assert "of 989 TFLOP/s" in out
+    assert main([*RUN, "--precision", "fp32"]) == 0 and "of 67 TFLOP/s" in capsys.readouterr().out
 
 
 def test_hours_and_price_follow_from_the_measured_pace(capsys):

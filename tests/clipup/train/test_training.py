@@ -72,9 +72,13 @@ def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(mak
     assert json.loads((first.directory / "options.json").read_text())["warmup"] == 2
 
 
-@pytest.mark.parametrize("start, kept", [(math.log(100) + 1, math.log(100)), (-1.0, 0.0)])
-def test_the_logit_scale_is_kept_between_1_and_100(make_model, pairs, options, start, kept):
+@pytest.mark.parametrize(
+    "start, trained, kept",
+    [(math.log(100) + 1, True, math.log(100)), (-1.0, True, 0.0), (math.log(117), False, math.log(117))],
+)
+def test_a_logit_scale_that_is_trained_is_kept_between_1_and_100(make_model, pairs, options, start, trained, kept):
     model = make_model(init_logit_scale=start)
+    model.logit_scale.requires_grad_(trained)
 
     train(options(logs=None, steps=1, lr=1e-6), model=model, loader=pairs())
 

@@ -92,10 +92,19 @@ def test_command_line_calibrates_and_prints_the_errors(tmp_path, capsys):
     cfg["text_cfg"] |= {"vocab_size": 49408}
     save_pretrained(open_clip.CLIP(**cfg), tmp_path / "dense", cfg)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    (tmp_path / "data.csv").write_text("filepath\ttitle\n" + f"{tmp_path / 'red.png'}\ta red square\n" * 12)
+    (tmp_path / "data.csv").write_text("filepath,title\n" + f"{tmp_path / 'red.png'},a red square\n" * 12)
     command = ["upcycle", *map(str, (tmp_path / "dense", tmp_path / "out", "--calibrate-data", tmp_path / "data.csv"))]
     assert main(command) == 2 and "set --reinit-ratio" in capsys.readouterr().err  # for copies there is nothing to do
-    options = ["--reinit-ratio", "0.5", "--calibrate-steps", "10", "--calibrate-batch-size", "4"]
+    options = [
+        "--reinit-ratio",
+        "0.5",
+        "--csv-separator",
+        ",",
+        "--calibrate-steps",
+        "10",
+        "--calibrate-batch-size",
+        "4",
+    ]
     assert main([*command, *options]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "squared error" in line]
     assert len(lines) == 4

@@ -9,6 +9,7 @@ import torch
 from same_runs import Killed, assert_same_run, killed
 
 import clipup
+from clipup.cli.runs import model_of, trained_steps
 from clipup.train import Every, Trainer
 from clipup.train.checkpoints.open_clip_format import load
 
@@ -70,3 +71,24 @@ def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_e
     assert (folder / "epoch_1.pt").is_file()
     latest = load(folder / "epoch_latest.pt")
     assert (latest["epoch"], latest["step"], latest["step_of_epoch"]) == (1, 3, 0)
+
+
+def test_a_run_that_goes_on_after_its_end_is_evaluated_at_its_newest_checkpoint(run, tmp_path):
+    first = run(steps=3)
+    model = first.directory / "model"
+    assert weights_of(first.directory) == weights_of(model) and trained_steps(first.directory) == 3
+    with pytest.raises(Killed):
+        run(steps=9, resume="latest", save_every_n_steps=2, callbacks=[Every(5, killed)])
+
+    latest = load(first.directory / "checkpoints" / "epoch_latest.pt")["state_dict"]
+    assert weights_of(first.directory) == digest(latest) != weights_of(model)
+    assert trained_steps(first.directory) is None
+
+
+def weights_of(directory):
+    with model_of(str(directory)) as name:
+        return digest(clipup.create_model_and_transforms(name)[0].state_dict())
+
+
+def digest(state):
+    return {name: value.double().sum().item() for name, value in state.items() if value.is_floating_point()}
