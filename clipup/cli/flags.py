@@ -45,13 +45,16 @@ class EncodingOptions(DeviceOptions):
     precision: Precision = "fp32"
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
     int8: bool = False
-    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
+    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")), with fp32 or bf16; --device auto
+    is then the CPU, which alone has int8."""
     batch_size: int = 64
     """Images or texts per batch."""
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
 
     def check(self) -> None:
+        if self.int8 and self.device == "auto":
+            self.device = "cpu"
         super().check()
         self.at_least(0, "workers")
         self.at_least(1, "batch_size")

@@ -56,8 +56,9 @@ def main(argv: list[str]) -> int:
         check_file("page", options.page)
     index = ImageIndex.load(options.index)
     encoder = index.encoder
+    device = "cpu" if encoder.int8 else options.device  # where int8 runs
     model, *_ = factory.create_model_and_transforms(
-        encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
+        encoder.model, encoder.pretrained, precision=encoder.precision, device=device
     )
     index.check_model(digest(model, encoder.model))
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)

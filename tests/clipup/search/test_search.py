@@ -17,6 +17,7 @@ from tiny_clip import tiny_clip, tiny_config
 from torchvision.transforms import Compose, Resize
 
 import clipup
+import clipup_kernels
 from clipup.cli import main
 from clipup.data import samples
 from clipup.data.images import load_image
@@ -223,6 +224,15 @@ def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys)
         text = plain.encode_text(clipup.get_tokenizer(model)(["a red apple"]), normalize=True)
         scores = (plain.encode_image(images, normalize=True) @ text.T).flatten().sort(descending=True).values
     assert [float(score) for score, *_ in found] == pytest.approx(scores[:3].tolist(), abs=1e-3)
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
+def test_int8_is_indexed_and_searched_on_the_cpu_of_a_machine_with_a_gpu(tmp_path, photos, model, monkeypatch, capsys):
+    index = str(tmp_path / "index")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["index", str(photos), index, "--model", model, "--workers", "0", "--int8"]) == 0
+    assert main(["search", index, "a red apple"]) == 0
+    assert capsys.readouterr().out.count(".png") == 6
 
 
 def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_does(tmp_path, monkeypatch, capsys):
