@@ -28,12 +28,12 @@ class Options(EncodingOptions):
     """Measures retrieval and zero-shot classification of a dense or sparse model on a benchmark (--dataset and --root),
     or on your own data (--val-data; --classes and --images). docs/evaluation.md shows the layouts on disk.
 
-    Example: clipup eval runs/b16-moe/model --dataset coco --root /data/coco --out coco.json
+    Example: clipup eval logs/b16-moe/model --dataset coco --root /data/coco --out coco.json
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. Of a run, its last
-    model is taken."""
+    """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. Of a run, its
+    model, or the newest checkpoint of one that goes on."""
     pretrained: str | None = None
     """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""
     random_weights: bool = False

@@ -33,7 +33,8 @@ class Options(DeviceOptions):
     """
 
     run_or_model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """A directory with a sparse model, or the directory of a training run, whose last model is taken."""
+    """A directory with a sparse model, or that of a training run: its model, or the newest checkpoint of one that goes
+    on."""
     images: str | None = None
     """Directory with images (searched with its subdirectories), or evaluation shards ("test-*.tar")."""
     captions: Path | None = None

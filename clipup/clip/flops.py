@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import checks
 from ..moe.layer import moe_layers
-from .inputs import encoders, ignore_padding, image_dtype, image_size, text_length
+from .inputs import encoders, ignore_padding, image_channels, image_dtype, image_size, text_length
 
 
 class TowerCounts(NamedTuple):
@@ -46,11 +46,12 @@ def count(model: nn.Module) -> TowerCounts:
     checks.module("model", model)
     checks.plain_weights("model", model)
     meta = meta_copy(model).eval()
+    _drop_hooks_of_others(meta)
     for layer in moe_layers(meta).values():  # plans of expert choice have places for all experts of a token
         layer.config = layer.config.replace(routing="token_choice", top_k=layer.config.mean_choices)
     ignore_padding(meta)
     encode = encoders(meta)
-    images = torch.empty(1, 3, *image_size(model), dtype=image_dtype(model), device="meta")
+    images = torch.empty(1, image_channels(model), *image_size(model), dtype=image_dtype(model), device="meta")
     inputs = {"image": images}
     if "text" in encode:
         inputs["text"] = torch.zeros(1, text_length(model), dtype=torch.long, device="meta")
@@ -61,6 +62,15 @@ def count(model: nn.Module) -> TowerCounts:
         params=sum(parameter.numel() for parameter in model.parameters()),
         active_params=count_active(model),
     )
+
+
+def _drop_hooks_of_others(model: nn.Module) -> None:
+    """Hooks that read values, or keep outputs, are for the model itself; those of torch and clipup are parts of it."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number, hook in list(hooks.items()):
+                if getattr(hook, "__module__", "").partition(".")[0] not in ("torch", "clipup"):
+                    del hooks[number]
 
 
 def count_active(model: nn.Module) -> int:

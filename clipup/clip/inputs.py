@@ -33,9 +33,19 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 def image_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the image tower's input: that of its first convolution, otherwise of its first parameter."""
-    tower = getattr(model, "visual", model)
-    convolutions = (module.weight for module in tower.modules() if isinstance(module, nn.Conv2d))
-    return next(convolutions, next(tower.parameters())).dtype
+    first = _first_convolution(model)
+    return next(getattr(model, "visual", model).parameters()).dtype if first is None else first.weight.dtype
+
+
+def image_channels(model: nn.Module) -> int:
+    """Channels of the image tower's input: those of its first convolution, otherwise 3."""
+    first = _first_convolution(model)
+    return 3 if first is None else first.in_channels
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    modules = getattr(model, "visual", model).modules()
+    return next((module for module in modules if isinstance(module, nn.Conv2d)), None)
 
 
 def text_length(model: nn.Module) -> int:
@@ -103,13 +113,13 @@ def ignore_padding(model: nn.Module) -> None:
 
 
 def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Random images [B, 3, height, width] and texts [B, length] on the CPU, deterministic for a seed.
+    """Random images [B, C, height, width] and texts [B, length] on the CPU, deterministic for a seed.
 
     Each text has an end-of-text token at a random position, followed by padding. Texts are None for a model without a
     text tower.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch_size, 3, *image_size(model), generator=generator).to(image_dtype(model))
+    images = torch.randn(batch_size, image_channels(model), *image_size(model), generator=generator).to(image_dtype(model))
     if "text" not in encoders(model):
         return images, None
     text = getattr(model, "text", model)

@@ -124,6 +124,8 @@ class Prepared(nn.Module):
     def _filled(self) -> nn.Module:
         """The plain layer with its weights."""
         plain = copy.deepcopy(self._plain[0]).to_empty(device="cpu")
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.contiguous()  # so that what ``read`` gives are views
         for name, tensor in self.read(plain).items():
             if tensor is not None:
                 packed = self.packed(name)

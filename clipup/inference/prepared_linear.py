@@ -79,7 +79,7 @@ class PreparedPatches(_OneMatrix):
         rows, columns = x.shape[2] // height, x.shape[3] // width
         whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
         parts = whole.reshape(batch, channels, rows, height, columns, width)
-        patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1)
+        patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)
         return self._linear(patches, self.in_weight, self.bias).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

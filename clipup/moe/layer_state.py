@@ -44,8 +44,14 @@ class LossRecord:
         loss, self.loss = self.loss, None
         return loss
 
-    def drop(self, gradient: Tensor | None = None) -> None:
-        """Also the hook on the layer's output, whose gradient it does not change."""
+    def drop(self, gradient: Tensor) -> None:
+        """The hook on the layer's output, whose gradient it does not change."""
+        if self.loss is not None:
+            warnings.warn(
+                "backward runs through a sparse layer whose routing losses nobody took: add clipup.aux_loss(model) to "
+                "the loss, or set their weights in MoEConfig to 0",
+                stacklevel=2,
+            )
         self.loss = None
 
 

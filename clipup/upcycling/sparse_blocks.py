@@ -12,7 +12,7 @@ from torch import nn
 from ..clip.padding_aware import make_padding_aware
 from ..clip.towers import leave_dense, tower_blocks
 from ..dense.dense_mlp import DenseMLP
-from ..dense.expert_init import check_shards, experts_of
+from ..dense.expert_init import check_shards, experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig
 from ..moe.layer import SparseMoE
@@ -47,7 +47,10 @@ def _mix_experts(layer: nn.Module, mlps: Sequence[DenseMLP], config: MoEConfig) 
         shards = experts_of(mlp, config.granularity, config.granularity)
         for group in range(number, config.num_experts // config.granularity, len(mlps)):
             at = slice(group * config.granularity, (group + 1) * config.granularity)
-            for name, value in shards.items():
+            values = {name: value.clone() for name, value in shards.items()}
+            if config.reinit_ratio > 0:
+                reinitialize_hidden_units(values, config.reinit_ratio)
+            for name, value in values.items():
                 sparse.get_parameter(name)[at] = value.to(sparse.get_parameter(name))
 
 

@@ -74,6 +74,17 @@ def test_features_and_state_dict_are_those_of_the_plain_model(kind, sparse, weig
             assert isinstance(fast.get_submodule(name), PreparedAttention) == can_be_prepared(module)
 
 
+def test_a_model_in_channels_last_keeps_its_state_dict():
+    model = tiny_clip().to(memory_format=torch.channels_last)
+    fast = clipup.accelerate(model)
+    torch.use_deterministic_algorithms(True)  # memory that nothing was written to is NaN
+    try:
+        ours = fast.state_dict()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours[name], value) for name, value in model.state_dict().items())
+
+
 @needs_kernels
 @pytest.mark.parametrize("part", ["attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_fc.weight", "mlp.c_proj"])
 def test_a_part_that_a_prepared_layer_does_not_read_cannot_be_set(part):

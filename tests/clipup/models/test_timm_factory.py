@@ -9,7 +9,7 @@ import timm
 import torch
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image",))
 NAMES = ["test_vit", "test_convnext"]
@@ -54,6 +54,16 @@ def test_model_arguments_are_saved(tmp_path):
     save_pretrained(sparse, tmp_path, {"img_size": 64, "num_classes": 5})
 
     assert_equal(clipup.create_timm_model(str(tmp_path)), sparse, size=64)
+
+
+def test_a_model_of_gray_images_with_hooks_of_its_own_is_saved(tmp_path):
+    sparse, seen = sparse_of(make("test_vit", in_chans=1, num_classes=5)), []
+    assert step0_difference(sparse, sparse) == 0
+    sparse.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.mean().item()))
+
+    save_pretrained(sparse, tmp_path, {"in_chans": 1, "num_classes": 5})
+
+    assert not seen and "GFLOPs per image" in (tmp_path / "README.md").read_text()
 
 
 def test_dense_timm_model_loads_in_timm(tmp_path):

@@ -48,6 +48,16 @@ def test_forwards_that_cannot_be_trained_on_leave_no_loss(x, context):
     assert aux_loss(plain) == 0
 
 
+def test_backward_without_the_losses_warns_that_they_are_lost(x, recwarn):
+    layer = make_layer()
+    loss = layer(x).sum()
+    (loss + aux_loss(layer)).backward()
+    assert not recwarn.list
+    loss = layer(x).sum()
+    with pytest.warns(UserWarning, match="add clipup.aux_loss"):
+        loss.backward()
+
+
 def test_loss_goes_when_only_the_forward_of_an_earlier_step_was_trained_on(x):
     layer = make_layer()
     first, second = layer(x), layer(2 * x)

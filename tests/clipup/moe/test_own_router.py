@@ -38,6 +38,8 @@ def test_peft_trains_the_experts(tmp_path):
     assert trained and any(value > 0 for value in trained.values())
 
     adapted.eval()
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        accelerate(adapted)
     with torch.no_grad():
         wanted = adapted(x)
         torch.testing.assert_close(accelerate(adapted.merge_and_unload())(x), wanted)

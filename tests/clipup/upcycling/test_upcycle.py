@@ -169,6 +169,14 @@ def test_groups_of_experts_are_the_mlps_of_the_models_in_turn(experts, granulari
     assert torch.equal(sparse.token_embedding.weight, dense[0].token_embedding.weight)
 
 
+def test_experts_of_all_models_are_reinitialized():
+    dense = [tiny_clip(seed=seed) for seed in range(2)]
+    for name, layer in moe_layers(upcycle(dense, SEVERAL.replace(reinit_ratio=0.5))).items():
+        for expert, weight in enumerate(layer.in_weight):
+            kept = (weight == dense[expert % 2].get_submodule(name).c_fc.weight).all(1)
+            assert kept.sum() == len(kept) / 2
+
+
 def test_several_copies_of_one_model_keep_its_function():
     dense = tiny_clip()
     assert step0_difference(dense, upcycle([dense, dense, dense], SEVERAL)) <= 2e-6
