@@ -191,10 +191,9 @@ def evaluate(options: Options) -> dict[str, Any]:
         samples = found.samples(preprocess, options.source.max_image_pixels)
     if samples is not None:
         samples.preprocess = preprocess
-        batches = samples.batches(options.batch_size, options.workers)
-        triples = (triple for batch in batches for triple in zip(*batch, strict=True))
+        samples.read_at_once, samples.workers = options.batch_size, options.workers
         recall = evaluate_retrieval(
-            model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
+            model, samples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
         assert recall is not None  # this is the only process
         results |= {"retrieval": {**recall, "skipped": samples.skipped}, "multi_positive": options.multi_positive}

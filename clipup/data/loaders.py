@@ -183,6 +183,8 @@ class EvalSamples:
         self.samples, self.preprocess, self.strict = samples, preprocess, strict
         self.max_image_pixels, self.resize = max_image_pixels, resize
         self.skips, self._total = skips, len(samples) + int(skips)
+        self.read_at_once, self.workers = 1, 0
+        """How iterating reads: images in a batch, and processes that read them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -192,8 +194,8 @@ class EvalSamples:
         return int(self.skips)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
-        for images, captions, metadata in self.batches(1):
-            yield images[0], captions[0], metadata[0]
+        for batch in self.batches(self.read_at_once, self.workers):
+            yield from zip(*batch, strict=True)
 
     def only(self, samples: Sequence[Sample]) -> EvalSamples:
         """Some of the samples, such as those of one process of a distributed evaluation."""

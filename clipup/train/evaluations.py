@@ -55,6 +55,7 @@ def _retrieval(options: TrainOptions, built: Built, common: dict[str, Any], show
     preprocess, tokenizer = built.reader(training=False)
     samples = load_eval_samples(str(options.val_data), preprocess, options.val_data_options(), "val_data")
     samples = samples.only(common["share"].part(samples.samples, options.batch_size))
+    samples.read_at_once, samples.workers = options.batch_size, options.workers
     common = {"by": "group", "multi_positive": options.multi_positive, "show_progress": shown, **common}
     return lambda model: evaluate_retrieval(model, samples, tokenizer, **common)
 
