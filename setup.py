@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_program('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCLIPUP_MODULE_DIR={module.parent}",
-            f"-DCLIPUP_CUDA={os.environ.get('CLIPUP_CUDA', 'AUTO').upper()}",
+            f"-DCLIPUP_CUDA={(os.environ.get('CLIPUP_CUDA') or 'AUTO').upper()}",
         ]
         try:
             subprocess.run(configure, check=True)

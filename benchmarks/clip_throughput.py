@@ -75,6 +75,7 @@ def inference(
     synchronise = torch.accelerator.synchronize if images.device.type != "cpu" else lambda: None
 
     def run() -> tuple[Tensor, ...]:
+        synchronise()
         start = time.perf_counter()
         of_images = model.encode_image(images)
         synchronise()
@@ -139,7 +140,8 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
     for name in MODELS:
         if name not in {*args.models, BASELINE} or name in excluded:
             continue
-        try:  # the next model takes this one's memory
+        pair = None  # the next model takes this one's memory
+        try:
             pair = {BASELINE: base, name: base if name == BASELINE else runner(name)}
             with torch.inference_mode(not training):
                 timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]

@@ -55,7 +55,7 @@ def _read(buffer, sums, blocks, passes, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for number in range(passes):
         block = (tl.program_id(0) + number * tl.num_programs(0)) % blocks
-        total += tl.load(buffer + block * BLOCK + place)
+        total += tl.load(buffer + block * BLOCK + place, cache_modifier=".cg")  # not from the first-level cache
     tl.store(sums + tl.program_id(0) * BLOCK + place, total)
 
 

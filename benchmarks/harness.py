@@ -145,7 +145,8 @@ def clock(run: Callable[[], object], device: str) -> float:
 @functools.cache
 def _sweep(device: str) -> torch.Tensor:
     """512 MiB, several times the second-level cache of any GPU."""
-    return torch.empty(1 << 29, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # the next pass may train
+        return torch.empty(1 << 29, dtype=torch.uint8, device=device)
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
@@ -180,7 +181,7 @@ def alternate(
 
 def timing(seconds: list[float], ratio: float = 1.0) -> Timing:
     """What repetitions of a call took."""
-    fifths = quantiles(seconds, n=5, method="inclusive")
+    fifths = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
     return Timing(median(seconds) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
 
 

@@ -75,7 +75,7 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
     text = "go on: leave out, by name, what fails or is off; mark dense_k and clipup in off_by where they are off"
     add("--skip-failing", action="store_true", help=text)
     cores = torch.get_num_threads()
-    add("--threads", nargs="+", type=int, help=f"CPU threads (default: {cores}; --suite full: 1 too)")
+    add("--threads", nargs="+", type=int, default=None, help=f"CPU threads (default: {cores}; --suite full: 1 too)")
     add("--device", choices=list(CHECKED_TOKENS), default="cpu", help="(default: cpu)")
     add("--rounds", type=int, help="least number of alternating rounds (default: 3, --suite full: 5)")
     add("--seconds", type=float, help="timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)")
@@ -85,6 +85,8 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
         if why := refusal(impl, training, args.device):
             parser.error(f"--impl: {impl} {why}")
     full = args.suite == "full"
+    if args.top_k != 2 and (full or "skewed" in args.routing):
+        parser.error("--top-k: skewed routing, which --suite full has too, needs 2")
     args.rounds = args.rounds or (5 if full else 3)
     args.seconds = (5.0 if full else 2.0) if args.seconds is None else args.seconds
     args.threads = [""] if args.device != "cpu" else args.threads or sorted({1, cores} if full else {cores})

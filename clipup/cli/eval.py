@@ -139,10 +139,11 @@ def main(argv: list[str]) -> int:
     if options.out is not None and options.out != "-":
         check_file("out", options.out)
     from ..models import model_card, model_names
+    from .runs import model_directory
 
-    directory = model_names.directory_of(options.model)
+    directory = model_directory(options.model)
     if options.card and directory is None:
-        raise ValueError(f"card: {options.model} is not a local directory, so it has no model card to add to")
+        raise ValueError(f"card: {options.model} is no model's directory or finished run, so it has no card to add to")
     if not options.random_weights:
         model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to measure random weights"

@@ -22,6 +22,20 @@ from ..train.checkpoints.run_directory import RunDirectory
 from ..train.log.records import read_records
 
 
+def model_directory(name: str) -> Path | None:
+    """The directory of the model that a directory stands for; None for other names, and for runs that are not finished
+    or go on since."""
+    root = model_names.directory_of(name)
+    if root is None or not (root / CONFIG_NAME).is_file():
+        return None
+    run = RunDirectory(_path(name))
+    return root if root == run.root or _is_finished(run) else None
+
+
+def _path(name: str) -> Path:
+    return Path(name.removeprefix(model_names.LOCAL_PREFIX))
+
+
 @contextmanager
 def model_of(name: str) -> Iterator[str]:
     """The model that a name, a model's directory or a training run's stands for, as ``factory`` takes it.
@@ -32,15 +46,15 @@ def model_of(name: str) -> Iterator[str]:
     Raises:
         FileNotFoundError: a directory holds neither a model nor a checkpoint.
     """
-    root = model_names.directory_of(name)
-    if root is None:
+    if model_names.directory_of(name) is None:
         yield name
         return
-    run = RunDirectory(Path(name.removeprefix(model_names.LOCAL_PREFIX)))
-    if (root / CONFIG_NAME).is_file() and (root == run.root or _is_finished(run)):
-        yield f"{model_names.LOCAL_PREFIX}{root}"
+    directory = model_directory(name)
+    if directory is not None:
+        yield f"{model_names.LOCAL_PREFIX}{directory}"
         return
-    latest = open_clip_format.newest(run.checkpoints)
+    root = _path(name)
+    latest = open_clip_format.newest(RunDirectory(root).checkpoints)
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
@@ -61,9 +75,13 @@ def trained_steps(directory: Path) -> int | None:
 
 
 def _is_finished(run: RunDirectory) -> bool:
-    """Whether a run has a model, and no checkpoint of more steps."""
-    checkpoints, _ = open_clip_format.in_order(run.checkpoints)
-    return (run.model / CONFIG_NAME).is_file() and (not checkpoints or checkpoints[-1][0][2])
+    """Whether a run has a model, and does not go on: its newest checkpoint is the last one, or older than the model."""
+    config = run.model / CONFIG_NAME
+    checkpoints, _ = open_clip_format.in_order(run.checkpoints) if config.is_file() else ([], [])
+    if not checkpoints:
+        return config.is_file()
+    (_, _, finished), newest = checkpoints[-1]
+    return finished or newest.stat().st_mtime <= config.stat().st_mtime
 
 
 def load_for_inference(

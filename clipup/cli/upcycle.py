@@ -74,6 +74,11 @@ RULES = [
         "without --calibrate-data",
     ),
     NoEffect(
+        ("csv_separator", "csv_img_key", "csv_caption_key"),
+        lambda options: not is_csv(options.calibrate_data, options.source.dataset_type),
+        "without a CSV file",
+    ),
+    NoEffect(
         ("random_weights",),
         lambda options: known_models.has_weights(options.model, options.pretrained),
         "on a model that has its own weights",

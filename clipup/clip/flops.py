@@ -7,9 +7,10 @@ text. A multiply-add is 2 FLOPs; only matrix products, convolutions and attentio
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,6 @@ def count(model: nn.Module) -> TowerCounts:
     checks.module("model", model)
     checks.plain_weights("model", model)
     meta = meta_copy(model).eval()
-    _drop_hooks_of_others(meta)
     for layer in moe_layers(meta).values():  # plans of expert choice have places for all experts of a token
         layer.config = layer.config.replace(routing="token_choice", top_k=layer.config.mean_choices)
     ignore_padding(meta)
@@ -64,15 +64,6 @@ def count(model: nn.Module) -> TowerCounts:
     )
 
 
-def _drop_hooks_of_others(model: nn.Module) -> None:
-    """Hooks that read values, or keep outputs, are for the model itself; those of torch and clipup are parts of it."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for number, hook in list(hooks.items()):
-                if getattr(hook, "__module__", "").partition(".")[0] not in ("torch", "clipup"):
-                    del hooks[number]
-
-
 def count_active(model: nn.Module) -> int:
     """Parameters that are active per token: in each sparse layer the router and K of E experts, and all others."""
     active = sum(parameter.numel() for parameter in model.parameters())
@@ -82,13 +73,25 @@ def count_active(model: nn.Module) -> int:
     return active
 
 
+_WITH_HOOKS = ("clipup", "torch", "open_clip", "timm", "transformers", "peft")
+
+
+def _package(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, without memory for its weights and without gradients."""
-    memo: dict[int, Tensor] = {}
+    """A copy of the model on the meta device, without memory for its weights and without gradients; with the hooks of
+    the libraries that models are made of, but not the user's, which may read values or keep outputs."""
+    memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            kept = {number: hook for number, hook in hooks.items() if _package(hook) in _WITH_HOOKS}
+            memo[id(hooks)] = OrderedDict(copy.deepcopy(kept, memo))
     return copy.deepcopy(model, memo)
 
 

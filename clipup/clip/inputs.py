@@ -33,19 +33,15 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 def image_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the image tower's input: that of its first convolution, otherwise of its first parameter."""
-    first = _first_convolution(model)
-    return next(getattr(model, "visual", model).parameters()).dtype if first is None else first.weight.dtype
+    tower = getattr(model, "visual", model)
+    convolutions = (module.weight for module in tower.modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, next(tower.parameters())).dtype
 
 
 def image_channels(model: nn.Module) -> int:
-    """Channels of the image tower's input: those of its first convolution, otherwise 3."""
-    first = _first_convolution(model)
-    return 3 if first is None else first.in_channels
-
-
-def _first_convolution(model: nn.Module) -> nn.Conv2d | None:
-    modules = getattr(model, "visual", model).modules()
-    return next((module for module in modules if isinstance(module, nn.Conv2d)), None)
+    """Channels of the image tower's input: those that a timm model's ``patch_embed`` reads, otherwise 3."""
+    patches = getattr(model, "patch_embed", nn.Identity())
+    return next((module.in_channels for module in patches.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def text_length(model: nn.Module) -> int:
@@ -119,7 +115,8 @@ def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Ten
     text tower.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch_size, image_channels(model), *image_size(model), generator=generator).to(image_dtype(model))
+    shape = batch_size, image_channels(model), *image_size(model)
+    images = torch.randn(shape, generator=generator).to(image_dtype(model))
     if "text" not in encoders(model):
         return images, None
     text = getattr(model, "text", model)

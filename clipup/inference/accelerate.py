@@ -134,7 +134,7 @@ def _check(model: nn.Module, weights: str | None) -> None:
                     f"{weights!r}; prepare the plain model"
                 )
         elif type(module).__module__.startswith("peft.") and any(isinstance(e, Experts) for e in module.children()):
-            raise TypeError(f"{name} adapts experts with PEFT; merge the adapters first: model.merge_and_unload()")
+            raise TypeError(f"{name or 'model'} has PEFT's adapters; merge them first: model.merge_and_unload()")
         elif isinstance(module, Experts) and type(module) not in _PREPARED:
             raise TypeError(
                 f"{name or 'model'} is a {type(module).__qualname__}, which may compute something else than a "

@@ -46,13 +46,12 @@ class LossRecord:
 
     def drop(self, gradient: Tensor) -> None:
         """The hook on the layer's output, whose gradient it does not change."""
-        if self.loss is not None:
+        if self.take() is not None:
             warnings.warn(
                 "backward runs through a sparse layer whose routing losses nobody took: add clipup.aux_loss(model) to "
-                "the loss, or set their weights in MoEConfig to 0",
-                stacklevel=2,
+                "the loss before backward, or set their weights in MoEConfig to 0 (model.eval() has no losses)",
+                stacklevel=1,  # the frames above are torch's, or none
             )
-        self.loss = None
 
 
 class LastRouting(NamedTuple):

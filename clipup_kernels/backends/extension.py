@@ -30,7 +30,7 @@ def _share_openmp() -> None:
     """
     maps = Path("/proc/self/maps")
     if maps.exists():
-        for path in _openmp_runtimes(maps.read_text(), Path(torch.__file__).parent):
+        for path in _openmp_runtimes(maps.read_text(), Path(torch.__file__).resolve().parent):
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 

@@ -93,13 +93,13 @@ def _matmul_is_faster(dtype: torch.dtype) -> str | None:
     """Where torch uses threads or instructions that the kernels of csrc/cpu lack, or these were never timed."""
     if os.environ.get(FORCE_TIER):
         return None
-    if not extension.NATIVE.build_info()["openmp"]:
-        return "the extension was built without OpenMP (g++ has it), so its kernels run on one thread"
     tier = extension.NATIVE.instruction_tier()
     if tier == "portable":
         return "the C++ kernels use no vector instructions of this CPU"
     if tier == "neon_dotprod":
         return "the C++ kernels for aarch64 were never timed on a CPU; int8 weights use them"
+    if not extension.NATIVE.build_info()["openmp"]:
+        return "the extension was built without g++'s OpenMP, so its kernels run on one thread"
     if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles():
         return "this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels do not use"
     return None

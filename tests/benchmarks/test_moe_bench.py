@@ -14,7 +14,7 @@ import pytest
 import torch
 from moe_layer import Case, check_loads, expert_loads, make_weights, make_x
 
-TINY = ["--shapes", "48x16x32", "--threads", "1", "--seconds", "0.05", "--rounds", "2"]
+TINY = ["--shapes", "48x16x32", "--seconds", "0.05", "--rounds", "1"]
 SVG = "{http://www.w3.org/2000/svg}"
 PREPARED = {name for name, peer in peers.PEERS.items() if peer.weights != "plain"}
 RESULTS = Path(moe_bench.__file__).parent / "results"

@@ -117,7 +117,7 @@ def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, cap
 
     assert f"| coco test: 12 images, 60 captions | text_to_image_R@1 | {printed[3]} |" in card
     assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
-    assert "card: ViT-B-32 is not a local directory" in capsys.readouterr().err
+    assert "card: ViT-B-32 is no model's directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", SparseMoE)])

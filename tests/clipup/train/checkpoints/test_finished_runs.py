@@ -77,6 +77,9 @@ def test_a_run_that_goes_on_after_its_end_is_evaluated_at_its_newest_checkpoint(
     first = run(steps=3)
     model = first.directory / "model"
     assert weights_of(first.directory) == weights_of(model) and trained_steps(first.directory) == 3
+    (first.directory / "checkpoints" / "epoch_latest.pt").rename(tmp_path / "kept.pt")  # epoch_1.pt is left
+    assert weights_of(first.directory) == weights_of(model)
+    (tmp_path / "kept.pt").rename(first.directory / "checkpoints" / "epoch_latest.pt")
     with pytest.raises(Killed):
         run(steps=9, resume="latest", save_every_n_steps=2, callbacks=[Every(5, killed)])
 
