@@ -67,6 +67,13 @@ def test_workers_of_any_number_give_the_same_batches_from_any_step_on(pictures, 
         assert alike(batches_of(data, 1, step), expected[1][2 * step :])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_is_augmented_in_a_way_of_its_own(pictures, kind):
+    batches = batches_of(load(kind, pictures.source(kind, 24), 4, transform=noisy), 0)
+    noise = torch.cat(batches)[:, 0] % 1
+    assert len(noise) == len(noise.unique()) == 24
+
+
 def test_a_start_within_an_epoch_reads_nothing_again(pictures):
     read = []
     data = load("csv", pictures.csv(60), 4, transform=lambda image: read.append(image) or preprocess(image))

@@ -94,6 +94,10 @@ def test_other_transforms_than_those_that_resize_to_a_side_or_a_square_get_image
     assert resize_of(preprocess) is None
 
 
+def test_a_stored_orientation_is_ignored_as_by_open_clip():
+    assert load_image(turned(photo(64, 32))).size == (64, 32)
+
+
 def test_evaluations_decode_in_full(tmp_path):
     (tmp_path / "0.jpg").write_bytes(encoded(photo(640, 480)))
     sizes = []

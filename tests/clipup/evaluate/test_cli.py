@@ -134,9 +134,27 @@ def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights
 
 
 def test_int8_is_measured_and_named(directory, val_data, capsys):
-    plain, int8 = (results(directory, capsys, "--val-data", val_data, *flags) for flags in ([], ["--int8"]))
+    forms = []
+
+    def note(module, args):
+        if isinstance(module, PreparedMoE):
+            forms[-1].add(module.quantize)
+
+    def of(*flags):
+        forms.append(set())
+        return results(directory, capsys, "--val-data", val_data, *flags)
+
+    with register_module_forward_pre_hook(note):
+        plain, int8 = of(), of("--int8")
+    assert forms == [{None}, {"int8"}]
     assert int8["precision"] == "fp32, int8 weights" and plain["precision"] == "fp32"
     assert int8["retrieval"]["captions"] == plain["retrieval"]["captions"]
+
+
+def test_equal_captions_count_as_one_text_if_asked(directory, val_data, capsys):
+    val_data.write_text(val_data.read_text().replace("red number 1", "black"))
+    plain, merged = (results(directory, capsys, "--val-data", val_data, *flags) for flags in ([], ["--multi-positive"]))
+    assert (plain["retrieval"]["captions"], merged["retrieval"]["captions"]) == (5, 4)
 
 
 @pytest.mark.parametrize(

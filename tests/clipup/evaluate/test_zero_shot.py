@@ -7,6 +7,7 @@ import pickle
 import tarfile
 
 import pytest
+import torch
 from PIL import Image
 from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
@@ -14,6 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from clipup.evaluate import image_folder, zero_shot
 from clipup.evaluate.datasets import ClassificationSet
 from clipup.evaluate.labelled_images import image_shards, labelled_images
+from clipup.evaluate.zero_shot import zero_shot_classifier
 
 
 def names(count):
@@ -28,6 +30,26 @@ def test_accuracy_is_the_share_of_right_answers(oracle, number_tokenizer, number
 
     assert perfect == {"top1": 1.0, "top5": 1.0, "chance": 1 / 8, "images": 8, "classes": 8}
     assert half["top1"] == 0.5 and half["images"] == 4
+
+
+def test_the_right_class_counts_among_the_first_five(oracle, number_tokenizer, number_image):
+    scores = torch.zeros(8, 8)
+    for image, rank in enumerate((1, 2, 5, 6)):
+        order = [label for label in range(8) if label != image]
+        order.insert(rank - 1, image)
+        scores[image, order] = torch.linspace(1, 0, 8)
+    samples = [(number_image(n), n) for n in range(4)]
+    found = zero_shot(oracle, samples, names(8), number_tokenizer, classifier=scores)
+    assert (found["top1"], found["top5"]) == (1 / 4, 3 / 4)
+
+
+def test_a_class_is_the_mean_feature_of_all_its_prompts(model, tokenizer):
+    templates, classes = ["a {}", "the blue {} of a friend"], ["cat", "dog"]
+    with torch.no_grad():
+        prompts = [tokenizer([each.format(name) for name in classes]) for each in templates]
+        features = [model.eval().encode_text(tokens, normalize=True) for tokens in prompts]
+    expected = torch.nn.functional.normalize(sum(features), dim=-1)
+    torch.testing.assert_close(zero_shot_classifier(model, classes, tokenizer, templates).T, expected)
 
 
 @pytest.fixture

@@ -102,3 +102,20 @@ def test_validation_data_are_read_by_the_runs_workers(run, csv_data, monkeypatch
     assert asked == [(1, 4)]
     alone = run(name="alone", val_data=csv_data, steps=3)
     assert without_times(result.evaluations) == without_times(alone.evaluations)
+
+
+def test_training_data_are_augmented_and_validation_data_are_not(make_model, options, csv_data):
+    used = []
+
+    def transform(training):
+        plain = open_clip.image_transform(16, is_train=training)
+        return lambda image: (used.append(training), plain(image))[1]
+
+    train(
+        options(train_data=csv_data, val_data=csv_data, batch_size=4, workers=0, steps=3),
+        model=make_model(),
+        preprocess=(transform(True), transform(False)),
+        tokenizer=TOKENIZER,
+    )
+
+    assert (used.count(True), used.count(False)) == (3 * 4, 24)

@@ -62,6 +62,16 @@ def test_texts_are_shuffled_where_capacity_goes_by_position_and_outputs_are_not(
     assert torch.equal(seen[0], data.texts) != shuffled
 
 
+def test_every_step_shuffles_the_texts_in_another_order(make_model, pairs, options):
+    model, data, seen = make_model(clipup.MoEConfig.clip_up(num_experts=2)), pairs(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].tolist()))
+
+    train(options(logs=None, steps=3), model=model, loader=[(data.images, data.texts)])  # one batch, again and again
+
+    assert all(seen.count(texts) == 1 for texts in seen)
+    assert data.texts.tolist() not in seen and len(seen) == 3
+
+
 def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(make_model, pairs, options):
     usual = {"warmup": None, "lr_scheduler": "const", "lr": 1e-3}
     first = train(options(steps=20, **usual), model=make_model(), loader=pairs(pairs=4, batch_size=2))

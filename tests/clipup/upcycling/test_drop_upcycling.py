@@ -55,7 +55,7 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
         dense.in_weight[: H // 2] = 5 + 0.01 * torch.randn(H // 2, D)
     experts = experts_of(dense, E)
     units = reinitialize_hidden_units(experts, 0.25)
-    for name in ("in_weight", "gate_weight", "out_weight"):
+    for name in ("in_weight", "in_bias", "gate_weight", "gate_bias", "out_weight"):
         for tensor, chosen in zip(experts[name], units, strict=True):
             replaced = by_unit(name, dense.parameters()[name])[chosen]
             new = by_unit(name, tensor)[chosen]
