@@ -70,13 +70,15 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
+    known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by what it meets
     counted = CountedBatches(
         loader,
         skips,
         num_samples=batches.steps * batches.global_size,
         num_batches=batches.of_rank,
-        total=rows + int(skips),
+        total=min(rows, batches.samples) + sum(known.values()),
         world_size=reader.world_size,
+        known=known,
     )
     described = {
         "rule": RULE,

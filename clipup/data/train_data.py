@@ -100,12 +100,19 @@ class CountedBatches:
     """
 
     def __init__(
-        self, loader: Any, skips: Skips, num_samples: int, num_batches: int, total: int, world_size: int
+        self,
+        loader: Any,
+        skips: Skips,
+        num_samples: int,
+        num_batches: int,
+        total: int,
+        world_size: int,
+        known: dict[str, int] | None = None,
     ) -> None:
-        """`total`: samples per pass over all processes, including those already in `skips`."""
+        """`total`: samples per pass over all processes, including those `known` to be unreadable before."""
         self.loader, self.skips, self.world_size = loader, skips, world_size
         self.num_samples, self.num_batches = num_samples, num_batches
-        self._known, self._expected = dict(skips.samples), total / world_size
+        self._known, self._expected = known or {}, total / world_size
         self.pass_counts = self._expected, self._known
         """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
 

@@ -64,6 +64,15 @@ def test_reading_stops_above_the_largest_skipped_share(pictures, kind, workers):
     assert data.skipped == 8
 
 
+@pytest.mark.parametrize("kind", ["csv", "webdataset"])
+def test_the_largest_skipped_share_holds_for_epochs_of_a_part_of_the_data(pictures, kind):
+    source = pictures.source(kind, 240, range(0, 240, 12))
+    epoch_of(load(kind, source, 4, train_num_samples=48, max_skipped=0.3))
+    with pytest.raises(ValueError, match=r"max_skipped: \d+ of 48 samples"):
+        for epoch in range(3):
+            epoch_of(load(kind, source, 4, train_num_samples=48, max_skipped=0.02), epoch)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_checks_its_own_part_with_a_tolerance(pictures, kind):
     """A cache is read by every rank as a whole, and checked exactly."""
