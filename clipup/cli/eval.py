@@ -199,7 +199,10 @@ def evaluate(options: Options) -> dict[str, Any]:
         assert recall is not None  # this is the only process
         results |= {"retrieval": {**recall, "skipped": samples.skipped}, "multi_positive": options.multi_positive}
         if samples.skipped:
-            print(printable(f"clipup eval: skipped {samples.skipped}, such as {samples.skips.first}"), file=sys.stderr)
+            print(
+                printable(f"clipup eval: skipped {samples.skipped} unreadable, such as {samples.skips.first}"),
+                file=sys.stderr,
+            )
     if isinstance(found, ClassificationSet):
         images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
@@ -252,8 +255,6 @@ def table(results: dict[str, Any]) -> str:
             for way in WAYS:
                 cells = "".join(f"{100 * row[f'{way}_R@{k}']:>10.2f}" for k in RECALL_AT)
                 lines.append(f"{printable(name):<16}{row['gallery']:>8}  {way}{cells}{100 * row['chance_R@1']:>10.2f}")
-        if found.get("skipped"):
-            lines.append(f"{found['skipped']} samples could not be read and were skipped")
     if "zero_shot" in results:
         row = results["zero_shot"]
         lines.append(f"{'zero-shot (%)':<16}{'images':>8}{'top-1':>10}{'top-5':>10}{'chance':>9}")
