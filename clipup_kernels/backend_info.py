@@ -80,7 +80,7 @@ def backend_info() -> dict:
         "backends": backends,
         "forced": forced,
         "failed_checks": registry.distrusted(),
-        "cuda_fallback_reason": None if "triton" in used else used["torch_eager"] if forced else backends["triton"],
+        "cuda_fallback_reason": None if "triton" in used else backends["triton"],
         "matmul_dtypes": sorted(
             type_name(d)
             for d, choice in products.items()

@@ -91,7 +91,7 @@ def self_check(
         for dtype in _checked_types(dtypes):
             cases = cases_of_ops(dtype, SIZES[device.type])
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
-                for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device, each), cases):  # noqa: B023
+                for found in pool.map(lambda key: _check_op(key[0], cases[key], dtype, device, each), cases):  # noqa: B023
                     findings += found
     for finding in findings:
         chosen_by = getattr(torch, finding.chosen_by)

@@ -35,7 +35,7 @@ SIZES = {
         Size(330, 64, 96, 4, 2, forms=("plain", "gated")),
     ),
     "cuda": (
-        Size(37, 19, 53, 5, 3, forms=("plain", "gated")),
+        Size(37, 19, 53, 5, 3, forms=("plain", "gated", "gated without biases")),
         Size(64, 256, 256, 4, 2),
         Size(400, 256, 256, 4, 2, products_alone=True),
         Size(1600, 256, 256, 4, 2, products_alone=True),
@@ -53,13 +53,14 @@ def map_tensors(change: Any, arguments: tuple) -> list[Any]:
     return [change(one) if isinstance(one, Tensor) else one for one in arguments]
 
 
-def cases_of_ops(dtype: torch.dtype, all_sizes: Iterable[Size]) -> dict[str, list[tuple]]:
-    """Arguments of every op, on the CPU: with and without gates, biases, masks and a capacity."""
-    cases: dict[str, list[tuple]] = {}
+def cases_of_ops(dtype: torch.dtype, all_sizes: Iterable[Size]) -> dict[tuple[str, torch.dtype], list[tuple]]:
+    """Arguments of every op, on the CPU: with and without gates, biases, masks and a capacity. By op and the type of
+    its first argument, by which the registry chooses."""
+    cases: dict[tuple[str, torch.dtype], list[tuple]] = {}
     for seed, size in enumerate(all_sizes):
         for op, arguments in _cases_of_size(dtype, size, torch.Generator("cpu").manual_seed(seed)):
             if op in registry.PRODUCTS or not size.products_alone:
-                cases.setdefault(op, []).append(arguments)
+                cases.setdefault((op, arguments[0].dtype), []).append(arguments)
     return cases
 
 
@@ -73,9 +74,10 @@ def _cases_of_size(dtype: torch.dtype, sizes: Size, generator: torch.Generator) 
     x, dy, router = randn(tokens, width), randn(tokens, width), randn(num_experts, width, dtype=full)
     mask = torch.rand(tokens, generator=generator) < 0.8
     logits, d_logits = randn(tokens, num_experts, dtype=full), randn(tokens, num_experts, dtype=full)
-    for used in (None, mask):
-        yield "router_logits", (x, router, used)
-        yield "router_logits_backward", (d_logits, x, router, used, [True, True])
+    for tokens_of_router in [x] if dtype == full else [x, x.float()]:  # under autocast a router may get float32
+        for used in (None, mask):
+            yield "router_logits", (tokens_of_router, router, used)
+            yield "router_logits_backward", (d_logits, tokens_of_router, router, used, [True, True])
     bias = randn(num_experts, dtype=full, scale=0.1)
     gating = reference.topk_gating(logits, k, True, bias, mask)
     gradients = (randn(tokens, k, dtype=full), randn(tokens, dtype=full), randn(num_experts, dtype=full))

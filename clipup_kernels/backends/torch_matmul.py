@@ -39,8 +39,8 @@ def grouped_linear(rows, weight, bias, offsets) -> Tensor:
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
     need_rows, need_weight, need_bias = output_mask
-    d_rows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
-    d_weight = torch.zeros_like(weight) if need_weight else rows.new_empty(0)
+    d_rows = rows.new_empty(rows.shape) if need_rows else rows.new_empty(0)
+    d_weight = weight.new_zeros(weight.shape) if need_weight else rows.new_empty(0)
     d_bias = weight.new_zeros(weight.shape[:2]) if need_bias else rows.new_empty(0)
     for expert, span in _spans(offsets, len(rows)):
         if need_rows:
@@ -163,7 +163,7 @@ def self_attention(qkv, mask, heads, quantize) -> Tensor:
     q, k, v = qkv.view(batch, length, 3, heads, d).permute(2, 0, 3, 1, 4).flatten(1, 2)
     scores = torch.bmm(q * d**-0.5, k.mT).view(batch, heads, length, length)
     if mask is not None:
-        scores += mask.to(scores.dtype)
+        scores += torch_eager.mask_in(scores.dtype, mask)
     shares = torch.softmax(scores, -1)
     if mask is not None:
         shares = shares.masked_fill_((mask == float("-inf")).all(-1, keepdim=True), 0)

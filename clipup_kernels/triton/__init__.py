@@ -7,9 +7,11 @@ arguments and outputs of the functions in ``backends/torch_eager.py``; ``backend
     topk_gating.py     topk_gating and its backward
     dispatch.py        dispatch: a stable counting sort
     rows.py            permute, gather_sum, combine and its backward
+    grouped_linear.py  grouped_linear and its backward
+    expert_mlp.py, expert_mlp_backward.py   experts forward and backward, on grouped_gemm.py and weight_gradient.py
 
-Every file also has ``variants(arch)``: the kernels that may be launched on an architecture, to compile them without a
-GPU (``variants.py``). Nothing here is imported before an op is called with a CUDA tensor.
+Every file of a stage also has ``variants(arch)``: the kernels that may be launched on an architecture, to compile them
+without a GPU (``variants.py``). Nothing here is imported before an op is called with a CUDA tensor.
 
 Rules for all kernels: sums in float32 in a fixed order, no floating-point atomics, 64-bit row offsets, no
 specialization on row and token counts (a new batch size compiles nothing).

@@ -52,6 +52,17 @@ def test_attention_follows_the_oracle(force_backend, case):
     assert error_of(y, oracle) <= TOLERANCE[case["dtype"]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_of_the_smallest_float_hides_keys_and_gives_numbers_where_all_are_hidden(force_backend, dtype, backend):
+    """transformers masks so, padded queries included."""
+    force_backend(backend)
+    qkv, heads, mask = qkv_and_mask("odd", dtype, "of each head")
+    y = ck.self_attention(qkv, heads, mask.clamp_min(torch.finfo(torch.float32).min))
+    assert torch.equal(y[:, 1:], ck.self_attention(qkv, heads, mask)[:, 1:])
+    assert y[:, 0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ["image", "text", "odd"])
 def test_int8_attention_stays_close(size, dtype):

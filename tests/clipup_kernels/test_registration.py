@@ -102,6 +102,16 @@ def test_opcheck_accepts(op, arguments):
     opcheck(op, tuple(inputs))
 
 
+@pytest.mark.parametrize("backend", [*(["torch_matmul"] if PACKS else []), "torch_eager"])
+def test_outputs_for_transposed_arguments_are_as_the_compiler_expects(force_backend, backend):
+    force_backend(backend)
+    offsets = torch.tensor([0, 5, 7])
+    weight = randn(2, 3, 4, seed=1).mT
+    rows, d_out = randn(3, 7, seed=2).mT, randn(7, 4, seed=3)
+    opcheck(torch.ops.clipup.grouped_linear_backward, (d_out, rows, weight, offsets, [True] * 3))
+    opcheck(torch.ops.clipup.topk_gating, (randn(4, 9).mT, 2, True, None, None))
+
+
 def test_every_op_is_checked():
     on_cpus = {name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if "clipup::" in name}
     missing = on_cpus - {op.name() for op, _ in CALLS}

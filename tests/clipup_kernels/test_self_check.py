@@ -53,6 +53,12 @@ def test_every_op_is_checked_in_every_type_and_right_ones_pass_whatever_the_call
     assert failed(findings) == set() == set(ck.backend_info()["failed_checks"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_devices_are_checked_on_every_op_and_on_routers_of_both_types_under_autocast(dtype):
+    on_cpus, on_gpus = (module.cases_of_ops(dtype, sizes) for sizes in module.SIZES.values())
+    assert on_gpus.keys() == on_cpus.keys() >= {("router_logits", dtype), ("router_logits", torch.float32)}
+
+
 def test_the_backend_that_takes_the_place_of_a_wrong_one_is_checked_too(monkeypatch):
     matmul = next(one for one in registry.BACKENDS if one.name == "cpp")._replace(
         name="torch_matmul", modules=dict.fromkeys(registry.PRODUCTS, "backends.torch_matmul")
