@@ -176,7 +176,8 @@ def make_transformers_padding_aware(model: Any) -> bool:
 def _of_transformers(full_name: Any) -> type:
     module, name = full_name.rsplit(".", 1)
     block = getattr(importlib.import_module(module), name)
-    return type(_PREFIX + name, (_OfTransformers, block), {"__module__": __name__})
+    # transformers, accelerate and FSDP look for blocks by the names of their classes; pickle looks up __qualname__
+    return type(name, (_OfTransformers, block), {"__module__": __name__, "__qualname__": _PREFIX + name})
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
+from ..clip.hugging_face import is_hugging_face
 from ..moe.layer import moe_layers
 from . import architecture, model_card, timm_factory, tokenizers
 from .known_models import LOCAL_PREFIX
@@ -93,6 +94,8 @@ def save_with_tokenizer(
         ValueError: as in ``save_pretrained``.
     """
     checks.module("model", model)
+    if is_hugging_face(model):
+        raise TypeError(f"model is a {type(model).__name__} of transformers: use its own save_pretrained(directory)")
     checks.plain_weights("model", model)
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):

@@ -6,7 +6,6 @@ Frozen, converted to and from JSON; stored as ``moe_cfg`` beside open_clip's ``m
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -298,14 +297,6 @@ class MoEConfig:
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
         """The inverse of ``to_dict``; missing fields get their defaults, unknown ones raise ``TypeError``."""
         return cls(**values)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> MoEConfig:
-        """The inverse of ``to_json``."""
-        return cls.from_dict(json.loads(text))
 
 
 LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_weight"))

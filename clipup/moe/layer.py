@@ -155,7 +155,7 @@ class SparseMoE(Experts):
             layer.shared.set_experts(experts_of(dense, num_experts=1), trained)
         layer.router.to_empty(device=dense.in_weight.device).requires_grad_(any(trained.values()))
         layer.router.reset_to_virtual_groups()
-        layer.train(mlp.training if isinstance(mlp, nn.Module) else True)
+        layer.train(all(part.training for part in parts if isinstance(part, nn.Module)))
         return layer
 
     c_fc = property(lambda self: FirstLinear(self.in_weight))

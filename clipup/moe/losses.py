@@ -22,8 +22,6 @@ def load_balance(mean_probs: Tensor, tokens_per_expert: Tensor, form: str = "top
         form: which choices f_e counts: ``"topk"`` all of them, ``"top2"`` first choices only (GShard, arXiv 2006.16668,
             algorithm 1).
     """
-    if form not in ("top2", "topk"):
-        raise ValueError(f"form must be one of top2, topk, got {form!r}")
     counts = (tokens_per_expert[0] if form == "top2" else tokens_per_expert.sum(0)).to(mean_probs.dtype)
     share = counts / counts.sum().clamp_min(1)
     return share.numel() * (share * mean_probs).sum()
@@ -53,8 +51,6 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, k: int, mask: T
         logits, noisy_logits: [T, E] before and after the noise.
         noise_std: standard deviation of the noise, in units of the logits; positive.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std must be positive, got {noise_std}: without noise the load has no gradient")
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]
     wins = torch.special.ndtr((logits - threshold) / noise_std)
     return _squared_variation(mean_over_tokens(wins, mask))

@@ -66,6 +66,9 @@ def adopt(model: Any, config: MoEConfig) -> None:
             has = hugging_face_blocks(module)
             part = config.replace(towers=tuple(tower for tower in config.towers if tower in has))
             _adopt(module, part, new, is_root=not name)
+    for module in model.modules():
+        if isinstance(module, Experts | Router):  # a model that takes this one initializes what lacks this mark
+            module._is_hf_initialized = not next(module.parameters()).is_meta  # type: ignore[assignment]
 
 
 def _adopt(model: Any, config: MoEConfig, new: dict[int, Any], is_root: bool) -> None:

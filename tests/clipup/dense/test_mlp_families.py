@@ -148,6 +148,7 @@ def test_an_mlp_in_two_modules_is_read_from_both():
     x = torch.randn(9, D)
     layer = SparseMoE.from_dense((first, second), MoEConfig(num_experts=3))
     torch.testing.assert_close(layer(x), second.dense(first(x)))
+    assert layer.training and not SparseMoE.from_dense((first.eval(), second.eval())).training
     with pytest.raises(TypeError, match="cannot read .*BertIntermediate as an MLP"):
         SparseMoE.from_dense(first)
 

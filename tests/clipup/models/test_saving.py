@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_hugging_face import tiny_hugging_face
 
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
@@ -183,6 +184,8 @@ def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
             save_pretrained(sparse, tmp_path / "out", config)
         del sparse.moe_config
         sparse.moe_config = None
+    with pytest.raises(TypeError, match="BertModel of transformers: use its own save_pretrained"):
+        save_pretrained(tiny_hugging_face("BertModel"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="tokenizer_directory"):
         save_pretrained(tiny_clip(), tmp_path / "out", tiny_config(), tokenizer_directory=tmp_path / "owm")
     assert not (tmp_path / "out").exists()

@@ -140,7 +140,11 @@ def test_a_decoder_generates_with_a_cache():
 
 @pytest.mark.parametrize("name", ["CLIPModel", "Dinov2Model", "BertForSequenceClassification"])
 def test_copies_and_pickles_are_sparse(name):
-    sparse = upcycle(tiny_hugging_face(name))
+    dense = tiny_hugging_face(name)
+    sparse = upcycle(dense)
+    blocks = {module: type(part).__name__ for module, part in dense.named_modules() if module.endswith(".1")}
+    # by which device_map and FSDP find blocks
+    assert {module: type(sparse.get_submodule(module)).__name__ for module in blocks} == blocks
     batch = random_batch(sparse, 4)
     expected = tensors(sparse(**batch))
     for other in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):

@@ -34,7 +34,10 @@ def test_a_config_is_rebuilt_from_its_dict_and_the_refusal_is_in_the_file_alone(
 @pytest.mark.parametrize("vision", ["ViTModel", "CLIPVisionModel"])
 def test_a_dual_encoder_of_sparse_models_is_saved_and_loaded(vision, tmp_path):
     image, text = tiny_sparse(vision), tiny_sparse("BertModel")
+    weights = {**image.state_dict(prefix="vision_model."), **text.state_dict(prefix="text_model.")}
+    weights = {name: weight.clone() for name, weight in weights.items()}
     both = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text)
+    assert all(torch.equal(both.state_dict()[name], weight) for name, weight in weights.items())
     batch = random_batch(image, 3) | random_batch(text, 3)
     expected = both.eval()(**batch).logits_per_image
 
