@@ -56,7 +56,12 @@ def check_device(device: str) -> str:
 
 def default_workers() -> int:
     """Number of data loader processes: four, or one per core on machines with fewer cores."""
-    return min(4, os.cpu_count() or 1)
+    return min(4, cores())
+
+
+def cores() -> int:
+    """CPUs that this process may run on; taskset, Slurm and containers may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

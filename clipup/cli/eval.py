@@ -149,12 +149,12 @@ def main(argv: list[str]) -> int:
             "pretrained", options.model, options.pretrained, "or --random-weights to measure random weights"
         )
     results = evaluate(options)
-    if options.card and directory is not None:
-        model_card.add_results(directory, results)
     text = json.dumps(results, indent=2)
     print(text if options.out == "-" else table(results))
     if options.out is not None and options.out != "-":
         write_text(Path(options.out), f"{text}\n")
+    if options.card and directory is not None:
+        model_card.add_results(directory, results)
     return 0
 
 

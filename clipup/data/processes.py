@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..precision import cores
+
 _SECONDS_TO_END = 1
 """For all workers together, from when they are told to end until they are killed."""
 
@@ -32,7 +34,7 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
 
     Raises LostWorker when a worker was killed.
     """
-    processes = processes or os.cpu_count() or 1
+    processes = processes or cores()
     loader: DataLoader = DataLoader(
         items,  # type: ignore[arg-type]  # torch reads any sequence
         batch_size=None,
@@ -43,11 +45,6 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
     )
     with reading(loader) as results:
         yield from results
-
-
-def unchanged(batch: Any) -> Any:
-    """``collate_fn`` of data that come as batches."""
-    return batch
 
 
 def worker_init_fn() -> Callable[[int], None]:

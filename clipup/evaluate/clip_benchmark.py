@@ -3,7 +3,7 @@
     clipup clip-benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
 
 is CLIP_benchmark's own command line with this type registered. In Python, importing this module registers it:
-``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None)``.
+``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None, device="cpu")``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ shards and CSV files by path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,12 @@ def coco(root: str | Path, split: str = "test", annotations: str | Path | None =
     root = Path(root)
     path = _annotations(root, annotations, f"coco_{split}_karpathy.json", "dataset_coco.json")
     content = checks.read_json(path, "annotations")
-    if "annotations" in content:
-        root /= "train2014" if split == "train" else "val2014"
-        named = _coco_captions(content)
-    else:
-        named = _karpathy(content, path, split)
+    with _format_of(path):
+        if "annotations" in content:
+            root /= "train2014" if split == "train" else "val2014"
+            named = _coco_captions(content)
+        else:
+            named = _karpathy(content, path, split)
     return _retrieval(named, path, root)
 
 
@@ -118,7 +120,9 @@ def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | N
     path = _annotations(root, annotations, f"flickr30k_{split}_karpathy.txt", "dataset_flickr30k.json")
     folder = root / "flickr30k-images" if (root / "flickr30k-images").is_dir() else root
     if path.suffix == ".json":
-        return _retrieval(_karpathy(checks.read_json(path, "annotations"), path, split), path, folder)
+        with _format_of(path):
+            named = _karpathy(checks.read_json(path, "annotations"), path, split)
+        return _retrieval(named, path, folder)
     return _retrieval(_caption_lines(path), path, folder)
 
 
@@ -182,6 +186,8 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
             return _classified(directory, shards, templates)
     elif (directory / DATASET_FILE).is_file():
         shards = listed_shards(directory, split, "root")
+    elif directory.is_dir():
+        raise FileNotFoundError(f"split: there is no {count}, and no {DATASET_FILE} in {root}")
     else:
         shards = expand_shards(str(root), "root")
     skips = Skips()
@@ -219,6 +225,14 @@ def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
             f"{_ANNOTATIONS}"
         )
     return found
+
+
+@contextmanager
+def _format_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"annotations: {path} is not in COCO's caption format or Karpathy's") from error
 
 
 def _coco_captions(content: dict[str, Any]) -> list[tuple[Path, list[str]]]:

@@ -57,7 +57,13 @@ def _retrieval(options: TrainOptions, built: Built, common: dict[str, Any], show
     samples = samples.only(common["share"].part(samples.samples, options.batch_size))
     samples.read_at_once, samples.workers = options.batch_size, options.workers
     common = {"by": "group", "multi_positive": options.multi_positive, "show_progress": shown, **common}
-    return lambda model: evaluate_retrieval(model, samples, tokenizer, **common)
+
+    def measure(model: nn.Module) -> dict[str, Any] | None:
+        numbers = evaluate_retrieval(model, samples, tokenizer, **common)
+        samples.check_all(common["share"].gather)
+        return numbers
+
+    return measure
 
 
 def _zero_shot(options: TrainOptions, built: Built, common: dict[str, Any], shown: bool) -> Evaluation:

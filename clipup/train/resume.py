@@ -118,6 +118,12 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     return [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []
 
 
+def measures_differ(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether numbers of an evaluation under the former options are of something else."""
+    names = {name for name in was | now if name.partition(".")[0] in MEASURED}
+    return any(was.get(name) != now.get(name) for name in names)
+
+
 def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> None:
     """
     Args:

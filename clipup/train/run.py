@@ -43,7 +43,8 @@ def train(
         preprocess: image transform, or (training, validation) pair; None takes the built model's own.
         tokenizer: texts to token ids; None takes the built model's own.
         loader: batches (images, texts) instead of ``options.train_data``: ``TrainData``, or anything with a
-            length that can be iterated repeatedly. Set ``options.steps`` or ``options.epochs``.
+            length that can be iterated repeatedly. Its order may depend on torch's global generator and on its
+            ``set_epoch``; a generator of its own is not resumed. Set ``options.steps`` or ``options.epochs``.
         callbacks: evaluations along the way.
 
     Raises:

@@ -268,4 +268,5 @@ class Checkpointer:
         if last is None or self.directory is None:
             return "There is no checkpoint yet"
         name = shlex.quote(self.directory.root.name)
-        return f"The last checkpoint is {last}; to continue, run the same command with --name {name} --resume latest"
+        resume = f"--name {name} --resume latest" + (" and without --force" if self.options.force else "")
+        return f"The last checkpoint is {last}; to continue, run the same command with {resume}"

@@ -83,7 +83,6 @@ class RunDirectory:
         former = self._parts() if start is not None or options.resume is None else []
         if start is not None:
             options = replace(options, resume=str(start.absolute()))
-        self.root.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / _OPTIONS: lambda path: path.write_text(options.to_json(), encoding="utf-8")})
         for part in former:
             if part != _OPTIONS:

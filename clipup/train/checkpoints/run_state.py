@@ -63,8 +63,8 @@ class RunState:
                 setattr(self, name, value)
         self.evaluations = checkpoint.get("evaluations")
         former = checkpoint.get("conditions", conditions)
-        if any(former["options"].get(name) != conditions["options"].get(name) for name in resume.MEASURED):
-            self.validated = {}  # they measured something else
+        if resume.measures_differ(former["options"], conditions["options"]):
+            self.validated = {}
         if former["steps_of_epoch"] != steps_of_epoch:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
             self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
@@ -105,7 +105,7 @@ class Clock:
 
     state: RunState
     _mark: float = field(default_factory=time.perf_counter)
-    _logged: float = 0.0
+    _elapsed: float = 0.0
     _images: int = 0
     _steps: int = 0
     _spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -120,14 +120,13 @@ class Clock:
 
     def restart(self) -> None:
         """Leaves out of the timings what happened since the last step."""
-        self._mark = self._logged = time.perf_counter()
-        self._images, self._steps = 0, 0
-        self._spent.clear()
+        self._mark = time.perf_counter()
 
     def step_done(self, images: int) -> None:
         """Counts a step of all ranks."""
         now = time.perf_counter()
         self.state.seconds += now - self._mark
+        self._elapsed += now - self._mark
         self._mark = now
         self._images += images
         self._steps += 1
@@ -136,14 +135,13 @@ class Clock:
         """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a
         step, those in which it waited for data and those in which it computed, and the seconds in training up to
         now."""
-        since = self._mark - self._logged
         times = {
-            "images_per_second": self._images / since,
-            "batch_time": since / self._steps,
+            "images_per_second": self._images / self._elapsed,
+            "batch_time": self._elapsed / self._steps,
             "data_time": self._spent["data"] / self._steps,
             "step_time": self._spent["step"] / self._steps,
             "seconds": self.state.seconds,
         }
-        self._logged, self._images, self._steps = self._mark, 0, 0
+        self._elapsed, self._images, self._steps = 0.0, 0, 0
         self._spent.clear()
         return times

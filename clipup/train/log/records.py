@@ -107,7 +107,7 @@ class Recorder:
 
     def add(self, kind: str, record: Record) -> None:
         """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None."""
-        record = _without_nonfinite(record)
+        record = _plain(record)
         if self._directory is None:
             self._memory[kind].append(record)
         else:
@@ -186,11 +186,13 @@ def named_numbers(prefix: str, value: Any) -> dict[str, float]:
     return {path: number for key, of_key in items for path, number in named_numbers(f"{prefix}/{key}", of_key).items()}
 
 
-def _without_nonfinite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nonfinite(one) for key, one in value.items()}
+        return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_without_nonfinite(one) for one in value]
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):  # what users' callbacks return, of numpy and torch
+        return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...checks import check
 from ...data.options import DataOptions, SourceOptions
 from ...precision import default_workers
 from .values import KeyValues, OptionGroup
@@ -19,7 +20,7 @@ class TrainingDataOptions(OptionGroup):
     """A directory that clipup data wrote, WebDataset shards ("data/{000..099}.tar", several joined by "::"), or a CSV
     file. A .txt of a shard is one caption, whatever it holds; several are listed as captions in the sample's .json."""
     train_num_samples: int | None = None
-    """Samples in an epoch. None: all. Needed for streamed shards without a sizes.json beside them."""
+    """Samples in an epoch. None: all. Needed for shards by URL."""
     dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
     dataset_resampled: bool = DataOptions.dataset_resampled
@@ -78,6 +79,11 @@ class ImageTransformOptions(OptionGroup):
     bicubically."""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
     """How images get the model's shape in evaluation: crop what exceeds it, pad what is short of it, or distort."""
+
+    def check(self) -> None:
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            check(name, value, value is None or len(value) in (1, 3), "one value or three")
 
     def transform_arguments(self) -> dict[str, Any]:
         """The arguments of open_clip's factory about transforms that differ from its defaults."""

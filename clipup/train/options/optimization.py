@@ -26,7 +26,7 @@ class OptimizationOptions(OptionGroup):
     opt: str = "adamw"
     """Optimizer: adamw, nadamw, or one of timm's as timm/NAME, such as timm/lion."""
     beta1: float | None = None
-    """First beta. None: 0.9, for an optimizer of timm its own default."""
+    """First beta. None: 0.9. For an optimizer of timm set both or none; None is its own default."""
     beta2: float | None = None
     """Second beta. None: 0.98, for an optimizer of timm its own default."""
     eps: float | None = None
@@ -68,11 +68,13 @@ class OptimizationOptions(OptionGroup):
     """Seed of weights, data order and noise."""
 
     def check(self) -> None:
-        self.at_least(0, "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end")
+        self.at_least(0, "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end", "seed")
         self.at_least(1, "epochs", "steps", "epochs_cooldown")
         self.positive("lr", "moe_lr_scale", "lr_cooldown_power", "grad_clip_norm")
         self.positive("image_layer_decay", "text_layer_decay")
         known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
         check("opt", self.opt, known, "adamw, nadamw or timm/NAME")
+        if self.opt.startswith("timm/") and (self.beta1 is None) != (self.beta2 is None):
+            raise ValueError(f"beta1 is {self.beta1} and beta2 is {self.beta2}: {self.opt} needs both or none")
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
             raise ValueError("epochs_cooldown is missing, which lr_scheduler const-cooldown needs")

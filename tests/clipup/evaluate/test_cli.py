@@ -115,6 +115,10 @@ def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, cap
     card = (directory / "README.md").read_text()
 
     assert f"| coco test: 12 images, 60 captions | text_to_image_R@1 | {printed[3]} |" in card
+    (directory / "README.md").unlink()
+    assert run(directory, "--dataset", "coco", "--root", root, "--card", "--out", tmp_path / "results.json") == 2
+    assert "retrieval" in json.loads((tmp_path / "results.json").read_text())
+    capsys.readouterr()
     assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
     assert "card: ViT-B-32 is no model's directory" in capsys.readouterr().err
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import benchmark_layouts as layouts
 import open_clip
 import pytest
@@ -113,6 +115,19 @@ def test_images_of_coco_that_are_missing_are_refused(coco, tmp_path):
     first.unlink()
     with pytest.raises(FileNotFoundError, match="1 of the 12 images .*000000391895.jpg"):
         datasets.coco(coco, annotations=moved)
+
+
+@pytest.mark.parametrize("content", [[{"image": "a.jpg"}], {"annotations": []}, {"images": [], "annotations": [{}]}])
+def test_annotations_in_another_format_are_refused(coco, tmp_path, content):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="^annotations: .*other.json"):
+        datasets.coco(coco, annotations=other)
+
+
+def test_a_split_without_shards_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^split: .*val"):
+        datasets.webdataset(layouts.webdataset(tmp_path / "shards", retrieval=True), "val")
 
 
 def test_caption_files_without_a_header_are_refused(flickr):

@@ -6,10 +6,12 @@ import errno
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from same_runs import contents
 
+from clipup.data.loaders import train_loader
 from clipup.train.checkpoints import sharded
 from clipup.train.checkpoints.open_clip_format import load
 from clipup.train.log.records import LOG
@@ -60,3 +62,11 @@ def test_what_cannot_be_reported_to_is_refused_before_force_replaces_a_run(run, 
     assert contents(directory) == before and not LOG.handlers
     assert [record["step"] for record in run(steps=2, force=True).history] == [1, 2]
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"epoch_latest.pt"}
+
+
+def test_a_loader_that_was_made_for_another_accumulation_is_refused(run, csv_data):
+    preprocess, tokenizer = open_clip.image_transform(16, is_train=True), open_clip.SimpleTokenizer(context_length=8)
+    loader = train_loader(csv_data, preprocess, tokenizer, batch_size=4, workers=0, accum_freq=2)
+    assert run(loader=loader, accum_freq=2, epochs=1).steps == 3
+    with pytest.raises(ValueError, match="accum_freq is 4, but the loader was made with 2"):
+        run(name="other", loader=loader, accum_freq=4)

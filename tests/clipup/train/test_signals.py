@@ -32,8 +32,9 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(run, numbers):
     """torchrun sends a second SIGTERM to ranks that already have it."""
     before = signal.getsignal(signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted, match="after step 2 of 9.*--name run --resume latest") as stopped:
-        run(sending(2, *(getattr(signal, name) for name in numbers)))
+    message = "after step 2 of 9.*--name run --resume latest and without --force"
+    with pytest.raises(TrainingInterrupted, match=message) as stopped:
+        run(sending(2, *(getattr(signal, name) for name in numbers)), force=True)
 
     assert load(stopped.value.checkpoint)["step"] == 2
     assert signal.getsignal(signal.SIGTERM) is before

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import clipup
+from clipup.train import train
 from clipup.train.checkpoints.open_clip_format import load
 
 
@@ -50,6 +51,18 @@ def test_an_evaluation_on_other_data_is_not_taken_for_done(run, csv_data, tmp_pa
     other = run(name=name, steps=1, resume="latest" if name == "run" else str(latest), val_data=str(fewer))
 
     assert json.loads((other.directory / "evaluations.jsonl").read_text().splitlines()[-1])["gallery"] == 8
+
+
+def test_an_evaluation_at_another_capacity_is_not_taken_for_done(options, named_model, csv_data):
+    def evaluations(eval_capacity_factor, **changes):
+        cfg = clipup.MoEConfig.clip_up(eval_capacity_factor=eval_capacity_factor)
+        settings = {"model": named_model, "moe": True, "moe_cfg": cfg, "train_data": csv_data, "val_data": csv_data}
+        return train(options(**settings, batch_size=8, steps=1, workers=0, **changes))
+
+    latest = checkpoint(evaluations(None))
+    torch.save({**load(latest), "finished": False}, latest)
+
+    assert len(evaluations(0.5, resume="latest", resume_with_changes=True).evaluations) == 2
 
 
 def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):

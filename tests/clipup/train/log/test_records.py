@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from platforms import linux_only
@@ -52,6 +54,18 @@ def test_the_console_has_the_first_and_the_last_step_and_every_evaluation(make_m
     assert re.fullmatch(r"training from step 0 to step 6 on cpu, ranks: 1; .*logs/run", lines[0])
     assert re.fullmatch(rf"training: 1 of 6 steps, epoch 0, {of_step}, 00:\d\d left", lines[1])
     assert len(lines) == 5 and re.fullmatch(rf"training: 6 of 6 steps, epoch 1, {of_step}", lines[-1])
+
+
+def test_a_callback_may_return_numbers_of_torch_and_numpy(run):
+    numbers = {"ratio": torch.tensor(0.25), "parts": np.array([0.5, math.nan]), "count": np.int64(3)}
+    (record,) = run(steps=1, callbacks=[Every(1, lambda model: {"of": numbers})]).evaluations
+    assert record["of"] == {"ratio": 0.25, "parts": [0.5, None], "count": 3}
+
+
+def test_the_times_of_the_records_add_up_to_those_of_the_run_also_with_checkpoints_between(run):
+    history = run(steps=9, log_every_n_steps=4, save_every_n_steps=3).history
+    steps = np.diff([0, *(record["step"] for record in history)])
+    assert sum(steps * [record["batch_time"] for record in history]) == pytest.approx(history[-1]["seconds"])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,11 @@ import pytest
 
 from clipup import MoEConfig
 from clipup.train import TrainOptions
+
+
+def test_there_are_no_more_workers_than_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    assert TrainOptions().workers == 1
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,8 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
                 *({"report_to": "comet"}, {"resume": "latest"}, {"siglip": True, "multi_positive": True}),
                 *({"resume_dense": "x.pt"}, {"resume_dense": "x.pt", "moe": True, "pretrained": "openai"}),
                 *({"lr_scheduler": "const-cooldown"}, {"ep": 0}, {"dist_timeout": 0}, {"save_total_limit": 0}),
-                *({"opt": "adam"}, {"max_skipped": 2.0}, {"workers": -1}),
+                *({"opt": "adam"}, {"max_skipped": 2.0}, {"workers": -1}, {"seed": -1}, {"image_mean": (0.5, 0.5)}),
+                *({"image_std": ()}, {"beta1": 0.9, "opt": "timm/lion"}, {"beta2": 0.9, "opt": "timm/lamb"}),
             )
         ],
     ],
