@@ -29,7 +29,7 @@ class Pictograms:
     overwrite: bool = False
     """Replace another data set in OUT."""
     samples_per_shard: int = 512
-    """Samples per shard; training needs at least as many shards as workers."""
+    """Samples per shard."""
     processes: int | None = None
     """Processes that render; None: one per CPU."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +17,7 @@ from .logs import FLAG_OF
 from .outputs import empty_directory
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ..data.train_data import TrainData
+    from torch import nn
 
 TOLERANCE = 1e-4
 """Largest difference of float32 features of length 1 that is attributed to rounding."""
@@ -141,25 +138,17 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
 
     assert options.calibrate_data is not None
     FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
-    samples = options.calibrate_steps * options.calibrate_batch_size
     data = DataOptions(
         **asdict(options.source),
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,
         seed=options.seed,
-        train_num_samples=None if is_csv(options.calibrate_data, options.source.dataset_type) else samples,
+        train_num_samples=options.calibrate_steps * options.calibrate_batch_size,
         allow_pipe=options.allow_pipe,
     )
     tokenizer = CheckedTokenizer(tokenizers.get_tokenizer(options.model), dense).check()
     loader = load_train_data(data, preprocess, tokenizer)
-    batches = islice(_batches(loader), options.calibrate_steps)
-    steps = progress(batches, "calibrating", "steps", total=options.calibrate_steps)
+    steps = progress(loader.dataloader, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
     for name, values in errors.items():
         print(f"{name}: relative squared error {values[0]:.1e} before, {values[-1]:.1e} in the last batch")
-
-
-def _batches(loader: TrainData) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in count(1) if loader.dataloader.num_batches else ():
-        loader.set_epoch(epoch)
-        yield from loader.dataloader

@@ -85,8 +85,7 @@ def readable_rows(
     paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
-    cell of several lines that contains the separator: an unclosed quote takes rows into its cell. All lines of such a
-    row are counted.
+    cell that holds other rows, which an unclosed quote takes in. All lines of such a row are counted.
 
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
@@ -109,8 +108,8 @@ def readable_rows(
         padded, fault, lost = [*cells, *[""] * len(header)], "", count
         image, caption = padded[image_column], padded[caption_column]
         found = image if directory is None else os.path.join(directory, image)
-        if any(separator in cell and "\n" in cell for cell in cells):
-            fault = "a cell of several lines contains the separator: close its quote, or write it in one line"
+        if any(_holds_a_row(cell, separator, image_column, directory) for cell in cells):
+            fault = "a cell holds other rows: close its quote"
         elif any(cells[len(header) :]):
             fault = f"it has {len(cells)} cells, the header has {len(header)}: quote cells that contain the separator"
         elif directory is not None and leaves(image):
@@ -157,3 +156,10 @@ def _records(path: str, argument: str, separator: str, retried: Retries) -> Iter
             line = reader.line_num
     except csv.Error as error:  # a quote that opens a cell of more than 128 KiB
         raise ValueError(f"{argument}: line {line + 1} of {path}: {error}: close its quote") from error
+
+
+def _holds_a_row(cell: str, separator: str, image_column: int, directory: str | os.PathLike | None) -> bool:
+    """Whether a line of the cell has the path of a file where rows have that of their image; captions may have several
+    lines, with separators."""
+    lines = (line.split(separator) for line in cell.split("\n")) if "\n" in cell and separator in cell else ()
+    return any(os.path.isfile(os.path.join(directory or "", *one[image_column : image_column + 1])) for one in lines)

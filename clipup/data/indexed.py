@@ -25,7 +25,7 @@ from ..progress import Progress
 from .epoch_order import RULE, EpochOrder, GlobalBatches
 from .images import load_image, preprocessed
 from .options import DataOptions
-from .processes import each, unchanged, worker_init_fn
+from .processes import each, worker_init_fn
 from .samples import Source, check_found, digest_of
 from .skips import Notes, Report, Retries, raise_lack
 from .train_data import CountedBatches, Places, Reader, TrainData, own_choices, seed_choices
@@ -63,7 +63,6 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
         IndexedBatches(samples, tokens, order, batches, options.max_skipped),
         batch_size=None,
         sampler=places,
-        collate_fn=unchanged,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=worker_init_fn(),

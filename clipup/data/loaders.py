@@ -139,7 +139,7 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
     if not options.dataset_resampled and len(shards) < max(1, options.workers) * reader.world_size:
         raise ValueError(
             f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
-            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers, or cache the data"
+            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers"
         )
     data = streamed_data(options, shards, _num_samples(shards, options.train_num_samples), reader)
     if not options.dataset_resampled:  # then every rank draws shards of its own
@@ -199,7 +199,19 @@ class EvalSamples:
 
     def only(self, samples: Sequence[Sample]) -> EvalSamples:
         """Some of the samples, such as those of one process of a distributed evaluation."""
-        return EvalSamples(samples, self.preprocess, self.skips, self.strict, self.max_image_pixels, self.resize)
+        part = EvalSamples(samples, self.preprocess, self.skips, self.strict, self.max_image_pixels, self.resize)
+        part._total = self._total  # processes know what of their parts was skipped; ``check_all`` judges the whole
+        return part
+
+    def check_all(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Raises ValueError when all processes together skipped more than may be.
+
+        Args:
+            gather: returns every process's value on every process.
+        """
+        samples, firsts = zip(*gather((self.skips.samples, self.skips.first)), strict=True)
+        self.skips.first = next(filter(None, firsts), "")
+        self.skips.check(self._total, sum({name: count for each in samples for name, count in each.items()}.values()))
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """Batches `(images [B, C, H, W], captions per image, metadata per image)`.

@@ -90,7 +90,8 @@ class DataOptions(SourceOptions):
     accum_freq: int = 1
     """Batches per step; of indexed data, the samples of a step depend on their number and the batch size together."""
     train_num_samples: int | None = None
-    """Samples per epoch, by default all; needed for streamed shards without a `sizes.json` beside them."""
+    """Samples per epoch, by default all; needed for shards by URL, and with dataset_resampled where no `sizes.json` is
+    beside the shards."""
     dataset_resampled: bool = False
     """Draw shards with replacement, and stream them."""
     train_data_upsampling_factors: str | None = None

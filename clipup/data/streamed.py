@@ -101,7 +101,7 @@ class StreamedBatches(IterableDataset):
             if served == before:
                 raise ValueError(
                     f"batch_size: the shards of one worker hold fewer than {self.options.batch_size} readable samples: "
-                    f"use a smaller batch, fewer workers, or cache the data{self.notes.first()}"
+                    f"use a smaller batch or fewer workers{self.notes.first()}"
                 )
 
     def _decoded(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:

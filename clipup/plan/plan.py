@@ -22,7 +22,10 @@ from .memory import Memory, memory
 from .subject import Subject
 from .traffic import Transfer, traffic
 
-SPREAD = ("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "ep", "grad_checkpointing", "accum_freq")
+SPREAD = (
+    *("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "ep", "grad_checkpointing"),
+    "accum_freq",
+)
 """The options that a proposal chooses."""
 _AS_SHORT = 1.05
 

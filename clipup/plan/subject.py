@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..clip import flops
 from ..clip.inputs import image_size, text_length
-from ..clip.towers import towers
+from ..clip.towers import tower_blocks, towers
 from ..models import factory
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
@@ -34,6 +34,11 @@ class Subject:
                 f"a {type(model).__name__} has towers {towers(model)}; a plan is for models with an image and a text "
                 "tower, whose only loss compares their features"
             )
+        for tower in ("image", "text"):
+            try:
+                tower_blocks(model, tower)
+            except TypeError as error:
+                raise ValueError(f"the {tower} tower has no transformer blocks, which a plan needs") from error
         self.model = model
         self.precision = precision
         self._units: dict[tuple[bool, int, int, int], list[Unit]] = {}

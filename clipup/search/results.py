@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from ..data.images import load_image, upright
-from ..extras import needed_for
 from ..inspection.figures import svg
 from ..inspection.page import template
 from .image_index import ImageIndex
@@ -34,18 +32,11 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
 
     Args:
         texts: [T, D] float32, of length 1.
-
-    Raises:
-        ImportError: faiss is not installed.
     """
-    with needed_for("searching", "search"):
-        import faiss
-    searched = faiss.IndexFlatIP(index.features.shape[1])
-    searched.add(np.ascontiguousarray(index.features.numpy()))
-    scores, rows = searched.search(np.ascontiguousarray(texts.float().numpy()), min(count, len(index.entries)))
+    scores, rows = (texts.float() @ index.features.T).topk(min(count, len(index.entries)))
     return [
-        [Result(index.images / index.entries[row].name, float(score)) for row, score in zip(*one, strict=True)]
-        for one in zip(rows, scores, strict=True)
+        [Result(index.images / index.entries[row].name, score) for row, score in zip(*one, strict=True)]
+        for one in zip(rows.tolist(), scores.tolist(), strict=True)
     ]
 
 

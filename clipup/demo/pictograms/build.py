@@ -59,7 +59,6 @@ def build(
         out: a directory that does not exist, is empty, or holds this data set.
         size: side of the images in pixels, 8 to 512.
         overwrite: replaces another data set in `out`.
-        samples_per_shard: a training run needs at least as many shards as workers.
         processes: rendering processes; default: one per CPU.
         only: selects the concepts to build from.
 

@@ -44,11 +44,11 @@ def test_csv_rows_of_one_image_are_its_captions(pictures, picture):
     path, image, other = (pictures.folder / name for name in ("captions.csv", "a.png", "b.png"))
     image.write_bytes(picture(1))
     other.write_bytes(picture(2))
-    path.write_text(f'file,text\n{image},red\n{other},"two\nlines"\n{image},dark red\n{image},red\n')
+    path.write_text(f'file,text\n{image},red\n{other},"two, or\nmore, lines"\n{image},dark red\n{image},red\n')
     samples = eval_samples(path, preprocess, csv_separator=",", csv_img_key="file", csv_caption_key="text")
     assert [(int(i[0, 0, 0]), captions) for i, captions, _ in samples] == [
         (1, ["red", "dark red"]),
-        (2, ["two\nlines"]),
+        (2, ["two, or\nmore, lines"]),
     ]
 
 
@@ -62,6 +62,25 @@ def test_a_missing_image_of_a_csv_file_is_one_lost_sample_however_many_captions_
     path.write_text("\n".join(["filepath\ttitle", *rows, ""]))
     samples = eval_samples(path, preprocess, max_skipped=0.05)
     assert (len(samples), samples.skipped) == (19, 1)
+
+
+@pytest.mark.parametrize(("damaged", "max_skipped"), [((4, 5), 0.2), ((4, 9), 0.1)])
+def test_processes_judge_together_what_they_could_not_read(pictures, damaged, max_skipped):
+    source = pictures.shards(count=16, shards=1)
+    for number in damaged:
+        pictures.damage(0, f"s{number}.png", header=False)
+    processes = []
+    for index in range(4):
+        whole = eval_samples(source, preprocess, max_skipped=max_skipped)
+        processes.append(whole.only(whole.samples[4 * index : 4 * index + 4]))
+        assert len(list(processes[-1])) == 4 - sum(number // 4 == index for number in damaged)
+    gathered = [(samples.skips.samples, samples.skips.first) for samples in processes]
+    for samples in processes:
+        if 2 <= max_skipped * 16:
+            samples.check_all(lambda mine: gathered)
+        else:
+            with pytest.raises(ValueError, match="max_skipped: 2 of 16 samples .*s4"):
+                samples.check_all(lambda mine: gathered)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -52,6 +52,7 @@ def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
         (["--fsdp", "--precision", "amp"], "precision"),
         (["--gpu", "h1000"], "gpu"),
         (["--model", "coca_ViT-B-32"], "CoCa"),
+        (["--model", "RN50"], "the image tower has no transformer blocks"),
         (["--price", "2"], "--price"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
         (["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"], "--caption-tokens must be 1 to 12"),
