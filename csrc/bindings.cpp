@@ -179,11 +179,11 @@ py::tuple packed_layout(int dtype, int packed_type) {
   return py::make_tuple(layout.panel, layout.per_word);
 }
 
-// A block of the pool, for outputs that are allocated at every step: fresh memory costs page faults. The block returns
-// to the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
+// A block of the pool, for packed weights and for outputs that are allocated at every step: fresh memory costs page
+// faults. The block returns to the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
 class Block {
  public:
-  explicit Block(Size bytes) : bytes_(bytes), memory_(clipup::acquire_memory(bytes)) {}
+  Block(Size bytes, bool lasting) : bytes_(bytes), memory_(clipup::acquire_memory(bytes, lasting)) {}
   ~Block() { clipup::return_memory(memory_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -281,7 +281,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "packed_type"_a = 0, "input_scale"_a = 0);
   m.def("packed_layout", &packed_layout, "dtype"_a, "packed_type"_a = 0);
   py::class_<Block>(m, "Block", py::buffer_protocol())
-      .def(py::init<Size>(), "bytes"_a)
+      .def(py::init<Size, bool>(), "bytes"_a, "lasting"_a = false)
       .def_buffer(&Block::buffer);
   m.def("instruction_tier", &clipup::instruction_tier);
   m.def("has_matrix_tiles", &clipup::has_matrix_tiles);

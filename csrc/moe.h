@@ -6,7 +6,7 @@
 //
 // A stage checks its arguments before it writes: std::invalid_argument names the argument, what was expected and what
 // was given. Every element of an output is written. Sizes may be zero; an array without elements may be null. Every
-// result is bitwise the same from run to run and for every number of threads.
+// result is bitwise the same from run to run and for every number of threads, if all threads treat denormals alike.
 #pragma once
 
 #include <cstddef>
@@ -269,8 +269,9 @@ const char* instruction_tier();
 // Whether the CPU has AMX tiles for bfloat16, which no tier here uses.
 bool has_matrix_tiles();
 
-// Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back.
-void* acquire_memory(std::size_t bytes);
+// Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back. A block may
+// be up to twice as large as asked for, one that is `lasting`, for longer than a call, by an eighth.
+void* acquire_memory(std::size_t bytes, bool lasting = false);
 void return_memory(void* block);
 
 // Bytes that the pool keeps for later calls; release_memory() gives them back to the system.

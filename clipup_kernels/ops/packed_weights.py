@@ -55,7 +55,7 @@ def pack_weight(
 
     With ``quantize="int8"``, an output channel is stored as ``round(w / s)`` with ``s = max|w| / 127``: half of
     bfloat16's size. The ops then quantize every row of their input in the same way, and sum in integers (vector-wise
-    quantization, LLM.int8, arXiv 2208.07339, section 2.2).
+    quantization, LLM.int8, arXiv 2208.07339, section 3.1).
 
     Args:
         weight: [E, O, I], or [O, I] for one MLP, on the CPU: float32, bfloat16, float16 or, if it is not quantized,
@@ -92,7 +92,8 @@ def pack_weight(
     weight = weight.contiguous()
     code, sizes, packed_type = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:], cpp.PACKED_TYPE[quantize]
     num_bytes = extension.NATIVE.packed_weight_bytes(code, *sizes, packed_type)
-    block = torch.frombuffer(extension.NATIVE.Block(max(num_bytes, 1)), dtype=torch.uint8)  # in huge pages
+    memory = extension.NATIVE.Block(max(num_bytes, 1), lasting=True)  # in huge pages
+    block = torch.frombuffer(memory, dtype=torch.uint8)
     extension.NATIVE.pack_weight(
         code, cpp.address(weight), *sizes, block.data_ptr(), packed_type, cpp.address(input_scale)
     )

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -35,10 +36,10 @@ Pool& pool = *new Pool;
 
 void* fresh(std::size_t bytes) {
   // Large matrices touch a new page every few rows; huge pages save address translations.
-  void* block = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 64, bytes);
-  if (block == nullptr) throw std::bad_alloc();
+  void* block = nullptr;
+  if (posix_memalign(&block, bytes >= kHugePage ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  if (bytes >= kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
+  if (bytes >= kHugePage) madvise(block, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   return block;
 }
@@ -54,13 +55,12 @@ void expect_whole_write([[maybe_unused]] void* block, [[maybe_unused]] std::int6
 #endif
 }
 
-void* acquire_memory(std::size_t bytes) {
-  const std::size_t unit = bytes >= kHugePage ? kHugePage : 4096;
-  bytes = (bytes + unit - 1) / unit * unit;
+void* acquire_memory(std::size_t bytes, bool lasting) {
+  bytes = (std::max<std::size_t>(bytes, 1) + 4095) / 4096 * 4096;
   const std::lock_guard<std::mutex> lock(pool.mutex);
   const auto found = pool.free.lower_bound(bytes);
   void* block = nullptr;
-  if (found != pool.free.end() && found->first <= 2 * bytes) {
+  if (found != pool.free.end() && found->first <= bytes + (lasting ? bytes / 8 : bytes)) {
     bytes = found->first;
     block = found->second;
     pool.free.erase(found);
@@ -81,12 +81,16 @@ void return_memory(void* block) {
   const auto found = pool.used.find(block);
   const std::size_t bytes = found->second;
   pool.used.erase(found);
-  if (pool.free_bytes + bytes > kKeptBytes) {
-    std::free(block);
-    return;
-  }
   pool.free.emplace(bytes, block);
   pool.free_bytes += bytes;
+  while (pool.free_bytes >
+         kKeptBytes) {  // the largest goes, but not before others the one that was just in use
+    auto victim = std::prev(pool.free.end());
+    if (victim->second == block && victim != pool.free.begin()) --victim;
+    std::free(victim->second);
+    pool.free_bytes -= victim->first;
+    pool.free.erase(victim);
+  }
 }
 
 std::int64_t kept_memory() {

@@ -97,6 +97,22 @@ void test_memory() {
   EXPECT(other != again);
   return_memory(again);
   return_memory(other);
+  const std::size_t megabyte = std::size_t{1} << 20U;
+  void* const large = acquire_memory(5 * megabyte / 2);
+  EXPECT(used_memory() - used == static_cast<std::int64_t>(5 * megabyte / 2));
+  return_memory(large);
+  void* const lasting = acquire_memory(2 * megabyte, true);
+  EXPECT(lasting != large && used_memory() - used == static_cast<std::int64_t>(2 * megabyte));
+  return_memory(lasting);
+#ifndef CLIPUP_POISON
+  void* const stale = acquire_memory(1536 * megabyte);
+  void* const current = acquire_memory(1024 * megabyte);
+  return_memory(stale);
+  return_memory(current);
+  EXPECT(kept_memory() < static_cast<std::int64_t>(1100 * megabyte) &&
+         acquire_memory(1024 * megabyte) == current);
+  return_memory(current);
+#endif
   void* const none[] = {acquire_memory(0), acquire_memory(0)};
   EXPECT(none[0] != nullptr && none[1] != nullptr && none[0] != none[1]);
   for (void* const empty : none) return_memory(empty);
