@@ -362,6 +362,8 @@ class Trainer:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""
         self.guard.check_weights(self.state.step, self.model, self.optimizer, self.ranks)
         parallel.share_batch_statistics(self.model, self.ranks)
+        if self.validations and self.state.step_of_epoch:  # an end within an epoch: nothing has saved the last steps
+            self._save(open_clip_format.LATEST)
         self._validate(at_end=True)
         try:
             self.checkpoints.save_model()

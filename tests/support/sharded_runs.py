@@ -11,6 +11,7 @@ import torch
 from tiny_parallel import DROPLESS, newest, resume_all, run
 
 from clipup.train.checkpoints import sharded as sharded_checkpoints
+from clipup.train.training_data import Epochs
 
 LAST = "fsdp and ep"
 SPREAD = {"replicated": {}, "fsdp": {"fsdp": True}, "ep": {"ep": 2}, LAST: {"fsdp": True, "ep": 2}}
@@ -45,6 +46,21 @@ def stuck(out: Path, options: dict[str, Any]) -> None:
 
     sharded_checkpoints.sum_of = half
     run(out, "killed", DROPLESS, save_every_n_steps=1, lr_scheduler="const", **SHARDED, **options)
+
+
+def refused(out: Path, options: dict[str, Any]) -> None:
+    """Data that cannot be used end every rank at an epoch's end, while its checkpoint is written."""
+    sum_of = sharded_checkpoints.sum_of
+
+    def slow(path: Path) -> Any:
+        time.sleep(1)
+        return sum_of(path)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("too many")
+
+    sharded_checkpoints.sum_of, Epochs.check_skipped = slow, refuse
+    run(out, "refused", DROPLESS, lr_scheduler="const", **SHARDED, **options)
 
 
 def damaged(out: Path) -> None:

@@ -185,12 +185,15 @@ class Checkpointer:
             raise failure
 
     def end(self, error: BaseException) -> None:
-        """When an error ends the run: waits, unless it is impatience or other ranks may not come to the end."""
+        """When an error ends the run: waits, unless it is impatience or other ranks may not come to the end. Data that
+        cannot be used may end one rank alone, whose thread does not need the others' training."""
         together = not self.ranks.several or isinstance(error, FloatingPointError)
         impatient = isinstance(error, KeyboardInterrupt) and not isinstance(error, TrainingInterrupted)
         if together and not impatient:
             with suppress(OSError, RuntimeError):  # the error that ended the run is the one to raise
                 self.wait()
+        elif isinstance(error, ValueError) and self._thread is not None:
+            self._thread.join(self.options.dist_timeout)
 
     def _saved(self, path: Path) -> None:
         """Takes note of a checkpoint that is whole, and deletes those that it replaces."""

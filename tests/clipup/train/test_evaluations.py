@@ -53,6 +53,16 @@ def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, picture
     assert {path.name for path in folder.iterdir()} == {"epoch_3.pt", "epoch_latest.pt"}
 
 
+def test_a_run_that_ends_within_an_epoch_saves_its_steps_before_the_last_evaluation(run, csv_data, pictures, tmp_path):
+    def break_pictures(model):
+        for path in pictures:
+            path.write_bytes(b"no picture")
+
+    with pytest.raises(ValueError, match="max_skipped"):
+        run(callbacks=[Every(2, break_pictures)], steps=2, val_data=csv_data)
+    assert load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"] == 2
+
+
 @pytest.fixture
 def images(monkeypatch, tmp_path):
     """ImageNet with four classes and two prompts: a validation set in its layout, and one in that of ImageNet-V2."""

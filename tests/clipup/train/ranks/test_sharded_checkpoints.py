@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from rank_processes import on_ranks, ranks
-from sharded_runs import FOUR, LAST, SHARDED, SPREAD, THEN, continued, of_four, of_two, stuck
+from sharded_runs import FOUR, LAST, SHARDED, SPREAD, THEN, continued, of_four, of_two, refused, stuck
 from tiny_parallel import DROPLESS, newest, resume_all, run
 
 from clipup.models.shard_files import read_index
@@ -91,6 +91,12 @@ def test_ranks_killed_while_they_write_lose_the_steps_since_the_checkpoint_befor
 
     assert_same(tmp_path / "killed", out / f"{LAST}, whole", bitwise=victims == [1])
     assert not list((tmp_path / "killed").rglob(".writing*"))
+
+
+def test_data_that_end_the_ranks_leave_the_checkpoint_that_is_being_written(tmp_path):
+    with ranks(tmp_path, refused, tmp_path, SPREAD["fsdp"]) as processes:
+        assert all("too many" in process.ended()[1] for process in processes)
+    assert load(newest(tmp_path / "refused"))["step"] == 2
 
 
 def test_four_ranks_continue_what_others_began(out, tmp_path):
