@@ -32,8 +32,8 @@ def check_shards(dense: DenseMLP, granularity: int) -> None:
 def experts_of(dense: DenseMLP, num_experts: int, granularity: int = 1) -> dict[str, Tensor]:
     """E experts initialized as copies of the dense MLP (Sparse Upcycling, arXiv 2212.05055), or as its shards.
 
-    Expert ``e*G + s`` holds hidden units ``s*H/G`` to ``(s+1)*H/G``, so G neighbors, a virtual group, form one MLP
-    (NVIDIA, arXiv 2410.07524). The output bias is divided equally. A group sums to the MLP:
+    Expert ``e*G + s`` holds hidden units ``s*H/G`` to ``(s+1)*H/G``, so G neighbors form one MLP (NVIDIA, arXiv
+    2410.07524). The output bias is divided equally. The neighbors sum to the MLP:
 
         sum_s W_out[:, s] act(W_in[s] x + b_in[s]) + b_out / G  =  W_out act(W_in x + b_in) + b_out
 

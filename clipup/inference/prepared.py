@@ -182,8 +182,8 @@ def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square
     root of their size relative to the other inputs': half of what would make all columns equally large (SmoothQuant,
-    arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / size(W_j) instead of max|X_j|: no calibration data). The size is
-    the root mean square over outputs, each weight relative to the largest of its output: that is what its rounding
+    arXiv 2211.10438, eq. 4 with alpha = 0.5, equal max|X_j|, and this size for max|W_j|: no calibration data). The size
+    is the root mean square over outputs, each weight relative to the largest of its output: that is what its rounding
     depends on, and so one outlier, which its output pays for anyway, costs the other outputs nothing.
     """
     groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]

@@ -31,7 +31,7 @@ def check_known(name: str, known: Collection[str]) -> None:
     Raises:
         ValueError: a name that is neither known, nor a directory, nor a repository on the hub.
     """
-    if name.replace("/", "-") in known or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
+    if name in known or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
         return
     lower = {model.lower(): model for model in known}
     close = [lower[model] for model in difflib.get_close_matches(name.lower(), lower, n=3)]

@@ -117,9 +117,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset_to_virtual_groups(self) -> None:
-        """Re-initializes the router with one row per ``granularity`` neighbors (virtual groups, NVIDIA, arXiv
-        2410.07524): their logits are equal up to rounding, so top-K selects whole groups until training makes them
-        diverge. A token can get shards of two groups only if the groups' logits are within rounding of each other."""
+        """Re-initializes the router with one row per ``granularity`` neighbors (as NVIDIA's virtual groups, arXiv
+        2410.07524, have): their logits are equal up to rounding, so top-K selects whole groups until training makes
+        them diverge. A token can get shards of two groups only if the groups' logits are within rounding of each other.
+        """
         self.reset_parameters()
         one_a_group = self.weight[:: self.config.granularity].clone()
         self.weight.copy_(one_a_group.repeat_interleave(self.config.granularity, 0))

@@ -21,9 +21,9 @@ _WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
 
-    The rule is open_clip's: tensors of two or more dimensions decay, unless their names contain bn, ln, bias or
-    logit_scale. So the matrices of experts and routers decay, and the biases and norms of experts do not. ``clipup
-    train`` builds its optimizer from these groups::
+    The rule is that of open_clip 3 for AdamW: tensors of two or more dimensions decay, unless their names contain bn,
+    ln, bias or logit_scale. So the matrices of experts and routers decay, and the biases and norms of experts do not.
+    ``clipup train`` builds its optimizer from these groups::
 
         optimizer = torch.optim.AdamW(clipup.parameter_groups(model, 0.2), lr=1e-4)
 

@@ -78,8 +78,9 @@ def pairs_per_second_at_peak(model: nn.Module, device: torch.device, world_size:
     """Pairs per second of all ranks with which training would reach the GPUs' peak, the denominator of MFU (PaLM,
     arXiv 2204.02311, appendix B); None if it is not known.
 
-    FLOPs are those of both towers, as if no token were dropped and every text as long as the context, three times: a
-    backward pass has the products of two forward passes. What is computed again is not counted.
+    FLOPs are those of both towers, as if no token or patch were dropped and every text as long as the context, three
+    times: a backward pass has the products of two forward passes. A locked tower has a forward pass alone. What is
+    computed again is not counted, nor is a CoCa's decoder.
 
     Args:
         model: before it is sharded.
@@ -93,4 +94,7 @@ def pairs_per_second_at_peak(model: nn.Module, device: torch.device, world_size:
     except Exception as error:  # a model that can be trained and not be counted is trained
         logging.getLogger("clipup.train").warning("mfu is not logged, the FLOPs cannot be counted: %r", error)
         return None
-    return world_size * card.tflops * 1e3 / (3 * (counts.image_gflops + counts.text_gflops))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name.startswith("visual.") for name in names if not name.startswith("logit_")}
+    image, text = (3 if is_image in trained else 1 for is_image in (True, False))
+    return world_size * card.tflops * 1e3 / (image * counts.image_gflops + text * counts.text_gflops)

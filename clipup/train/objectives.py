@@ -167,7 +167,8 @@ class DistillationObjective(Objective):
 
 
 class CoCaObjective(Objective):
-    """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, eq. 4). The model selects it."""
+    """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, after eq. 4): open_clip's, with half the
+    paper's contrastive loss, and a mean over tokens instead of the sum. The model selects it."""
 
     own_options = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
     takes_bias = (False,)
@@ -239,7 +240,7 @@ def create_objective(options: TrainOptions, model: nn.Module, ranks: Ranks, prec
         raise ValueError(
             f"{objective.option or 'the loss of a CoCa'} {'has no' if has_bias else 'needs a'} logit_bias, and this "
             f"model {'has one' if has_bias else 'none'}. Random weights are created as the loss needs it; "
-            f"others have a bias if they are created with {arguments}"
+            f"others have a bias if they are created, in Python, with {arguments}"
         )
     return objective.create(options, model, ranks, precision)
 

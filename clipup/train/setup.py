@@ -80,7 +80,8 @@ def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) 
         )
     if loader is None and options.train_data is None:
         raise ValueError(
-            "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader)"
+            "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader). "
+            "To measure a model without training it, use clipup eval"
         )
     if not options.moe and options.moe_cfg != MoEConfig.clip_up():
         raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")

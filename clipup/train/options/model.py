@@ -23,7 +23,7 @@ class ModelOptions(OptionGroup):
     moe: bool = False
     """Make the model sparse before training, with the options of MoEConfig below."""
     resume_dense: str | None = None
-    """Checkpoint of a dense run (epoch_K.pt, ours or open_clip_train's) to start --moe from: its weights, and Adam's
+    """Checkpoint of a dense run (epoch_K.pt, ours or open_clip_train 3's) to start --moe from: its weights, and Adam's
     moments for every expert. Steps and schedule start at zero."""
 
     force_image_size: int | tuple[int, int] | None = None
@@ -40,7 +40,8 @@ class ModelOptions(OptionGroup):
     def model_overrides(self) -> dict[str, Any]:
         """The arguments of open_clip's factory that differ from its defaults."""
         names = (field.name for field in dataclasses.fields(ModelOptions) if field.name.startswith("force_"))
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...precision import check_device
 from ..options import TrainOptions
-from .launched import DISTRIBUTED, Launched, first_set
+from .launched import WORLD_SIZE, Launched, first_set
 
 _VOTE_SECONDS = 0.2
 _CONTROL_TIMEOUT = timedelta(hours=4)
@@ -126,7 +126,7 @@ def joined(options: TrainOptions) -> Iterator[Ranks]:
         ConnectionError: another rank did not start, died, failed, or has kept this one waiting for too long.
     """
     device = check_device(options.device)
-    if first_set(DISTRIBUTED, 1) <= 1:
+    if first_set(WORLD_SIZE, 1) <= 1:
         alone = torch.device(device)
         if alone.type == "cuda" and alone.index is not None:
             torch.cuda.set_device(alone)  # what stages checkpoints waits for the current device

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _RANK = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-_WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-DISTRIBUTED = ("WORLD_SIZE", "SLURM_NTASKS")
+WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 """Environment variables of launchers, in the order in which they are looked up; the first one that is set counts."""
 
 
@@ -21,7 +20,7 @@ class Launched(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> Launched:
-        return cls(first_set(_LOCAL_RANK, 0), first_set(_RANK, 0), first_set(_WORLD_SIZE, 1))
+        return cls(first_set(_LOCAL_RANK, 0), first_set(_RANK, 0), first_set(WORLD_SIZE, 1))
 
 
 def first_set(names: tuple[str, ...], default: int) -> int:

@@ -79,17 +79,24 @@ def by_name(optimizer: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def with_names(optimizer: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """An optimizer's state dict with ``param_names``. One without them, such as open_clip_train's, is taken to be over
-    ``clipup.parameter_groups`` of the model.
+    """An optimizer's state dict with ``param_names``. One without them, such as that of open_clip_train 3, is taken to
+    be over ``clipup.parameter_groups`` of the model.
 
     Raises:
-        ValueError: it has another number of groups.
+        ValueError: it has groups of other sizes.
     """
     saved = optimizer["param_groups"]
     if all("param_names" in group for group in saved):
         return optimizer
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     names = [[name_of[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
+    sizes = [len(group["params"]) for group in saved], [len(group) for group in names]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {sizes[0]} parameters, this model's are of {sizes[1]}: other "
+            "parameters were trained, or by another trainer than clipup or open_clip_train 3. To start from its "
+            "weights alone, pass it as pretrained"
+        )
     groups = [{**group, "param_names": of_group} for group, of_group in zip(saved, names, strict=True)]
     return {**optimizer, "param_groups": groups}
 

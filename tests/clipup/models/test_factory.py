@@ -11,10 +11,11 @@ from clipup.clip.inputs import random_inputs
 CONFIG = MoEConfig(num_experts=3)
 
 
+@pytest.mark.parametrize("name", ["ViT-B-61", "ViT-B/16"])
 @pytest.mark.parametrize("call", [clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config])
-def test_unknown_names_are_refused_with_similar_names(call):
-    with pytest.raises(ValueError, match="'ViT-B-61' is neither an open_clip model nor a dir.* ViT-B-16"):
-        call("ViT-B-61")
+def test_unknown_names_are_refused_with_similar_names(call, name):
+    with pytest.raises(ValueError, match=f"'{name}' is neither an open_clip model nor a dir.* ViT-B-16"):
+        call(name)
 
 
 def test_the_directory_of_a_finished_run_stands_for_its_model(tmp_path):

@@ -76,8 +76,14 @@ def test_a_checkpoint_of_open_clip_train_resumes(make_model, pairs, options, tra
     ours = load(whole.directory / "checkpoints" / "epoch_1.pt")
     theirs = {key: ours[key] for key in ("epoch", "name", "optimizer")}
     theirs["state_dict"] = {f"module.{name}": value for name, value in ours["state_dict"].items()}
+    first, second = theirs["optimizer"]["param_groups"]
+    del first["param_names"], second["param_names"]
     torch.save(theirs, tmp_path / "theirs.pt")
 
     resumed = train_pairs(steps=None, epochs=2, resume=str(tmp_path / "theirs.pt"))
 
     assert without_times(resumed.history) == without_times(whole.history)[3:]
+    second["params"].append(first["params"].pop())  # as open_clip_train 4 sorts them
+    torch.save(theirs, tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match="groups of .* as pretrained"):
+        train_pairs(name="other", steps=None, epochs=2, resume=str(tmp_path / "theirs.pt"))

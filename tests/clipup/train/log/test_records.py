@@ -35,6 +35,11 @@ def test_mfu_is_of_three_forward_passes_a_pair_on_the_card_with_the_devices_name
     at_peak = pairs_per_second_at_peak(model, torch.device("cuda"), 4)
     assert at_peak == (tflops and pytest.approx(4 * tflops * 1000 / (3 * gflops)))
     assert pairs_per_second_at_peak(model, torch.device("cpu"), 4) is None
+    model.visual.requires_grad_(False)  # then a forward pass is all that it needs
+    gflops = count(model).image_gflops + 3 * count(model).text_gflops
+    locked = pairs_per_second_at_peak(model, torch.device("cuda"), 4)
+    assert locked == (tflops and pytest.approx(4 * tflops * 1000 / gflops))
+    model.visual.requires_grad_(True)
 
     monkeypatch.setattr(loop, "pairs_per_second_at_peak", lambda *_: at_peak)
     (record,) = train(options(logs=None, steps=1), model=model, loader=pairs()).history
