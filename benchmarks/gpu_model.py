@@ -27,7 +27,6 @@ SHARED_BYTES, SHARED_RATE = 227 * 1024, 128
 START = 1500
 """Cycles from a block's start to its first product: offsets, then choices, then operands, one wait after the other."""
 LAUNCH, DRAM_BYTES = 3e-6, 2.6e12
-"""Of dense_k's products in torch. ``gpu_kernels.py`` measures them ("torch, in" and "torch, out")."""
 
 
 class Launch(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Value
@@ -198,20 +199,15 @@ class EvalSamples:
             yield from zip(*batch, strict=True)
 
     def only(self, samples: Sequence[Sample]) -> EvalSamples:
-        """Some of the samples, such as those of one process of a distributed evaluation."""
-        part = EvalSamples(samples, self.preprocess, self.skips, self.strict, self.max_image_pixels, self.resize)
-        part._total = self._total  # processes know what of their parts was skipped; ``check_all`` judges the whole
+        """Some of the samples, such as those of one process of a distributed evaluation. What is skipped counts against
+        all of them."""
+        part = copy.copy(self)
+        part.samples = samples
         return part
 
     def check_all(self, gather: Callable[[Any], list[Any]]) -> None:
-        """Raises ValueError when all processes together skipped more than may be.
-
-        Args:
-            gather: returns every process's value on every process.
-        """
-        samples, firsts = zip(*gather((self.skips.samples, self.skips.first)), strict=True)
-        self.skips.first = next(filter(None, firsts), "")
-        self.skips.check(self._total, sum({name: count for each in samples for name, count in each.items()}.values()))
+        """Raises ValueError when all processes together skipped more than may be. Arguments as in `check_together`."""
+        self.skips.check_together(self._total, self.skips.samples, gather)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """Batches `(images [B, C, H, W], captions per image, metadata per image)`.

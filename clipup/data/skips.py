@@ -125,6 +125,11 @@ def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Re
         ) from error
 
 
+def union(of_processes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """What processes skipped, each sample once."""
+    return {name: count for one in of_processes for name, count in one.items()}
+
+
 class Skips:
     """Unreadable samples so far. `int(skips)` is their number."""
 
@@ -154,6 +159,18 @@ class Skips:
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""
         self.samples = {**samples, **self.samples}
+
+    def check_together(self, total: float, samples: Mapping[str, int], gather: Callable[[object], list]) -> None:
+        """Raises ValueError, as `check`, for what several processes skipped, each sample counted once.
+
+        Args:
+            total: samples of all processes.
+            samples: what this one skipped, as the attribute of this name.
+            gather: returns every process's value on every process.
+        """
+        skipped, firsts = zip(*gather((samples, self.first)), strict=True)
+        self.first = next(filter(None, (self.first, *firsts)), "")
+        self.check(total, sum(union(skipped).values()))
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.

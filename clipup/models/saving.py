@@ -61,6 +61,7 @@ def save_pretrained(
             or those of Hugging Face) are copied. Without it, the tokenizer is found by the name in ``model_cfg``.
 
     Raises:
+        TypeError: a model of transformers, which has its own ``save_pretrained``.
         ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
             ``moe_config``, it was prepared for inference, its vocabulary has another size than the model's, or the
             directory holds another tokenizer.
@@ -91,7 +92,7 @@ def save_with_tokenizer(
         tokenizer_files: by name (``tokenizers.files_of``). None: the tokenizer that ``model_cfg`` names.
 
     Raises:
-        ValueError: as in ``save_pretrained``.
+        TypeError, ValueError: as in ``save_pretrained``.
     """
     checks.module("model", model)
     if is_hugging_face(model):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from ..data.options import DataOptions
 from ..data.processes import end_workers
+from ..data.skips import union
 from ..data.train_data import TrainData
 from .objectives import Batch
 
@@ -91,7 +92,7 @@ class Epochs:
         Args:
             gather: returns every rank's value on every rank.
         """
-        return _union(gather(getattr(self._skips, "samples", {})))
+        return union(gather(getattr(self._skips, "samples", {})))
 
     def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
@@ -103,17 +104,11 @@ class Epochs:
         counts = getattr(self._batches, "pass_counts", None)
         if counts is None:
             return
-        skips = self._skips
-        parts, names, first = zip(*gather((*counts, skips.first)), strict=True)
-        skips.first = next(filter(None, (skips.first, *first)), "")
-        skips.check(sum(parts), sum(_union(names).values()))
+        met, skipped = counts
+        self._skips.check_together(sum(gather(met)), skipped, gather)
 
     def close(self) -> None:
         """Releases the loader, so that workers that live longer than an epoch end with the run."""
         if isinstance(self._info, TrainData):
             end_workers(getattr(self._batches, "loader", None))
         self._info = self._batches = None
-
-
-def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:
-    return {name: count for one in of_ranks for name, count in one.items()}

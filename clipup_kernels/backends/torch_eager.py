@@ -238,15 +238,10 @@ def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bia
     return F.linear(a, out_weight, out_bias)
 
 
-def mask_in(dtype: torch.dtype, mask: Tensor) -> Tensor:
-    """A float32 mask in another type, in which large finite values stay finite, so that no masked row becomes NaN."""
-    return mask.clamp_min(torch.finfo(dtype).min).masked_fill_(mask == float("-inf"), float("-inf")).to(dtype)
-
-
 def self_attention(qkv, mask, heads, quantize) -> Tensor:
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
-    mask = None if mask is None else mask_in(qkv.dtype, mask)
+    mask = None if mask is None else mask.to(qkv.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(batch, length, width // 3)
 
 

@@ -163,7 +163,7 @@ def self_attention(qkv, mask, heads, quantize) -> Tensor:
     q, k, v = qkv.view(batch, length, 3, heads, d).permute(2, 0, 3, 1, 4).flatten(1, 2)
     scores = torch.bmm(q * d**-0.5, k.mT).view(batch, heads, length, length)
     if mask is not None:
-        scores += torch_eager.mask_in(scores.dtype, mask)
+        scores += mask.clamp_min(torch.finfo(scores.dtype).min).to(scores.dtype)  # a row of -inf would become NaN
     shares = torch.softmax(scores, -1)
     if mask is not None:
         shares = shares.masked_fill_((mask == float("-inf")).all(-1, keepdim=True), 0)

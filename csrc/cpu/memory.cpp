@@ -83,8 +83,8 @@ void return_memory(void* block) {
   pool.used.erase(found);
   pool.free.emplace(bytes, block);
   pool.free_bytes += bytes;
-  while (pool.free_bytes >
-         kKeptBytes) {  // the largest goes, but not before others the one that was just in use
+  // The largest goes first; last the one that was just in use.
+  while (pool.free_bytes > kKeptBytes) {
     auto victim = std::prev(pool.free.end());
     if (victim->second == block && victim != pool.free.begin()) --victim;
     std::free(victim->second);
