@@ -178,14 +178,19 @@ def evaluate(options: Options) -> dict[str, Any]:
         options.model, options.pretrained, options.precision, options.int8, options.device
     )
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
+    paths = {"annotations": options.annotations, "classes": options.classes, "templates": options.templates}
     measured = {
         "model": options.model,
+        "pretrained": options.pretrained,
+        "random_weights": options.random_weights or None,
         "precision": f"{options.precision}, int8 weights" if options.int8 else options.precision,
         "dataset": options.dataset,
         "root": options.root if options.dataset in _OF_ANY_DATA else None,
         "split": None if options.dataset is None or _is_one_split(options) else options.split,
+        "captions_per_image": options.captions_per_image,
         "val_data": options.val_data,
         "images": options.images,
+        **{name: None if path is None else str(path) for name, path in paths.items()},
     }
     results: dict[str, Any] = {name: value for name, value in measured.items() if value is not None}
     if isinstance(found, RetrievalSet):
@@ -197,6 +202,8 @@ def evaluate(options: Options) -> dict[str, Any]:
             model, samples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
         assert recall is not None  # this is the only process
+        if options.by != Options.by and "splits" not in recall:
+            print(f"clipup eval: no image has the metadata key of --by, {options.by!r}", file=sys.stderr)
         results |= {"retrieval": {**recall, "skipped": samples.skipped}, "multi_positive": options.multi_positive}
         if samples.skipped:
             print(

@@ -31,6 +31,7 @@ class Options(SparseOptions):
 
 
 RULES = [
+    NoEffect(("moe",), lambda options: not options.json, "without --json"),
     NoEffect(MOE_FLAGS, lambda options: options.json and not options.moe, "on --json without --moe"),
     *MOE_RULES,
 ]

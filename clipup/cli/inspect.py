@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Options(DeviceOptions):
     """The model that was upcycled, to compare the experts with: a name that open_clip knows, or a directory."""
     dense_pretrained: str | None = None
     """Tag or file of weights for a dense model known by name."""
-    out: Path = Path("report.html")
+    out: Path = Path("experts.html")
     """File for the page; an earlier one is replaced."""
     max_images: int = 200
     """Number of images, and of captions, to inspect; the first ones are taken."""
@@ -64,6 +65,7 @@ RULES = [NoEffect(("dense_pretrained",), lambda options: options.dense is None, 
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect", RULES)
+    from ..data.samples import passed_over
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names
     from .runs import load_for_inference, trained_steps
@@ -96,6 +98,8 @@ def main(argv: list[str]) -> int:
     skipped |= incomplete
     seen = dataclasses.replace(seen, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
     write_text(options.out, seen.page(options.shown))
+    if options.images is not None and (others := passed_over(options.images)):
+        print(f"clipup inspect: passed over {others}", file=sys.stderr)
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
     print(f"{len(seen.pictures)} images and {len(seen.captions)} captions{left_out}: {options.out}")
     return 0

@@ -9,9 +9,6 @@ from ..train.options.values import OptionGroup
 
 START = Path(__file__).parent / "start"
 """The dense model in the package, trained on icons without the sets that the demonstration uses."""
-MODEL = "clipup-tiny-32"
-"""The architecture that is trained from random weights."""
-_STEPS_FROM_SCRATCH = 500
 
 
 @dataclass(kw_only=True)
@@ -25,16 +22,12 @@ class DemoOptions(OptionGroup):
     """Directory for the report, the runs and the data."""
     data: str | None = None
     """Directory of a data set written by `clipup data`. None: the pictograms, built once in OUT/data."""
-    start: str | None = str(START)
-    """Directory of the dense model to start from; the default was trained on other icons. None: random weights."""
-    dense_steps: int | None = None
-    """Steps of the dense model before upcycling. None: 0, or 500 from random weights."""
+    start: str = str(START)
+    """Directory of the dense model to start from; the default was trained on other icons."""
     continue_steps: int = 400
     """Steps for which the dense and the sparse model continue training."""
     batch_size: int = 256
     """Pairs per step."""
-    lr: float = 2e-3
-    """Peak learning rate of the dense model."""
     continue_lr: float = 2e-3
     """Peak learning rate of continued training, dense and sparse."""
     eval_every: int = 100
@@ -46,16 +39,5 @@ class DemoOptions(OptionGroup):
 
     def check(self) -> None:
         self.at_least(1, "continue_steps", "batch_size", "eval_every")
-        self.at_least(0, "dense_steps")
-
-    @property
-    def model(self) -> str:
-        """The name or directory of the dense model."""
-        return self.start or MODEL
-
-    @property
-    def steps_before(self) -> int:
-        """Steps of the dense model before upcycling."""
-        if self.dense_steps is not None:
-            return self.dense_steps
-        return 0 if self.start else _STEPS_FROM_SCRATCH
+        if not Path(self.start).is_dir():
+            raise ValueError(f"start: {self.start} is no directory, and the dense model to start from is in one")

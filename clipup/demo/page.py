@@ -17,7 +17,7 @@ from ..inspection.page import layer_title, template
 from . import comparison_tables
 from .verdict import WAYS, verdict
 
-_CURVES = {"dense": "Dense", "dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
+_CURVES = {"dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
 _START_OF = {"dense_continued": "dense", "clip_up": "upcycled_step0"}
 _IN_FOOTER = ("options", "moe_cfg", "machine")
 _MOST_POINTS = 300
@@ -37,10 +37,9 @@ def render_demo(
 
     Args:
         report: the content of ``report.json``.
-        curves: {arm: [{"step", "contrastive"}]} for ``dense``, ``dense_continued``, ``clip_up``; steps are
-            counted from the dense model's first, and continued training starts where it ended. ``clip_up`` also has
+        curves: {arm: [{"step", "contrastive"}]} for ``dense_continued`` and ``clip_up``. ``clip_up`` also has
             "layers": {layer: {"load": [E]}}, shares of 1.
-        evaluations: {arm: [{"step", "text_to_image_R@1", "image_to_text_R@1"}]}, fractions of 1, steps as above.
+        evaluations: {arm: [{"step", "text_to_image_R@1", "image_to_text_R@1"}]}, fractions of 1.
         routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0.
         retrievals: {"best", "worst"}: [{"caption", "target", "rank" from 1, "retrieved": [PIL image]}], CLIP-UP's.
         dataset: the content of the data set's ``dataset.json``.
@@ -54,7 +53,6 @@ def render_demo(
         comparison=tables.as_html(comparison_tables.overview(report), "Recall and cost of every model"),
         splits=tables.as_html(comparison_tables.splits(report), "R@1 on the other splits"),
         curves=_charts(report, curves, evaluations, window),
-        counted_from="the dense model’s first" if "dense" in curves else "upcycling",
         window=window,
         loads=_load_charts(curves["clip_up"]),
         legend=images.expert_legend(report["moe_cfg"]["num_experts"]),
@@ -67,35 +65,22 @@ def render_demo(
 
 
 def _what_was_done(report: Mapping[str, Any]) -> str:
-    steps, more = (count(report[arm]["steps"]) for arm in ("dense", "clip_up"))
     data = report["data"]
-    pairs = f"{count(data['train_pairs'])} training pairs of the data set “{svg.shorten(data['name'], 60)}”"
-    if not report["dense"]["steps"]:
-        return (
-            "A dense CLIP trained on other images was turned into a sparse Mixture-of-Experts CLIP "
-            f"(CLIP-UP), and both the sparse and the dense model were trained on {pairs}, for {more} steps each."
-        )
     return (
-        f"A dense CLIP was trained for {steps} steps on {pairs}, then turned into a sparse Mixture-of-Experts CLIP "
-        f"(CLIP-UP), and both the sparse and the dense model continued training for {more} steps each."
+        "A trained dense CLIP was turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and both the sparse and the "
+        f"dense model were trained on {count(data['train_pairs'])} training pairs of the data set "
+        f"“{svg.shorten(data['name'], 60)}”, for {count(report['clip_up']['steps'])} steps each."
     )
 
 
 def _charts(
     report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records], window: int
 ) -> list[Figure]:
-    arms = [arm for arm in _CURVES if arm in curves]
-    losses = {arm: _loss(arm, curves[arm], window) for arm in arms}
-    continued = [losses[arm] for arm in _START_OF]
-    drawn = [charts.line_chart(continued, "Contrastive loss, continued training", "step", "nats")]
-    upcycled, marks = 0, []
-    if "dense" in arms:
-        upcycled = curves["dense"][-1]["step"]
-        marks = [(upcycled, "upcycled")]
-        drawn.insert(0, charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks))
+    losses = [_loss(arm, curves[arm], window) for arm in _CURVES]
+    drawn = [charts.line_chart(losses, "Contrastive loss", "step", "nats")]
     level = report["chance_R@1"]
     for way, name in WAYS:
-        series = [_recall(report, arm, evaluations[arm], f"{way}_R@1", upcycled) for arm in arms]
+        series = [_recall(report, arm, evaluations[arm], f"{way}_R@1") for arm in _CURVES]
         highest = max([level, *(float(y) for one in series for y in one.y)])
         drawn.append(
             charts.line_chart(
@@ -105,7 +90,6 @@ def _charts(
                 "R@1",
                 percent=True,
                 y_range=(-0.03 * highest, 1.06 * highest),
-                marks=marks,
                 levels=[(level, f"chance {chance(level)}%")],
             )
         )
@@ -119,10 +103,9 @@ def _loss(arm: str, records: Records, window: int) -> Series:
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm])
 
 
-def _recall(report: Mapping[str, Any], arm: str, records: Records, key: str, upcycled: int) -> Series:
-    """An arm's R@1 over steps; continued training starts at the R@1 of its initial model."""
-    start = [{"step": upcycled, key: report[_START_OF[arm]][key]}] if arm in _START_OF else []
-    found = [*start, *records]
+def _recall(report: Mapping[str, Any], arm: str, records: Records, key: str) -> Series:
+    """An arm's R@1 over steps, from that of its initial model."""
+    found = [{"step": 0, key: report[_START_OF[arm]][key]}, *records]
     x, y = [record["step"] for record in found], [record[key] for record in found]
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm], points=True)
 

@@ -27,7 +27,7 @@ from .options import DemoOptions
 from .page import render_demo
 from .pictograms.build import build
 
-ARMS = ("dense", "dense_continued", "clip_up")
+ARMS = ("dense_continued", "clip_up")
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -46,20 +46,14 @@ def run(options: DemoOptions) -> dict[str, Any]:
         )
     _say("1/5", "pictograms and their names, rendered from Python packages")
     data = Path(options.data or out / "data")
-    dataset = describe(data) if options.data else build(data)
+    dataset = describe(data) if options.data else build(data, overwrite=options.overwrite)
 
+    _say("2/5", f"the dense CLIP in {options.start}")
     torch.manual_seed(options.seed)
-    with factory.expecting_random_weights():
-        model, _, preprocess = factory.create_model_and_transforms(
-            options.model, load_weights=options.start is not None, output_dict=True
-        )
-    tokenizer = tokenizers.get_tokenizer(options.model)
+    model, _, preprocess = factory.create_model_and_transforms(options.start, output_dict=True)
+    tokenizer = tokenizers.get_tokenizer(options.start)
     stages = _Stages(options, data, preprocess, tokenizer)
-
-    origin = f"from {options.start}" if options.start else "from random weights"
-    _say("2/5", f"a dense CLIP {origin}, {options.steps_before} steps")
-    dense = stages.train(model, "dense", options.steps_before, options.lr) if options.steps_before else None
-    arms = {"dense": stages.measure(model, dense)}
+    arms = {"dense": stages.measure(model)}
 
     _say("3/5", "upcycling: every other MLP becomes 8 experts behind a router")
     config = MoEConfig.clip_up()
@@ -69,11 +63,11 @@ def run(options: DemoOptions) -> dict[str, Any]:
     arms["upcycled_step0"] = {**stages.measure(sparse), "max_feature_difference": difference}
 
     _say("4/5", f"the dense baseline continues training for {options.continue_steps} steps")
-    dense_continued = stages.train(model, "dense_continued", options.continue_steps, options.continue_lr)
+    dense_continued = stages.train(model, "dense_continued")
     arms["dense_continued"] = stages.measure(model, dense_continued)
 
     _say("5/5", f"the sparse model continues training for the same {options.continue_steps} steps")
-    clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
+    clip_up = stages.train(sparse, "clip_up")
     arms["clip_up"] = stages.measure(sparse, clip_up)
 
     splits = dataset["splits"]
@@ -88,14 +82,14 @@ def run(options: DemoOptions) -> dict[str, Any]:
         **arms,
         "options": asdict(options),
         "moe_cfg": config.to_dict(),
-        "model": options.model,
+        "model": options.start,
         "machine": describe_machine(),
     }
-    results = {arm: result for arm, result in zip(ARMS, (dense, dense_continued, clip_up), strict=True) if result}
+    results = dict(zip(ARMS, (dense_continued, clip_up), strict=True))
     page = render_demo(
         report,
-        curves={arm: _on_one_axis(arm, result.history, options) for arm, result in results.items()},
-        evaluations={arm: _on_one_axis(arm, result.evaluations, options) for arm, result in results.items()},
+        curves={arm: result.history for arm, result in results.items()},
+        evaluations={arm: result.evaluations for arm, result in results.items()},
         routing=routing_examples(sparse, stages.test, stages.pictures),
         retrievals=retrieval_examples(sparse, stages.test, stages.pictures, tokenizer),
         dataset=dataset,
@@ -121,14 +115,14 @@ class _Stages:
         self.concepts: list[Sample] = list(eval_samples(data / "concepts-*.tar", preprocess))
         self.pictures = [to_pil_image(picture) for picture, _, _ in eval_samples(data / "test-*.tar", pil_to_tensor)]
 
-    def train(self, model: nn.Module, name: str, steps: int, lr: float) -> TrainResult:
+    def train(self, model: nn.Module, name: str) -> TrainResult:
         options = TrainOptions(
-            model=self.options.model,
+            model=self.options.start,
             logs=self.options.out,
             name=name,
             force=self.options.overwrite,
-            steps=steps,
-            lr=lr,
+            steps=self.options.continue_steps,
+            lr=self.options.continue_lr,
             wd=0.1,
             grad_clip_norm=1.0,
             batch_size=self.options.batch_size,
@@ -158,12 +152,6 @@ class _Stages:
             **test,
             "splits": {**test["splits"], "concepts": self._retrieval(model, self.concepts)},
         }
-
-
-def _on_one_axis(arm: str, records: list[dict[str, Any]], options: DemoOptions) -> list[dict[str, Any]]:
-    """Records with steps counted from the dense model's first; continued training starts where it ended."""
-    before = 0 if arm == "dense" else options.steps_before
-    return [{**record, "step": record["step"] + before} for record in records]
 
 
 def _say(stage: str, what: str) -> None:

@@ -4,7 +4,7 @@ seen = clipup.inspection.inspect_experts(model, images, captions, preprocess=pre
 seen                                        # in a notebook: the table of layers
 seen.routing(0)                             # the expert of each patch of image 0
 seen.similarity("visual.transformer.resblocks.3.mlp")
-Path("report.html").write_text(seen.page(), encoding="utf-8")
+Path("experts.html").write_text(seen.page(), encoding="utf-8")
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .figures.tables import Column, Table, as_html
 from .figures.token_strip import token_strip
 from .page import layer_title, template
 from .routing_trace import LayerRouting, route_images, route_texts
-from .token_words import Piece, expert_words, pieces
+from .token_words import PADDING, Piece, expert_words, pieces
 
 _MAP_WIDTH, _CELL_WITH_NUMBER = 130, 14  # px
 _MAP_MARGIN = 14  # px by which a map may shrink before the row wraps
@@ -128,12 +128,12 @@ class ExpertReport:
 
     def tokens(self, caption: int) -> Figure:
         """A caption for every sparse layer of the text tower, each token in its expert's color."""
-        strips = [
-            token_strip(
-                self.pieces[caption], layer.expert_indices[caption], self.title(name).removeprefix("Text tower, ")
-            )
-            for name, layer in self.of_tower("text").items()
-        ]
+        strips = []
+        for name, layer in self.of_tower("text").items():
+            routed = zip(self.pieces[caption], layer.mask[caption], strict=True)
+            shown = [piece if is_routed else piece._replace(word=PADDING) for piece, is_routed in routed]
+            title = self.title(name).removeprefix("Text tower, ")
+            strips.append(token_strip(shown, layer.expert_indices[caption], title))
         return Figure(svg.element("div", *strips, "", style="margin:0"))
 
     def similarity(self, layer: str) -> Figure:
@@ -150,6 +150,8 @@ class ExpertReport:
     def cards(self, layer: str, most: int = 6) -> Figure:
         """What each expert of a layer is chosen for most: patches by probability, words beyond its load."""
         routing = self.layers[layer]
+        if routing.tower == "image" and routing.grid is None:
+            return Figure(svg.element("small", "the grid of this layer’s patches is not known"))
         if routing.tower == "text":
             return expert_cards.word_cards(routing.first_load, expert_words(routing, self.pieces, most))
         patches = [self._patches(routing, expert, most) for expert in range(routing.num_experts)]
@@ -169,7 +171,9 @@ class ExpertReport:
             has_dense=any(one.first_to_dense is not None for one in self.similarities.values()),
             loads=[self.load(name) for name in self.layers],
             legend=expert_legend(max((one.num_experts for one in self.layers.values()), default=0)),
+            has_maps=has_maps,
             maps=[self.routing(index) for index in range(min(shown, len(self.pictures)))] if has_maps else [],
+            has_text_layers=bool(self.of_tower("text")),
             tokens=[self.tokens(index) for index in range(len(captions))],
             similarities=[self.similarity(name) for name in self.similarities],
             cards=[(self.title(name), layer.tower, self.cards(name)) for name, layer in self.layers.items()],
@@ -189,8 +193,7 @@ class ExpertReport:
         return self.labels[picture] if self.labels else f"picture {picture}"
 
     def _patches(self, routing: LayerRouting, expert: int, most: int) -> list[Figure]:
-        if routing.grid is None:
-            return []
+        assert routing.grid is not None
         drawn = []
         for sample, token in routing.strongest(expert, most):
             row, column = routing.patch_of(token)
@@ -236,7 +239,10 @@ def inspect_experts(
     if captions:
         tokens = CheckedTokenizer(tokenizer, model)(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
-        layers |= route_texts(model, tokens, batch_size)
+        of_texts = route_texts(model, tokens, batch_size)
+        if any(layer.mask.shape[1] > tokens.shape[1] for layer in of_texts.values()):  # CoCa appends a token to the text
+            split = [[*of_text, Piece("\u27e8class\u27e9", len(of_text))] for of_text in split]
+        layers |= of_texts
     return ExpertReport(name, kept, captions, split, layers, similarities)
 
 
@@ -298,6 +304,10 @@ def statements(report: ExpertReport) -> list[str]:
         words = f"{_plural(unused, 'expert')} received no tokens" if unused else "Every expert received tokens"
         largest = imbalance(report.layers[busiest].load)
         found.append(f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)}).")
+    for layer in list(report.of_tower("text").values())[:1]:
+        is_padding = np.array([[piece.word == PADDING for piece in caption] for caption in report.pieces])
+        if padded := int((layer.mask & is_padding).sum()):
+            found.append(f"The text tower routes padding too: {count(padded)} of its {_plural(layer.tokens, 'token')}.")
     return [sentence for sentence in found if sentence]
 
 

@@ -31,9 +31,11 @@ class LayerRouting:
     tower: str
     """"image" or "text"."""
     expert_indices: np.ndarray
-    """[N, S, K] integers, the first choice first; -1 for masked tokens (padding)."""
+    """[N, S, K] integers, the first choice first; -1 for padding, and for tokens that no expert chose (expert choice)."""
     probabilities: np.ndarray
     """[N, S, E] float32 router probabilities, which sum to 1; 0 for padding that was not computed."""
+    mask: np.ndarray
+    """[N, S] bool: the tokens that were routed; False for padding."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the patches, which are the last tokens of every image; None for texts, and for images whose
     tokens are in no known grid."""
@@ -45,7 +47,7 @@ class LayerRouting:
     @property
     def tokens(self) -> int:
         """Number of tokens that are not masked."""
-        return int((self.expert_indices[..., 0] >= 0).sum())
+        return int(self.mask.sum())
 
     @property
     def load(self) -> np.ndarray:
@@ -93,7 +95,7 @@ class LayerRouting:
         return 0 if self.grid is None else self.expert_indices.shape[1] - self.grid[0] * self.grid[1]
 
     def _distributions(self) -> np.ndarray:
-        return self.probabilities[self.expert_indices[..., 0] >= 0].astype(np.float64)
+        return self.probabilities[self.mask].astype(np.float64)
 
 
 def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 32) -> dict[str, LayerRouting]:
@@ -131,10 +133,11 @@ def _route(
         raise ValueError(NO_SPARSE_LAYERS)
 
     def keep(layer: SparseMoE, args: tuple, output: Tensor, name: str) -> None:
-        """Of a forward pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E]."""
+        """Of a forward pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E], mask."""
         last, shape = layer.state.last_routing, tuple(output.shape[:-1])
-        both = last.expert_indices, log_scores(last.logits, layer.config.score_function).softmax(-1)
-        found[name].append((shape, *(values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in both)))
+        mask = last.logits.new_ones(len(last.logits), dtype=torch.bool) if last.mask is None else last.mask
+        values = last.expert_indices, log_scores(last.logits, layer.config.score_function).softmax(-1), mask[:, None]
+        found[name].append((shape, *(one.view(shape[0], -1, one.shape[-1]).cpu().numpy() for one in values)))
 
     with ExitStack() as stack, evaluating(model):
         for name, layer in layers.items():
@@ -145,9 +148,10 @@ def _route(
                 raise ValueError(f"the features of {tower}s: NaN or infinity, so the model is broken")
     routings = {}
     for name in (name for name in layers if name in found):
-        shape, experts, probabilities = zip(*found[name], strict=True)
+        shape, experts, probabilities, mask = zip(*found[name], strict=True)
         grid = _grid(model, shape[0]) if tower == "image" else None
-        routings[name] = LayerRouting(tower, _joined(experts, -1, length), _joined(probabilities, 0, length), grid)
+        joined = _joined(experts, -1, length), _joined(probabilities, 0, length), _joined(mask, False, length)[..., 0]
+        routings[name] = LayerRouting(tower, *joined, grid)
     return routings
 
 

@@ -64,16 +64,16 @@ def words(caption: Sequence[Piece]) -> list[str]:
 def expert_words(layer: LayerRouting, captions: Sequence[Sequence[Piece]], count: int) -> list[list[WordShare]]:
     """For each expert the ``count`` words that it is chosen for most, beyond what its load explains.
 
-    Ranked by ``taken - seen * s``, where s is the expert's share of all first choices: how many more of the word's
-    tokens it took than at the same share of every word. Words it took fewer tokens of are omitted.
+    Ranked by ``taken - seen * s``, where s is the expert's share of all tokens: how many more of the word's tokens it
+    took than at the same share of every word. Words it took fewer tokens of are omitted.
     """
     counts: dict[str, np.ndarray] = {}
     for sample, caption in enumerate(captions):
         for token, word in enumerate(words(caption)):
-            expert = layer.expert_indices[sample, token, 0]
-            if word and expert >= 0:
-                counts.setdefault(word, np.zeros(layer.num_experts, dtype=int))[expert] += 1
-    total = sum(counts.values(), np.zeros(layer.num_experts, dtype=int))
+            if word and layer.mask[sample, token]:
+                expert = layer.expert_indices[sample, token, 0]  # -1, no expert, is counted in the last place
+                counts.setdefault(word, np.zeros(layer.num_experts + 1, dtype=int))[expert] += 1
+    total = sum(counts.values(), np.zeros(layer.num_experts + 1, dtype=int))
     shares = total / max(1, total.sum())
     found = []
     for expert in range(layer.num_experts):

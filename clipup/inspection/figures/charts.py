@@ -99,7 +99,6 @@ def line_chart(
     *,
     percent: bool = False,
     y_range: tuple[float, float] | None = None,
-    marks: Sequence[tuple[float, str]] = (),
     levels: Sequence[tuple[float, str]] = (),
     width: float = 440,
     height: float = 290,
@@ -107,8 +106,8 @@ def line_chart(
     """Lines over a shared x axis, as SVG.
 
     ``percent``: fractions of 1 are written as percentages. ``y_range``: ends of the y axis; by default those of the
-    values. ``marks``: (x, label) of dotted vertical lines; ``levels``: (y, label) of dashed horizontal lines. Series
-    without a color cycle through the palette, dashed from the second cycle on.
+    values. ``levels``: (y, label) of dashed horizontal lines. Series without a color cycle through the palette, dashed
+    from the second cycle on.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -120,9 +119,6 @@ def line_chart(
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(one.dash or dash), "clip_on": False}
             x, y = np.array(one.x, dtype=float), np.array(one.y, dtype=float)
             axes.plot(x, y, marker="o" if one.points else "", label=one.label, **look)
-        for mark, label in marks:
-            axes.axvline(mark, color=_SOFT, linewidth=1, linestyle=_dashes("2 3"))
-            axes.annotate(label, (mark, 1), (6, 0), axes.get_xaxis_transform(), "offset points", color=_SOFT)
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()

@@ -9,11 +9,11 @@ from __future__ import annotations
 EXPERTS = ("#2266aa", "#ff9911", "#bb2266", "#55cc99", "#9966ff", "#aa7700", "#bbaaff", "#5599aa")
 """The color of expert e is ``EXPERTS[e % 8]``; a second mark (dash, dot) distinguishes experts 8 to 15 from 0 to 7."""
 
-ARMS = {"dense": "#949da8", "dense_continued": "#2f68d8", "clip_up": "#e0660a"}
-"""Colors of the three training curves."""
+ARMS = {"dense_continued": "#2f68d8", "clip_up": "#e0660a"}
+"""Colors of the two training curves."""
 
-DASHES = {"dense": None, "dense_continued": "6 3", "clip_up": None}
-"""Dash patterns of the three training curves, which distinguish them without color."""
+DASHES = {"dense_continued": "6 3", "clip_up": None}
+"""Dash patterns of the two training curves, which distinguish them without color."""
 
 
 def expert_color(expert: int) -> str:

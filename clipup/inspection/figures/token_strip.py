@@ -21,13 +21,13 @@ def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figu
     """A caption's tokens, each underlined and tinted in the color of its first-choice expert, with the expert's number.
 
     caption: S pieces, from ``clipup.inspection.pieces``. experts [S] or [S, K] integers, the first choice first; the
-    others become tooltips. Padding and masked tokens (-1) are omitted. ``label`` is put in front.
+    others become tooltips; a token that no expert chose (-1) has no color. Padding is omitted. ``label`` is put in front.
     """
     choices = np.asarray(experts)
     choices = choices[:, None] if choices.ndim == 1 else choices
     spans, before = [], None
     for piece, of_token in zip(caption, choices, strict=True):
-        if of_token[0] >= 0 and piece.word != PADDING:
+        if piece.word != PADDING:
             spans.append(_span(piece, of_token.tolist(), is_inside_word=piece.word == before))
             before = piece.word
     head = [svg.element("small", escape(svg.clean(label)), style="opacity:.75;margin-right:8px")] if label else []
@@ -36,12 +36,13 @@ def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figu
 
 
 def _span(piece: Piece, choices: list[int], is_inside_word: bool) -> str:
-    first, *others = choices
-    color, line = expert_color(first), "double" if is_second_eight(first) else "solid"
-    look = f"background:{color}{_TINT};border-bottom:3px {line} {color};padding:1px 3px;white-space:pre"
-    then = "".join(f", then {expert}" for expert in others)
-    number = svg.element("sub", str(first), style="font-size:.68em;margin-left:2px;line-height:0")
-    word = svg.element(
-        "span", escape(svg.clean(piece.text)) or _NO_TEXT, number, style=look, title=f"expert {first}{then}"
-    )
+    experts = [expert for expert in choices if expert >= 0]
+    look, number, title = "padding:1px 3px;white-space:pre", "", "no expert"
+    if experts:
+        first = experts[0]
+        color, line = expert_color(first), "double" if is_second_eight(first) else "solid"
+        look += f";background:{color}{_TINT};border-bottom:3px {line} {color}"
+        number = svg.element("sub", str(first), style="font-size:.68em;margin-left:2px;line-height:0")
+        title = "expert " + ", then ".join(map(str, experts))
+    word = svg.element("span", escape(svg.clean(piece.text)) or _NO_TEXT, number, style=look, title=title)
     return word if is_inside_word else f" {word}"

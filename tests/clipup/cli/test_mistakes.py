@@ -68,6 +68,7 @@ def refused(place, capsys, monkeypatch):
     ("line", "named"),
     [
         ("export ViT-B-32 programs", "pretrained"),
+        ("demo --start clipup-tiny-32 --out demonstration", "start: clipup-tiny-32 is no directory"),
         ("train", "--model is missing"),
         ("train --model dense", "--train-data is missing"),
         (
@@ -162,7 +163,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ("flops dense --json --num-experts 4", "--num-experts"),
         ("flops sparse --num-experts 4", "--num-experts"),
         ("doctor sparse --top-k 1", "--top-k"),
-        ("demo --lr 1e-3", "--lr"),
+        ("flops dense --moe", "--moe"),
     ],
 )
 def test_flag_without_effect_is_refused(refused, line, flags):

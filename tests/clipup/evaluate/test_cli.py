@@ -6,9 +6,11 @@ import json
 
 import benchmark_layouts as layouts
 import pytest
+import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from clipup import create_model_and_transforms
 from clipup.cli import main
 from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.layer import SparseMoE
@@ -59,15 +61,16 @@ def test_eval_says_which_directory_is_which_class(directory, classes, tmp_path, 
 
 def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, tmp_path, capsys):
     out = tmp_path / "out" / "results.json"
-    assert run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--json", out) == 0
+    assert run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--by", "sorce", "--json", out) == 0
 
     results = json.loads(out.read_text())
+    assert (results["val_data"], results["classes"]) == (str(damaged_data), classes[1])
     retrieval = results["retrieval"]
     assert (retrieval["gallery"], retrieval["captions"], retrieval["skipped"]) == (4, 5, 1)
     assert retrieval["text_to_image_R@5"] == retrieval["image_to_text_R@5"] == 1
     assert (results["zero_shot"]["images"], results["zero_shot"]["classes"]) == (2, 2)
     table, errors = capsys.readouterr()
-    assert "skipped 1 unreadable, such as " in errors
+    assert "skipped 1 unreadable, such as " in errors and "no image has the metadata key of --by, 'sorce'" in errors
     assert "retrieval (%)" in table and "text_to_image" in table and "zero-shot" in table and "25.00" in table
 
 
@@ -79,6 +82,15 @@ def test_a_run_stands_for_its_model(directory, val_data, tmp_path, capsys):
     assert run(finished.parent, "--val-data", val_data, "--card") == 0
 
     assert "text_to_image_R@1" in (finished / "README.md").read_text()
+
+
+def test_results_say_which_weights_were_measured(val_data, tmp_path, capsys):
+    weights = tmp_path / "weights.pt"
+    torch.save(create_model_and_transforms("clipup-tiny-32", load_weights=False)[0].state_dict(), weights)
+    given = results("clipup-tiny-32", capsys, "--val-data", val_data, "--pretrained", weights)
+    drawn = results("clipup-tiny-32", capsys, "--val-data", val_data, "--random-weights")
+    assert given["pretrained"] == str(weights) and "random_weights" not in given
+    assert drawn["random_weights"] is True and "pretrained" not in drawn
 
 
 def results(directory, capsys, *options):

@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 from html_page import Page, assert_stands_alone
-from sparse_clip import CAPTIONS, EXPERTS, dense_clip, pictures, sparse_clip, tokenizer, transform
+from sparse_clip import CAPTIONS, EXPERTS, dense_clip, pictures, sparse_clip, sparse_config, tokenizer, transform
 from tiny_families import build, coca_cfg, timm_model
 
 from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
@@ -72,7 +73,9 @@ def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
         assert row in page.text and all(cell in page.words for cell in values.values())
     assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over uniform") == 4
     assert "The experts of tiny" in page.text
-    assert html.count(">input<") == 6 and seen.page(shown=0).count(">input<") == 0
+    assert html.count(">input<") == 6
+    without = Page(seen.page(shown=0)).text
+    assert without.count("None are shown.") == 2 and "tower is dense" not in without
 
 
 def test_experts_that_are_still_copies_are_said_in_one_line():
@@ -138,7 +141,30 @@ def test_other_models_than_clips_are_taken():
     timm = upcycle(timm_model("Block/Mlp"), MoEConfig(num_experts=2, towers=("image",)))
     report = inspect_experts(timm, pictures(2), preprocess=lambda image: torch.rand(3, 32, 32))
     assert list(cells(report)) == ["Image tower, block 1", "Image tower, block 3"] and "block 3" in report.page()
-    coca = upcycle(build(coca_cfg()), MoEConfig(num_experts=2, towers=("image", "text", "decoder")))
-    report = inspect_experts(coca, pictures(2), preprocess=transform())
+    cfg = coca_cfg()
+    for text in ("text_cfg", "multimodal_cfg"):
+        cfg[text] = {**cfg[text], "vocab_size": sparse_config()["text_cfg"]["vocab_size"]}
+    coca = upcycle(build(cfg), MoEConfig(num_experts=2, towers=("image", "text", "decoder")))
+    report = inspect_experts(coca, pictures(2), CAPTIONS, preprocess=transform(), tokenizer=tokenizer())
     assert cells(report)["Decoder, block 0"]["load", "tokens"] == "–"
-    assert "Decoder, block 0" in Page(report.page()).text
+    text = Page(report.page()).text
+    assert "Decoder, block 0" in text and "⟨class⟩" in text and "The text tower routes padding too" in text
+
+
+def test_cards_say_that_patches_without_a_known_grid_cannot_be_shown():
+    sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    dense = timm.create_model("naflexvit_base_patch16_gap", **sizes)
+    model = upcycle(dense, MoEConfig(num_experts=2, towers=("image",)))
+    report = inspect_experts(model, pictures(1), preprocess=lambda image: torch.rand(3, 32, 32))
+    assert all("grid of this layer’s patches is not known" in report.cards(name) for name in report.layers)
+
+
+def test_tokens_that_no_expert_chose_are_counted_and_shown():
+    model = upcycle(dense_clip(), MoEConfig(num_experts=4, routing="expert_choice", capacity_factor=0.5))
+    report = inspect_experts(model, captions=CAPTIONS, tokenizer=tokenizer())
+    tokens = int((tokenizer()(list(CAPTIONS)) != 0).sum())
+    assert [layer.tokens for layer in report.layers.values()] == [tokens] * 2
+    layer = report.layers[TEXT_LAYER]
+    assert (layer.expert_indices[layer.mask][:, 0] < 0).any()
+    strips = "".join(report.tokens(index) for index in range(len(CAPTIONS)))
+    assert strips.count("title=") == 2 * tokens and 'title="no expert"' in strips and "-1" not in strips

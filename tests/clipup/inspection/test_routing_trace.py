@@ -29,7 +29,7 @@ def routing(experts, probabilities=None, grid=None):
     experts = np.array(experts)
     if probabilities is None:
         probabilities = np.eye(int(experts.max()) + 1, dtype=np.float32)[experts[..., 0].clip(0)]
-    return LayerRouting("image", experts, np.array(probabilities, dtype=np.float32), grid)
+    return LayerRouting("image", experts, np.array(probabilities, dtype=np.float32), experts[..., 0] >= 0, grid)
 
 
 @pytest.mark.parametrize(("score_function", "batch_size"), [("softmax", 2), ("sigmoid", 32)])
@@ -129,7 +129,7 @@ def test_strongest_tokens_are_the_surest_one_an_image():
     )
     assert layer.strongest(0, 5) == [(0, 0), (1, 2)]
     assert layer.strongest(1, 2) == [(1, 0), (2, 0)]
-    patches = LayerRouting("image", layer.expert_indices, layer.probabilities, grid=(1, 2))
+    patches = LayerRouting("image", layer.expert_indices, layer.probabilities, layer.mask, grid=(1, 2))
     assert patches.strongest(0, 5) == [(1, 2)] and patches.patch_of(2) == (0, 1)
 
 

@@ -78,7 +78,7 @@ def test_a_tokenizer_of_whole_words():
 
 def routed(experts, num_experts):
     first = np.array(experts)[..., None]
-    return LayerRouting("text", first, np.zeros((*first.shape[:2], num_experts), dtype=np.float32))
+    return LayerRouting("text", first, np.zeros((*first.shape[:2], num_experts), dtype=np.float32), first[..., 0] >= 0)
 
 
 def caption(*names):

@@ -23,11 +23,11 @@ def strokes(figure, color):
 
 
 def test_a_chart_takes_the_pages_color_and_font_and_is_the_same_every_time():
-    figure = line_chart(TWO, "A <title>", "step", "nats", marks=[(5, "upcycled")], levels=[(1.7, "chance")])
-    assert {"A <title>", "dense", "sparse", "step", "nats", "upcycled", "chance", "1.60", "1.65"} <= set(texts(figure))
+    figure = line_chart(TWO, "A <title>", "step", "nats", levels=[(1.7, "chance")])
+    assert {"A <title>", "dense", "sparse", "step", "nats", "chance", "1.60", "1.65"} <= set(texts(figure))
     assert figure.count("<title>A &lt;title&gt;</title>") == 1 and 'role="img"' in figure
     assert "currentColor" in figure and "font-family" not in figure and "<style" not in figure
-    assert figure == line_chart(TWO, "A <title>", "step", "nats", marks=[(5, "upcycled")], levels=[(1.7, "chance")])
+    assert figure == line_chart(TWO, "A <title>", "step", "nats", levels=[(1.7, "chance")])
     assert "dense" not in texts(line_chart(TWO[:1], "t", "x", "y"))
 
 
