@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from statistics import median
@@ -27,7 +26,20 @@ from statistics import median
 import open_clip
 import torch
 from engines import ENGINES, OnEngine, engine_of, left_out
-from harness import DTYPES, Timing, alternate, built_from, on_device, one_line, run, timed_options, write_csv
+from harness import (
+    DTYPES,
+    Mark,
+    Timing,
+    alternate,
+    between,
+    built_from,
+    mark,
+    on_device,
+    one_line,
+    run,
+    timed_options,
+    write_csv,
+)
 from torch import Tensor, nn
 
 import clipup
@@ -69,20 +81,17 @@ def build(
 
 
 def inference(
-    model: nn.Module | OnEngine, images: Tensor, texts: Tensor, seconds: list[tuple[float, float]]
+    model: nn.Module | OnEngine, images: Tensor, texts: Tensor, marks: list[tuple[Mark, Mark, Mark]]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A run that encodes a batch of pairs; adds to ``seconds`` what the images and the texts of every call took."""
-    synchronise = torch.accelerator.synchronize if images.device.type != "cpu" else lambda: None
+    """A run that encodes a batch of pairs; adds to ``marks`` the times before, between and after images and texts."""
+    device = images.device.type
 
     def run() -> tuple[Tensor, ...]:
-        synchronise()
-        start = time.perf_counter()
+        start = mark(device)
         of_images = model.encode_image(images)
-        synchronise()
-        middle = time.perf_counter()
+        middle = mark(device)
         of_texts = model.encode_text(texts)
-        synchronise()
-        seconds.append((middle - start, time.perf_counter() - middle))
+        marks.append((start, middle, mark(device)))
         return of_images, of_texts
 
     return run
@@ -104,12 +113,14 @@ def training_step(model: nn.Module, images: Tensor, texts: Tensor) -> Callable[[
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
-    texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
+    words = WORDS * (args.words // len(WORDS) + 2)
+    starts = [number % len(WORDS) for number in range(args.batch_size)]  # other tokens, so that their experts differ
+    captions = [" ".join(words[start : start + args.words]) for start in starts]
+    texts = get_tokenizer(BASELINE)(captions).to(args.device)
     rows: list[dict] = []
     for pass_, dtype in product(args.passes, args.dtype):
         rows += measure_pass(args, pass_, dtype, texts)
-        if args.csv:
+        if args.csv and rows:
             write_csv(args.csv, rows)
     return rows
 
@@ -118,19 +129,17 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
     only_inference = (ACCELERATED, INT8, *ENGINES)
-    lacking = left_out(args.models)
-    for name, packages in lacking.items():
-        print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
-    excluded = {name for name in MODELS if training and name.split()[-1] in only_inference} | lacking.keys()
-    excluded |= {name for name in MODELS if args.device != "cpu" and engine_of(name)}
+    excluded = {name for name in MODELS if training and name.split()[-1] in only_inference} | left_out(args.models)
+    excluded |= {name for name in MODELS if args.device != "cpu" and name.split()[-1] in only_inference}
     counts: dict[str, TowerCounts] = {}
     timings: dict[str, Timing] = {}
+    marks: dict[str, list[tuple[Mark, Mark, Mark]]] = {}
     towers: dict[str, list[tuple[float, float]]] = {}
 
     def runner(name: str) -> Callable[[], object]:
         model, counts[name], images = build(name, DTYPES[dtype], texts, args.device, training, args.threads)
-        towers[name] = []
-        run = training_step(model, images, texts) if training else inference(model, images, texts, towers[name])
+        marks[name] = []
+        run = training_step(model, images, texts) if training else inference(model, images, texts, marks[name])
         with torch.inference_mode(not training):
             if not all(values.isfinite().all() for values in run()):
                 raise SystemExit(f"{name} in {dtype}: values that are not finite; nothing was timed")
@@ -145,14 +154,14 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
             pair = {BASELINE: base, name: base if name == BASELINE else runner(name)}
             with torch.inference_mode(not training):
                 timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
+            timed = marks[name][UNTIMED:]  # B/16 goes on, as the partner of every other model
+            towers[name] = [(between(*one[:2]), between(*one[1:])) for one in timed]
         except torch.OutOfMemoryError as failure:
             print(f"left out: {name} in {dtype}, {pass_}: {one_line(failure)}", file=sys.stderr, flush=True)
         else:
             print(f"{pass_} {dtype} {name}: {timings[name].median_ms:.0f} ms", file=sys.stderr, flush=True)
     return [
-        row(args, pass_, dtype, name, timings, counts[name], towers[name][UNTIMED:])
-        for name in timings
-        if name in args.models
+        row(args, pass_, dtype, name, timings, counts[name], towers[name]) for name in timings if name in args.models
     ]
 
 
@@ -169,7 +178,7 @@ def row(
         "model": name,
         **timing.columns(),
         "images_per_s": rates[0], "texts_per_s": rates[1], "pairs_per_s": f"{pairs_per_second:.2f}",
-        "gflops_per_pair": f"{gflops:.4g}", "gflop_per_s": f"{gflops * pairs_per_second:.4g}",
+        "gflops_per_pair": f"{gflops:.4g}",
         "params_m": f"{counted.params / 1e6:.0f}", "active_params_m": f"{counted.active_params / 1e6:.0f}",
         "speed_to_b16": f"{1 / timing.ratio:.3f}",
         "speed_to_l14": f"{timings[LARGE].ratio / timing.ratio:.3f}" if LARGE in timings else "",
@@ -187,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
     parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
-    columns = "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair gflop_per_s speed_to_b16 "
+    columns = "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair speed_to_b16 "
     note = f"ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model"
     return run(parser.parse_args(argv), measure, columns + "speed_to_l14", note)
 

@@ -6,6 +6,7 @@ the shapes that it is timed with. Its features are compared with the tower's bef
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -100,10 +101,13 @@ def engine_of(name: str) -> str | None:
     return next((word for word in name.split() if word in ENGINES), None)
 
 
-def left_out(names: Iterable[str]) -> dict[str, list[str]]:
-    """The models whose engine is not installed, and the packages that it lacks."""
+def left_out(names: Iterable[str]) -> set[str]:
+    """The models whose engine is not installed, after saying what it lacks."""
     lacking = {name: missing(ENGINES[engine].packages) for name in names if (engine := engine_of(name)) is not None}
-    return {name: packages for name, packages in lacking.items() if packages}
+    lacking = {name: packages for name, packages in lacking.items() if packages}
+    for name, packages in lacking.items():
+        print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
+    return set(lacking)
 
 
 class OnEngine:

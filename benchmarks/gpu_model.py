@@ -41,6 +41,8 @@ class Launch(NamedTuple):
     """Rows and columns of the output; tiles of rows may be part full at the end of every expert."""
     parts: int = 0
     """Experts at whose ends tiles of rows are part full."""
+    tile: configs.Config | None = None
+    """Of a product."""
     epilogue_bytes: int = 2
     """Bytes that the epilogue reads and writes for each output."""
     kernels: int = 1
@@ -57,20 +59,27 @@ def launches(
     rows = tokens * top_k
     weight, logits, token_rows = 2 * experts * width * hidden, 4 * tokens * experts, 2 * tokens * width
     narrow, wide = 2 * rows * width, 2 * rows * hidden
-    to_hidden, to_width = (width, (rows, hidden), experts), (hidden, (rows, width), experts)
+
+    def tile(kernel: str, depth: int, columns: int) -> configs.Config:
+        return configs.heuristic(90, kernel, "half", configs.bucket_of(rows, experts), depth, columns)
+
+    def to_hidden(kernel: str) -> tuple:
+        return width, (rows, hidden), experts, tile(kernel, width, hidden)
+
+    to_width = hidden, (rows, width), experts, tile("project_rows", hidden, width)
     if training:
-        yield Launch("project_in, z kept", narrow + weight + 2 * wide, *to_hidden, epilogue_bytes=4)
+        yield Launch("project_in, z kept", narrow + weight + 2 * wide, *to_hidden("project_in"), epilogue_bytes=4)
     else:
-        yield Launch("project_in", narrow + weight + wide, *to_hidden)
+        yield Launch("project_in", narrow + weight + wide, *to_hidden("project_in"))
     yield Launch("project_rows", wide + weight + narrow, *to_width)
     yield Launch("router_logits", token_rows + logits)
     yield Launch("topk_gating", logits + 8 * rows + 4 * tokens, kernels=2)
     yield Launch("dispatch", 16 * rows, kernels=3)
     yield Launch("combine", narrow + token_rows)
     if training:
-        both_weights = 2 * experts * hidden, width
-        yield Launch("project_back", narrow + weight + 3 * wide, *to_hidden, epilogue_bytes=6)
-        yield Launch("expert_gradients", 2 * (narrow + wide + weight), rows / experts, both_weights)
+        both_weights = (2 * experts * hidden, width), 0, tile("expert_gradients", hidden, width)
+        yield Launch("project_back", narrow + weight + 3 * wide, *to_hidden("project_back"), epilogue_bytes=6)
+        yield Launch("expert_gradients", 2 * (narrow + wide + weight), rows / experts, *both_weights)
         yield Launch("project_rows, dx", wide + weight + narrow, *to_width)
         yield Launch("gate_gradient", 4 * rows * hidden / 128 + token_rows)
         yield Launch("gather_sum", narrow + token_rows)
@@ -95,10 +104,9 @@ class Prediction(NamedTuple):
 def predict(launch: Launch, l2_bytes: float, dram_bytes: float = DRAM_BYTES) -> Prediction:
     """The model of the file's first lines."""
     dram, start = launch.bytes / dram_bytes * 1e3, launch.kernels * LAUNCH * 1e3
-    if not launch.depth:
+    tile = launch.tile
+    if tile is None:
         return Prediction(0, 0, 0, dram, dram + start, 0, 0)
-    kernel = launch.name.partition(",")[0]
-    tile = configs.heuristic(90, kernel, "half", "many", 768, 3072)
     block_m, block_n, block_k = tile[:3]
     tiles = (launch.outputs[0] / block_m + launch.parts / 2) * (launch.outputs[1] / block_n)
     blocks = min(2, SHARED_BYTES // (2 * (block_m + block_n) * block_k * tile.num_stages))

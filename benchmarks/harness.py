@@ -61,6 +61,8 @@ def run(
     torch.set_num_threads(args.threads)
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
     rows = measure(args)
+    if not rows:
+        raise SystemExit("nothing was timed")
     print_table(rows, columns.split())
     if args.csv:
         write_csv(args.csv, rows)
@@ -122,6 +124,27 @@ def require_device(device: str) -> None:
         raise SystemExit("--device cuda: torch finds no CUDA GPU here; use --device cpu")
 
 
+Mark = float | torch.cuda.Event
+"""A time: of the host in seconds, or on the GPU."""
+
+
+def mark(device: str) -> Mark:
+    """The time now; on a GPU that of its queue, for which nobody waits."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Mark, end: Mark) -> float:
+    """Seconds from one mark to a later one."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def clock(run: Callable[[], object], device: str) -> float:
     """Seconds of one call.
 
@@ -129,17 +152,11 @@ def clock(run: Callable[[], object], device: str) -> float:
     start of some tenths of a millisecond, as the layers in front do in a model: a call shows its launches only where
     it waits for the device.
     """
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _sweep(device).zero_()
-    begin.record()
+    if device != "cpu":
+        _sweep(device).zero_()
+    begin = mark(device)
     run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return between(begin, mark(device))
 
 
 @functools.cache

@@ -11,7 +11,6 @@ token through one small layer, where the calls are all that takes time.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from operator import truediv
@@ -69,8 +68,6 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     lacking = left_out(args.models)
-    for name, packages in lacking.items():
-        print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
     args.models = [name for name in args.models if name not in lacking]
     dtype = DTYPES[args.dtype]
     texts = get_tokenizer(BASELINE)([" ".join(WORDS[:12])])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -202,7 +203,7 @@ class Peer(NamedTuple):
     dense: bool = False
     """One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
     packages: tuple[str, ...] = ()
-    """What has to be installed."""
+    """What has to be installed: modules."""
     only_on: str | None = None
     """The device type that it runs on."""
     weights: str = "plain"
@@ -227,7 +228,7 @@ PEERS = {
     "grouped_mm": Peer(grouped_mm),
     "grouped_mm_fused": Peer(grouped_mm_fused, packages=("triton",), only_on="cuda"),
     "quack": Peer(quack, packages=("triton", "quack"), only_on="cuda"),
-    "hf_grouped_mm": Peer(hf_grouped_mm, packages=("transformers",)),
+    "hf_grouped_mm": Peer(hf_grouped_mm, packages=("transformers.integrations.moe",)),
     "clipup": Peer(clipup),
     "clipup_prepared": Peer(clipup, only_on="cpu", weights="packed", derivative=False),
     "clipup_int8": Peer(clipup, only_on="cpu", weights="int8", derivative=False),
@@ -238,8 +239,16 @@ PEERS = {
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """The packages that are not installed."""
-    return [package for package in packages if importlib.util.find_spec(package) is None]
+    """The packages or modules that are not installed."""
+    return [name for name in packages if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    """Without an import of the packages around a module, which takes seconds of transformers."""
+    package, *inner = name.split(".")
+    spec = importlib.util.find_spec(package)
+    files = [Path(root, *inner) for root in (spec and spec.submodule_search_locations) or ()]
+    return spec is not None and (not inner or any(path.is_dir() or path.with_suffix(".py").exists() for path in files))
 
 
 def refusal(impl: str, training: bool, device: str) -> str | None:

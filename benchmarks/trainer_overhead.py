@@ -1,13 +1,14 @@
 """What ``clipup train`` costs beside its arithmetic: the wait for data, and the time of its steps over a bare loop.
 
-    python benchmarks/trainer_overhead.py                         # the demo's model, data and batch, about four minutes
+    python benchmarks/trainer_overhead.py                         # the demo's model, data and batch, about six minutes
     python benchmarks/trainer_overhead.py --data runs/demo/data --csv benchmarks/results/trainer_overhead_cpu.csv
 
 The demo's dense start and its CLIP-UP are trained by ``clipup.train.train``, once on data that are kept in memory, as
 in the demo, and once on shards that worker processes decode and tokenise. After every few steps a bare loop does as
 many on a copy of the model: forward, loss, backward, clipping and AdamW in plain torch and open_clip, on a batch that
-is already there. ``data_share`` is the part of a step of the trainer in which it waits for data. ``overhead`` is the
-time of the other part over that of a bare step, less 1. Both are medians over the pairs.
+is already there. ``overhead`` is the time of a step of the trainer without its wait for data over that of a bare step,
+less 1; the median over the pairs. ``data_share`` is the part of a step in which it waits, in a run without bare steps,
+during which the readers would get ahead.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ def measure_pairs(model: nn.Module, loader: object, batch: Batch, args: argparse
         precision="fp32",
         device="cpu",
     )
+    # the share of data in a run of its own: during the bare steps, the readers would fill their queues
+    alone = train(options, model=copy.deepcopy(model), loader=loader).history[1:]
+    shares = [record["data_time"] / record["batch_time"] for record in alone]
     after = Every(args.steps_of_pair, lambda _: per_step.append(bare()))
     done = train(options, model=copy.deepcopy(model), loader=loader, callbacks=[after])
     pairs = list(zip(done.history, per_step, strict=True))[1:]
-    shares = [record["data_time"] / record["batch_time"] for record, _ in pairs]
     overheads = [(record["batch_time"] - record["data_time"]) / seconds - 1 for record, seconds in pairs]
     return {
         "batch_ms": f"{1e3 * median(record['batch_time'] for record, _ in pairs):.1f}",

@@ -240,7 +240,9 @@ def inspect_experts(
         tokens = CheckedTokenizer(tokenizer, model)(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
         of_texts = route_texts(model, tokens, batch_size)
-        if any(layer.mask.shape[1] > tokens.shape[1] for layer in of_texts.values()):  # CoCa appends a token to the text
+        if any(
+            layer.mask.shape[1] > tokens.shape[1] for layer in of_texts.values()
+        ):  # CoCa appends a token to the text
             split = [[*of_text, Piece("\u27e8class\u27e9", len(of_text))] for of_text in split]
         layers |= of_texts
     return ExpertReport(name, kept, captions, split, layers, similarities)

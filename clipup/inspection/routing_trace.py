@@ -31,7 +31,7 @@ class LayerRouting:
     tower: str
     """"image" or "text"."""
     expert_indices: np.ndarray
-    """[N, S, K] integers, the first choice first; -1 for padding, and for tokens that no expert chose (expert choice)."""
+    """[N, S, K] integers, the first choice first; -1 for padding, and where no expert chose the token."""
     probabilities: np.ndarray
     """[N, S, E] float32 router probabilities, which sum to 1; 0 for padding that was not computed."""
     mask: np.ndarray

@@ -96,6 +96,8 @@ def test_every_choice_is_compared_with_the_usual_one_and_runs():
 def test_a_launch_takes_at_least_as_long_as_what_bounds_it_and_products_do_the_flops_of_the_layer(training, number):
     every = list(gpu_model.launches(50_000, 768, 3072, 8, 2, training))
     found = [gpu_model.predict(launch, 7.5e12) for launch in every]
+    few = {launch.name: launch.tile for launch in gpu_model.launches(1024, 768, 3072, 8, 2, training)}
+    assert few["project_rows"].block_n < next(one.tile.block_n for one in every if one.name == "project_rows")
     assert all(one.total > max(one.tensor, one.shared, one.l2, one.dram) > 0 for one in found)
     in_one_step = next(one for launch, one in zip(every, found, strict=True) if launch.name.startswith("project_in"))
     assert in_one_step.shared / in_one_step.tensor == pytest.approx(640 / 512)  # 80 KB at 128 bytes a cycle

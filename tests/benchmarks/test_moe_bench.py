@@ -25,7 +25,8 @@ def small(monkeypatch):
     """Small products for the peak, and none of the seconds that importing transformers takes."""
     monkeypatch.setattr(gemm_peak, "SHAPES", ((64, 32, 64),))
     here = peers.missing
-    monkeypatch.setattr(peers, "missing", lambda names: [*here(names), *(n for n in names if n == "transformers")])
+    off = "transformers.integrations.moe"
+    monkeypatch.setattr(peers, "missing", lambda names: [*here(names), *(name for name in names if name == off)])
 
 
 def rows_of(path):
@@ -78,6 +79,11 @@ def test_what_fails_or_is_wrong_stops_the_run_or_is_left_out_and_marked(monkeypa
     assert moe_bench.main("", False, [*arguments, "--skip-failing"]) == 0
     assert "left out: loop in fp32 fails" in capsys.readouterr().err
     assert [row["impl"] for row in rows_of(tmp_path / "rows.csv")] == ["clipup"]
+    ours = peers.PEERS["clipup"].function
+    narrow = peers.Peer(lambda x, w: ours(x, w) if x.shape[-1] < 32 else broken(x, w))
+    monkeypatch.setitem(peers.PEERS, "clipup", narrow)
+    shapes = ["--shapes", "48x16x32", "48x32x32"]
+    assert moe_bench.main("", False, [*arguments, *shapes, "--skip-failing"]) == 1  # the second only
     monkeypatch.setitem(peers.PEERS, "clipup", peers.Peer(broken))
     assert moe_bench.main("", False, [*arguments, "--skip-failing"]) == 1
     assert "left out: clipup in fp32 fails" in capsys.readouterr().err

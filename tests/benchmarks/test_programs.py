@@ -146,8 +146,9 @@ def test_the_trainers_overhead_has_a_row_for_each_model_and_source_of_data(rows_
     assert of(rows, "data", "model") == [(d, m) for d in ("in memory", "shards") for m in ("dense", "CLIP-UP")]
     for row in rows:
         assert 0 < float(row["data_share"]) < 1 and float(row["bare_step_ms"]) > 0
-        part = (1 - float(row["data_share"])) * float(row["batch_ms"]) / float(row["bare_step_ms"])
-        assert part == pytest.approx(1 + float(row["overhead"]), rel=0.02)  # one pair: medians are its values
+        assert (
+            0 < 1 + float(row["overhead"]) < float(row["batch_ms"]) / float(row["bare_step_ms"])
+        )  # the wait is left out
 
 
 CAPTIONS = {

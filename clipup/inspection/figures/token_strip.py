@@ -21,7 +21,8 @@ def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figu
     """A caption's tokens, each underlined and tinted in the color of its first-choice expert, with the expert's number.
 
     caption: S pieces, from ``clipup.inspection.pieces``. experts [S] or [S, K] integers, the first choice first; the
-    others become tooltips; a token that no expert chose (-1) has no color. Padding is omitted. ``label`` is put in front.
+    others become tooltips, and a token that no expert chose (-1) has no color. Padding is omitted. ``label`` is put in
+    front.
     """
     choices = np.asarray(experts)
     choices = choices[:, None] if choices.ndim == 1 else choices

@@ -61,7 +61,9 @@ def test_eval_says_which_directory_is_which_class(directory, classes, tmp_path, 
 
 def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, tmp_path, capsys):
     out = tmp_path / "out" / "results.json"
-    assert run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--by", "sorce", "--json", out) == 0
+    assert (
+        run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--by", "sorce", "--json", out) == 0
+    )
 
     results = json.loads(out.read_text())
     assert (results["val_data"], results["classes"]) == (str(damaged_data), classes[1])
