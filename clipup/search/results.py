@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from ..data.images import load_image, upright
 from ..inspection.figures import svg
+from ..inspection.figures.images import data_uri
 from ..inspection.page import template
 from .image_index import ImageIndex
 
@@ -69,7 +68,4 @@ def _picture(path: Path) -> str | None:
         picture = upright(load_image(str(path)))
     except Exception:  # PIL has no common class for what a broken file may raise
         return None
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    return data_uri(picture, _THUMBNAIL)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,17 +54,6 @@ def not_written(path: Path, error: OSError) -> OSError:
     )
 
 
-@contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
-    """Inside, an error of the system that names no file, as in the middle of one, names the checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
-        raise
-
-
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or open_clip_train's, onto the CPU. Nothing in it is executed.
 
@@ -74,11 +62,10 @@ def load(path: str | Path) -> dict[str, Any]:
         OSError: there is no such file, or it could not be read.
     """
     path = Path(path)
-    with _errors_named(path):
-        if path.is_dir():
-            return sharded.load(path)
-        check_archive(path)
-        state = read_pickle(path)
+    if path.is_dir():
+        return sharded.load(path)
+    check_archive(path)
+    state = read_pickle(path)
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
@@ -135,12 +122,11 @@ def all_in(directory: Path) -> list[Path]:
 def _position(path: Path) -> tuple[int, int, bool]:
     """Orders the checkpoints of a run: its step (-1 for one of open_clip_train), its epoch, and whether the run is
     finished. Tensors are not read."""
-    with _errors_named(path):
-        if path.is_dir():
-            state = sharded.read_state(path)
-        else:
-            check_archive(path, suffix="data.pkl")
-            state = read_pickle(path, mmap=True)
+    if path.is_dir():
+        state = sharded.read_state(path)
+    else:
+        check_archive(path, suffix="data.pkl")
+        state = read_pickle(path, mmap=True)
     return state.get("step", -1), state.get("epoch", -1), state.get("finished") is True
 
 

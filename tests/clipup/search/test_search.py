@@ -167,7 +167,7 @@ def test_the_page_has_the_query_the_command_pictures_and_names_below_the_directo
     assert "<title>a &lt;i&gt;red&lt;/i&gt; bicycle – images of photos</title>" in page
     assert "clipup search index &#39;&lt;u&gt;&#39;</pre>" in page
     assert "<code>holiday/1.png</code>" in page and str(tmp_path) not in page
-    assert page.count("data:image/jpeg;base64,") == 6 and "cannot be read any more" in page
+    assert page.count("data:image/") == 6 and "cannot be read any more" in page
     assert "<i>red</i>" not in page and "<b>.png" not in page and "&lt;b&gt;.png" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
@@ -182,7 +182,7 @@ def test_a_name_or_query_that_is_not_text_leaves_the_page_writable(tmp_path, pho
     index = updated(tmp_path / "index", photos, Counted())
     found = find(index, index.features, 6)[0]
     page = results_page(index, [("caf\udce9", found)], "clipup search index 'caf\udce9'")
-    assert "<code>caf\ufffd.png</code>" in page and page.count("data:image/jpeg;base64,") == 6
+    assert "<code>caf\ufffd.png</code>" in page and page.count("data:image/") == 6
     page.encode("utf-8")
 
 

@@ -5,17 +5,9 @@ import json
 
 import pytest
 import torch
-from moe_cases import Shape, make_experts, randn
-from torch.utils._pytree import tree_map_only
 from triton.runtime.errors import OutOfResources
-from triton.runtime.interpreter import InterpretedFunction
 
-import clipup_kernels as ck
-from clipup_kernels.triton import (
-    configs,
-    tune,
-    warmup,
-)
+from clipup_kernels.triton import configs, tune
 from clipup_kernels.triton.configs import Config
 from clipup_kernels.triton.grouped_gemm import max_tiles
 
@@ -76,31 +68,6 @@ def test_a_table_that_was_named_must_exist(table):
 def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert configs.architecture(torch.device("cuda:0")) == arch
-
-
-def test_warmup_launches_what_a_training_step_launches(on_triton, monkeypatch):
-    """Each kernel, with the same constants, and arguments of the same types, or None; a router may get float32."""
-    launched, run = set(), InterpretedFunction.run
-
-    def noted(kernel, *arguments, **constants):
-        types = tuple(getattr(argument, "dtype", argument is None) for argument in arguments)
-        named = {name: value for name, value in constants.items() if name not in ("grid", "warmup")}
-        launched.add((kernel.fn.__name__, types, tuple(sorted(named.items()))))
-        return run(kernel, *arguments, **constants)
-
-    monkeypatch.setattr(InterpretedFunction, "run", noted)
-    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
-    warm = set(launched)
-    launched.clear()
-    given = randn(4, 24), make_experts(Shape(20, 24, 40, 4, 2), torch.float16, gated=True), randn(20, 24).half()
-    router, experts, x = tree_map_only(torch.Tensor, torch.Tensor.requires_grad_, given)
-    part = torch.arange(20) % 3 > 0
-    for mask, recompute, dtype in ((None, "none", torch.float32), (part, "full", torch.float16)):
-        gating = ck.topk_gating(ck.router_logits(x.to(dtype), router, mask), 2, True, mask=mask)
-        plan = ck.dispatch(gating.expert_indices, 4, 1.0, mask=mask)
-        y = ck.expert_mlp(x, gating.gates, plan, *experts, recompute=recompute)
-        (y.float().sum() + gating.mean_probs.square().sum() + gating.z_loss).backward()
-    assert len({name for name, *_ in launched}) >= 12 and launched <= warm
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
