@@ -122,6 +122,10 @@ def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     return (gates[..., None] * picked).sum(1)
 
 
+def at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.itemsize < 4 else z
+
+
 def activate(z: Tensor, activation: str) -> Tensor:
     """``activation(z)`` for every name in ``ACTIVATIONS``."""
     if activation == "gelu":
@@ -129,7 +133,8 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     if activation == "quick_gelu":  # OpenAI's CLIP: x * sigmoid(1.702 x)
-        return z * torch.sigmoid(1.702 * z)
+        wide = at_least_float32(z)  # rounded once, as torch's own activations are
+        return (wide * torch.sigmoid(1.702 * wide)).to(z.dtype)
     return {"relu": F.relu, "silu": F.silu}[activation](z)
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..checks import without_numpy
+from ..checks import read_json, without_numpy
 from . import shard_files
+from .model_directory import CONFIG_NAME, WEIGHTS_NAME
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 _ROUTER = ".router.weight"
@@ -62,7 +63,7 @@ def read_weights(path: str | Path) -> Weights:
         what = f"{path} is a directory without weights" if path.is_dir() else f"there is no file {path}"
         raise FileNotFoundError(f"{what}; expected safetensors or a checkpoint (checkpoints/epoch_K of a run)")
     if path.suffix == ".safetensors":
-        return Weights(strip_wrapper_prefixes(read_safetensors(path)))
+        return Weights(strip_wrapper_prefixes(read_safetensors(path)), _configs_beside(path))
     check_archive(path)
     content = read_pickle(path, mmap=True)
     state_dict = content.get("state_dict", content)
@@ -70,6 +71,13 @@ def read_weights(path: str | Path) -> Weights:
         raise ValueError(f"{path} has no weights: expected a state dict, or a dictionary with a state_dict")
     configs = {} if state_dict is content else {key: content[key] for key in _CONFIGS if key in content}
     return Weights(strip_wrapper_prefixes(state_dict), configs)
+
+
+def _configs_beside(path: Path) -> dict[str, Any]:
+    """Those of the model directory that a file of weights is in, if the model is sparse."""
+    beside = path.with_name(CONFIG_NAME)
+    config = read_json(beside) if path.name == WEIGHTS_NAME and beside.is_file() else {}
+    return {key: config[key] for key in _CONFIGS if key in config} if "moe_cfg" in config else {}
 
 
 def _read_sharded(directory: Path) -> Weights:
@@ -164,8 +172,9 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
 
 
 def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without the name prefixes that wrappers add (DistributedDataParallel, torch.compile)."""
-    return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
+    """The state dict without what wrappers add: prefixes of names (DistributedDataParallel, torch.compile), and the
+    counter of torch's AveragedModel."""
+    return {_WRAPPERS.sub("", name): value for name, value in state_dict.items() if name != "n_averaged"}
 
 
 def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:

@@ -269,6 +269,25 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
+def config_to_save(model: nn.Module) -> MoEConfig | None:
+    """``model.moe_config``, with which its sparse layers are made again; None for a dense model.
+
+    Raises:
+        ValueError: there is none, or a layer's own config says something else.
+    """
+    config: Any = getattr(model, "moe_config", None)
+    for name, layer in moe_layers(model).items():
+        if config is None:
+            raise ValueError(
+                "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
+            )
+        if fields := layer.config.differing(config):
+            raise ValueError(
+                f"{name}.config differs from model.moe_config ({', '.join(fields)}), which is saved; set both"
+            )
+    return config
+
+
 def aux_loss(model: nn.Module) -> Tensor:
     """Takes the weighted auxiliary losses of the calling thread's forward passes and returns their sum.
 

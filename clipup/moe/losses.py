@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def load_balance(mean_probs: Tensor, tokens_per_expert: Tensor, form: str = "topk") -> Tensor:
+def load_balance(mean_probs: Tensor, tokens_per_expert: Tensor, form: str = "topk", granularity: int = 1) -> Tensor:
     """E * sum_e f_e * P_e: 1 when routing is uniform, at most E.
 
     Switch Transformer (arXiv 2101.03961, eq. 4-6). Only P_e carries a gradient.
@@ -21,8 +21,10 @@ def load_balance(mean_probs: Tensor, tokens_per_expert: Tensor, form: str = "top
         tokens_per_expert: [K, E] number of tokens whose k-th choice is expert e, before dropping.
         form: which choices f_e counts: ``"topk"`` all of them, ``"top2"`` first choices only (GShard, arXiv 2006.16668,
             algorithm 1).
+        granularity: number of experts that make up an MLP (``MoEConfig.granularity``); the first choices are as many.
     """
-    counts = (tokens_per_expert[0] if form == "top2" else tokens_per_expert.sum(0)).to(mean_probs.dtype)
+    counted = tokens_per_expert[:granularity] if form == "top2" else tokens_per_expert
+    counts = counted.sum(0).to(mean_probs.dtype)
     share = counts / counts.sum().clamp_min(1)
     return share.numel() * (share * mean_probs).sum()
 

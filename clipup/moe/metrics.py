@@ -37,7 +37,9 @@ def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
         "load": tokens_per_expert / pairs.clamp_min(1),
         "dropped": _without_expert(last) if chosen_by_experts else (pairs - last.offsets[-1]) / pairs.clamp_min(1),
         "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score_function), last.mask),
-        "balance": losses.load_balance(last.mean_probs, last.tokens_per_expert, layer.config.balance),
+        "balance": losses.load_balance(
+            last.mean_probs, last.tokens_per_expert, layer.config.balance, layer.config.granularity
+        ),
         "z": z_loss(last.z_loss, last.logits, last.mask, layer.config),
         "expert_indices": last.expert_indices,
     }

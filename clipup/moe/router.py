@@ -267,7 +267,7 @@ def weighted_losses(routing: Routing, config: MoEConfig, step: StepCounts | None
         return losses.mean_over_tokens(log_scores(routing.logits, config.score_function).softmax(-1), mask)
 
     formulas = {
-        "balance_weight": lambda: losses.load_balance(gating.mean_probs, counts, config.balance),
+        "balance_weight": lambda: losses.load_balance(gating.mean_probs, counts, config.balance, config.granularity),
         "z_weight": lambda: z_loss(gating.z_loss, routing.noisy_logits, mask, config),
         "importance_weight": lambda: losses.importance(noiseless_mean()),
         "load_weight": lambda: losses.load(routing.logits, routing.noisy_logits, noise_std, config.top_k, mask),

@@ -33,9 +33,9 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, a timm model, or a model of transformers
             (``clipup.clip.hugging_face``), dense and not wrapped. Or several models of one architecture, such as
-            checkpoints of one training that were fine-tuned differently: expert e is the MLP of model e modulo their
-            number (the multiplet of CLIP-MoE, arXiv 2409.19291), everything else is the first model's. Then the result
-            differs from all of them at step 0.
+            checkpoints of one training that were fine-tuned differently: expert e, or group e of
+            ``config.granularity`` experts, is the MLP of model e modulo their number (the multiplet of CLIP-MoE, arXiv
+            2409.19291), everything else is the first model's. Then the result differs from all of them at step 0.
         config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``.
         inplace: modify ``model`` instead of a copy.
 
@@ -58,6 +58,8 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     checks.boolean("inplace", inplace)
     if sparse := [name for one in models for name in moe_layers(one)]:
         raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
+    if len(models) > (groups := config.num_experts // config.granularity):
+        raise ValueError(f"model is a list of {len(models)}, but config has experts for {groups} of them")
     config = with_towers(config, first)
     # raises before anything is copied
     mlps, *more = ([mlp.dense for mlp in chosen_mlps(one, config)] for one in models)

@@ -144,8 +144,9 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
     if activation == "quick_gelu":
-        gate = torch.sigmoid(1.702 * z)
-        return grad * (gate + 1.702 * z * gate * (1 - gate))
+        wide = reference.at_least_float32(z)
+        gate = torch.sigmoid(1.702 * wide)
+        return grad * (gate + 1.702 * wide * gate * (1 - gate)).to(z.dtype)
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, z)
     assert activation == "relu", activation
@@ -242,7 +243,8 @@ def self_attention(qkv, mask, heads, quantize) -> Tensor:
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
     mask = None if mask is None else mask.to(qkv.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(batch, length, width // 3)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # with the strides of q
+    return y.transpose(1, 2).reshape(batch, length, width // 3).contiguous()
 
 
 expert_glu_forward, expert_glu_backward = glu.forward_of(expert_mlp_forward), glu.backward_of(expert_mlp_backward)

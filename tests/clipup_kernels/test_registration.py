@@ -110,6 +110,9 @@ def test_outputs_for_transposed_arguments_are_as_the_compiler_expects(force_back
     rows, d_out = randn(3, 7, seed=2).mT, randn(7, 4, seed=3)
     opcheck(torch.ops.clipup.grouped_linear_backward, (d_out, rows, weight, offsets, [True] * 3))
     opcheck(torch.ops.clipup.topk_gating, (randn(4, 9).mT, 2, True, None, None))
+    opcheck(
+        torch.ops.clipup.self_attention, (randn(5, 2, 48).transpose(0, 1), None, 2, None), test_utils="test_faketensor"
+    )
 
 
 def test_every_op_is_checked():

@@ -5,7 +5,8 @@ import torch
 from moe_cases import DTYPES, Shape, assert_follows, double, experts_case, pairwise, randn
 
 import clipup_kernels as ck
-from clipup_kernels.backends import extension, grouped_products
+from clipup_kernels import reference
+from clipup_kernels.backends import extension, grouped_products, torch_eager
 
 SHAPE = Shape(tokens=60, width=32, hidden=64, experts=16, k=2)
 
@@ -37,6 +38,18 @@ def test_grouped_products_follow_a_loop_over_the_experts(case):
     products = torch.stack([wide_x[span].T @ wide_other[span] for span in spans])
     assert_follows(grouped_products.outer(x, other, offsets), products, dtype, "outer")
     assert_follows(grouped_products.sums(x, offsets), torch.stack([wide_x[s].sum(0) for s in spans]), dtype, "sums")
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "silu", "gelu"])
+def test_activations_and_their_slopes_are_rounded_once(activation):
+    z = torch.linspace(-8, 8, 2001).bfloat16()
+    wide = z.double().requires_grad_()
+    exact = reference.activate(wide, activation)
+    exact.sum().backward()
+    bound = {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(reference.activate(z, activation).double(), exact, **bound)
+    slope = torch_eager.activation_backward(torch.ones_like(z), z, activation)
+    torch.testing.assert_close(slope.double(), wide.grad, **bound)
 
 
 compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")

@@ -54,6 +54,17 @@ def test_card_describes_the_experts_and_their_cost(directory, sparse):
     assert (data.license, data.library_name, data.pipeline_tag) == ("other", "clipup", "zero-shot-image-classification")
 
 
+def test_a_model_whose_flops_cannot_be_counted_is_saved(sparse, tmp_path):
+    class Checking(type(sparse.visual)):
+        def forward(self, x):
+            assert x.isfinite().all()  # reads a value, which tensors on the meta device have not
+            return super().forward(x)
+
+    sparse.visual.__class__ = Checking
+    save_pretrained(sparse, tmp_path, tiny_config())
+    assert "| parameters | " in text(tmp_path) and "GFLOPs" not in text(tmp_path)
+
+
 def run_snippet(directory):
     """The output of the card's Python snippet, run in the card's directory."""
     (snippet,) = re.findall(r"```python\n(.*?)```", text(directory), re.DOTALL)

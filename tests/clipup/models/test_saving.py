@@ -184,6 +184,10 @@ def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
             save_pretrained(sparse, tmp_path / "out", config)
         del sparse.moe_config
         sparse.moe_config = None
+    changed = make_sparse()
+    next(iter(moe_layers(changed).values())).config = CONFIG.replace(top_k=1, normalize_gates="none")
+    with pytest.raises(ValueError, match=r"config differs from model.moe_config \(.*top_k"):
+        save_pretrained(changed, tmp_path / "out", tiny_config())
     with pytest.raises(TypeError, match="BertModel of transformers: use its own save_pretrained"):
         save_pretrained(tiny_hugging_face("BertModel"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="tokenizer_directory"):

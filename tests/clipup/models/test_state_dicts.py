@@ -8,9 +8,11 @@ import torch
 from strangers import MakesFile
 from tiny_clip import tiny_clip, tiny_config
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+from clipup.models.model_directory import WEIGHTS_NAME
 from clipup.models.state_dicts import read_weights
 
 NAME = "clipup-tiny-32"
@@ -57,6 +59,14 @@ def test_sparse_weights_without_a_config_need_moe_cfg(sparse, tmp_path, ending):
         clipup.create_model_and_transforms(NAME, path, moe_cfg=CONFIG.replace(num_experts=4))
 
 
+def test_a_weights_file_of_a_saved_model_is_read_with_the_config_beside_it(sparse, dense, tmp_path):
+    save_pretrained(sparse, tmp_path, clipup.get_model_config(NAME))
+    loaded, *_ = clipup.create_model_and_transforms(NAME, str(tmp_path / WEIGHTS_NAME))
+    assert loaded.moe_config == CONFIG and step0_difference(sparse, loaded) == 0
+    with pytest.raises(ValueError, match=r"another moe_cfg than the model has \(top_k\)"):
+        clipup.load_checkpoint(upcycle(dense, CONFIG.replace(top_k=1 + CONFIG.top_k)), tmp_path / WEIGHTS_NAME)
+
+
 def test_moe_cfg_for_a_dense_model_is_refused(dense, tmp_path):
     path = training_checkpoint(dense, tmp_path / "dense.pt", wrapped=False)
     for pretrained in (None, path):
@@ -71,6 +81,8 @@ def test_load_checkpoint_loads_weights_or_leaves_the_model_unchanged(sparse, den
     clipup.load_checkpoint(model, path)
 
     assert step0_difference(sparse, model) == 0
+    torch.save(AveragedModel(dense).state_dict(), tmp_path / "average.pt")
+    clipup.load_checkpoint(dense, tmp_path / "average.pt")
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     with pytest.raises(ValueError, match="epoch_3.pt do not fit .* missing from the file"):
         clipup.load_checkpoint(dense, path)

@@ -89,7 +89,7 @@ def definition(layer, x, mask):
         y = (y + mask[:, None] * expert_output(layer.shared, 0, x)) / 2
 
     probs, logits, made_by, mean = probs[mask], logits[mask], made.sum(1).double(), probs[mask].mean(0)
-    share = made_by[0] if config.balance == "top2" else made_by.sum(0)
+    share = (made_by[: config.granularity] if config.balance == "top2" else made_by).sum(0)
     dropped = 1 - kept.sum() / made.sum()
     if config.routing == "expert_choice":
         dropped = (~made.any(0).any(-1))[mask].double().mean()

@@ -12,6 +12,7 @@ from tiny_hugging_face import tiny_hugging_face
 from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
+from clipup.upcycling import calibration
 
 CONFIG = MoEConfig.clip_up(num_experts=4, reinit_ratio=0.5)
 
@@ -35,6 +36,15 @@ def test_calibration_reduces_the_error_on_unseen_inputs(options):
         (at_start,) = calibrate(copy.deepcopy(before), dense, fresh)[name]
         assert error < 0.5 * at_start, name
     assert step0_difference(dense, sparse) < step0_difference(dense, before)
+
+
+def test_the_teacher_of_expert_choice_is_the_dense_function(monkeypatch):
+    dense, teachers = tiny_clip(), []
+    monkeypatch.setattr(calibration, "run_batches", lambda teacher, batches: teachers.append(teacher))
+    sparse = upcycle(dense, MoEConfig(num_experts=4, routing="expert_choice", capacity_factor=0.5))
+    with pytest.raises(ValueError, match="nothing was calibrated"):
+        calibrate(sparse, dense, [])
+    assert step0_difference(dense, teachers[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1, 0), (2, 1)])

@@ -189,6 +189,7 @@ def test_several_copies_of_one_model_keep_its_function():
         (lambda: [tiny_clip("quick_gelu")], ValueError, "models must be of one architecture"),
         (lambda: [upcycle(tiny_clip(), SEVERAL)], ValueError, "already sparse"),
         (lambda: ["ViT-B-32"], TypeError, "model must be"),
+        (lambda: [tiny_clip()] * SEVERAL.num_experts, ValueError, "model is a list of"),
     ],
 )
 def test_models_that_do_not_belong_together_are_refused_and_nothing_is_changed(others, error, message):
