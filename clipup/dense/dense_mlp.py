@@ -84,6 +84,12 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def library_class(module: nn.Module) -> str:
+    """The full name of a module's class before clipup made it padding-aware."""
+    kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("clipup."))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 _ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
     "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}.get(
         act.approximate, str(act)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .dense_mlp import DenseMLP, class_name, refuse_changed
+from .dense_mlp import DenseMLP, class_name, library_class, refuse_changed
 from .mlp_readers import ANY_OTHER, FAMILIES, Family
 
 
@@ -39,7 +39,7 @@ def find_mlp(block: nn.Module) -> BlockMLP:
             part (an unknown activation, a norm other than layer norm); the message names it.
     """
     inner = dict(block.named_modules())
-    for family in (family for family in FAMILIES if class_name(block) in family.blocks):
+    for family in (family for family in FAMILIES if library_class(block) in family.blocks):
         modules = [inner[path] for path, _ in family.parts if path in inner]
         if [class_name(module) for module in modules] == [name for _, name in family.parts]:
             dense = family.read(*modules)

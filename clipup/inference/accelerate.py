@@ -12,7 +12,7 @@ from clipup_kernels import packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name
+from ..dense.dense_mlp import class_name, library_class
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES
 from ..moe.experts import Experts, SharedExpert
@@ -148,7 +148,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if class_name(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
+        if library_class(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
         if "forward" not in vars(module)  # it may read weights directly instead of calling a layer
     ]
 
@@ -183,8 +183,7 @@ def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:
 
 def _attends_to_itself(block: nn.Module) -> bool:
     """Whether a block's attention gets one tensor, and its attention weights are not asked for."""
-    kind = next(base for base in type(block).__mro__ if not base.__module__.startswith("clipup."))
-    if f"{kind.__module__}.{kind.__qualname__}" not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
+    if library_class(block) not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
         return False  # the latter is open_clip's cross-attention
     return "attention" not in vars(block)
 

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from tiny_clip import CONFIGS, tiny_clip
-from tiny_families import HAS_MODERN_TEXT, HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_families import (
+    HAS_MODERN_TEXT,
+    HUGGING_FACE,
+    TIMM,
+    build,
+    coca_cfg,
+    hugging_face_cfg,
+    modern_text_clip,
+    timm_model,
+)
 from tiny_hugging_face import tiny_hugging_face
 from torch import nn
 
@@ -127,6 +136,14 @@ def test_hugging_face_towers_are_accelerated_if_their_mlp_is_one_module(name, tm
     prepared = len(prepared_parts(fast.text, PreparedMLP))
     assert prepared == (2 if name.startswith(("MT5", "ModernBert")) else 0)
     assert prepared or not prepared_parts(fast.text)  # nor is attention beside another MLP
+    assert_follows(features(fast), features(model), None)
+
+
+@pytest.mark.skipif(not HAS_MODERN_TEXT, reason="open_clip 3 has no such tower")
+def test_dense_blocks_of_a_padding_aware_tower_are_prepared_too():
+    model = clipup.upcycle(modern_text_clip().eval(), clipup.MoEConfig(num_experts=2))
+    fast = clipup.accelerate(model)
+    assert len(prepared_parts(fast.text, PreparedMLP)) == len(model.text.blocks) - 1
     assert_follows(features(fast), features(model), None)
 
 
