@@ -182,13 +182,20 @@ BASELINES = {"dense_continued": "steps", "dense_equal_flops": "FLOPs", "dense_eq
 VERDICTS = {"better": "CLIP-UP is better", "worse": "the baseline is better", "not decided": "undecided"}
 
 
+WIDE, NARROW = "30,000", "30,000 at width 32"
+
+
+def study_tables() -> dict[str, Tables]:
+    """The study's parts by the steps of their dense start."""
+    found = {part: Tables(results.read(ROOT / "studies" / part / "logs")) for part in ("icons", "converged", "narrow")}
+    return {"5,000": found["icons"], WIDE: found["converged"].of_start(30_000), NARROW: found["narrow"]}
+
+
 def leads() -> list[list[str]]:
     """Steps of the dense start, baseline, steps, seeds, R@1 difference and verdict, out of the study's logs."""
-    icons, converged = (results.read(ROOT / "studies" / part / "logs") for part in ("icons", "converged"))
-    tables = {"5,000": Tables(icons), "30,000": Tables(converged).of_start(30_000)}
     return [
         [start, f"the same {baseline}", budget, seeds, lead.strip("*"), VERDICTS.get(verdict, "one seed, undecided")]
-        for start, of_start in tables.items()
+        for start, of_start in study_tables().items()
         for baseline, budget, seeds, lead, verdict, *_ in of_start.comparisons("clip_up", BASELINES)
     ]
 
@@ -196,21 +203,25 @@ def leads() -> list[list[str]]:
 def test_the_verdict_on_the_first_page_is_that_of_the_studys_logs():
     known = {tuple(lead[:5]): lead[5] for lead in leads()}
     _, *bullets = INDEX.read_text("utf-8").split("\n- After ")
-    assert len(bullets) == 2
+    assert len(bullets) == 3
     for bullet in bullets:
-        start, steps, seeds = re.match(r"(\S+) dense steps and (\S+) more, over (\d+) seeds", bullet).groups()
+        found = re.match(r"(\S+) dense steps and (\S+) more( at width 32|), over (\d+) seeds", bullet)
+        start, steps, width, seeds = found.groups()
         found = re.findall(r"([+-]\S+ ± \S+) at\s+equal\s+(\w+)(\s+\(undecided)?", bullet)
         assert [what for _, what, _ in found] == ["FLOPs", "steps"]
         for lead, what, undecided in found:
-            assert (known[start, f"the same {what}", steps, seeds, lead] == "undecided") == bool(undecided)
+            assert (known[start + width, f"the same {what}", steps, seeds, lead] == "undecided") == bool(undecided)
 
 
 def test_the_readme_quotes_the_studys_verdict():
-    """That from the converged start, at equal FLOPs and at equal steps."""
+    """That from the converged starts, at equal FLOPs and at equal steps, and against the larger dense model."""
     (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Does it pay?**"))
     paragraph = " ".join(paragraph.split())
-    found = {what: rest for start, what, steps, *rest in leads() if (start, steps) == ("30,000", "5,000")}
-    flops, steps = (found[f"the same {what}"] for what in ("FLOPs", "steps"))
-    quoted = re.findall(r"([+-]\d+\.\d+ ± \d+\.\d+)( \(not decided\))?", paragraph)
-    assert quoted == [(lead, " (not decided)" * (verdict == "undecided")) for _, lead, verdict in (flops, steps)]
-    assert flops[0] == steps[0] == "8" and "eight paired seeds" in paragraph
+    found = {(start, what): rest for start, what, steps, *rest in leads() if steps == "5,000"}
+    cells = [found[start, f"the same {what}"] for what in ("FLOPs", "steps") for start in (WIDE, NARROW)]
+    tables = study_tables()
+    larger = [tables[NARROW].lead("clip_up", arm, of=tables[WIDE]).strip("*") for arm in ("dense", "dense_continued")]
+    quoted = re.findall(r"([+-]\d+\.\d+ ± \d+\.\d+)", paragraph)
+    assert quoted == [lead for _, lead, _ in cells] + larger
+    assert {seeds for seeds, *_ in cells} == {"8"} and "eight paired seeds" in paragraph
+    assert [verdict for *_, verdict in cells] == ["CLIP-UP is better"] * 4  # the paragraph says so
