@@ -1,6 +1,6 @@
 """What ``clipup train`` costs beside its arithmetic: the wait for data, and the time of its steps over a bare loop.
 
-    python benchmarks/trainer_overhead.py                         # the demo's model, data and batch, about six minutes
+    python benchmarks/trainer_overhead.py                         # the demo's model, data and batch, eight minutes
     python benchmarks/trainer_overhead.py --data runs/demo/data --csv benchmarks/results/trainer_overhead_cpu.csv
 
 The demo's dense start and its CLIP-UP are trained by ``clipup.train.train``, once on data that are kept in memory, as

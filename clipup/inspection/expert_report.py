@@ -240,9 +240,7 @@ def inspect_experts(
         tokens = CheckedTokenizer(tokenizer, model)(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
         of_texts = route_texts(model, tokens, batch_size)
-        if any(
-            layer.mask.shape[1] > tokens.shape[1] for layer in of_texts.values()
-        ):  # CoCa appends a token to the text
+        if any(layer.mask.shape[1] > tokens.shape[1] for layer in of_texts.values()):  # CoCa's own token comes last
             split = [[*of_text, Piece("\u27e8class\u27e9", len(of_text))] for of_text in split]
         layers |= of_texts
     return ExpertReport(name, kept, captions, split, layers, similarities)
@@ -306,10 +304,11 @@ def statements(report: ExpertReport) -> list[str]:
         words = f"{_plural(unused, 'expert')} received no tokens" if unused else "Every expert received tokens"
         largest = imbalance(report.layers[busiest].load)
         found.append(f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)}).")
-    for layer in list(report.of_tower("text").values())[:1]:
-        is_padding = np.array([[piece.word == PADDING for piece in caption] for caption in report.pieces])
-        if padded := int((layer.mask & is_padding).sum()):
-            found.append(f"The text tower routes padding too: {count(padded)} of its {_plural(layer.tokens, 'token')}.")
+    is_padding = np.array([[piece.word == PADDING for piece in caption] for caption in report.pieces])
+    padded = [(int((layer.mask & is_padding).sum()), layer.tokens) for layer in report.of_tower("text").values()]
+    if padded and max(padded)[0]:
+        routed, tokens = max(padded)
+        found.append(f"The text tower routes padding too: {count(routed)} of its {_plural(tokens, 'token')}.")
     return [sentence for sentence in found if sentence]
 
 

@@ -26,7 +26,7 @@ from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..clip.hugging_face import is_hugging_face
-from ..moe.layer import config_to_save
+from ..moe.layer import moe_layers, saved_config
 from . import architecture, model_card, timm_factory, tokenizers
 from .known_models import LOCAL_PREFIX
 from .model_directory import CONFIG_NAME, WEIGHTS_NAME, check_model_cfg
@@ -98,7 +98,11 @@ def save_with_tokenizer(
     if is_hugging_face(model):
         raise TypeError(f"model is a {type(model).__name__} of transformers: use its own save_pretrained(directory)")
     checks.plain_weights("model", model)
-    moe_config = config_to_save(model)
+    moe_config = saved_config(model)
+    if moe_config is None and moe_layers(model):
+        raise ValueError(
+            "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
+        )
     library = "timm" if towers.is_timm(model) else "open_clip"
     text_cfg: dict[str, Any] = {}
     if library == "timm":

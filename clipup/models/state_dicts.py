@@ -33,6 +33,7 @@ _DIRECTORY_ATTRIBUTE = 0x10
 _MAX_SHOWN = 5
 _INITIALIZATIONS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 """Those that a mode sees. The others, and what they draw, take little time."""
+_CONFIG_BESIDE = {WEIGHTS_NAME: CONFIG_NAME, "model.safetensors": "config.json"}  # the latter of timm and transformers
 _CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg", "tokenizer_files")
 
 
@@ -75,8 +76,8 @@ def read_weights(path: str | Path) -> Weights:
 
 def _configs_beside(path: Path) -> dict[str, Any]:
     """Those of the model directory that a file of weights is in, if the model is sparse."""
-    beside = path.with_name(CONFIG_NAME)
-    config = read_json(beside) if path.name == WEIGHTS_NAME and beside.is_file() else {}
+    beside = path.parent / _CONFIG_BESIDE.get(path.name, "")
+    config = read_json(beside) if beside.is_file() else {}
     return {key: config[key] for key in _CONFIGS if key in config} if "moe_cfg" in config else {}
 
 

@@ -269,19 +269,15 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
-def config_to_save(model: nn.Module) -> MoEConfig | None:
-    """``model.moe_config``, with which its sparse layers are made again; None for a dense model.
+def saved_config(model: nn.Module) -> MoEConfig | None:
+    """``model.moe_config``, with which its sparse layers are made again; None for a model that was not upcycled.
 
     Raises:
-        ValueError: there is none, or a layer's own config says something else.
+        ValueError: a layer's own config says something else.
     """
     config: Any = getattr(model, "moe_config", None)
     for name, layer in moe_layers(model).items():
-        if config is None:
-            raise ValueError(
-                "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
-            )
-        if fields := layer.config.differing(config):
+        if config is not None and (fields := layer.config.differing(config)):
             raise ValueError(
                 f"{name}.config differs from model.moe_config ({', '.join(fields)}), which is saved; set both"
             )

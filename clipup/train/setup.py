@@ -17,6 +17,7 @@ from ..data.train_data import TrainData
 from ..models import architecture, factory, model_names, tokenizers
 from ..models.state_dicts import listed
 from ..moe.config import MoEConfig
+from ..moe.layer import saved_config
 from ..precision import Precision
 from ..upcycling.upcycle import upcycle
 from .checkpoints import open_clip_format
@@ -113,6 +114,7 @@ def build_model(
         unused = ", ".join(_factory_arguments(options))
         if unused:
             raise ValueError(f"{unused}: no effect on a model that is passed in; create it, and its transforms, so")
+        saved_config(model)  # refused before the run, not when it is saved
         model = model.to(ranks.device)
         name = options.model
         model_cfg = None if name is None else model_names.get_model_config(name)

@@ -53,8 +53,12 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     if config is None or not students:
         raise ValueError("model has no sparse layers from clipup.upcycle, so there is nothing to calibrate")
     plain: dict[str, Any] = {"num_experts": 1, "top_k": 1, "granularity": 1, "shared_expert": False}
-    plain |= {"reinit_ratio": 0.0, "selection_bias": "none", "normalize_gates": "before_drop"}
-    plain |= {"routing": "token_choice"}
+    plain |= {
+        "reinit_ratio": 0.0,
+        "selection_bias": "none",
+        "normalize_gates": "before_drop",
+        "routing": "token_choice",
+    }
     teacher = upcycle(dense, config.replace(**plain)).requires_grad_(False)  # the dense function in sparse layers
     teachers = moe_layers(teacher)
     if list(teachers) != list(students):

@@ -41,7 +41,7 @@ def define(
     if backward is None:
 
         def backward(ctx, *grads):
-            raise NotImplementedError(f"{qualified} has no derivative, or no second one")
+            raise NotImplementedError(f"{qualified} has no derivative")
 
     op = getattr(torch.ops.clipup, name)
     LIBRARY.impl(name, autograd.kernel_of(op.default, setup_context, backward), "Autograd", with_keyset=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from clipup.inspection.figures import svg
@@ -25,15 +25,19 @@ def recall(tables: Tables) -> str:
     return _drawn(series, "R@1 on styles and names at the end of a run", "PFLOP of training, start included")
 
 
-def models(studies: Sequence[Tables], arms: Sequence[str]) -> str:
+def models(studies: Sequence[Tables], arms: Mapping[str, str]) -> str:
     """R@1 over the FLOPs of a pair in inference: one line per arm, one point per study (a width) that has the arm, each
-    at its smallest budget and the mean over its seeds."""
+    at its smallest budget and the mean over its seeds.
+
+    Args:
+        arms: the name of each line, by arm.
+    """
     series = []
-    for arm in arms:
+    for arm, name in arms.items():
         found = [runs for of in studies for runs in [of.shortest(arm)[1]] if runs]
         found.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
         x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in found]
-        series.append(Series(label(arm), x, [fmean(run.mean("R@1") for run in runs) for runs in found], points=True))
+        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in found], points=True))
     return _drawn(series, "R@1 on styles and names by model", "MFLOP of an image and a text in inference")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import clip_throughput
 import engines
+import harness
 import int8_accuracy
 import latency
 import padding_aware
@@ -149,6 +150,28 @@ def test_the_trainers_overhead_has_a_row_for_each_model_and_source_of_data(rows_
         assert (
             0 < 1 + float(row["overhead"]) < float(row["batch_ms"]) / float(row["bare_step_ms"])
         )  # the wait is left out
+
+
+def test_the_baselines_rates_are_of_its_own_stretch(rows_of, monkeypatch):
+    now, stretches = [0.0], []
+
+    def alternate(pair, *others):
+        stretches.append(pair)
+        for run in [*pair.values()] * 5:
+            run()
+        return {name: harness.timing([2.0 * len(stretches)]) for name in pair}
+
+    def mark(device):  # everything is slower in later stretches
+        now[0] += len(stretches)
+        return now[0]
+
+    monkeypatch.setattr(clip_throughput, "alternate", alternate)
+    monkeypatch.setattr(clip_throughput, "mark", mark)
+    rows = rows_of(clip_throughput, "--models", *FORMS[:2], "--batch-size", "2", "--dtype", "fp32")
+    assert of(rows, "images_per_s", "texts_per_s", "pairs_per_s") == [
+        ("2.00", "2.00", "1.00"),
+        ("1.00", "1.00", "0.50"),
+    ]
 
 
 CAPTIONS = {

@@ -46,6 +46,9 @@ def test_sparse_timm_model_loads_unchanged(tmp_path, name, prefix):
     assert loaded.moe_config == CONFIG and moe_layers(loaded).keys() == moe_layers(sparse).keys()
     assert_equal(loaded, sparse)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    other = clipup.upcycle(make(name), CONFIG.replace(top_k=CONFIG.top_k + 1))
+    with pytest.raises(ValueError, match=r"another moe_cfg than the model has \(top_k\)"):
+        clipup.load_checkpoint(other, tmp_path / "model.safetensors")
 
 
 def test_model_arguments_are_saved(tmp_path):

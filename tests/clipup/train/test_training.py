@@ -50,6 +50,24 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
     assert "step 6" in (result.directory / "out.log").read_text()
 
 
+def test_a_model_with_a_layer_that_was_put_in_by_hand_is_trained_and_its_checkpoints_kept(make_model, pairs, options):
+    model = make_model(None)
+    block = model.visual.transformer.resblocks[1]
+    block.mlp = clipup.SparseMoE.from_dense(block.mlp, clipup.MoEConfig(num_experts=2))
+    result = train(options(), model=model, loader=pairs())
+    (latest,) = (result.directory / "checkpoints").glob("epoch_latest.pt")
+    saved = torch.load(latest, weights_only=True)["state_dict"]
+    assert torch.equal(saved["visual.transformer.resblocks.1.mlp.in_weight"], block.mlp.in_weight)
+
+
+def test_a_layer_with_another_config_than_the_saved_one_is_refused_before_the_run(make_model, pairs, options):
+    model = make_model(clipup.MoEConfig.clip_up(num_experts=4))
+    layer = next(iter(clipup.moe_layers(model).values()))
+    layer.config = layer.config.replace(top_k=3)
+    with pytest.raises(ValueError, match=r"config differs from model.moe_config \(top_k\)"):
+        train(options(logs=None), model=model, loader=pairs())
+
+
 @pytest.mark.parametrize("settings, shuffled", [({"capacity_factor": 0.5}, True), ({}, False)])
 def test_texts_are_shuffled_where_capacity_goes_by_position_and_outputs_are_not(make_model, pairs, settings, shuffled):
     model, data, seen = make_model(clipup.MoEConfig(num_experts=2, top_k=1, **settings)), pairs(), []

@@ -119,5 +119,5 @@ def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_fl
     assert narrow.lead("clip_up", "more", ["test_styles"], seeds=[1], of=wide) == "-4.50"
     assert narrow.lead("clip_up", "more") == "–", "no such arm at this width"
 
-    drawn = figures.models([wide, narrow], ["dense", "clip_up"])
+    drawn = figures.models([wide, narrow], {"dense": "dense", "clip_up": "clip up"})
     assert ">dense<" in drawn and ">clip up<" in drawn
