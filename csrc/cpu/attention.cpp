@@ -47,9 +47,9 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
   const std::int64_t columns = std::max(key_panels, value_panels) * ks.panel;
   const Room room{key_panels * ks.panel * d_words,
                   value_panels * ks.panel * key_words,
-                  ks.tile_rows * query_row,
-                  ks.tile_rows * share_row,
-                  ks.tile_rows * columns,
+                  operands.tile_rows * query_row,
+                  operands.tile_rows * share_row,
+                  operands.tile_rows * columns,
                   int8 ? ks.panel * query_row : 0,
                   int8 ? columns : 0};
   const Buffer<Word> memory(thread_count() * room.words());
@@ -94,8 +94,8 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
     }
 
     Prefetch nothing;
-    for (std::int64_t row = 0; row < L; row += ks.tile_rows) {
-      const std::int64_t rows = std::min(ks.tile_rows, L - row);
+    for (std::int64_t row = 0; row < L; row += operands.tile_rows) {
+      const std::int64_t rows = std::min(operands.tile_rows, L - row);
       std::array<float, kMostTileRows> inverse_sums{}, query_scales{};
       for (std::int64_t i = 0; i < rows; ++i) {
         Word* const to = queries + i * kLineWords;
@@ -105,6 +105,7 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
           typed.row_to_a_panel(part(row + i, 0), d, rows, to);
         }
       }
+      if (operands.before_rows != nullptr) operands.before_rows(rows);
       for (std::int64_t panel = 0; panel < key_panels; ++panel) {
         operands.by_rows[rows](queries, keys + panel * d_words * ks.panel, d_words,
                                scores + panel * rows * ks.panel, false, nothing);

@@ -96,7 +96,7 @@ void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
   using Element = typename Storage::Element;
   constexpr int kRows = Operand::kPerWord;
   const std::int64_t panel_stride = tile.panel_words * kColumnTile;
-  F32x products[kTileRows];
+  F32x products[kMostTileRows];
   for (std::int64_t i = 0; i < tile.rows; ++i) products[i] = F32x{};
   for (int v = 0; v < 2; ++v) {
     const std::int64_t left = tile.columns - v * kLanes;

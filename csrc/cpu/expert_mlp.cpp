@@ -31,11 +31,12 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
       routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];
   const DType operands = operand_type(experts);
+  const TypedKernels& products = ks.of(operands);
   const bool int8 = operands == kInt8Words;
-  const ForwardWaves waves(routing.offsets, E, int8, ks, typed);
+  const ForwardWaves waves(routing.offsets, E, int8, products);
   const std::int64_t wave_rows = waves.rows_in_memory();
   const std::int64_t hidden = round_up(H, ks.panel);
-  const std::int64_t x_words = a_row_words(D, ks.of(operands));
+  const std::int64_t x_words = a_row_words(D, products);
   const std::int64_t a_words = a_row_words(hidden, typed);
   const std::int64_t int8_words = a_row_words(hidden, ks.int8);
   const Buffer<Word> all_x(wave_rows * x_words);
@@ -56,7 +57,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     Word* const int8_a_panels = all_int8.get() + row * int8_words;
     float* const scales = all_scales.get() + row;
     for_row_tiles(
-        wave, ks,
+        wave, products,
         [&](const RowTile& tile) {
           pack_a_panels(ks, experts, routing, tile, x, x_a_panels, int8 ? &in_scales : nullptr, scales);
         },
@@ -71,7 +72,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
                    int8 ? &int8_hidden : nullptr, team);
     if (int8) {
       for_row_tiles(
-          wave, ks,
+          wave, products,
           [&](const RowTile& tile) {
             const std::int64_t at = tile.piece->at + tile.row;
             const Word* const from = a_panel_at(hidden_a_panels, at, a_words);
@@ -88,7 +89,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     const std::int64_t second_words = int8 ? int8_words : a_words;
 
     const std::vector<Block> blocks =
-        make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0, team);
+        make_blocks(wave, D, ks, operands, experts.packed_out == nullptr ? typed.few_rows : 0, team);
     const auto out_matrix = [&](const Piece& piece) {
       return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H, D * H);
     };

@@ -43,13 +43,13 @@ class Backward {
                  gradients.gate_weight != nullptr || gradients.gate_bias != nullptr),
         need_out_(gradients.out_weight != nullptr || gradients.out_bias != nullptr),
         workspace_(ks_, gated_ ? 2 : 1) {
-    waves_ = make_waves(routing.offsets, experts.E, kWaveRows, ks_, typed_);
+    waves_ = make_waves(routing.offsets, experts.E, kWaveRows, typed_);
     allocate();
   }
 
   void run() {
     for (const Wave& wave : waves_) {
-      for_row_tiles(wave, ks_, [&](const RowTile& tile) { pack(tile); });
+      for_row_tiles(wave, typed_, [&](const RowTile& tile) { pack(tile); });
       if (z_ == nullptr)
         hidden_product(experts_, wave, rows_.x_a_panels.get(), nullptr, places(wave), workspace_);
       hidden_gradient(wave);
@@ -159,7 +159,7 @@ class Backward {
   }
 
   void hidden_gradient(const Wave& wave) {
-    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, 0);
+    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, dtype_, 0);
     const auto finish = typed_.finish_hidden_gradient[static_cast<int>(experts_.activation)];
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
@@ -219,7 +219,7 @@ class Backward {
 
   void sum_d_gates(const Wave& wave) {
     if (wanted_.gates == nullptr) return;
-    for_row_tiles(wave, ks_, [&](const RowTile& tile) {
+    for_row_tiles(wave, typed_, [&](const RowTile& tile) {
       for (std::int64_t i = 0; i < tile.rows; ++i) {
         const float* const parts = rows_.d_gates.get() + (tile.piece->at + tile.row + i) * (panels_H_ + 1);
         float sum = 0.0F;
@@ -233,7 +233,7 @@ class Backward {
   void products(const Wave& wave) {
     std::vector<Block> blocks;
     std::vector<std::size_t> ends;  // of every product's blocks
-    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, 0);
+    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, dtype_, 0);
     const std::size_t dx_end = blocks.size();
     for (const WeightGradient& gradient : weights_) {
       const std::vector<Block> more = gradient.blocks(wave);

@@ -81,11 +81,11 @@ void check_routing(const Routing& routing, std::int64_t E) {
   check_values("row_of_choice", row_of_choice, T * K, -1, offsets[E]);
 }
 
-std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels) {
+std::vector<RowTile> row_tiles(const Wave& wave, const TypedKernels& operands) {
   std::vector<RowTile> tiles;
   for (const Piece& piece : wave.pieces) {
-    for (std::int64_t row = 0; row < piece.count; row += kernels.tile_rows) {
-      tiles.push_back({&piece, row, std::min(kernels.tile_rows, piece.count - row)});
+    for (std::int64_t row = 0; row < piece.count; row += operands.tile_rows) {
+      tiles.push_back({&piece, row, std::min(operands.tile_rows, piece.count - row)});
     }
   }
   return tiles;
@@ -150,7 +150,7 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
   const auto finish_hidden = int8 != nullptr ? typed.finish_int8_hidden[static_cast<int>(experts.activation)]
                                              : typed.finish_hidden[static_cast<int>(experts.activation)];
   const std::vector<Block> blocks =
-      make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0, team);
+      make_blocks(wave, H, ks, operands, experts.packed_in == nullptr ? typed.few_rows : 0, team);
   const auto* const first_piece = wave.pieces.data();
 
   const auto in_matrix = [&](const Piece& piece) {

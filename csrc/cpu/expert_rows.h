@@ -33,12 +33,12 @@ struct RowTile {
   const Piece* piece;
   std::int64_t row, rows;
 };
-std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels);
+std::vector<RowTile> row_tiles(const Wave& wave, const TypedKernels& operands);
 
 // Calls body(tile) for every tile of the wave, spread over the team's threads.
 template <class Body>
-void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body, Team team = {}) {
-  const std::vector<RowTile> tiles = row_tiles(wave, kernels);
+void for_row_tiles(const Wave& wave, const TypedKernels& operands, const Body& body, Team team = {}) {
+  const std::vector<RowTile> tiles = row_tiles(wave, operands);
   team.tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t) { body(tiles[i]); });
 }
 

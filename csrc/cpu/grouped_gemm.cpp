@@ -15,7 +15,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
                        const Kernels& kernels, std::int64_t few_rows, Team team) {
   const std::int64_t all_panels = ceil_div(columns, kernels.panel);
   std::int64_t most_panels = kBlockColumns / kernels.panel;
-  std::int64_t most_rows = kBlockRows;
+  std::int64_t most_rows = kBlockRows / row_unit * row_unit;
   const auto rows_of = [&](const Piece& piece) { return rows > 0 ? round_up(rows, row_unit) : piece.count; };
   const auto panels_of = [&](const Piece& piece) {
     return piece.count > few_rows ? most_panels : std::min(most_panels, kFewRowsColumns / kernels.panel);
@@ -51,7 +51,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
 }  // namespace
 
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
-                             const Kernels& kernels, const TypedKernels& typed) {
+                             const TypedKernels& operands) {
   std::vector<Wave> waves;
   bool open = false;  // the last wave may get more pieces
   for (std::int64_t e = 0; e < E; ++e) {
@@ -59,15 +59,15 @@ std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::i
     const std::int64_t count = offsets[e + 1] - begin;
     if (count == 0) continue;
     const std::int64_t parts = ceil_div(count, most_rows);
-    const std::int64_t tiles = ceil_div(count, kernels.tile_rows);
+    const std::int64_t tiles = ceil_div(count, operands.tile_rows);
     for (std::int64_t part = 0; part < parts; ++part) {  // of as many tiles, or one more
-      const std::int64_t row = tiles * part / parts * kernels.tile_rows;
-      const std::int64_t rows = std::min(tiles * (part + 1) / parts * kernels.tile_rows, count) - row;
+      const std::int64_t row = tiles * part / parts * operands.tile_rows;
+      const std::int64_t rows = std::min(tiles * (part + 1) / parts * operands.tile_rows, count) - row;
       if (!open || parts > 1 || waves.back().rows + rows > most_rows) waves.emplace_back();
       Wave& wave = waves.back();
       wave.pieces.push_back({e, begin + row, rows, wave.rows, wave.words, row == 0, row + rows == count});
       wave.rows += rows;
-      wave.words += ceil_div(rows, typed.per_word);
+      wave.words += ceil_div(rows, operands.per_word);
       open = parts == 1;
     }
   }
@@ -83,9 +83,9 @@ WaveSize largest(const std::vector<Wave>& waves) {
   return size;
 }
 
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels, DType operands,
                                std::int64_t few_rows, Team team) {
-  return cut(wave, 0, kernels.tile_rows, columns, kernels, few_rows, team);
+  return cut(wave, 0, kernels.of(operands).tile_rows, columns, kernels, few_rows, team);
 }
 
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -93,17 +93,17 @@ std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_column
   return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0, {});
 }
 
-ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Kernels& kernels,
-                           const TypedKernels& typed) {
+ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8,
+                           const TypedKernels& operands) {
   constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7, kInt8WaveRows = 504;
-  const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * kernels.tile_rows;
+  const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * operands.tile_rows;
   alone_ = int8 && rows >= 2 * threads * fewest;
   std::int64_t most_rows = int8 ? kInt8WaveRows : kWaveRows;
   if (alone_) {
-    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), kernels.tile_rows);
+    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), operands.tile_rows);
     most_rows = std::min(std::max(share, fewest), most_rows);
   }
-  waves_ = make_waves(offsets, E, most_rows, kernels, typed);
+  waves_ = make_waves(offsets, E, most_rows, operands);
   most_rows_ = largest(waves_).rows;
 }
 

@@ -31,7 +31,7 @@ struct Wave {
 // All rows, experts ascending, in waves of at most `most_rows` rows. An expert with more than that has several pieces,
 // each in its own wave, so that a sum over an expert's rows is computed by one task at a time.
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
-                             const Kernels& kernels, const TypedKernels& typed);
+                             const TypedKernels& operands);
 
 // Largest number of rows and of words of any wave.
 struct WaveSize {
@@ -65,7 +65,7 @@ struct Block {
 // Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every thread of the
 // team. No result depends on the split: the order of a sum depends only on the summed axis. Pieces of up to `few_rows`
 // rows get smaller blocks (kFewRowsColumns).
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels, DType operands,
                                std::int64_t few_rows, Team team = {});
 
 // The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
@@ -104,15 +104,14 @@ struct Workspace {
 
 // Rows of a wave: few enough that their hidden activations stay in or near the last-level cache.
 constexpr std::int64_t kWaveRows = 2016;
-constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
+constexpr std::int64_t kBlockRows = 504;
 
 // The waves of a forward pass. Int8 products are so fast that their operands have to stay near the core: a wave has few
 // rows, and with enough of them every thread computes waves of its own, from the first product to the last, and waits for
 // no other.
 class ForwardWaves {
  public:
-  ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Kernels& kernels,
-               const TypedKernels& typed);
+  ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const TypedKernels& operands);
 
   // Rows of all waves that are in memory at the same time.
   std::int64_t rows_in_memory() const { return (alone_ ? thread_count() : 1) * most_rows_; }
@@ -197,8 +196,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
                     const Finish& finish) {
   const TypedKernels& typed = kernels.of(dtype);
   Word* const packed = workspace.panels(thread);
-  const std::int64_t tile_floats = kernels.tile_rows * kernels.panel;
-  const std::int64_t tiles = ceil_div(block.rows, kernels.tile_rows);
+  const std::int64_t tile_floats = typed.tile_rows * kernels.panel;
+  const std::int64_t tiles = ceil_div(block.rows, typed.tile_rows);
   for (std::int64_t t = 0; t < count; ++t) {
     const Right& right = terms[t].right;
     const std::int64_t words = ceil_div(right.k, typed.per_word);
@@ -231,8 +230,9 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       Prefetch nothing;
       const std::int64_t from = ask_from(ahead, tiles, block.panels * ceil_div(length, kLineWords));
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
-        const std::int64_t row = tile * kernels.tile_rows;
-        const std::int64_t rows = row + kernels.tile_rows < block.rows ? kernels.tile_rows : block.rows - row;
+        const std::int64_t row = tile * typed.tile_rows;
+        const std::int64_t rows = row + typed.tile_rows < block.rows ? typed.tile_rows : block.rows - row;
+        if (typed.before_rows != nullptr) typed.before_rows(rows);
         const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const std::int64_t slot = once ? 0 : tile * block.panels + p;

@@ -37,7 +37,7 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
   const TypedKernels& typed = ks.of(dtype);
   const DType operands = operand_type(dtype, packed_type);
   const bool int8 = operands == kInt8Words;
-  const ForwardWaves waves(offsets, E, int8, ks, typed);
+  const ForwardWaves waves(offsets, E, int8, ks.of(operands));
   const std::int64_t words = a_row_words(k, ks.of(operands));
   const Buffer<Word> all_panels(waves.rows_in_memory() * words);
   const Buffer<float> all_scales(int8 ? waves.rows_in_memory() : 0);
@@ -47,7 +47,7 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
     Word* const a_panels = all_panels.get() + first_row * words;
     float* const row_scales = all_scales.get() + first_row;
     for_row_tiles(
-        wave, ks,
+        wave, ks.of(operands),
         [&](const RowTile& tile) {
           const std::int64_t at = tile.piece->at + tile.row;
           Word* const first = a_panel_at(a_panels, at, words);
@@ -64,7 +64,7 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
         },
         team);
     const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
-    const std::vector<Block> blocks = make_blocks(wave, n, ks, few_rows, team);
+    const std::vector<Block> blocks = make_blocks(wave, n, ks, operands, few_rows, team);
     const auto right_of = [&](const Piece& piece) {
       return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
                    packed_matrix(packed, operands, piece.expert, n, k)};
@@ -124,13 +124,13 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
 
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
-  const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
+  const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, typed);
   const ColumnPanels left(waves, O, ks.column_tile);
   const ColumnPanels right(waves, I, ks.panel);
   const Workspace workspace(ks, 1);
   const WeightGradient gradient(ks, dtype, E, O, I, O * I, d_weight, d_bias, waves, left, right);
   for (const Wave& wave : waves) {
-    for_row_tiles(wave, ks, [&](const RowTile& tile) {
+    for_row_tiles(wave, typed, [&](const RowTile& tile) {
       const Piece& piece = *tile.piece;
       const std::int64_t panel_words = ceil_div(piece.count, typed.per_word);
       for (std::int64_t i = 0; i < tile.rows; i += typed.per_word) {

@@ -16,6 +16,21 @@ using I32x = std::int32_t __attribute__((vector_size(kLanes * 4)));
 struct Int8Quads {
   static constexpr int kPerWord = 4;
 
+#ifdef __AMX_INT8__
+  static constexpr int kRows = kMatrixRows;
+  static constexpr std::uint32_t kOffset = 0;
+
+  template <bool kTwo>
+  static void multiply_tiles() {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+#else
+  static constexpr int kRows = kTileRows;
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   // The instruction multiplies unsigned by signed: left operands are stored with this much added to each, and 128 times
   // the sum of a column of the right operand is subtracted afterwards.
@@ -75,6 +90,7 @@ struct Int8Quads {
 #endif
     return reinterpret_cast<F32x>(reinterpret_cast<I32x>(sum) + products);
   }
+#endif
 #endif
 #endif
 };

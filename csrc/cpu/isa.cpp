@@ -6,6 +6,10 @@
 #include "kernels.h"
 #ifdef CLIPUP_X86_TIERS
 #include <cpuid.h>
+#ifdef CLIPUP_AMX_TIER
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(CLIPUP_ARM_TIERS) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(CLIPUP_ARM_TIERS)
@@ -21,6 +25,9 @@ extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
 #ifdef CLIPUP_AVX2_VNNI_TIER
 extern const Kernels kAvx2Vnni;
 #endif
+#ifdef CLIPUP_AMX_TIER
+extern const Kernels kAmx;
+#endif
 #elif defined(CLIPUP_ARM_TIERS)
 extern const Kernels kNeonDotprod;
 #endif
@@ -34,6 +41,29 @@ struct Tier {
 };
 
 #ifdef CLIPUP_X86_TIERS
+// Bits of cpuid's leaf 7, register edx.
+constexpr unsigned kBFloat16Tiles = 1U << 22U, kTiles = 1U << 24U, kInt8Tiles = 1U << 25U;
+
+// Whether the CPU has these tile instructions and the system saves the tile registers (Linux from 5.16 on); without that,
+// their instructions fault.
+bool has_tiles(unsigned wanted) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kXgetbv = 1U << 27U, kTileRegisters = 3U << 17U;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kXgetbv) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & wanted) != wanted) return false;
+  unsigned saved = 0;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  return (saved & kTileRegisters) == kTileRegisters;
+}
+
+#ifdef CLIPUP_AMX_TIER
+// Asks Linux for the tile registers, which it saves only for processes that want them.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_tiles(kTiles | kInt8Tiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Not every compiler's __builtin_cpu_supports knows f16c.
 bool has_float16_conversions() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -72,6 +102,9 @@ const Tier* tiers(std::size_t& count) {
                              __builtin_cpu_supports("avx512dq");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   static const Tier all[] = {
+#ifdef CLIPUP_AMX_TIER
+      {&kAmx, vnni && may_use_tiles()},
+#endif
       {&kAvx512Bf16, vnni && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("intel") != 0},
       {&kAvx512Vnni, vnni},
       {&kAvx512, avx512},
@@ -113,16 +146,13 @@ const Kernels& kernels() {
 
 const char* instruction_tier() { return kernels().name; }
 
+void after_tasks() {
+  if (kernels().after_tasks != nullptr) kernels().after_tasks();
+}
+
 bool has_matrix_tiles() {
 #ifdef CLIPUP_X86_TIERS
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kXgetbv = 1U << 27U, kBf16Tiles = 1U << 22U, kTileRegisters = 3U << 17U;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kXgetbv) == 0) return false;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16Tiles) == 0) return false;
-  // Linux saves the tile registers from 5.16 on; without that, their instructions fault.
-  unsigned saved = 0;
-  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
-  return (saved & kTileRegisters) == kTileRegisters;
+  return has_tiles(kBFloat16Tiles);
 #else
   return false;
 #endif

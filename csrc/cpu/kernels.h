@@ -22,7 +22,7 @@ namespace clipup {
 
 using Word = std::uint32_t;
 constexpr std::int64_t kLineWords = 16;  // 64 bytes
-constexpr std::int64_t kMostTileRows = 14;
+constexpr std::int64_t kMostTileRows = 32;
 constexpr std::int64_t kMostColumnTile = 8;
 
 // The type of operands that are quantized, beside the storage types.
@@ -114,9 +114,11 @@ struct Int8Operand {
 
 // The tier's functions for one storage type.
 struct TypedKernels {
-  std::int64_t per_word;  // elements of the summed axis in a word
+  std::int64_t per_word;   // elements of the summed axis in a word
+  std::int64_t tile_rows;  // rows of a full A panel, a multiple of every per_word
   std::int64_t few_rows;  // with at most this many rows, an expert's plain weight is packed in small steps
   Multiply by_rows[kMostTileRows + 1];  // [m]: a is an A panel of m rows
+  void (*before_rows)(std::int64_t m);  // call it in the same task before by_rows[m]; null: nothing to do
   Multiply by_columns;                  // a is a column A panel
 
   // Packs one row of n elements into an A panel of `rows` rows.
@@ -183,12 +185,12 @@ struct TypedKernels {
 
 struct Kernels {
   const char* name;
-  std::int64_t tile_rows;    // rows of a full A panel, a multiple of every per_word
   std::int64_t panel;        // columns of a tile
   std::int64_t column_tile;  // columns of a column A panel
   void (*streams_done)();    // orders a thread's streamed stores before what it stores next
+  void (*after_tasks)();     // frees what `before_rows` took; null: nothing to do
   TypedKernels typed[3];     // by DType
-  TypedKernels int8;         // products of int8 words (kInt8Words): `per_word` and `by_rows` only
+  TypedKernels int8;         // products of int8 words (kInt8Words): no other functions than those of products
 
   const TypedKernels& of(DType dtype) const {
     return dtype == kInt8Words ? int8 : typed[static_cast<int>(dtype)];

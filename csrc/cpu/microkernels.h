@@ -7,6 +7,9 @@
 #include "epilogues.h"
 #include "products.h"
 #include "router_products.h"
+#ifdef __AMX_TILE__
+#include "tile_products.h"
+#endif
 
 namespace clipup {
 namespace {
@@ -25,30 +28,27 @@ constexpr std::int64_t few_rows() {
 #endif
 }
 
+// by_rows[1] to by_rows[kRows]
+template <class Operand, int kRows>
+constexpr void fill_by_rows(TypedKernels& table) {
+#ifdef __AMX_TILE__
+  if constexpr (Operand::kRows == kMatrixRows) {
+    table.by_rows[kRows] = multiply_tiles<Operand, kRows>;
+  } else
+#endif
+    table.by_rows[kRows] = multiply<Operand, kRows, true>;
+  if constexpr (kRows > 1) fill_by_rows<Operand, kRows - 1>(table);
+}
+
 template <class Operand>
 constexpr TypedKernels products_of() {
   TypedKernels table{};
   table.per_word = Operand::kPerWord;
-  table.by_rows[1] = multiply<Operand, 1, true>;
-  table.by_rows[2] = multiply<Operand, 2, true>;
-  table.by_rows[3] = multiply<Operand, 3, true>;
-  table.by_rows[4] = multiply<Operand, 4, true>;
-  if constexpr (kTileRows > 4) {
-    table.by_rows[5] = multiply<Operand, 5, true>;
-    table.by_rows[6] = multiply<Operand, 6, true>;
-  }
-  if constexpr (kTileRows > 6) {
-    table.by_rows[7] = multiply<Operand, 7, true>;
-    table.by_rows[8] = multiply<Operand, 8, true>;
-  }
-  if constexpr (kTileRows > 8) {
-    table.by_rows[9] = multiply<Operand, 9, true>;
-    table.by_rows[10] = multiply<Operand, 10, true>;
-    table.by_rows[11] = multiply<Operand, 11, true>;
-    table.by_rows[12] = multiply<Operand, 12, true>;
-    table.by_rows[13] = multiply<Operand, 13, true>;
-    table.by_rows[14] = multiply<Operand, 14, true>;
-  }
+  table.tile_rows = Operand::kRows;
+  fill_by_rows<Operand, Operand::kRows>(table);
+#ifdef __AMX_TILE__
+  if constexpr (Operand::kRows == kMatrixRows) table.before_rows = configure_tiles;
+#endif
   return table;
 }
 
@@ -94,11 +94,16 @@ constexpr Kernels tier(const char* name) {
 #else
   using BFloat16Operand = Floats;
 #endif
+#ifdef __AMX_TILE__
+  constexpr auto after_tasks = release_tiles;
+#else
+  constexpr void (*after_tasks)() = nullptr;
+#endif
   return {name,
-          kTileRows,
           kPanel,
           kColumnTile,
           streams_done,
+          after_tasks,
           {typed_kernels<Float32, Floats>(), typed_kernels<BFloat16, BFloat16Operand>(),
            typed_kernels<Float16, Floats>()},
           products_of<Int8Quads>()};

@@ -19,6 +19,7 @@ constexpr int kTileRows = 6, kColumnTile = 4;
 constexpr int kTileRows = 4, kColumnTile = 4;
 #endif
 constexpr int kPanel = 2 * kLanes;
+constexpr int kMatrixRows = 32;  // of an A panel that is multiplied in AMX tiles
 static_assert(kTileRows <= kMostTileRows && kTileRows % 2 == 0 && kLineWords % kLanes == 0 &&
               (kColumnTile == kLanes || 2 * kColumnTile == kLanes));
 
@@ -77,6 +78,7 @@ inline void store_some(typename Storage::Element* to, F32x value, std::int64_t c
 
 struct Floats {
   static constexpr int kPerWord = 1;
+  static constexpr int kRows = kTileRows;
   template <class Storage>
   static constexpr bool kSameBits = sizeof(typename Storage::Element) == 4;
 
@@ -102,6 +104,7 @@ using U16x32 = std::uint16_t __attribute__((vector_size(64)));
 
 struct BFloat16Pairs {
   static constexpr int kPerWord = 2;
+  static constexpr int kRows = kTileRows;
   template <class Storage>
   static constexpr bool kSameBits = true;  // only bfloat16 is stored like this
 

@@ -49,6 +49,9 @@ inline std::int64_t thread_count() {
 #endif
 }
 
+// A thread calls it at the end of its share of tasks (isa.cpp).
+void after_tasks();
+
 // Calls body(task, thread) once for every task in [0, n), thread < thread_count(). Tasks are large: a thread takes the
 // next one when it has finished the last, so that no thread is idle while tasks remain. `body` must not throw.
 template <class Body>
@@ -59,14 +62,20 @@ void parallel_tasks(std::int64_t n, const Body& body) {
   for (std::int64_t thread = 0; thread < thread_count(); ++thread) {
     threads.emplace_back([&, thread] {
       for (std::int64_t task = next++; task < n; task = next++) body(task, thread);
+      after_tasks();
     });
   }
   for (std::thread& thread : threads) thread.join();
 #elif defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 1) if (n > 1)
-  for (std::int64_t task = 0; task < n; ++task) body(task, omp_get_thread_num());
+#pragma omp parallel if (n > 1)
+  {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (std::int64_t task = 0; task < n; ++task) body(task, omp_get_thread_num());
+    after_tasks();
+  }
 #else
   for (std::int64_t task = 0; task < n; ++task) body(task, 0);
+  after_tasks();
 #endif
 }
 

@@ -1,0 +1,99 @@
+// Products in AMX tiles: registers of 16 rows of 64 bytes. A block of 32 rows and a B panel is four tiles of sums, two of the
+// left operand and two of the right one: a step of 16 words is four loads and four products.
+//
+// A tile has as many rows as it was configured with, so that nothing past an A panel is read and nothing past the sums is
+// written. The configuration belongs to the thread; other libraries in it (oneDNN) have their own, so it is released at the
+// end of the thread's share of an op.
+#pragma once
+
+#include "operands.h"
+
+namespace clipup {
+namespace {
+
+constexpr int kTileLines = 16;  // rows of a tile
+
+// What ldtilecfg reads.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+
+  explicit TileConfig(std::int64_t m) {
+    const auto upper = static_cast<std::uint8_t>(smaller(m, kTileLines)), lower = static_cast<std::uint8_t>(m - upper);
+    const std::uint8_t all[8] = {upper, upper, lower, lower, upper, lower, kTileLines, kTileLines};
+    for (int tile = 0; tile < 8; ++tile) {
+      rows[tile] = all[tile];
+      row_bytes[tile] = all[tile] == 0 ? 0 : kLineWords * sizeof(Word);
+    }
+  }
+};
+
+thread_local std::int64_t configured_rows = 0;
+
+void configure_tiles(std::int64_t m) {
+  if (configured_rows == m) return;
+  const TileConfig config(m);
+  __asm__ volatile("" : : "m"(config));
+  _tile_loadconfig(&config);
+  configured_rows = m;
+}
+
+void release_tiles() {
+  if (configured_rows == 0) return;
+  _tile_release();
+  configured_rows = 0;
+}
+
+// As multiply(); configure_tiles(kRows) was called. The last step may have fewer words: those missing on the right are taken
+// for zeros, so that it does not matter what is in their place on the left.
+template <class Operand, int kRows>
+void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
+  constexpr bool kTwo = kRows > kTileLines;
+  constexpr std::int64_t kLineBytes = kLineWords * sizeof(Word), kPanelBytes = kPanel * sizeof(Word);
+  float* const c_lower = c + kTileLines * kPanel;
+  if (add) {
+    _tile_loadd(0, c, kPanelBytes);
+    _tile_loadd(1, c + kLanes, kPanelBytes);
+    if constexpr (kTwo) {
+      _tile_loadd(2, c_lower, kPanelBytes);
+      _tile_loadd(3, c_lower + kLanes, kPanelBytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  const auto step = [&](const Word* right) {
+    _tile_loadd(4, a, kLineBytes);
+    _tile_loadd(6, right, kPanelBytes);
+    _tile_loadd(7, right + kLanes, kPanelBytes);
+    if constexpr (kTwo) _tile_loadd(5, a + kTileLines * kLineWords, kLineBytes);
+    Operand::template multiply_tiles<kTwo>();
+  };
+  std::int64_t line = 0;
+  for (; line + kLineWords <= words; line += kLineWords) {
+    for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
+    step(b);
+    a += kRows * kLineWords;
+    b += kLineWords * kPanel;
+  }
+  if (line < words) {
+    alignas(64) Word rest[kTileLines * kPanel] = {};
+    __builtin_memcpy(rest, b, (words - line) * kPanelBytes);
+    __asm__ volatile("" : : "m"(rest));
+    step(rest);
+  }
+  _tile_stored(0, c, kPanelBytes);
+  _tile_stored(1, c + kLanes, kPanelBytes);
+  if constexpr (kTwo) {
+    _tile_stored(2, c_lower, kPanelBytes);
+    _tile_stored(3, c_lower + kLanes, kPanelBytes);
+  }
+}
+
+}  // namespace
+}  // namespace clipup
