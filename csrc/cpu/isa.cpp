@@ -25,6 +25,8 @@ extern const Kernels kAvx2Vnni;
 extern const Kernels kNeonDotprod;
 #endif
 
+bool tiles_are_emulated = false;  // set by the native tests alone
+
 namespace {
 
 struct Tier {
