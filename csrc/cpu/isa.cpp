@@ -32,6 +32,8 @@ extern const Kernels kAmx;
 extern const Kernels kNeonDotprod;
 #endif
 
+bool tiles_are_emulated = false;  // set by the native tests alone
+
 namespace {
 
 struct Tier {

@@ -197,6 +197,9 @@ struct Kernels {
   }
 };
 
+// Whether a handler of SIGILL executes the instructions of tiles: set by the native tests alone.
+extern bool tiles_are_emulated;
+
 // The best tier that this CPU has, or the one that CLIPUP_CPU_ISA names (isa.cpp).
 const Kernels& kernels();
 

@@ -6,6 +6,8 @@
 //                                          --quick: fewer cases; --errors: prints measured errors
 //   native_tests --fuzz SECONDS [--seed N] random calls; a failing case by itself: --fuzz 0 --seed N
 //   native_tests --tiers                   the tiers that this CPU has, one a line
+//
+// With --emulate-tiles, each of them takes a CPU without AMX for one that has it.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -14,9 +16,11 @@
 #include <numeric>
 #include <random>
 
+#include "../cpu/kernels.h"
 #include "../moe.h"
 #include "arrays.h"
 #include "tests.h"
+#include "tile_emulation.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -154,17 +158,27 @@ int print_tiers() {
 }
 
 int usage() {
-  std::fprintf(stderr, "usage: native_tests [--quick] [--errors] | --fuzz SECONDS [--seed N] | --tiers\n");
+  std::fprintf(
+      stderr,
+      "usage: native_tests [--emulate-tiles] [--quick] [--errors] | --fuzz SECONDS [--seed N] | --tiers\n");
   return 2;
 }
 
 int run(int count, char** arguments) {
   double fuzz_seconds = -1.0;
   std::uint64_t seed = std::random_device{}();
+  bool is_listing_tiers = false;
   for (int i = 1; i < count; ++i) {
     const std::string option = arguments[i];
-    if (option == "--tiers") return print_tiers();
-    if (option == "--quick") {
+    if (option == "--emulate-tiles") {
+      if (!emulate_tiles()) {
+        std::fprintf(stderr, "--emulate-tiles needs x86-64 Linux\n");
+        return 2;
+      }
+      tiles_are_emulated = true;
+    } else if (option == "--tiers") {
+      is_listing_tiers = true;
+    } else if (option == "--quick") {
       is_quick = true;
     } else if (option == "--errors") {
       is_printing_errors = true;
@@ -176,6 +190,7 @@ int run(int count, char** arguments) {
       return usage();
     }
   }
+  if (is_listing_tiers) return print_tiers();
   if (__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
 
   using Clock = std::chrono::steady_clock;
@@ -193,6 +208,9 @@ int run(int count, char** arguments) {
     test_activations();
     test_products();
     test_attention();
+#ifdef CLIPUP_ASSEMBLES_AMX
+    if (tiles_are_emulated) test_tile_emulation();
+#endif
     if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
       test_cuda_topk_gating();
       test_cuda_dispatch();

@@ -86,6 +86,7 @@ void test_activations();
 void test_products();
 void test_attention();
 void test_memory();
+void test_tile_emulation();
 void test_cuda_topk_gating();
 void test_cuda_dispatch();
 
