@@ -55,8 +55,13 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
   const Buffer<Word> memory(thread_count() * room.words());
   const float scale = 1.0F / std::sqrt(static_cast<float>(d));
 
+  const auto part_of = [&](std::int64_t task, std::int64_t token, std::int64_t which) {
+    const std::int64_t sequence = task / heads, head = task % heads;
+    return element(qkv, dtype, (sequence * L + token) * stride + (which * heads + head) * d);
+  };
   parallel_tasks(B * heads, [&](std::int64_t task, std::int64_t thread) {
     const std::int64_t sequence = task / heads, head = task % heads;
+    const std::int64_t following = task + thread_count();  // what this thread probably computes next
     Word* const keys = memory.get() + thread * room.words();
     Word* const values = keys + room.keys;
     Word* const queries = values + room.values;
@@ -70,9 +75,7 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
       return Int8Operand{panels, first, first + room.columns, reinterpret_cast<std::int32_t*>(sums)};
     };
     const Int8Operand int8_keys = operand(keys, 0), int8_values = operand(values, 1);
-    const auto part = [&](std::int64_t token, std::int64_t which) {
-      return element(qkv, dtype, (sequence * L + token) * stride + (which * heads + head) * d);
-    };
+    const auto part = [&](std::int64_t token, std::int64_t which) { return part_of(task, token, which); };
 
     if (int8) {
       typed.quantize_keys(part(0, 1), stride, L, d, scratch, int8_keys);
@@ -93,10 +96,15 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
       }
     }
 
-    Prefetch nothing;
+    Beside nothing;
     for (std::int64_t row = 0; row < L; row += operands.tile_rows) {
       const std::int64_t rows = std::min(operands.tile_rows, L - row);
       std::array<float, kMostTileRows> inverse_sums{}, query_scales{};
+      // A head's rows are far apart: the CPU's own prefetcher does not see their order.
+      for (std::int64_t which = 0; which < 3 && following < B * heads; ++which) {
+        ask_for_rows(part_of(following, row, which), stride * element_size(dtype), rows,
+                     d * element_size(dtype));
+      }
       for (std::int64_t i = 0; i < rows; ++i) {
         Word* const to = queries + i * kLineWords;
         if (int8) {

@@ -41,7 +41,8 @@ struct Int8Sums {
     }
   }
   F32x at(std::int64_t i, int v) const {
-    const I32x sums = load_as<I32x>(c + i * kPanel + v * kLanes) - offsets[v];
+    I32x sums = load_as<I32x>(c + i * kPanel + v * kLanes);
+    if constexpr (Int8Quads::kOffset != 0) sums -= offsets[v];
     return __builtin_convertvector(sums, F32x) * (scales[v] * rows[i]);
   }
 };
@@ -58,7 +59,7 @@ void finish_hidden_tile(const HiddenTile& tile) {
     auto* z_to = from(static_cast<Element*>(tile.z), v * kLanes);
     auto* z_gate_to = from(static_cast<Element*>(tile.z_gate), v * kLanes);
     Word* a_to = in_a_panel<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
-    for (std::int64_t i = 0; i < tile.rows; ++i) {
+    for (std::int64_t i = tile.begin; i < tile.end; ++i) {
       if constexpr (!Sums::kExact) {
         const F32x z = sums.at(i, v) + bias.values[v];
         F32x a;
@@ -67,7 +68,7 @@ void finish_hidden_tile(const HiddenTile& tile) {
         } else {
           a = Activation::coarse(z);
         }
-        Operand::store_along(a_to + i * kLineWords, a);
+        BFloat16::store(tile.coarse + i * tile.z_stride + v * kLanes, a);
         continue;
       }
       const F32x z = Storage::rounded(sums.at(i, v) + bias.values[v]);
@@ -155,15 +156,29 @@ void finish_hidden_gradient(const HiddenGradientTile& tile) {
   finish_hidden_gradient_tile<Storage, Operand, Activation, true>(tile);
 }
 
+// The usual case: whole vectors of one type, and nothing added.
+template <class Storage, class Bias, class Sums>
+void finish_rows(const OutputTile& tile, const Bias& bias, const Sums& sums, typename Storage::Element* out) {
+  for (std::int64_t i = tile.begin; i < tile.end; ++i) {
+    for (int v = 0; v < 2; ++v) {
+      Storage::store(out + i * tile.stride + v * kLanes, sums.at(i, v) + bias.values[v]);
+    }
+  }
+}
+
 template <class Storage, class Sums>
 void finish_output(const OutputTile& tile) {
   const Sums sums(tile.c, tile.scaling);
   using Element = typename Storage::Element;
   const Bias<Storage> bias(tile.bias, tile.columns);
+  if (tile.columns == kPanel && tile.previous == nullptr && !tile.stream) {
+    if (tile.sum == nullptr) return finish_rows<Storage>(tile, bias, sums, static_cast<Element*>(tile.out));
+    if (tile.out == nullptr) return finish_rows<Float32>(tile, bias, sums, tile.sum);
+  }
   constexpr std::int64_t kVectorBytes = kLanes * sizeof(Element);
   const bool aligned =
       reinterpret_cast<std::uintptr_t>(tile.out) % kVectorBytes == 0 && tile.stride % kLanes == 0;
-  for (std::int64_t i = 0; i < tile.rows; ++i) {
+  for (std::int64_t i = tile.begin; i < tile.end; ++i) {
     for (int v = 0; v < 2; ++v) {
       const std::int64_t left = tile.columns - v * kLanes;
       const std::int64_t at = i * tile.stride + v * kLanes;

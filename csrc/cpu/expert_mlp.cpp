@@ -40,8 +40,9 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t a_words = a_row_words(hidden, typed);
   const std::int64_t int8_words = a_row_words(hidden, ks.int8);
   const Buffer<Word> all_x(wave_rows * x_words);
-  const Buffer<Word> all_hidden(wave_rows * a_words);
-  const Buffer<Word> all_int8(int8 ? wave_rows * int8_words : 0);  // the same, quantized
+  const Buffer<Word> all_hidden(int8 ? 0 : wave_rows * a_words);
+  const Buffer<std::uint16_t> all_coarse(int8 ? wave_rows * hidden : 0);  // in bfloat16
+  const Buffer<Word> all_int8(int8 ? wave_rows * int8_words : 0);         // the same, quantized
   const Buffer<float> all_scales(int8 ? wave_rows : 0);
   const Int8Scales in_scales(int8 ? experts.packed_in : nullptr, E, H, D);
   const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
@@ -53,7 +54,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
 
   waves.each([&](const Wave& wave, Team team, std::int64_t row) {
     Word* const x_a_panels = all_x.get() + row * x_words;
-    Word* const hidden_a_panels = all_hidden.get() + row * a_words;
+    Word* const hidden_a_panels = int8 ? nullptr : all_hidden.get() + row * a_words;
+    std::uint16_t* const coarse = all_coarse.get() + row * hidden;
     Word* const int8_a_panels = all_int8.get() + row * int8_words;
     float* const scales = all_scales.get() + row;
     for_row_tiles(
@@ -67,7 +69,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
       places.push_back(
           {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
     }
-    const Int8Hidden int8_hidden{in_scales, gate_scales, scales};
+    const Int8Hidden int8_hidden{in_scales, gate_scales, scales, coarse, hidden};
     hidden_product(experts, wave, x_a_panels, hidden_a_panels, places, workspace,
                    int8 ? &int8_hidden : nullptr, team);
     if (int8) {
@@ -75,12 +77,12 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
           wave, products,
           [&](const RowTile& tile) {
             const std::int64_t at = tile.piece->at + tile.row;
-            const Word* const from = a_panel_at(hidden_a_panels, at, a_words);
             Word* const to = a_panel_at(int8_a_panels, at, int8_words);
             for (std::int64_t i = 0; i < tile.rows; ++i) {
               scales[at + i] =
-                  typed.quantize_panel_row(from + i * kLineWords, out_scales.of_inputs(tile.piece->expert),
-                                           hidden, tile.rows, to + i * kLineWords);
+                  ks.of(DType::kBFloat16)
+                      .quantize_row(coarse + (at + i) * hidden, out_scales.of_inputs(tile.piece->expert), H,
+                                    tile.rows, to + i * kLineWords);
             }
           },
           team);
@@ -101,11 +103,13 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
       multiply_block(
           ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, out_matrix, team),
           workspace, thread, nothing_ahead,
-          [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+          [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
+              std::int64_t end) {
             const std::int64_t column = panel * ks.panel;
             const std::int64_t at = (piece.begin + block.row + row) * D + column;
             OutputTile tile{};
-            tile.rows = rows;
+            tile.begin = begin;
+            tile.end = end;
             tile.columns = std::min(ks.panel, D - column);
             tile.c = c[0];
             tile.bias = element(experts.out_bias, dtype, piece.expert * D + column);

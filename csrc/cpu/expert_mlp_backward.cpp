@@ -177,7 +177,9 @@ class Backward {
             ask_for_rows(element(saved.z, dtype_, z_at), H_ * size, rows, ks_.panel * size);
             ask_for_rows(element(saved.z_gate, dtype_, z_at), H_ * size, rows, ks_.panel * size);
           },
-          [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+          [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c, std::int64_t,
+              std::int64_t end) {
+            if (end < rows) return;  // all rows at once: some are stored in pairs
             const std::int64_t at = piece.at + block.row + row;
             const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
             HiddenGradientTile tile{};
@@ -263,9 +265,11 @@ class Backward {
         {a_panel_of(rows_.dz_a_panels, at), h_words_, in_matrix_of(experts_.in_weight, piece.expert)},
         {a_panel_of(rows_.dz_gate_a_panels, at), h_words_, in_matrix_of(experts_.gate_weight, piece.expert)}};
     multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
-                   [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+                   [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c,
+                       std::int64_t begin, std::int64_t end) {
                      OutputTile tile{};
-                     tile.rows = rows;
+                     tile.begin = begin;
+                     tile.end = end;
                      tile.columns = std::min(ks_.panel, D_ - panel * ks_.panel);
                      tile.c = c[0];
                      tile.sum = dx_rows_.get() + (piece.begin + block.row + row) * D_ + panel * ks_.panel;

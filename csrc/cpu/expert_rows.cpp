@@ -174,12 +174,15 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
           ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));
         },
-        [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+        [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c,
+            std::int64_t begin, std::int64_t end) {
           const std::int64_t column = panel * ks.panel;
           const std::int64_t bias_at = piece.expert * H + column;
           const std::int64_t z_at = (block.row + row) * H + column;
           HiddenTile tile{};
           tile.rows = rows;
+          tile.begin = begin;
+          tile.end = end;
           tile.columns = std::min(ks.panel, H - column);
           tile.column = column;
           tile.c = c[0];
@@ -193,6 +196,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
             const float* const row_scales = int8->x_scales + piece.at + block.row + row;
             tile.scaling = int8->in.at(piece.expert, column, row_scales);
             if (gated) tile.scaling_gate = int8->gate.at(piece.expert, column, row_scales);
+            tile.z_stride = int8->stride;
+            tile.coarse = int8->hidden + (piece.at + block.row + row) * int8->stride + column;
           }
           if (hidden_a_panels != nullptr)
             tile.a = a_panel_at(hidden_a_panels, piece.at + block.row + row, a_words);

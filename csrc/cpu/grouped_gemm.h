@@ -186,9 +186,23 @@ inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, 32); 
 
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
-// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds integers). With `outputs` = 1 the terms are added, else each is a separate output.
-// prepare(row, rows, panel): the tile will be finished next; finish(row, rows, panel, c): its sums are c[output],
-// [rows, panel]. `following` is prefetched while the last step computes.
+// A tile of sums that is finished: finish(row, rows, panel, sums, begin, end) with the rows [begin, end) of it.
+template <class Finish>
+struct PendingTile {
+  const Finish* finish;
+  std::int64_t row, rows, panel;
+  const float* sums[2];
+
+  static void finish_rows(const void* tile, std::int64_t begin, std::int64_t end) {
+    const auto& of = *static_cast<const PendingTile*>(tile);
+    (*of.finish)(of.row, of.rows, of.panel, of.sums, begin, end);
+  }
+};
+
+// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds integers). With
+// `outputs` = 1 the terms are added, else each is a separate output. prepare(row, rows, panel): the tile will be finished
+// next; finish(row, rows, panel, c, begin, end): its sums are c[output], [rows, panel], and the rows [begin, end) are to be
+// finished. `following` is prefetched while the last step computes.
 template <class Prepare, class Finish>
 void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
                     std::int64_t outputs, const Block& block, const Prefetch& following,
@@ -198,6 +212,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
   Word* const packed = workspace.panels(thread);
   const std::int64_t tile_floats = typed.tile_rows * kernels.panel;
   const std::int64_t tiles = ceil_div(block.rows, typed.tile_rows);
+  PendingTile<Finish> pending[2];
   for (std::int64_t t = 0; t < count; ++t) {
     const Right& right = terms[t].right;
     const std::int64_t words = ceil_div(right.k, typed.per_word);
@@ -210,7 +225,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       const bool last = begin + length == words;
       const bool done = last && t + 1 == count;
       const bool once =
-          count == 1 && step >= words;  // tiles are finished at once and share a buffer for sums
+          count == 1 && step >= words;  // tiles are finished at once and share two buffers for sums
       const Word* b_panels = packed;
       std::int64_t b_stride = length * kernels.panel;
       if (right.packed != nullptr) {
@@ -227,24 +242,37 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       } else if (!done) {
         ahead = first_region(terms[t + 1].right, dtype, kernels, block);
       }
-      Prefetch nothing;
       const std::int64_t from = ask_from(ahead, tiles, block.panels * ceil_div(length, kLineWords));
+      Beside beside;
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t row = tile * typed.tile_rows;
         const std::int64_t rows = row + typed.tile_rows < block.rows ? typed.tile_rows : block.rows - row;
-        if (typed.before_rows != nullptr) typed.before_rows(rows);
         const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
+        if (typed.before_rows != nullptr) typed.before_rows(rows);
+        if (tile == from) beside.prefetch = ahead;
         for (std::int64_t p = 0; p < block.panels; ++p) {
-          const std::int64_t slot = once ? 0 : tile * block.panels + p;
+          const std::int64_t index = tile * block.panels + p;
+          const std::int64_t slot = once ? index % 2 : index;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
           if (done) prepare(row, rows, block.panel + p);
-          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c, add,
-                              tile < from ? nothing : ahead);
+          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c, add, beside);
           if (!done) continue;
-          const float* const sums[2] = {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c};
-          finish(row, rows, block.panel + p, sums);
+          PendingTile<Finish>& finished = pending[index % 2];
+          finished = {&finish,
+                      row,
+                      rows,
+                      block.panel + p,
+                      {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c}};
+          if (typed.interleaves) {
+            beside.finish = &finished;
+            beside.finish_rows = finished.finish_rows;
+            beside.rows = rows;
+          } else {
+            finished.finish_rows(&finished, 0, rows);
+          }
         }
       }
+      if (beside.finish != nullptr) beside.finish_rows(beside.finish, 0, beside.rows);
       begin += length;
     } while (begin < words);
   }
@@ -256,7 +284,7 @@ template <class Finish>
 void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
                       std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
                       const Finish& finish) {
-  Prefetch nothing;
+  Beside nothing;
   const std::int64_t step = sum_block(words);
   const std::int64_t tile_floats = kernels.column_tile * kernels.panel;
   const std::int64_t tiles = block.rows / kernels.column_tile;

@@ -76,10 +76,12 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
       multiply_block(
           ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of, team),
           workspace, thread, nothing_ahead,
-          [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel, const float* const* c) {
+          [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
+              std::int64_t end) {
             const std::int64_t column = panel * ks.panel;
             OutputTile tile{};
-            tile.rows = tile_rows;
+            tile.begin = begin;
+            tile.end = end;
             tile.columns = std::min(ks.panel, n - column);
             tile.c = c[0];
             tile.bias = element(bias, dtype, piece.expert * n + column);

@@ -136,14 +136,5 @@ float quantize_row(const void* row, const float* input_scale, std::int64_t n, st
                   [&](std::int64_t e) { return plain(e) * load_as<F32x>(input_scale + e); });
 }
 
-// The same for a row of an A panel of words of Operand; n is a multiple of kLanes.
-template <class Operand>
-float quantize_panel_row(const Word* row, const float* input_scale, std::int64_t n, std::int64_t rows,
-                         Word* a_panel) {
-  return quantize(n, rows, a_panel, [&](std::int64_t e) {
-    return Operand::load_along(in_a_panel<Operand>(row, rows, e)) * load_as<F32x>(input_scale + e);
-  });
-}
-
 }  // namespace
 }  // namespace clipup

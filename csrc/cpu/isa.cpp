@@ -62,6 +62,7 @@ bool has_tiles(unsigned wanted) {
 // Asks Linux for the tile registers, which it saves only for processes that want them.
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (tiles_are_emulated) return true;
   return has_tiles(kTiles | kInt8Tiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
@@ -103,11 +104,12 @@ const Tier* tiers(std::size_t& count) {
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  static const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   static const Tier all[] = {
 #ifdef CLIPUP_AMX_TIER
-      {&kAmx, vnni && may_use_tiles()},
+      {&kAmx, bf16 && may_use_tiles()},
 #endif
-      {&kAvx512Bf16, vnni && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("intel") != 0},
+      {&kAvx512Bf16, bf16, __builtin_cpu_is("intel") != 0},
       {&kAvx512Vnni, vnni},
       {&kAvx512, avx512},
 #ifdef CLIPUP_AVX2_VNNI_TIER

@@ -40,9 +40,18 @@ struct Prefetch {
   std::int64_t left = 0;  // lines of this row
 };
 
+// What a product does between its steps, so that it costs little time of its own: prefetching, and finishing the tile of
+// sums before, which is for tiers that multiply and compute in different units (`interleaves`).
+struct Beside {
+  Prefetch prefetch;
+  const void* finish = nullptr;  // null: there is no tile to finish
+  void (*finish_rows)(const void* finish, std::int64_t begin, std::int64_t end) = nullptr;
+  std::int64_t rows = 0;  // of that tile
+};
+
 // c[m, panel] = a . b, or c += a . b: `words` words of the summed axis, c's rows `panel` floats apart.
 using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
-                          Prefetch& prefetch);
+                          Beside& beside);
 
 // What turns a tile of sums of int8 products into floats: (c - kOffset * sums) * rows * columns (int8_products.h).
 struct Int8Scaling {
@@ -55,6 +64,7 @@ struct Int8Scaling {
 // z is rounded to the storage type even if it is not kept, so that forward and backward compute the same function.
 struct HiddenTile {
   std::int64_t rows, columns;    // columns <= panel; the others of c are zero
+  std::int64_t begin, end;       // the rows to finish
   std::int64_t column;           // index of the first hidden unit
   const float *c, *c_gate;       // [rows, panel]; c_gate null: not gated
   const void *bias, *bias_gate;  // [columns] or null
@@ -62,6 +72,7 @@ struct HiddenTile {
   std::int64_t z_stride;
   Word* a;                            // written: the A panel of this tile; null: not wanted
   Int8Scaling scaling, scaling_gate;  // of int8 products, whose z is not kept
+  std::uint16_t* coarse;              // written by these: a in bfloat16, rows `z_stride` elements apart
 };
 
 // A tile of da = W_out^T dout, turned into the operands of all later products (moe.h, expert_mlp_backward).
@@ -81,7 +92,8 @@ struct HiddenGradientTile {
 
 // A finished tile: out = c + bias + previous.
 struct OutputTile {
-  std::int64_t rows, columns;
+  std::int64_t begin, end;  // the rows to finish
+  std::int64_t columns;
   const float* c;         // [rows, panel]
   const void* bias;       // [columns] in the storage type, or null
   const float* previous;  // rows `stride` apart, or null
@@ -116,7 +128,8 @@ struct Int8Operand {
 struct TypedKernels {
   std::int64_t per_word;   // elements of the summed axis in a word
   std::int64_t tile_rows;  // rows of a full A panel, a multiple of every per_word
-  std::int64_t few_rows;  // with at most this many rows, an expert's plain weight is packed in small steps
+  bool interleaves;        // whether `by_rows` finishes the tile before (Beside)
+  std::int64_t few_rows;   // with at most this many rows, an expert's plain weight is packed in small steps
   Multiply by_rows[kMostTileRows + 1];  // [m]: a is an A panel of m rows
   void (*before_rows)(std::int64_t m);  // call it in the same task before by_rows[m]; null: nothing to do
   Multiply by_columns;                  // a is a column A panel
@@ -162,13 +175,10 @@ struct TypedKernels {
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
 
-  // Quantize one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows` rows,
-  // and return its scale: a row in memory, or one of an A panel of this storage type (n is then a multiple of
-  // `panel`).
+  // Quantizes one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows` rows, and
+  // returns its scale.
   float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
-  float (*quantize_panel_row)(const Word* row, const float* input_scale, std::int64_t n, std::int64_t rows,
-                              Word* a_panel);
 
   // logits[rows,E] = x[rows,D] . weight[E,D]^T.
   void (*router_logits)(const void* x, std::int64_t rows, const float* weight, std::int64_t D, std::int64_t E,

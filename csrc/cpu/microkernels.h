@@ -47,7 +47,10 @@ constexpr TypedKernels products_of() {
   table.tile_rows = Operand::kRows;
   fill_by_rows<Operand, Operand::kRows>(table);
 #ifdef __AMX_TILE__
-  if constexpr (Operand::kRows == kMatrixRows) table.before_rows = configure_tiles;
+  if constexpr (Operand::kRows == kMatrixRows) {
+    table.interleaves = true;
+    table.before_rows = configure_tiles;
+  }
 #endif
   return table;
 }
@@ -81,7 +84,6 @@ constexpr TypedKernels typed_kernels() {
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
   table.quantize_row = quantize_row<Storage>;
-  table.quantize_panel_row = quantize_panel_row<Operand>;
   table.router_logits = router_logits<Storage>;
   table.router_input_gradient = router_input_gradient<Storage>;
   table.router_weight_gradient = router_weight_gradient<Storage>;

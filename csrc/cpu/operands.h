@@ -104,7 +104,21 @@ using U16x32 = std::uint16_t __attribute__((vector_size(64)));
 
 struct BFloat16Pairs {
   static constexpr int kPerWord = 2;
+#ifdef __AMX_BF16__
+  static constexpr int kRows = kMatrixRows;
+
+  template <bool kTwo>
+  static void multiply_tiles() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+#else
   static constexpr int kRows = kTileRows;
+#endif
   template <class Storage>
   static constexpr bool kSameBits = true;  // only bfloat16 is stored like this
 

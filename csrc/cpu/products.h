@@ -18,7 +18,7 @@ inline void ask_for_line(Prefetch& prefetch) {
 }
 
 template <class Operand, int kRows, bool kByRows>
-void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
+void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Beside& beside) {
   F32x sum[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -27,7 +27,7 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
   }
   for (std::int64_t line = 0; line < words; line += kLineWords) {
     const std::int64_t count = smaller(kLineWords, words - line);
-    for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
+    for (std::int64_t ask = beside.prefetch.each; ask > 0; --ask) ask_for_line(beside.prefetch);
     for (std::int64_t k = 0; k < count; ++k) {
       const U32x low = load_as<U32x>(b);
       const U32x high = load_as<U32x>(b + kLanes);

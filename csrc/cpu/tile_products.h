@@ -20,7 +20,8 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 
   explicit TileConfig(std::int64_t m) {
-    const auto upper = static_cast<std::uint8_t>(smaller(m, kTileLines)), lower = static_cast<std::uint8_t>(m - upper);
+    const auto upper = static_cast<std::uint8_t>(smaller(m, kTileLines)),
+               lower = static_cast<std::uint8_t>(m - upper);
     const std::uint8_t all[8] = {upper, upper, lower, lower, upper, lower, kTileLines, kTileLines};
     for (int tile = 0; tile < 8; ++tile) {
       rows[tile] = all[tile];
@@ -45,12 +46,34 @@ void release_tiles() {
   configured_rows = 0;
 }
 
-// As multiply(); configure_tiles(kRows) was called. The last step may have fewer words: those missing on the right are taken
-// for zeros, so that it does not matter what is in their place on the left.
-template <class Operand, int kRows>
-void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
-  constexpr bool kTwo = kRows > kTileLines;
+// Loads a tile; a streamed one displaces less of what is in the first-level cache.
+#define CLIPUP_LOAD_TILE(streamed, tile, from, stride) \
+  if constexpr (streamed) {                            \
+    _tile_stream_loadd(tile, from, stride);            \
+  } else {                                             \
+    _tile_loadd(tile, from, stride);                   \
+  }
+
+// One step; kTwo: of more than 16 rows.
+template <class Operand, bool kTwo, bool kStreamLeft>
+void multiply_step(const Word* a, const Word* b) {
   constexpr std::int64_t kLineBytes = kLineWords * sizeof(Word), kPanelBytes = kPanel * sizeof(Word);
+  _tile_stream_loadd(6, b, kPanelBytes);
+  _tile_stream_loadd(7, b + kLanes, kPanelBytes);
+  CLIPUP_LOAD_TILE(kStreamLeft, 4, a, kLineBytes)
+  if constexpr (kTwo) {
+    CLIPUP_LOAD_TILE(kStreamLeft, 5, a + kTileLines * kLineWords, kLineBytes)
+  }
+  Operand::template multiply_tiles<kTwo>();
+}
+
+// As multiply(); configure_tiles(kRows) was called. The A panel stays in the first-level cache, if it is not too large, while
+// B panels pass through. The last step may have fewer words: those missing on the right are taken for zeros, so that it
+// does not matter what is in their place on the left.
+template <class Operand, int kRows>
+void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Beside& beside) {
+  constexpr bool kTwo = kRows > kTileLines;
+  constexpr std::int64_t kPanelBytes = kPanel * sizeof(Word), kMostKeptWords = 256;
   float* const c_lower = c + kTileLines * kPanel;
   if (add) {
     _tile_loadd(0, c, kPanelBytes);
@@ -67,26 +90,33 @@ void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, 
       _tile_zero(3);
     }
   }
-  const auto step = [&](const Word* right) {
-    _tile_loadd(4, a, kLineBytes);
-    _tile_loadd(6, right, kPanelBytes);
-    _tile_loadd(7, right + kLanes, kPanelBytes);
-    if constexpr (kTwo) _tile_loadd(5, a + kTileLines * kLineWords, kLineBytes);
-    Operand::template multiply_tiles<kTwo>();
+  constexpr std::int64_t kFewestRows = 4;  // finished at a time: each time costs some instructions
+  const std::int64_t steps = words / kLineWords;
+  std::int64_t finished = 0, together = beside.rows;
+  if (steps > 1) together = beside.rows / steps + 1 > kFewestRows ? beside.rows / steps + 1 : kFewestRows;
+  const auto finish = [&](std::int64_t end) {
+    if (end > beside.rows) end = beside.rows;
+    if (finished < end) beside.finish_rows(beside.finish, finished, end);
+    finished = end;
   };
-  std::int64_t line = 0;
-  for (; line + kLineWords <= words; line += kLineWords) {
-    for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
-    step(b);
-    a += kRows * kLineWords;
-    b += kLineWords * kPanel;
+  const auto all_steps = [&](auto step) {
+    for (std::int64_t i = 0; i < steps; ++i, a += kRows * kLineWords, b += kLineWords * kPanel) {
+      step(a, b);
+      if (finished < beside.rows && finished * steps <= i * beside.rows) finish(finished + together);
+    }
+  };
+  if (words <= kMostKeptWords) {
+    all_steps(multiply_step<Operand, kTwo, false>);
+  } else {
+    all_steps(multiply_step<Operand, kTwo, true>);
   }
-  if (line < words) {
+  if (words > steps * kLineWords) {
     alignas(64) Word rest[kTileLines * kPanel] = {};
-    __builtin_memcpy(rest, b, (words - line) * kPanelBytes);
+    __builtin_memcpy(rest, b, (words - steps * kLineWords) * kPanelBytes);
     __asm__ volatile("" : : "m"(rest));
-    step(rest);
+    multiply_step<Operand, kTwo, false>(a, rest);
   }
+  finish(beside.rows);
   _tile_stored(0, c, kPanelBytes);
   _tile_stored(1, c + kLanes, kPanelBytes);
   if constexpr (kTwo) {
@@ -94,6 +124,8 @@ void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, 
     _tile_stored(3, c_lower + kLanes, kPanelBytes);
   }
 }
+
+#undef CLIPUP_LOAD_TILE
 
 }  // namespace
 }  // namespace clipup

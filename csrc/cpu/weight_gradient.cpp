@@ -67,7 +67,7 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
                      float* meet = static_cast<float*>(out);
                      if (dtype_ != DType::kFloat32) meet = sum_.get() == nullptr ? nullptr : sum_.get() + at;
                      OutputTile tile{};
-                     tile.rows = std::min(tile_rows, rows_ - row);
+                     tile.end = std::min(tile_rows, rows_ - row);
                      tile.columns = std::min(kernels_->panel, columns_ - column);
                      tile.c = c;
                      tile.stride = columns_;

@@ -56,6 +56,7 @@ Results run(Activation activation, const std::vector<float>& z) {
 
     HiddenTile hidden{};
     hidden.rows = 1;
+    hidden.end = 1;
     hidden.columns = ks.panel;
     hidden.c = in.data();
     hidden.z = kept.data();
