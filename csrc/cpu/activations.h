@@ -26,17 +26,27 @@ inline F32x exp_of(F32x x) {
 
 // The same to 3e-6, for x <= 0; 2^r by the minimax polynomial of degree 4.
 inline F32x coarse_exp(F32x x) {
-  const F32x kMagic = splat(12582912.0F);
   const F32x powers = x * 1.44269504F;
+#ifdef __AVX512F__
+  const auto whole = reinterpret_cast<F32x>(_mm512_roundscale_ps(reinterpret_cast<__m512>(powers), 0));
+  const F32x r = powers - whole;
+#else
+  const F32x kMagic = splat(12582912.0F);
   const F32x shifted = powers + kMagic;
   const F32x r = powers - (shifted - kMagic);
+#endif
   F32x p = splat(0.00957010221F);
   p = p * r + 0.0559178628F;
   p = p * r + 0.240247443F;
   p = p * r + 0.693121791F;
   p = p * r + 0.999999285F;
+#ifdef __AVX512F__
+  return reinterpret_cast<F32x>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
+#else
   const F32x scaled = from_bits(bits(p) + (bits(shifted) << 23));
   return x < -87.3F ? F32x{} : scaled;
+#endif
 }
 
 // max(z, 0) - u q(u) with u = |z|, at most 4.5; u q(u) approximates max(z, 0) - activation(z), which is even.

@@ -102,8 +102,8 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
       std::array<float, kMostTileRows> inverse_sums{}, query_scales{};
       // A head's rows are far apart: the CPU's own prefetcher does not see their order.
       for (std::int64_t which = 0; which < 3 && following < B * heads; ++which) {
-        ask_for_rows(part_of(following, row, which), stride * element_size(dtype), rows,
-                     d * element_size(dtype));
+        ask_for_rows<2>(part_of(following, row, which), stride * element_size(dtype), rows,
+                        d * element_size(dtype));
       }
       for (std::int64_t i = 0; i < rows; ++i) {
         Word* const to = queries + i * kLineWords;

@@ -102,7 +102,13 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
                       out_matrix(piece)};
       multiply_block(
           ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, out_matrix, team),
-          workspace, thread, nothing_ahead,
+          workspace, thread,
+          [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
+            const std::int64_t at = (piece.begin + block.row + row) * D + panel * ks.panel;
+            const std::int64_t size = identity ? element_size(dtype) : sizeof(float);
+            const void* const to = identity ? element(y, dtype, at) : out_rows.get() + at;
+            ask_for_rows<2>(to, D * size, rows, ks.panel * size);
+          },
           [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
               std::int64_t end) {
             const std::int64_t column = panel * ks.panel;

@@ -168,11 +168,13 @@ Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, D
 // so that earlier tiles do not evict it again.
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines);
 
-// Prefetches `rows` rows of `bytes` bytes: the operands that finish a tile, while the tile is multiplied.
-inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
+// Prefetches `rows` rows of `bytes` bytes: the operands that finish a tile, while the tile is multiplied. kLocality: as of
+// __builtin_prefetch, 3 for the first-level cache, 2 for the second.
+template <int kLocality = 3>
+void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
   const auto* row = static_cast<const char*>(first);
   for (std::int64_t i = 0; row != nullptr && i < rows; ++i, row += stride) {
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, kLocality);
   }
 }
 

@@ -114,12 +114,21 @@ float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& loa
   const float inverse_scale = finite && range > kSmallest ? kMost / range : 0.0F;
   // Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the lower bits.
   constexpr float kRound = 12582912.0F;
-  for (std::int64_t e = 0; e < n; e += kLanes) {
+  const auto rounded = [&](std::int64_t e) {
     const F32x values = finite ? load(e) : F32x{};
-    const U32x rounded = bits(multiply_add(values, splat(inverse_scale), splat(kRound))) + kOffset;
-    constexpr std::int64_t kLine = kLineWords * Int8Quads::kPerWord;
-    auto* const line = reinterpret_cast<std::uint8_t*>(a_panel + e / kLine * rows * kLineWords);
-    store_as(line + e % kLine, lowest_bytes(rounded));
+    return bits(multiply_add(values, splat(inverse_scale), splat(kRound))) + kOffset;
+  };
+  constexpr std::int64_t kLine = kLineWords * Int8Quads::kPerWord;
+  std::int64_t e = 0;
+#ifdef __AVX512VBMI__
+  for (; e + kLine <= n; e += kLine, a_panel += rows * kLineWords) {
+    store_as(a_panel,
+             lowest_bytes(rounded(e), rounded(e + kLanes), rounded(e + 2 * kLanes), rounded(e + 3 * kLanes)));
+  }
+#endif
+  for (std::int64_t rest = 0; e + rest < n; rest += kLanes) {
+    auto* const line = reinterpret_cast<std::uint8_t*>(a_panel + rest / kLine * rows * kLineWords);
+    store_as(line + rest % kLine, lowest_bytes(rounded(e + rest)));
   }
   if (!finite) return __builtin_nanf("");
   return range > kSmallest ? range / kMost : 0.0F;

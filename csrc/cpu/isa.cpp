@@ -107,7 +107,7 @@ const Tier* tiers(std::size_t& count) {
   static const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   static const Tier all[] = {
 #ifdef CLIPUP_AMX_TIER
-      {&kAmx, bf16 && may_use_tiles()},
+      {&kAmx, bf16 && __builtin_cpu_supports("avx512vbmi") && may_use_tiles()},
 #endif
       {&kAvx512Bf16, bf16, __builtin_cpu_is("intel") != 0},
       {&kAvx512Vnni, vnni},

@@ -107,6 +107,21 @@ inline U8x lowest_bytes(U32x value) {
 #endif
 }
 
+#ifdef __AVX512VBMI__
+// Those of four vectors, one after another.
+inline U32x lowest_bytes(U32x a, U32x b, U32x c, U32x d) {
+  alignas(64) static constexpr std::uint8_t kEveryFourth[64] = {
+      0,  4,  8,  12, 16, 20, 24, 28, 32, 36,  40,  44,  48,  52,  56,  60,
+      64, 68, 72, 76, 80, 84, 88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
+  const __m512i every_fourth = load_as<__m512i>(kEveryFourth);
+  const auto pair = [&](U32x low, U32x high) {
+    return _mm512_permutex2var_epi8(reinterpret_cast<__m512i>(low), every_fourth,
+                                    reinterpret_cast<__m512i>(high));
+  };
+  return reinterpret_cast<U32x>(_mm512_inserti64x4(pair(a, b), _mm512_castsi512_si256(pair(c, d)), 1));
+}
+#endif
+
 inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
