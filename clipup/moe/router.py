@@ -175,7 +175,7 @@ class Router(nn.Module):
         """
         if not self.training or factor is None or factor * self.config.top_k >= self.config.num_experts:
             return None
-        return torch.rand(len(x), dtype=torch.float32, device=x.device)
+        return torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
 
     def has_hooks(self) -> bool:
         """Whether a call of this module runs more than its forward: hooks of its own, or of all modules."""
@@ -230,7 +230,7 @@ def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoECo
 def places(values: Tensor, draw: Tensor | None) -> Tensor:
     """[T, ...] int64: the place of each token by descending ``values`` [T, ...] along axis 0; equal ones by
     descending ``draw`` [T], or by position."""
-    order = torch.arange(len(values), device=values.device) if draw is None else draw.argsort(descending=True)
+    order = torch.arange(values.shape[0], device=values.device) if draw is None else draw.argsort(descending=True)
     return order[values[order].argsort(dim=0, descending=True, stable=True)].argsort(dim=0)
 
 
