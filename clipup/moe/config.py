@@ -125,7 +125,9 @@ class MoEConfig:
     """When a token's K gates are scaled to sum to 1: before choices over capacity are dropped, after, or not at all. A
     single gate is then always 1, so that with top_k 1 the task loss does not train the router."""
     priority: bool = False
-    """Assign slots by descending router probability (batch-priority routing) instead of by position."""
+    """Assign slots by descending router probability (batch-priority routing), instead of in an order that every layer
+    draws anew in training. Training breaks ties by such a draw; evaluation breaks them, and without priority assigns
+    slots, by position."""
     router_noise: float = 0.0
     """Standard deviation of normal noise on the router's logits in training, in units of 1/num_experts (V-MoE)."""
     score_function: ScoreFunction = "softmax"

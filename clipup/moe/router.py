@@ -150,20 +150,32 @@ class Router(nn.Module):
         bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
         scores = log_scores(noisy_logits, config.score_function)
         if config.routing == "expert_choice":
-            gating, plan = expert_choice(scores, config, config.expert_choice_factor(self.training), mask)
+            room = config.expert_choice_factor(self.training)
+            gating, plan = expert_choice(scores, config, room, mask, self._draw(x, room))
             return Routing(gating.gates, plan, gating, logits, noisy_logits, mask)
         gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
-        plan = dispatch(
-            gating.expert_indices,
-            config.num_experts,
-            config.capacity_factor if self.training else config.eval_capacity_factor,
-            priority=gating.top_prob.detach() if config.priority else None,
-            mask=mask,
-        )
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        priority = draw = self._draw(x, factor)
+        if config.priority:
+            priority = gating.top_prob.detach()
+            if draw is not None:
+                priority = -places(priority.nan_to_num(-1.0), draw).float()
+        plan = dispatch(gating.expert_indices, config.num_experts, factor, priority, mask)
         gates = gating.gates
         if config.normalize_gates == "after_drop":
             gates = renormalize_kept(scores, gating, plan)
         return Routing(gates, plan, gating, logits, noisy_logits, mask)
+
+    def _draw(self, x: Tensor, factor: float | None) -> Tensor | None:
+        """[T] float32: the order, from torch's random state, in which tokens get the slots of training. None in
+        evaluation, and where every expert has room for all tokens.
+
+        By position, what is dropped would tell a sample's row. The two towers of a CLIP, which see a pair in the same
+        row, would learn to match rows, and so would layers that draw equal orders.
+        """
+        if not self.training or factor is None or factor * self.config.top_k >= self.config.num_experts:
+            return None
+        return torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
 
     def has_hooks(self) -> bool:
         """Whether a call of this module runs more than its forward: hooks of its own, or of all modules."""
@@ -215,21 +227,29 @@ def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoECo
     return of_scores if config.score_function == "softmax" else losses.router_z(logits, mask)
 
 
-def expert_choice(scores: Tensor, config: MoEConfig, factor: float, mask: Tensor | None) -> tuple[Gating, Plan]:
-    """Expert choice routing (arXiv 2202.09368, section 3.2): each of E experts takes the ``ceil(factor*K*N/E)`` of N
-    unmasked tokens with the largest router probabilities p; on equal ones, the first. The gate is p, or with normalized
-    gates p over the sum of those of the token's experts (Sparse Upcycling, arXiv 2212.05055).
+def places(values: Tensor, draw: Tensor | None) -> Tensor:
+    """[T, ...] int64: the place of each token by descending ``values`` [T, ...] along axis 0; equal ones by
+    descending ``draw`` [T], or by position."""
+    order = torch.arange(values.shape[0], device=values.device) if draw is None else draw.argsort(descending=True)
+    return order[values[order].argsort(dim=0, descending=True, stable=True)].argsort(dim=0)
 
-    scores: [T, E] of ``log_scores``; mask: [T] bool. In the results a token has E choices by descending gate, of which
-    those that no expert made have index -1 and gate 0. A NaN ranks first, so that it shows.
+
+def expert_choice(
+    scores: Tensor, config: MoEConfig, factor: float, mask: Tensor | None, draw: Tensor | None = None
+) -> tuple[Gating, Plan]:
+    """Expert choice routing (arXiv 2202.09368, section 3.2): each of E experts takes the ``ceil(factor*K*N/E)`` of N
+    unmasked tokens with the largest router probabilities p; equal ones by ``draw``, or by position. The gate is p, or
+    with normalized gates p over the sum of those of the token's experts (Sparse Upcycling, arXiv 2212.05055).
+
+    scores: [T, E] of ``log_scores``; mask: [T] bool; draw: [T]. In the results a token has E choices by descending
+    gate, of which those that no expert made have index -1 and gate 0. A NaN ranks first, so that it shows.
     """
     num_tokens, num_experts = scores.shape
     mask = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else mask
     probs = scores.softmax(-1)
     ranked = probs.detach().nan_to_num(2.0).where(mask[:, None], -1.0)
-    places = ranked.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
     capacity = (factor * config.top_k * mask.sum().double() / num_experts).ceil()
-    chosen = (places < capacity) & mask[:, None]
+    chosen = (places(ranked, draw) < capacity) & mask[:, None]
     gates = probs.where(chosen, 0)
     if config.normalize_gates != "none":
         gates = renormalize_gates(probs, scores, chosen)

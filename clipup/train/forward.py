@@ -1,10 +1,4 @@
-"""The forward pass of a step: a model's output by name, shuffled texts where capacity goes by position, attention.
-
-Under a capacity an expert's slots go to tokens by their position in the batch, so which tokens are dropped depends on a
-sample's row. If the image and the text of a pair were in the same row, both towers could tell the row from what was
-dropped, and would learn to match rows instead of contents: the loss falls far below chance even on unrelated images and
-texts, and none of that transfers to evaluation. So the text tower gets the texts in a random order.
-"""
+"""The forward pass of a step: a model's output by name, and its attention kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..moe.layer import moe_layers
 from ..precision import Precision
 
 SCALES = ("logit_scale", "logit_bias")
@@ -33,24 +26,12 @@ def named_output(output: Any) -> dict[str, Tensor]:
     return dict(zip(("image_features", "text_features", *SCALES), output, strict=False))
 
 
-def drops_by_position(model: nn.Module) -> bool:
-    """Whether some sparse layer chooses the tokens that it drops in training by their position in the batch."""
-    configs = (layer.config for layer in moe_layers(model).values())
-    return any(config.capacity_factor is not None and not config.priority for config in configs)
-
-
 def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """The model's output by name; row i of the image and of the text features belongs to pair i."""
-    if not drops_by_position(model):
-        return _with_labels(named_output(model(images, texts)), texts)
-    order = torch.randperm(len(texts)).to(texts.device, non_blocking=True)
-    output = _with_labels(named_output(model(images, texts[order])), texts[order])
-    output["text_features"] = output["text_features"][order.argsort()]
-    return output
+    """The model's output by name; row i of the image and of the text features belongs to pair i.
 
-
-def _with_labels(output: dict[str, Tensor], texts: Tensor) -> dict[str, Tensor]:
-    """Of a CoCa, logits and the tokens that they should predict: open_clip 3 returns both, open_clip 4 the logits."""
+    Of a CoCa, logits and the tokens that they should predict: open_clip 3 returns both, open_clip 4 the logits.
+    """
+    output = named_output(model(images, texts))
     if "logits" in output and "labels" not in output:
         output |= {"logits": output["logits"][:, :-1], "labels": texts[:, 1:]}
     return output

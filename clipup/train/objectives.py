@@ -20,7 +20,7 @@ from ..clip import inputs
 from ..models import factory, model_names
 from ..precision import Precision
 from .chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss, MultiPositiveClipLoss
-from .forward import drops_by_position, named_output
+from .forward import named_output
 
 if TYPE_CHECKING:
     from .options import TrainOptions
@@ -191,12 +191,6 @@ class CoCaObjective(Objective):
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
         weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
         assert isinstance(model, CoCa)
-        if drops_by_position(model):
-            raise ValueError(
-                "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled "
-                "against the images, which training needs where an expert's slots go by position; assign slots by "
-                "probability (with --moe: --priority) or set no capacity factor (--capacity-factor None)"
-            )
         return cls(model.pad_id, *weights, options.loss_chunk_size, **_gathering(options, ranks))
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:

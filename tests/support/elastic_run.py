@@ -18,8 +18,8 @@ MODELS = {
     "sparse": {**_UNWEIGHTED, "capacity_factor": None, "router_noise": 0.0},
     "noisy": {**_UNWEIGHTED, "capacity_factor": 1.0, "router_noise": 1.0},
 }
-"""MoE configs. The sparse one computes nothing that depends on how a global batch is divided; the noisy one drops
-tokens by their places in a batch, whose texts are shuffled, and its router draws noise."""
+"""MoE configs. The sparse one computes nothing that depends on how a global batch is divided; the noisy one draws
+which tokens it drops, and noise."""
 
 
 def preprocess(image: Any) -> torch.Tensor:

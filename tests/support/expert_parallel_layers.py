@@ -49,7 +49,10 @@ def spread(layer: SparseMoE, mesh: Any, placements: list[Placement]) -> SparseMo
 
 def outcome(layer: SparseMoE, xs: list[Tensor], call: Call) -> dict[str, Any]:
     """Outputs, and all gradients of the sum of a loss over the inputs."""
-    ys = [call(layer, x) for x in xs]
+    ys = []
+    for x in xs:
+        torch.manual_seed(1)  # by which a capacity draws whom it drops, on any rank
+        ys.append(call(layer, x))
     (sum((y.float() * (1 + y.float())).sum() for y in ys) + aux_loss(layer)).backward()
     parameters = {f"d {name}": whole(parameter.grad) for name, parameter in layer.named_parameters()}
     return {"y": ys, "dx": [x.grad for x in xs], **parameters}

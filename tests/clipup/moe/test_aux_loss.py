@@ -92,6 +92,7 @@ def test_compiled_model_trains_as_the_eager_one(checkpointing):
     compiled = torch.compile(model, backend="aot_eager")
 
     def step(run):
+        torch.manual_seed(3)
         return gradients(model, lambda: contrastive_loss(run, images, texts) + aux_loss(model))
 
     torch.testing.assert_close(step(model), step(compiled))

@@ -44,8 +44,9 @@ def expert_output(experts, number, x):
     return F.linear(hidden, p["out_weight"], p.get("out_bias"))
 
 
-def choices(layer, probs, able):
-    """The choices that are made and those that get a slot, [K, T, E]; where experts choose, K is 1."""
+def choices(layer, probs, able, draw):
+    """The choices that are made and those that get a slot, [K, T, E]; where experts choose, K is 1. draw: [T], the
+    random numbers that decide in training who is dropped."""
     config, shape = layer.config, (*probs.shape,)
     factor = config.capacity_factor if layer.training else config.eval_capacity_factor
     if config.routing == "expert_choice":
@@ -58,7 +59,8 @@ def choices(layer, probs, able):
     places = math.inf if factor is None else math.ceil(factor * config.top_k * len(able) / shape[1])
     biased = probs if layer.router.selection_bias is None else probs + layer.router.selection_bias
     ranked = biased.argsort(-1, descending=True)
-    line = sorted(able, key=lambda t: -probs[t].max().item()) if config.priority else able
+    line = able if draw is None or not layer.training else sorted(able, key=lambda t: -draw[t].item())
+    line = sorted(line, key=lambda t: -probs[t].max().item()) if config.priority else line
     made = torch.zeros(config.top_k, *shape, dtype=torch.bool)
     kept = made.clone()
     for k, t in itertools.product(range(config.top_k), line):
@@ -72,14 +74,14 @@ def entropy(probs):
     return -(probs * probs.log()).sum(-1)
 
 
-def definition(layer, x, mask):
+def definition(layer, x, mask, draw=None):
     """y [T, D], the gates of the choices that got a slot [T, E], the metrics, and the weighted losses."""
     config, count = layer.config, layer.config.num_experts
     x = x.double().where(mask[:, None], 0)
     logits = x @ layer.router.weight.double().T
     scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(-1)
     probs = scores / scores.sum(-1, keepdim=True)
-    made, kept = choices(layer, probs, mask.nonzero().flatten().tolist())
+    made, kept = choices(layer, probs, mask.nonzero().flatten().tolist(), draw)
     gates = probs * kept.any(0)
     if config.normalize_gates != "none":
         summed = kept if config.normalize_gates == "after_drop" else made
@@ -154,10 +156,12 @@ def test_layer_and_its_gradients_losses_and_metrics_are_those_of_its_definition(
     x = x.masked_fill(torch.zeros(T, 1, dtype=torch.bool) if mask is None else ~mask[:, None], torch.nan)
     leaves = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
 
+    draw = torch.rand(T, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
     found, routing = layer(x.view(3, 7, D), None if mask is None else mask.view(3, 7), return_routing=True)
     metrics, loss = moe_metrics(layer)[""], aux_loss(layer)
     every = torch.ones(T, dtype=torch.bool) if mask is None else mask
-    y, gates, expected_metrics, expected_loss = definition(layer, x, every)
+    y, gates, expected_metrics, expected_loss = definition(layer, x, every, draw)
 
     torch.testing.assert_close(found.view(T, D), y)
     at = F.one_hot(routing.experts.view(T, -1).clamp_min(0).long(), gates.shape[1]) * routing.kept.view(T, -1, 1)

@@ -36,7 +36,7 @@ def test_under_noise_importance_is_of_the_router_without_it_and_load_of_both():
 
 
 def test_the_only_gate_is_one_however_improbable_the_choice():
-    router = make_router(num_experts=3, normalize_gates="after_drop", capacity_factor=0.5)
+    router = make_router(num_experts=3, normalize_gates="after_drop", eval_capacity_factor=0.5).eval()
     router.logits = lambda x, mask: torch.tensor([[0.0, -300, -104]] * 2 + [[0, -104, -300]] * 2)
     routing = router(torch.zeros(4, D))
     assert (routing.plan.row_of_choice >= 0).tolist() == [[True, True]] * 2 + [[False, True]] * 2

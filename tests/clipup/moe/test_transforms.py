@@ -30,17 +30,22 @@ def loss_of(layer):
 def test_functional_gradients_with_the_losses_are_those_of_backward(options):
     layer, x = make_layer(**options), torch.randn(9, D)
     parameters = dict(layer.named_parameters())
+    torch.manual_seed(1)
     expected = torch.autograd.grad(loss_of(layer)(parameters, x), tuple(parameters.values()))
+    torch.manual_seed(1)
     found = grad(loss_of(layer))(parameters, x)
     for one, other in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_gradients_by_sample_with_the_losses_are_those_of_the_samples():
-    layer, batch = make_layer(**OPTIONS["plain"]), torch.randn(3, 9, D)
+@pytest.mark.parametrize("options", ["plain", "shared"])
+def test_gradients_by_sample_with_the_losses_are_those_of_the_samples(options):
+    layer, batch = make_layer(**OPTIONS[options]), torch.randn(3, 9, D)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    found = vmap(grad(loss_of(layer)), in_dims=(None, 0))(parameters, batch)
+    torch.manual_seed(1)
+    found = vmap(grad(loss_of(layer)), in_dims=(None, 0), randomness="different")(parameters, batch)
+    torch.manual_seed(1)
     for index, x in enumerate(batch):
         for name, one in grad(loss_of(layer))(parameters, x).items():
             torch.testing.assert_close(found[name][index], one)

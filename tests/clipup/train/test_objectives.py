@@ -26,7 +26,7 @@ from clipup.train.step import TrainStep
 
 # z-loss in the image tower alone: there every batch has as many tokens, so the mean of means is the mean
 SPARSE = clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",))
-COCA = clipup.MoEConfig.clip_up(num_experts=4, priority=True, towers=("image", "text", "decoder"))
+COCA = clipup.MoEConfig.clip_up(num_experts=4, towers=("image", "text", "decoder"))
 BIAS = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 PAIRS = 11
 
@@ -91,7 +91,7 @@ def test_accumulation_has_the_losses_and_gradients_of_one_big_batch(make_model, 
             return make_model(moe, **BIAS if kind == "sigmoid" else {})
         torch.manual_seed(0)
         model = build(coca_cfg())
-        return model if moe is None else clipup.upcycle(model, SPARSE.replace(priority=True))
+        return model if moe is None else clipup.upcycle(model, SPARSE)
 
     images, texts = random_inputs(model(), 24, seed=0) if kind == "coca" else (data.images, data.texts)
     teacher = make_model(seed=1).eval()
@@ -178,15 +178,17 @@ def test_options_select_the_loss(make_model, pairs, options, model_directory):
 def test_the_loss_of_a_coca_is_the_weighted_sum_of_both_which_fall(options, weights):
     model = clipup.upcycle(build(coca_cfg()), COCA)
     images, texts = random_inputs(model, 8, seed=0)
-    output = model(images, texts)
-    contrastive = ClipLoss()(output["image_features"], output["text_features"], output["logit_scale"]).item()
-    likelihood = output["logits"].double().log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
-    captioning = -likelihood[texts[:, 1:] != 0].mean().item()
+    outputs: list[dict[str, torch.Tensor]] = []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     caption_weight, contrastive_weight = weights
     chosen = {"coca_caption_loss_weight": caption_weight, "coca_contrastive_loss_weight": contrastive_weight}
 
     history = train(options(logs=None, steps=15, lr=3e-3, **chosen), model=model, loader=[(images, texts)]).history
 
+    output = outputs[0]
+    contrastive = ClipLoss()(output["image_features"], output["text_features"], output["logit_scale"]).item()
+    likelihood = output["logits"].double().log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
+    captioning = -likelihood[texts[:, 1:] != 0].mean().item()
     assert history[0]["caption"] == pytest.approx(caption_weight * captioning, rel=1e-4)
     assert history[0]["contrastive"] == pytest.approx(contrastive_weight * contrastive, rel=1e-4)
     assert history[-1]["caption"] < history[0]["caption"]
@@ -195,7 +197,6 @@ def test_the_loss_of_a_coca_is_the_weighted_sum_of_both_which_fall(options, weig
 @pytest.mark.parametrize(
     ("coca", "changes", "bias", "name"),
     [
-        (True, {}, {}, "--priority"),
         (True, {"siglip": True}, BIAS, "siglip"),
         (True, {"multi_positive": True}, {}, "multi_positive"),
         (True, {}, BIAS, "init_logit_bias"),
@@ -209,9 +210,7 @@ def test_the_loss_of_a_coca_is_the_weighted_sum_of_both_which_fall(options, weig
 def test_losses_that_a_model_cannot_be_trained_with_are_refused_by_name(
     make_model, named_model, options, coca, changes, bias, name
 ):
-    model = make_model(**bias)
-    if coca:
-        model = clipup.upcycle(build({**coca_cfg(), **bias}), COCA.replace(priority=name != "--priority"))
+    model = clipup.upcycle(build({**coca_cfg(), **bias}), COCA) if coca else make_model(**bias)
     with pytest.raises(ValueError, match=name):
         train(options(logs=None, **changes), model=model, loader=[random_inputs(model, 4)])
 

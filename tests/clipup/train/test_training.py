@@ -10,7 +10,6 @@ import torch
 
 import clipup
 from clipup.train import Every, train
-from clipup.train.forward import forward
 
 BIASED = clipup.MoEConfig.clip_up(num_experts=4, selection_bias="sign", local_entropy_weight=0.01)
 SIGMOID = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
@@ -66,28 +65,6 @@ def test_a_layer_with_another_config_than_the_saved_one_is_refused_before_the_ru
     layer.config = layer.config.replace(top_k=3)
     with pytest.raises(ValueError, match=r"config differs from model.moe_config \(top_k\)"):
         train(options(logs=None), model=model, loader=pairs())
-
-
-@pytest.mark.parametrize("settings, shuffled", [({"capacity_factor": 0.5}, True), ({}, False)])
-def test_texts_are_shuffled_where_capacity_goes_by_position_and_outputs_are_not(make_model, pairs, settings, shuffled):
-    model, data, seen = make_model(clipup.MoEConfig(num_experts=2, top_k=1, **settings)), pairs(), []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    model.eval()  # without drops
-
-    output, expected = forward(model, data.images, data.texts), model(data.images, data.texts)
-
-    torch.testing.assert_close(output, expected)
-    assert torch.equal(seen[0], data.texts) != shuffled
-
-
-def test_every_step_shuffles_the_texts_in_another_order(make_model, pairs, options):
-    model, data, seen = make_model(clipup.MoEConfig.clip_up(num_experts=2)), pairs(), []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].tolist()))
-
-    train(options(logs=None, steps=3), model=model, loader=[(data.images, data.texts)])  # one batch, again and again
-
-    assert all(seen.count(texts) == 1 for texts in seen)
-    assert data.texts.tolist() not in seen and len(seen) == 3
 
 
 def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(make_model, pairs, options):
@@ -181,10 +158,12 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_weights_and_selection_bia
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     usual = {"logs": None, "steps": 3, "warmup": 0, "eps": 1e-3, "grad_checkpointing": checkpointing}
-    eager, compiled = (
-        train(options(**usual, **changes), model=make_model(BIASED), loader=pairs(pairs=8, batch_size=4))
-        for changes in ({}, {"torchcompile": True, "torchcompile_backend": backend})
-    )
+    data = {"pairs": 8, "batch_size": 8}  # a text of full length in each batch: compiled towers also draw for padding
+    with torch._inductor.config.patch(fallback_random=True):  # inductor draws what eager does
+        eager, compiled = (
+            train(options(**usual, **changes), model=make_model(BIASED), loader=pairs(**data))
+            for changes in ({}, {"torchcompile": True, "torchcompile_backend": backend})
+        )
 
     for one, other in zip(eager.history, compiled.history, strict=True):
         assert (other["contrastive"], other["aux"]) == pytest.approx((one["contrastive"], one["aux"]), rel=1e-4)

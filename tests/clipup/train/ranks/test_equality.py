@@ -11,8 +11,8 @@ from tiny_parallel import DROPLESS, run, run_all
 
 from clipup.train.checkpoints.open_clip_format import load
 
-BY_POSITION = {"priority": True}
-"""A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""
+CAPACITY = {"capacity_factor": 1.0}
+"""A capacity of each batch, which draws whom it drops, so that one process accumulates the batches of the ranks."""
 
 BALANCED = {**DROPLESS, "selection_bias": "z_score", "selection_bias_rate": 0.01}
 CAPTIONS = {"coca_contrastive_loss_weight": 0.0}
@@ -61,7 +61,7 @@ def cases_of(count):
             same_as[f"dense, {spread}"] = "dense"
         cases[f"balanced, {spread}"] = (BALANCED, how)
         same_as[f"balanced, {spread}"] = "balanced"
-        cases[f"capacity, {spread}"] = (BY_POSITION, how)
+        cases[f"capacity, {spread}"] = (CAPACITY, how)
         same_as[f"capacity, {spread}"] = f"capacity, {count} batches"
     cases["captions"] = (None, CAPTIONS)
     same_as["captions"] = "captions"
@@ -80,7 +80,7 @@ def alone_cases(count):
     cases["sparse, kept gathered"] = (DROPLESS, {})
     cases["two experts"] = ({**DROPLESS, "num_experts": 2}, {})
     cases |= {"dense": (None, {}), "captions": (None, CAPTIONS), "balanced": (BALANCED, {})}
-    cases[f"capacity, {count} batches"] = (BY_POSITION, {"accum_freq": count})
+    cases[f"capacity, {count} batches"] = (CAPACITY, {"accum_freq": count})
     return cases
 
 
