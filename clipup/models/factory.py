@@ -47,7 +47,8 @@ def create_model_and_transforms(
     """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
     from a directory or the hub, and training checkpoints.
 
-    The model is in evaluation mode, in which no tokens are dropped: call ``model.train()`` before training it.
+    Unlike open_clip's, the model is in evaluation mode, in which no tokens are dropped and ``clipup.aux_loss`` is 0:
+    call ``model.train()`` before training it.
 
     Args:
         model_name: an open_clip model name, a directory with an ``open_clip_config.json`` (``"DIR"`` or

@@ -6,6 +6,7 @@ token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
@@ -207,7 +208,7 @@ class SparseMoE(Experts):
             balances = self.config.selection_bias != "none"
             if self.training and not learns and (balances or self.config.has_losses):
                 warn_inside_function()
-            self.state.keep(routing, y, loss, counts_load=learns and balances)
+            self.state.keep(routing, y, loss, counts_load=learns and balances, evaluates=not self.training)
         if return_routing:
             return y.view(x.shape), TokenRouting.of(routing, x.shape[:-1])
         return y.view(x.shape)
@@ -289,7 +290,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Add it to the loss of each forward pass, or of several at once. The losses of a forward pass count once, and not at
     all if another one came after it and its outputs are no longer in use. Returns a 0-d tensor, float32 (float64 of
-    float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers).
+    float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers). Where the last forward
+    pass recorded gradients in evaluation mode, a warning says so once.
 
     The losses of a forward pass belong to the thread that ran it, so several threads can train or evaluate one model.
     If other threads run the forward passes of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the
@@ -301,6 +303,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             thread if the calling thread has not run the model itself.
     """
     layers = moe_layers(model).values()
+    _warn_of_evaluation(model)
     taken = [loss for layer in layers for loss in layer.state.take_losses()]
     if not (taken or torch.compiler.is_compiling()) and any(layer.state.untaken_elsewhere() for layer in layers):
         raise RuntimeError(
@@ -309,6 +312,20 @@ def aux_loss(model: nn.Module) -> Tensor:
             "and return its value with the output"
         )
     return _sum(taken, model)
+
+
+def _warn_of_evaluation(model: nn.Module) -> None:
+    """Warns, once in a thread, whoever takes losses of layers that ran in evaluation mode as if to train."""
+    if torch.compiler.is_compiling():
+        return
+    layers = moe_layers(model).values()
+    if count := sum(layer.state.take_evaluated() for layer in layers):
+        warnings.warn(
+            f"{count} of {len(layers)} sparse layers recorded gradients in evaluation mode, where they have no losses, "
+            "no capacity of training and no router noise: call model.train() before training (models are loaded in "
+            "evaluation mode), or evaluate under torch.no_grad()",
+            stacklevel=3,
+        )
 
 
 def _sum(losses: Collection[Tensor], model: nn.Module) -> Tensor:
@@ -361,6 +378,7 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
         layer.state.take_losses()
     try:
         yield collected
+        _warn_of_evaluation(model)
     finally:
         taken = {name: layer.state.take_losses() for name, layer in layers.items()}
         collected._taken = {}

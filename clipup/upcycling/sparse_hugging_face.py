@@ -122,13 +122,14 @@ class _SparseModel:
             parameter.copy_(value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The dense class's forward. In training, a loss that it returns includes the weighted losses of the sparse
-        layers (``clipup.aux_loss``); where it returns none, they are left to the caller."""
+        """The dense class's forward. A loss that it returns with gradients includes the weighted losses of the sparse
+        layers (``clipup.aux_loss``), which there are in training mode only; where it returns none, they are left to the
+        caller."""
         as_dict = kwargs.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict  # type: ignore[attr-defined]
         outputs = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
         loss = getattr(outputs, "loss", None)
-        if loss is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+        if loss is not None and torch.is_grad_enabled():
             outputs.loss = loss + _share(kwargs) * aux_loss(self).to(loss.device)  # type: ignore[arg-type]
         return outputs if as_dict else outputs.to_tuple()
 

@@ -154,13 +154,17 @@ def test_copies_and_pickles_are_sparse(name):
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
-def test_a_loss_in_training_includes_the_layers_losses_and_in_evaluation_it_does_not(name):
+def test_a_loss_in_training_includes_the_layers_losses_and_in_evaluation_it_does_not(name, recwarn):
     dense = tiny_hugging_face(name)
     sparse = upcycle(dense, sparse_config(dense, balance_weight=1.0))
     labels = {"return_loss": True} if name == "CLIPModel" else {"labels": torch.arange(4) % 3}
     batch = random_batch(dense, 4) | labels
-    plain = sparse(**batch).loss
+    with torch.no_grad():
+        plain = sparse(**batch).loss
+    assert not recwarn.list
     torch.testing.assert_close(plain, dense(**batch).loss)
+    with pytest.warns(UserWarning, match="in evaluation mode"):
+        assert sparse(**batch).loss == plain
 
     sparse.train()
     loss = sparse(**batch).loss
