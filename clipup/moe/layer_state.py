@@ -159,9 +159,7 @@ class LayerState:
         if not _in_transform():
             self.mine.last_routing = routing
 
-    def keep(
-        self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool
-    ) -> None:
+    def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool) -> None:
         """Stores the state of the forward pass that returns ``output``; ``loss`` is None if there is none to train on.
 
         Under ``torch.compile`` this also works inside a checkpointed region, whose recomputation stores nothing.
@@ -173,9 +171,7 @@ class LayerState:
         else:
             self._keep(routing, output, loss, counts_load, evaluates)
 
-    def _keep(
-        self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool
-    ) -> None:
+    def _keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool) -> None:
         mine = self.mine
         mine.ran_layer, mine.evaluated = True, evaluates and output.requires_grad
         if not _in_transform():
