@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..clip import towers
 from ..moe.config import MoEConfig
+from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
 from . import architecture, hub, model_directory, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
@@ -164,7 +165,7 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     Raises:
         ValueError: the configs are those of another function, or not valid.
     """
-    trained, own = moe_config_in(configs), getattr(model, "moe_config", None)
+    trained, own = moe_config_in(configs), saved_config(model)
     if trained is not None and own is not None:
         fields = trained.differing(own)
         if fields:

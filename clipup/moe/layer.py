@@ -20,7 +20,7 @@ from ..dense.dense_mlp import DenseMLP, FirstLinear
 from ..dense.expert_init import experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import LayerOptions, MoEConfig, layer_config
+from .config import OF_BLOCKS, LayerOptions, MoEConfig, layer_config
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
@@ -59,7 +59,8 @@ class SparseMoE(Experts):
         d_model: D.
         d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
         config: how many experts there are, how tokens are routed, and the auxiliary losses; None means ``MoEConfig()``.
-            ``layer.config`` holds it; assigning another one takes effect at the next forward.
+            ``layer.config`` holds it; assigning another one takes effect at the next forward, and is saved with a model
+            whose layers all have it.
         activation: one of ``clipup_kernels.ACTIVATIONS``.
         bias: whether the projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
@@ -271,18 +272,25 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
 
 
 def saved_config(model: nn.Module) -> MoEConfig | None:
-    """``model.moe_config``, with which its sparse layers are made again; None for a model that was not upcycled.
+    """The config that makes the model's sparse layers again: the layers' own, in the blocks of ``model.moe_config``;
+    None for a model that was not upcycled.
 
     Raises:
-        ValueError: a layer's own config says something else.
+        ValueError: the layers' configs differ, of which one is saved.
     """
-    config: Any = getattr(model, "moe_config", None)
-    for name, layer in moe_layers(model).items():
-        if config is not None and (fields := layer.config.differing(config)):
+    made: Any = getattr(model, "moe_config", None)
+    layers = moe_layers(model)
+    if made is None or not layers:
+        return made
+    of_model = {name: getattr(made, name) for name in OF_BLOCKS}
+    first, *others = ((name, layer.config.replace(**of_model)) for name, layer in layers.items())
+    for name, config in others:
+        if fields := [field for field, value in vars(config).items() if value != getattr(first[1], field)]:
             raise ValueError(
-                f"{name}.config differs from model.moe_config ({', '.join(fields)}), which is saved; set both"
+                f"{name}.config differs from {first[0]}.config ({', '.join(fields)}), but one config is saved for all: "
+                "give every layer in clipup.moe_layers(model) the same"
             )
-    return config
+    return first[1]
 
 
 def aux_loss(model: nn.Module) -> Tensor:

@@ -22,7 +22,7 @@ from ..clip.hugging_face import hugging_face_blocks
 from ..clip.towers import with_towers
 from ..moe.config import MoEConfig
 from ..moe.experts import Experts
-from ..moe.layer import aux_loss, moe_layers
+from ..moe.layer import aux_loss, moe_layers, saved_config
 from ..moe.router import Router
 from .sparse_blocks import make_sparse
 from .sparse_configs import sparse_config_class, sparse_name
@@ -132,6 +132,14 @@ class _SparseModel:
         if loss is not None and torch.is_grad_enabled():
             outputs.loss = loss + _share(kwargs) * aux_loss(self).to(loss.device)  # type: ignore[arg-type]
         return outputs if as_dict else outputs.to_tuple()
+
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """The dense class's, with the configs that the layers have now (``ValueError`` where they differ)."""
+        for module in reversed(list(self.modules())):  # type: ignore[attr-defined]
+            if isinstance(module, _SparseModel):
+                module.config.moe_cfg = saved_config(module).to_dict()  # type: ignore[attr-defined, arg-type]
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 def _share(arguments: dict[str, Any]) -> Any:

@@ -103,6 +103,31 @@ def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp
     torch.testing.assert_close(loaded.state_dict(), sparse.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
+def test_what_the_layers_do_is_what_is_saved(name, tmp_path):
+    sparse = upcycle(tiny_hugging_face(name))
+    layers = list(moe_layers(sparse).values())
+    changes = {"top_k": 1, "normalize_gates": "none", "eval_capacity_factor": 0.5, "capacity_factor": 2.0}
+    changes |= {"score_function": "sigmoid", "balance_weight": 0.5, "router_noise": 0.1}
+    layers[0].config = layers[0].config.replace(**changes)
+    with pytest.raises(ValueError, match="config differs from .*config .*one config is saved"):
+        sparse.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    for layer in layers:
+        layer.config = layer.config.replace(**changes)
+    batch = random_batch(sparse, 4)
+    expected = tensors(sparse(**batch))
+
+    sparse.save_pretrained(tmp_path)
+
+    loaded = type(sparse).from_pretrained(tmp_path)
+    torch.testing.assert_close(tensors(loaded(**batch)), expected, rtol=0, atol=0)
+    assert [layer.config for layer in moe_layers(loaded).values()] == [layer.config for layer in layers]
+    if name == "CLIPModel":
+        sparse.vision_model.save_pretrained(tmp_path)
+        assert type(sparse.vision_model).from_pretrained(tmp_path).moe_config.top_k == 1
+
+
 def trained(model, batch, path, **options):
     arguments = transformers.TrainingArguments(path, report_to=[], use_cpu=True, logging_steps=1, **options)
 
