@@ -133,7 +133,6 @@ class _SparseModel:
             outputs.loss = loss + _share(kwargs) * aux_loss(self).to(loss.device)  # type: ignore[arg-type]
         return outputs if as_dict else outputs.to_tuple()
 
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """The dense class's, with the configs that the layers have now (``ValueError`` where they differ)."""
         for module in reversed(list(self.modules())):  # type: ignore[attr-defined]
