@@ -3,8 +3,10 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tiny_hugging_face import CONFIGS, tiny_hugging_face
@@ -126,6 +128,29 @@ def test_what_the_layers_do_is_what_is_saved(name, tmp_path):
     if name == "CLIPModel":
         sparse.vision_model.save_pretrained(tmp_path)
         assert type(sparse.vision_model).from_pretrained(tmp_path).moe_config.top_k == 1
+
+
+@FAMILIES
+def test_experts_that_a_file_lacks_are_copies_of_an_mlp_of_transformers_initializer_range(name, tmp_path):
+    dense = tiny_hugging_face(name)
+    sparse = upcycle(dense, sparse_config(dense, granularity=2, top_k=2, shared_expert=True))
+    sparse.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    names = [key for key in weights if re.search(r"(in_weight|in_bias|gate_weight|router.weight)$", key)]
+    lacking = {key: value for key, value in weights.items() if key not in names}
+    safetensors.torch.save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+
+    loaded = type(sparse).from_pretrained(tmp_path)
+
+    for key, layer in moe_layers(loaded).items():
+        for experts in (layer, layer.shared):
+            drawn = [weight for weight in (experts.in_weight, experts.gate_weight) if weight is not None]
+            assert all(weight.std().item() == pytest.approx(0.02, rel=0.1) for weight in drawn)
+            assert experts.in_bias is None or not experts.in_bias.any()
+        assert torch.equal(layer.in_weight[:2], layer.in_weight[2:])
+        assert not torch.equal(layer.in_weight[0], layer.in_weight[1])  # shards
+        assert torch.equal(layer.router.weight[0], layer.router.weight[1]) and layer.router.weight.std() > 0.01
+        assert torch.equal(layer.out_weight, sparse.get_submodule(key).out_weight)
 
 
 def trained(model, batch, path, **options):
