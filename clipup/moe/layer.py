@@ -311,7 +311,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             thread if the calling thread has not run the model itself.
     """
     layers = moe_layers(model).values()
-    _warn_of_evaluation(model)
+    _warn_of_evaluation(layers)
     taken = [loss for layer in layers for loss in layer.state.take_losses()]
     if not (taken or torch.compiler.is_compiling()) and any(layer.state.untaken_elsewhere() for layer in layers):
         raise RuntimeError(
@@ -322,11 +322,10 @@ def aux_loss(model: nn.Module) -> Tensor:
     return _sum(taken, model)
 
 
-def _warn_of_evaluation(model: nn.Module) -> None:
+def _warn_of_evaluation(layers: Collection[SparseMoE]) -> None:
     """Warns, once in a thread, whoever takes losses of layers that ran in evaluation mode as if to train."""
     if torch.compiler.is_compiling():
         return
-    layers = moe_layers(model).values()
     if count := sum(layer.state.take_evaluated() for layer in layers):
         warnings.warn(
             f"{count} of {len(layers)} sparse layers recorded gradients in evaluation mode, where they have no losses, "
@@ -386,7 +385,7 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
         layer.state.take_losses()
     try:
         yield collected
-        _warn_of_evaluation(model)
+        _warn_of_evaluation(layers.values())
     finally:
         taken = {name: layer.state.take_losses() for name, layer in layers.items()}
         collected._taken = {}

@@ -114,7 +114,7 @@ class _SparseModel:
         initializes what the file lacks of sparse layers."""
         super()._initialize_weights(module, *args)  # type: ignore[misc]
         for part in module.modules() if module is self else ():
-            if isinstance(part, Experts | Router) and not part.holds_values:
+            if isinstance(part, Experts | Router) and not getattr(part, "holds_values", True):
                 self._initialize_missing(part)
                 part.holds_values = True  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
 
