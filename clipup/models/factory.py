@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..clip import towers
 from ..moe.config import MoEConfig
+from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
 from . import architecture, hub, model_directory, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
@@ -47,7 +48,8 @@ def create_model_and_transforms(
     """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
     from a directory or the hub, and training checkpoints.
 
-    The model is in evaluation mode, in which no tokens are dropped: call ``model.train()`` before training it.
+    Unlike open_clip's, the model is in evaluation mode, in which no tokens are dropped and ``clipup.aux_loss`` is 0:
+    call ``model.train()`` before training it.
 
     Args:
         model_name: an open_clip model name, a directory with an ``open_clip_config.json`` (``"DIR"`` or
@@ -163,7 +165,7 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     Raises:
         ValueError: the configs are those of another function, or not valid.
     """
-    trained, own = moe_config_in(configs), getattr(model, "moe_config", None)
+    trained, own = moe_config_in(configs), saved_config(model)
     if trained is not None and own is not None:
         fields = trained.differing(own)
         if fields:

@@ -16,7 +16,7 @@ from clipup_kernels import __version__
 
 from ..atomic_files import replace_files
 from ..clip import flops
-from ..moe.layer import SparseMoE, moe_layers
+from ..moe.layer import SparseMoE, moe_layers, saved_config
 
 README = "README.md"
 _HEAD = "## Evaluation"
@@ -70,7 +70,7 @@ def model_card(
         base_model: hub name ORG/NAME of the model that this one was made from, if known.
         extra: the extra of clipup that the model needs.
     """
-    layers, config = moe_layers(model), getattr(model, "moe_config", None)
+    layers, config = moe_layers(model), saved_config(model)
     sparse = bool(layers)
     is_clip = library == "open_clip"
     kind = "CLIP" if is_clip else "image model"

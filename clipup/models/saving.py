@@ -63,8 +63,8 @@ def save_pretrained(
     Raises:
         TypeError: a model of transformers, which has its own ``save_pretrained``.
         ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
-            ``moe_config``, it was prepared for inference, its vocabulary has another size than the model's, or the
-            directory holds another tokenizer.
+            ``moe_config``, or layers whose configs differ, it was prepared for inference, its vocabulary has another
+            size than the model's, or the directory holds another tokenizer.
         FileNotFoundError: there is no ``tokenizer_directory``.
         OSError: a file could not be written, or a directory has the name of one.
     """

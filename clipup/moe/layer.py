@@ -6,6 +6,7 @@ token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
@@ -19,7 +20,7 @@ from ..dense.dense_mlp import DenseMLP, FirstLinear
 from ..dense.expert_init import experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import LayerOptions, MoEConfig, layer_config
+from .config import OF_BLOCKS, LayerOptions, MoEConfig, layer_config
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
@@ -58,7 +59,8 @@ class SparseMoE(Experts):
         d_model: D.
         d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
         config: how many experts there are, how tokens are routed, and the auxiliary losses; None means ``MoEConfig()``.
-            ``layer.config`` holds it; assigning another one takes effect at the next forward.
+            ``layer.config`` holds it; assigning another one takes effect at the next forward, and is saved with a model
+            whose layers all have it.
         activation: one of ``clipup_kernels.ACTIVATIONS``.
         bias: whether the projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
@@ -207,7 +209,7 @@ class SparseMoE(Experts):
             balances = self.config.selection_bias != "none"
             if self.training and not learns and (balances or self.config.has_losses):
                 warn_inside_function()
-            self.state.keep(routing, y, loss, counts_load=learns and balances)
+            self.state.keep(routing, y, loss, counts_load=learns and balances, evaluates=not self.training)
         if return_routing:
             return y.view(x.shape), TokenRouting.of(routing, x.shape[:-1])
         return y.view(x.shape)
@@ -270,18 +272,25 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
 
 
 def saved_config(model: nn.Module) -> MoEConfig | None:
-    """``model.moe_config``, with which its sparse layers are made again; None for a model that was not upcycled.
+    """The config that makes the model's sparse layers again: the layers' own, in the blocks of ``model.moe_config``;
+    None for a model that was not upcycled.
 
     Raises:
-        ValueError: a layer's own config says something else.
+        ValueError: the layers' configs differ, of which one is saved.
     """
-    config: Any = getattr(model, "moe_config", None)
-    for name, layer in moe_layers(model).items():
-        if config is not None and (fields := layer.config.differing(config)):
+    made: Any = getattr(model, "moe_config", None)
+    layers = moe_layers(model)
+    if made is None or not layers:
+        return made
+    of_model = {name: getattr(made, name) for name in OF_BLOCKS}
+    first, *others = ((name, layer.config.replace(**of_model)) for name, layer in layers.items())
+    for name, config in others:
+        if fields := [field for field, value in vars(config).items() if value != getattr(first[1], field)]:
             raise ValueError(
-                f"{name}.config differs from model.moe_config ({', '.join(fields)}), which is saved; set both"
+                f"{name}.config differs from {first[0]}.config ({', '.join(fields)}), but one config is saved for all: "
+                "give every layer in clipup.moe_layers(model) the same"
             )
-    return config
+    return first[1]
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -289,7 +298,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Add it to the loss of each forward pass, or of several at once. The losses of a forward pass count once, and not at
     all if another one came after it and its outputs are no longer in use. Returns a 0-d tensor, float32 (float64 of
-    float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers).
+    float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers). Where the last forward
+    pass recorded gradients in evaluation mode, a warning says so once.
 
     The losses of a forward pass belong to the thread that ran it, so several threads can train or evaluate one model.
     If other threads run the forward passes of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the
@@ -301,6 +311,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             thread if the calling thread has not run the model itself.
     """
     layers = moe_layers(model).values()
+    _warn_of_evaluation(layers)
     taken = [loss for layer in layers for loss in layer.state.take_losses()]
     if not (taken or torch.compiler.is_compiling()) and any(layer.state.untaken_elsewhere() for layer in layers):
         raise RuntimeError(
@@ -309,6 +320,19 @@ def aux_loss(model: nn.Module) -> Tensor:
             "and return its value with the output"
         )
     return _sum(taken, model)
+
+
+def _warn_of_evaluation(layers: Collection[SparseMoE]) -> None:
+    """Warns, once in a thread, whoever takes losses of layers that ran in evaluation mode as if to train."""
+    if torch.compiler.is_compiling():
+        return
+    if count := sum(layer.state.take_evaluated() for layer in layers):
+        warnings.warn(
+            f"{count} of {len(layers)} sparse layers recorded gradients in evaluation mode, where they have no losses, "
+            "no capacity of training and no router noise: call model.train() before training (models are loaded in "
+            "evaluation mode), or evaluate under torch.no_grad()",
+            stacklevel=3,
+        )
 
 
 def _sum(losses: Collection[Tensor], model: nn.Module) -> Tensor:
@@ -361,6 +385,7 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
         layer.state.take_losses()
     try:
         yield collected
+        _warn_of_evaluation(layers.values())
     finally:
         taken = {name: layer.state.take_losses() for name, layer in layers.items()}
         collected._taken = {}

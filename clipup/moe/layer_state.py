@@ -113,6 +113,9 @@ class _State:
 
     def __init__(self) -> None:
         self.ran_layer = False
+        self.evaluated = False
+        """Whether the last forward pass recorded gradients in evaluation mode, in which it has no losses."""
+        self.warned = False
         self.last_routing: LastRouting | Callable[[], LastRouting] | None = None
         self.newest: LossRecord | None = None
         self.kept = _Kept()
@@ -156,7 +159,7 @@ class LayerState:
         if not _in_transform():
             self.mine.last_routing = routing
 
-    def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
+    def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool) -> None:
         """Stores the state of the forward pass that returns ``output``; ``loss`` is None if there is none to train on.
 
         Under ``torch.compile`` this also works inside a checkpointed region, whose recomputation stores nothing.
@@ -164,13 +167,13 @@ class LayerState:
         if torch.compiler.is_dynamo_compiling():
             from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as unchecked
 
-            unchecked(self._keep, routing, output, loss, counts_load)
+            unchecked(self._keep, routing, output, loss, counts_load, evaluates)
         else:
-            self._keep(routing, output, loss, counts_load)
+            self._keep(routing, output, loss, counts_load, evaluates)
 
-    def _keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
+    def _keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool, evaluates: bool) -> None:
         mine = self.mine
-        mine.ran_layer = True
+        mine.ran_layer, mine.evaluated = True, evaluates and output.requires_grad
         if not _in_transform():
             mine.last_routing = LastRouting.of(routing.noisy_logits, routing.gating, routing.plan, routing.mask)
             if counts_load:
@@ -188,11 +191,19 @@ class LayerState:
             mine.kept.waiting = [*filter(_untaken, mine.kept.waiting), weakref.ref(record)]
         mine.newest = record
 
+    def take_evaluated(self) -> bool:
+        """Whether the calling thread's last forward pass since the losses were taken recorded gradients in evaluation
+        mode; True only once."""
+        mine = self.mine
+        news = mine.evaluated and not mine.warned
+        mine.warned |= news
+        return news
+
     def take_losses(self) -> list[Tensor]:
         """Returns and releases the untaken losses of the calling thread's forward passes."""
         mine = self.mine
         records = [*(ref() for ref in mine.kept.waiting), mine.newest]
-        mine.newest, mine.kept.waiting = None, []
+        mine.newest, mine.kept.waiting, mine.evaluated = None, [], False
         losses = [record.take() for record in records if record is not None]
         return [loss for loss in losses if loss is not None and not _has_left_its_transform(loss)]
 

@@ -7,6 +7,7 @@ all other optimizers.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import nn
 from .. import checks
 from .layer import moe_layers
 
-_WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
+_WITHOUT_DECAY = re.compile(r"(?:^|[._])(?:bn|ln|bias|logit_scale)\d*(?=[._]|$)")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
 
-    The rule is that of open_clip 3 for AdamW: tensors of two or more dimensions decay, unless their names contain bn,
-    ln, bias or logit_scale. So the matrices of experts and routers decay, and the biases and norms of experts do not.
-    ``clipup train`` builds its optimizer from these groups::
+    The rule is that of open_clip 3 for AdamW: tensors of two or more dimensions decay, unless bn, ln, bias or
+    logit_scale is in their names, here as a word (in ``ln_1``, ``bn2`` and ``in_bias``, not in ``subnet``). So the
+    matrices of experts and routers decay, and the biases and norms of experts do not. ``clipup train`` has these groups
+    too, without the decay of parameters that match ``wd_exclude``, and divided by the scale of the learning rate
+    (``image_layer_decay``, ``text_layer_decay``, ``moe_lr_scale``)::
 
         optimizer = torch.optim.AdamW(clipup.parameter_groups(model, 0.2), lr=1e-4)
 
@@ -45,7 +48,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter has weight decay by the rule of ``parameter_groups``."""
-    return parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
+    return parameter.ndim >= 2 and _WITHOUT_DECAY.search(name) is None
 
 
 def add_no_weight_decay(model: nn.Module) -> None:

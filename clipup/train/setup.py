@@ -121,7 +121,7 @@ def build_model(
     tokenizer_files = None
     if model_cfg is not None:
         model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
-        found = architecture.differences(model, model_cfg, getattr(model, "moe_config", None))
+        found = architecture.differences(model, model_cfg, saved_config(model))
         if found:
             raise ValueError(
                 f"model: it is another than {name!r}, as which it would be saved: {listed(found)}. Give the name of "

@@ -63,6 +63,7 @@ def _found_when_used(auto: Any, model_type: str) -> type:
         "__new__": lambda cls, *args, **kwargs: found()(*args, **kwargs),
         "from_dict": staticmethod(lambda values, **kwargs: found().from_dict(values, **kwargs)),
         "from_pretrained": staticmethod(lambda name, **kwargs: found().from_pretrained(name, **kwargs)),
+        "register_for_auto_class": staticmethod(lambda: None),  # it would save this package's source files
     }
     return type(f"Sparse{auto.CONFIG_MAPPING_NAMES[model_type]}", (), content)
 

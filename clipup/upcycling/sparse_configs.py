@@ -1,7 +1,8 @@
 """Configs of upcycled transformers models.
 
 Without clipup, loading must not give a dense model with random MLPs. ``model_type`` is one that transformers does not
-know, and in the saved file every ``hidden_size`` is a sentence that says what to do.
+know, and in the saved file every ``hidden_size`` is a sentence that says what to do. Programs that do not import clipup
+do so through ``clipup_loader.py`` beside that file, if they are given ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,34 @@ from ..dense.transformers_models import SPARSE_PREFIX
 _REFUSAL = "import clipup and use AutoModel, this model is sparse: "
 _WIDTH = "hidden_size"
 """What every class of transformers reads from its config."""
+_LOADER = """\"\"\"What trust_remote_code=True executes: it imports clipup, which has to be installed.\"\"\"
+
+try:
+    import clipup
+except ImportError as error:
+    raise ImportError("this model is sparse: install the package clipup, as README.md says") from error
+from transformers import CONFIG_MAPPING
+
+SparseConfig = CONFIG_MAPPING["{model_type}"]
+"""
+_README = """---
+library_name: transformers
+tags:
+- mixture-of-experts
+---
+
+Some MLPs of this model are sparse mixture-of-experts layers of the package `clipup`, which has to be installed. Import
+it before you load the model:
+
+```python
+import clipup
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("this directory")
+```
+
+A program that cannot be edited loads the model with `trust_remote_code=True`: `clipup_loader.py` imports `clipup`.
+"""
 
 
 class _SparseConfig:
@@ -35,10 +64,15 @@ class _SparseConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """With widths that no class of a dense model takes."""
+        """With widths that no class of a dense model takes, and the files that say or do what it takes."""
         values = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
         refusing = _changed(values, lambda width: f"{_REFUSAL}{width}")
-        Path(json_file_path).write_text(json.dumps(refusing, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        refusing["auto_map"] = {"AutoConfig": "clipup_loader.SparseConfig"}
+        path = Path(json_file_path)
+        path.write_text(json.dumps(refusing, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.with_name("clipup_loader.py").write_text(_LOADER.format(model_type=self.model_type), encoding="utf-8")
+        if not (readme := path.with_name("README.md")).exists():
+            readme.write_text(_README, encoding="utf-8")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from ..clip.hugging_face import hugging_face_blocks
 from ..clip.towers import with_towers
 from ..moe.config import MoEConfig
 from ..moe.experts import Experts
-from ..moe.layer import aux_loss, moe_layers
+from ..moe.layer import aux_loss, moe_layers, saved_config
 from ..moe.router import Router
 from .sparse_blocks import make_sparse
 from .sparse_configs import sparse_config_class, sparse_name
@@ -67,8 +67,8 @@ def adopt(model: Any, config: MoEConfig) -> None:
             part = config.replace(towers=tuple(tower for tower in config.towers if tower in has))
             _adopt(module, part, new, is_root=not name)
     for module in model.modules():
-        if isinstance(module, Experts | Router):  # a model that takes this one initializes what lacks this mark
-            module._is_hf_initialized = not next(module.parameters()).is_meta  # type: ignore[assignment]
+        if isinstance(module, Experts | Router):
+            module.holds_values = not next(module.parameters()).is_meta  # type: ignore[assignment]
 
 
 def _adopt(model: Any, config: MoEConfig, new: dict[int, Any], is_root: bool) -> None:
@@ -109,28 +109,49 @@ class _SparseModel:
         make_sparse(self, saved.replace(towers=towers))  # type: ignore[arg-type]
         adopt(self, saved.replace(towers=towers))
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """What transformers calls for modules of which a file lacks a parameter: those that were read keep their
-        values."""
-        if not isinstance(module, Experts | Router):
-            super()._init_weights(module)  # type: ignore[misc]
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        """What transformers calls for every module once it has read a file, for the model itself last. Here it also
+        initializes what the file lacks of sparse layers."""
+        super()._initialize_weights(module, *args)  # type: ignore[misc]
+        for part in module.modules() if module is self else ():
+            if isinstance(part, Experts | Router) and not getattr(part, "holds_values", True):
+                self._initialize_missing(part)
+                part.holds_values = True  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
+
+    def _initialize_missing(self, module: Experts | Router) -> None:
+        """Experts become copies of one MLP, as in a model that is made of a config."""
+        named = module.named_parameters(recurse=False)
+        missing = {name: value for name, value in named if not getattr(value, "_is_hf_initialized", False)}
+        if isinstance(module, Router):  # transformers lets functions of nn.init leave what was read
+            module.reset_to_virtual_groups() if missing else module.reset_parameters()
             return
-        read = {p: p.clone() for p in module.parameters(recurse=False) if getattr(p, "_is_hf_initialized", False)}
-        module.reset_experts() if isinstance(module, Experts) else module.reset_parameters()
-        for parameter, value in read.items():
-            parameter.copy_(value)
+        config: Any = self.config  # type: ignore[attr-defined]
+        for name, parameter in missing.items():
+            mlp = parameter[: config.moe_cfg["granularity"]]
+            if parameter.ndim == 3:
+                nn.init.normal_(mlp, std=getattr(config, "initializer_range", 0.02))
+            else:
+                nn.init.constant_(mlp, float(name == "ln_weight"))
+            parameter.copy_(mlp.repeat(len(parameter) // len(mlp), *[1] * (parameter.ndim - 1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The dense class's forward. In training, a loss that it returns includes the weighted losses of the sparse
-        layers (``clipup.aux_loss``); where it returns none, they are left to the caller."""
+        """The dense class's forward. A loss that it returns with gradients includes the weighted losses of the sparse
+        layers (``clipup.aux_loss``), which there are in training mode only; where it returns none, they are left to the
+        caller."""
         as_dict = kwargs.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict  # type: ignore[attr-defined]
         outputs = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
         loss = getattr(outputs, "loss", None)
-        if loss is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+        if loss is not None and torch.is_grad_enabled():
             outputs.loss = loss + _share(kwargs) * aux_loss(self).to(loss.device)  # type: ignore[arg-type]
         return outputs if as_dict else outputs.to_tuple()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """The dense class's, with the configs that the layers have now (``ValueError`` where they differ)."""
+        for module in reversed(list(self.modules())):  # type: ignore[attr-defined]
+            if isinstance(module, _SparseModel):
+                module.config.moe_cfg = saved_config(module).to_dict()  # type: ignore[attr-defined, arg-type]
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 def _share(arguments: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from ...atomic_files import make_aside, remove_aside
 from ...models import model_card, model_names, saving, tokenizers
 from ...models.state_dicts import check_fit
+from ...moe.layer import saved_config
 from .. import resume
 from ..evaluations import RETRIEVAL, ZERO_SHOT
 from ..finite import FiniteGuard
@@ -220,7 +221,7 @@ class Checkpointer:
     def _configs(self) -> dict[str, Any]:
         """What makes the checkpoint a model without anything else: ``Weights.configs``."""
         files = self.built.tokenizer_files
-        moe_config = getattr(self.built.model, "moe_config", None)
+        moe_config = saved_config(self.built.model)
         preprocess_cfg = getattr(getattr(self.built.model, "visual", None), "preprocess_cfg", None)
         return {
             "model_cfg": self.built.model_cfg,

@@ -206,8 +206,8 @@ def _targets(optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> dic
         held_of, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
         if name.startswith(OPTIMIZER) and held_of in parameters:
             parameter, size = parameters[held_of].detach(), tensor.size
-            like_parameter = key != "step" and size == parameter.shape
-            empty = torch.empty_like(parameter) if like_parameter else torch.empty(size, dtype=tensor.properties.dtype)
+            is_array = size == parameter.shape != ()  # scalars, also of a scalar parameter, keep their type
+            empty = torch.empty_like(parameter) if is_array else torch.empty(size, dtype=tensor.properties.dtype)
             targets[f"{held_of}.{key}"] = empty
     return targets
 

@@ -177,6 +177,18 @@ def test_incomplete_directories_are_refused_by_the_name_of_the_file(saved, file,
             clipup.create_model_and_transforms(str(saved), "openai")
 
 
+def test_what_the_layers_do_is_what_is_saved(tmp_path):
+    sparse = make_sparse()
+    changes = {"top_k": 1, "normalize_gates": "none", "capacity_factor": 1.5, "z_weight": 0.25, "router_noise": 0.5}
+    for layer in moe_layers(sparse).values():
+        layer.config = layer.config.replace(**changes)
+    save_pretrained(sparse, tmp_path, tiny_config())
+
+    loaded = clipup.create_model_and_transforms(str(tmp_path))[0]
+    assert loaded.moe_config == CONFIG.replace(**changes) and step0_difference(sparse, loaded) == 0
+    assert "top 1" in (tmp_path / "README.md").read_text()
+
+
 def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
     sparse = make_sparse()
     for config in ({"embed_dim": 16}, tiny_config()):
@@ -186,7 +198,7 @@ def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
         sparse.moe_config = None
     changed = make_sparse()
     next(iter(moe_layers(changed).values())).config = CONFIG.replace(top_k=1, normalize_gates="none")
-    with pytest.raises(ValueError, match=r"config differs from model.moe_config \(.*top_k"):
+    with pytest.raises(ValueError, match=r"config differs from visual.*config \(top_k, normalize_gates\)"):
         save_pretrained(changed, tmp_path / "out", tiny_config())
     with pytest.raises(TypeError, match="BertModel of transformers: use its own save_pretrained"):
         save_pretrained(tiny_hugging_face("BertModel"), tmp_path / "out")

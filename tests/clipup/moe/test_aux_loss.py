@@ -58,6 +58,36 @@ def test_backward_without_the_losses_warns_that_they_are_lost(x, recwarn):
         loss.backward()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_taking_losses_of_a_forward_that_recorded_gradients_in_evaluation_mode_warns_once(x, compiled, recwarn):
+    layer = make_layer().eval()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    with torch.no_grad():
+        run(x)
+    assert aux_loss(layer) == 0
+    run(x).sum().backward()
+    layer.train()(x)  # the pass before was not trained on
+    assert aux_loss(layer) > 0 and not recwarn.list
+    layer.eval()
+    run(x).sum().backward()  # nobody takes losses
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="in evaluation mode.*model.train()"):
+        assert aux_loss(layer) == 0
+    run(x)
+    assert aux_loss(layer) == 0 and not recwarn.list
+
+
+def test_losses_of_a_block_warn_of_evaluation_mode_inside_it_alone(x, recwarn):
+    model = model_of().eval()
+    model(x)
+    with collect_aux_losses(model):
+        pass
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="2 of 2 sparse layers recorded"):
+        with collect_aux_losses(model):
+            model(x)
+
+
 def test_loss_goes_when_only_the_forward_of_an_earlier_step_was_trained_on(x):
     layer = make_layer()
     first, second = layer(x), layer(2 * x)

@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from tiny_clip import tiny_clip
+from torch import nn
 
 from clipup import MoEConfig, SparseMoE, moe_layers, parameter_groups, upcycle
 
@@ -78,3 +79,16 @@ def test_parameter_groups_are_those_of_open_clip_train(kind):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(map(id, trained)) == sorted(id(p) for group in groups for p in group["params"])
     torch.optim.AdamW(groups, lr=1e-4)
+
+
+def test_words_of_a_name_exempt_it_from_weight_decay_and_letters_inside_a_word_do_not():
+    names = ["subnet.weight", "channelnet", "lns.0", "biased_scale", "bnb", "logit_scales.weight"]
+    exempt = ["ln_1.weight", "block.bn2", "in_bias", "relative_position_bias_table", "ln", "bias_k", "x.logit_scale"]
+    model = nn.Module()
+    for name in names + exempt:
+        *path, last = name.split(".")
+        part = model
+        for module in path:
+            part.add_module(module, part := nn.Module())
+        part.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
+    assert decayed(model, parameter_groups(model, 0.1)) == set(names)

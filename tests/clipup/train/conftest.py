@@ -93,7 +93,7 @@ def run(
         settings = options(**{"steps": None, "epochs": 3, **changes})
         return train(
             settings,
-            model=make_model(sparse),
+            model=make_model(sparse).to(torch.bfloat16 if settings.precision == "bf16" else torch.float32),
             preprocess=transforms,
             tokenizer=open_clip.SimpleTokenizer(context_length=8),
             loader=loader or (pairs() if settings.train_data is None else None),

@@ -13,6 +13,7 @@ from tiny_families import bert_config, build, hugging_face_cfg
 import clipup
 from clipup.train import train
 from clipup.train.optim import create_optimizer, groups_of, lock_parts, schedule
+from clipup.train.ranks.whole_state import load_optimizer_state, optimizer_state
 
 SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
@@ -37,6 +38,22 @@ def test_optimizers_of_torch_and_timm_train_and_resume_bitwise(make_model, pairs
     resumed = train(options(resume="latest", **settings), model=make_model(SPARSE, seed=1), loader=pairs())
 
     assert_same_run(whole, resumed)
+
+
+def test_scalars_of_an_optimizer_keep_their_type_in_a_bfloat16_model():
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    model.scale = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+    def optimizer():
+        return torch.optim.NAdam([{"params": list(model.parameters()), "param_names": ["scale", "weight", "bias"]}])
+
+    trained, resumed = optimizer(), optimizer()
+    for _ in range(3):
+        (model.scale * model(torch.ones(1, 3, dtype=torch.bfloat16)).sum()).backward()
+        trained.step()
+    load_optimizer_state(resumed, model, optimizer_state(trained, model))
+    torch.testing.assert_close(resumed.state_dict()["state"], trained.state_dict()["state"], rtol=0, atol=0)
+    assert resumed.state[model.scale]["mu_product"] is not trained.state[model.scale]["mu_product"]
 
 
 def test_optimizers_get_the_groups_the_given_arguments_and_clips_or_their_own_defaults(make_model, options):

@@ -3,8 +3,10 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tiny_hugging_face import CONFIGS, tiny_hugging_face
@@ -103,6 +105,54 @@ def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp
     torch.testing.assert_close(loaded.state_dict(), sparse.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
+def test_what_the_layers_do_is_what_is_saved(name, tmp_path):
+    sparse = upcycle(tiny_hugging_face(name))
+    layers = list(moe_layers(sparse).values())
+    changes = {"top_k": 1, "normalize_gates": "none", "eval_capacity_factor": 0.5, "capacity_factor": 2.0}
+    changes |= {"score_function": "sigmoid", "balance_weight": 0.5, "router_noise": 0.1}
+    layers[0].config = layers[0].config.replace(**changes)
+    with pytest.raises(ValueError, match="config differs from .*config .*one config is saved"):
+        sparse.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    for layer in layers:
+        layer.config = layer.config.replace(**changes)
+    batch = random_batch(sparse, 4)
+    expected = tensors(sparse(**batch))
+
+    sparse.save_pretrained(tmp_path)
+
+    loaded = type(sparse).from_pretrained(tmp_path)
+    torch.testing.assert_close(tensors(loaded(**batch)), expected, rtol=0, atol=0)
+    assert [layer.config for layer in moe_layers(loaded).values()] == [layer.config for layer in layers]
+    if name == "CLIPModel":
+        sparse.vision_model.save_pretrained(tmp_path)
+        assert type(sparse.vision_model).from_pretrained(tmp_path).moe_config.top_k == 1
+
+
+@FAMILIES
+def test_experts_that_a_file_lacks_are_copies_of_an_mlp_of_transformers_initializer_range(name, tmp_path):
+    dense = tiny_hugging_face(name)
+    sparse = upcycle(dense, sparse_config(dense, granularity=2, top_k=2, shared_expert=True))
+    sparse.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    names = [key for key in weights if re.search(r"(in_weight|in_bias|gate_weight|router.weight)$", key)]
+    lacking = {key: value for key, value in weights.items() if key not in names}
+    safetensors.torch.save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+
+    loaded = type(sparse).from_pretrained(tmp_path)
+
+    for key, layer in moe_layers(loaded).items():
+        for experts in (layer, layer.shared):
+            drawn = [weight for weight in (experts.in_weight, experts.gate_weight) if weight is not None]
+            assert all(weight.std().item() == pytest.approx(0.02, rel=0.1) for weight in drawn)
+            assert experts.in_bias is None or not experts.in_bias.any()
+        assert torch.equal(layer.in_weight[:2], layer.in_weight[2:])
+        assert not torch.equal(layer.in_weight[0], layer.in_weight[1])  # shards
+        assert torch.equal(layer.router.weight[0], layer.router.weight[1]) and layer.router.weight.std() > 0.01
+        assert torch.equal(layer.out_weight, sparse.get_submodule(key).out_weight)
+
+
 def trained(model, batch, path, **options):
     arguments = transformers.TrainingArguments(path, report_to=[], use_cpu=True, logging_steps=1, **options)
 
@@ -154,13 +204,17 @@ def test_copies_and_pickles_are_sparse(name):
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
-def test_a_loss_in_training_includes_the_layers_losses_and_in_evaluation_it_does_not(name):
+def test_a_loss_in_training_includes_the_layers_losses_and_in_evaluation_it_does_not(name, recwarn):
     dense = tiny_hugging_face(name)
     sparse = upcycle(dense, sparse_config(dense, balance_weight=1.0))
     labels = {"return_loss": True} if name == "CLIPModel" else {"labels": torch.arange(4) % 3}
     batch = random_batch(dense, 4) | labels
-    plain = sparse(**batch).loss
+    with torch.no_grad():
+        plain = sparse(**batch).loss
+    assert not recwarn.list
     torch.testing.assert_close(plain, dense(**batch).loss)
+    with pytest.warns(UserWarning, match="in evaluation mode"):
+        assert sparse(**batch).loss == plain
 
     sparse.train()
     loss = sparse(**batch).loss

@@ -1,6 +1,9 @@
 """Configs of upcycled models, in memory and in what transformers and PEFT make of them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,6 +32,39 @@ def test_a_config_is_rebuilt_from_its_dict_and_the_refusal_is_in_the_file_alone(
     for other in (again, transformers.AutoConfig.from_pretrained(tmp_path)):
         for part in config.sub_configs:
             assert type(getattr(other, part)) is type(getattr(config, part)) is not type(config).sub_configs[part]
+
+
+LOADED_BY_A_STRANGER = """
+import os, sys, transformers
+def load(trust):
+    return transformers.AutoModel.from_pretrained("saved", trust_remote_code=trust)
+def refusal(trust):
+    try: load(trust)
+    except Exception as error: return str(error)
+assert "trust_remote_code=True" in refusal(False) and "clipup" not in sys.modules
+sys.modules["clipup"] = None
+assert "install the package clipup" in refusal(True)
+del sys.modules["clipup"]
+model = load(True)
+assert type(model).__name__ == "SparseBertModel"
+own = [name for name in sys.modules if name.startswith("transformers_modules.") and name.endswith("clipup_loader")]
+assert own == [name for name in sys.modules if name.startswith("transformers_modules.") and sys.modules[name].__file__]
+model.save_pretrained("again")
+assert sorted(os.listdir("again")) == sorted(os.listdir("saved"))
+assert "import clipup\\n" in open("again/README.md").read()
+"""
+
+
+def test_a_program_that_does_not_import_clipup_loads_a_model_with_trust_remote_code_and_executes_its_loader(tmp_path):
+    tiny_sparse("BertModel").save_pretrained(tmp_path / "saved")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", LOADED_BY_A_STRANGER], cwd=tmp_path, env=environment, check=True)
+
+
+def test_a_readme_beside_the_model_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    tiny_sparse("BertModel").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("vision", ["ViTModel", "CLIPVisionModel"])

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 
 import pytest
+import torch
 from same_runs import assert_same_run
 
 from clipup.train import Every, TrainingInterrupted
@@ -28,9 +29,14 @@ def newest(result):
     return open_clip_format.newest(result.directory / "checkpoints").path
 
 
-@pytest.mark.parametrize("opt", ["adamw", "timm/lamb", pytest.param("timm/laprop", marks=pytest.mark.slow)])
-def test_both_kinds_continue_each_other_bitwise_and_hold_the_same(run, opt):
-    """timm's optimizers hold numbers by parameter, or counts of steps in their groups."""
+@pytest.mark.parametrize(
+    ("opt", "precision"),
+    [("adamw", "fp32"), ("nadamw", "bf16"), ("timm/lamb", "fp32")]
+    + [pytest.param("timm/laprop", "fp32", marks=pytest.mark.slow)],
+)
+def test_both_kinds_continue_each_other_bitwise_and_hold_the_same(run, opt, precision):
+    """NAdam and timm's optimizers hold numbers by parameter, or counts of steps in their groups."""
+    run = partial(run, precision=precision)
     whole = run(name="whole", opt=opt)
 
     for steps, kind in enumerate(("sharded", "full", "sharded", "sharded"), 3):
@@ -38,6 +44,8 @@ def test_both_kinds_continue_each_other_bitwise_and_hold_the_same(run, opt):
 
     assert_same_run(whole, resumed)
     found, full = (load(resumed.directory / "checkpoints" / name) for name in ("epoch_2", "epoch_latest.pt"))
+    expected = load(whole.directory / "checkpoints" / "epoch_2")["optimizer"]["state"]
+    torch.testing.assert_close(found["optimizer"]["state"], expected, rtol=0, atol=0)
     assert set(found) == set(full) and set(found["state_dict"]) == set(full["state_dict"])
     assert len(found["optimizer"]["state"]) == len(full["optimizer"]["state"])
     assert found["step"] == 6 and found["finished"]
