@@ -15,8 +15,7 @@ from .. import checks
 from ..moe.experts import Experts
 from ..precision import Precision
 from .prepared import MATRICES, Prepared, PreparedMLP
-from .report import PREPARABLE, rows
-from .selection import BESIDE, PREPARED_EXPERTS, Selection, has_adapters, select
+from .report import BESIDE, NOT_YET, PREPARED_EXPERTS, Selection, has_adapters
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,22 +78,17 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
-    _look(model, weights)
+    _look(Selection(model, weights))
     if not inplace:
         model = copy.deepcopy(model)
-    chosen = select(model, weights).chosen
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {module: [] for module in chosen}
-    for parent in model.modules():
-        for name, child in parent._modules.items():  # a child with two names has both here
-            if child in places:
-                places[child].append((parent, name))
+    chosen = Selection(model, weights).chosen
     while chosen:  # a plain layer's memory is free before the next one is packed
         plain, kind = chosen.popitem()
         layer = kind.of(plain, weights)
-        for parent, name in places.pop(plain):
-            parent.add_module(name, layer)
-        if plain is model:
-            model = layer
+        for parent in model.modules():
+            for name in [name for name, child in parent._modules.items() if child is plain]:
+                parent.add_module(name, layer)
+        model = layer if plain is model else model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -105,18 +99,19 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     return model
 
 
-def _look(model: nn.Module, weights: str | None) -> None:
+def _look(selection: Selection) -> None:
     """Refuses a model before anything is changed: one with nothing to prepare, or with a layer that cannot be."""
-    selection = select(model, weights)
-    kinds = [*selection.chosen.values(), *map(type, model.modules())]
-    if not any(issubclass(kind, Prepared) and issubclass(kind, Experts | PreparedMLP) for kind in kinds):
-        raise NothingToPrepare(_why_nothing(model, selection))
-    for name, module in model.named_modules():
-        kind = selection.chosen.get(module)
-        tensors = {} if kind is None else kind.read(module)
+    if not any(
+        issubclass(kind, Experts | PreparedMLP)
+        for kind in (*selection.chosen.values(), *map(type, selection.model.modules()))
+    ):
+        rows = {row.reason: f"\n  {row}" for row in selection.rows() if row.reason not in (NOT_YET, BESIDE)}
+        raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare{''.join(rows.values())}")
+    for name, module in selection.model.named_modules():
+        tensors = selection.chosen[module].read(module) if module in selection.chosen else {}
         for matrix in (value for key, value in tensors.items() if key in MATRICES and value is not None):
             try:
-                pack_weight(matrix[..., :1, :], weights)  # one output is refused for the same reasons as all
+                pack_weight(matrix[..., :1, :], selection.weights)  # one output is refused for the same reasons as all
             except (RuntimeError, TypeError, ValueError) as error:
                 raise type(error)(f"{name or 'model'}: {error}") from error
 
@@ -139,17 +134,6 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{name or 'model'} is a {type(module).__qualname__}, which may compute something else than a "
                 "SparseMoE; load its weights into a SparseMoE and prepare that"
             )
-
-
-def _why_nothing(model: nn.Module, selection: Selection) -> str:
-    names: dict[str, list[str]] = {}
-    for row in rows(model, selection):
-        if row.reason not in (PREPARABLE, BESIDE):  # which follow from having no MLP
-            names.setdefault(str(row.reason), []).append(row.name or "model")
-    reasons = [
-        f"\n  {first}{f' and {len(others)} more' * bool(others)}: {why}" for why, (first, *others) in names.items()
-    ]
-    return f"the model has no sparse layer and no dense MLP to prepare{':' * bool(reasons)}{''.join(reasons)}"
 
 
 def for_inference(model: nn.Module, precision: Precision = "fp32", weights: str | None = None) -> nn.Module:

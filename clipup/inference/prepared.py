@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -114,7 +114,10 @@ class Prepared(nn.Module):
 
     def train(self, mode: bool = True) -> Prepared:
         if mode:
-            _undo_training()
+            # nn.Module.train has set the modes of the modules on the way here, before it asked: they go back
+            for frame, _ in traceback.walk_stack(sys._getframe()):
+                if frame.f_code.co_name == "train" and isinstance(frame.f_locals.get("self"), nn.Module):
+                    frame.f_locals["self"].eval()
             raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
         return super().train(False)
 
@@ -181,17 +184,6 @@ class Prepared(nn.Module):
             packed = self.packed(name)
             if packed is not None and packed.layout != packed_layout(packed.dtype, packed.quantization):
                 self._keep(name, pack_weight(packed))
-
-
-def _undo_training() -> None:
-    """Returns the modules whose ``train()`` led to a prepared layer to evaluation mode. They are its callers:
-    ``nn.Module.train`` sets a module's mode before it asks the children, and knows no way back."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if frame.f_code.co_name == "train" and isinstance(module, nn.Module):
-            module.eval()
-        frame = frame.f_back
 
 
 def _without_weights(plain: nn.Module) -> nn.Module:

@@ -1,21 +1,48 @@
-"""``accelerate_report``: what ``accelerate`` made of each layer of a model, and why it left others."""
+"""What ``accelerate`` prepares in a model, and why it leaves the rest; nothing here changes a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+
+from clipup_kernels import packed_layout
+from clipup_kernels.types import PLAIN_LAYOUT
 
 from .. import checks
-from ..dense.dense_mlp import class_name
-from .prepared import Prepared
-from .prepared_attention import ATTENTION_MODULES
-from .selection import Selection, select
+from ..dense.dense_mlp import class_name, library_class
+from ..dense.mlp_families import find_mlp, read_mlp
+from ..dense.mlp_readers import FAMILIES
+from ..moe.experts import SharedExpert
+from ..moe.layer import SparseMoE
+from .prepared import Prepared, PreparedMLP, mlp_can_be_prepared
+from .prepared_attention import (
+    ATTENTION_MODULES,
+    ATTENTIONS,
+    SELF_ATTENTION_BLOCKS,
+    attention_class,
+    can_be_prepared,
+)
+from .prepared_experts import PreparedMoE, PreparedSharedExpert
+from .prepared_linear import (
+    PATCH_EMBEDDINGS,
+    PreparedLinear,
+    PreparedPatches,
+    linear_can_be_prepared,
+    patches_can_be_prepared,
+)
 
-PREPARABLE = "it can be prepared: clipup.accelerate(model)"
-"""The reason about a layer that was not left, but not given to ``accelerate`` yet."""
+PREPARED_EXPERTS: dict[type[nn.Module], type[Prepared]] = {SparseMoE: PreparedMoE, SharedExpert: PreparedSharedExpert}
+NOT_YET = "it can be prepared: clipup.accelerate(model)"
+"""About a layer that was not left, but put into a model afterwards."""
+BESIDE = "beside an MLP that is left, attention is prepared in int8 only"
+_ADAPTERS = "it has PEFT's adapters; merge them first: model.merge_and_unload()"
+_LOST = "hooks, a forward, tensors or parts of its own would be lost"
+_BLOCKS = {name for family in FAMILIES for name in family.blocks}
 
 
 @dataclass(frozen=True)
@@ -50,32 +77,133 @@ def accelerate_report(model: nn.Module) -> list[LayerReport]:
         TypeError: ``model`` is not a module.
     """
     checks.module("model", model)
-    quantize = next((module.quantize for module in model.modules() if isinstance(module, Prepared)), None)
-    return list(rows(model, select(model, quantize)))
+    weights = next((module.quantize for module in model.modules() if isinstance(module, Prepared)), None)
+    return list(Selection(model, weights).rows())
 
 
-def rows(model: nn.Module, selection: Selection) -> Iterator[LayerReport]:
-    """The report about a model of which ``selection`` says what could be prepared."""
-    modules = dict(model.named_modules())
-    inside: tuple[str, ...] = ()
-    for name, module in modules.items():
-        if isinstance(module, Prepared):
-            weights = module.quantize or str(module.dtype).removeprefix("torch.")
-            yield LayerReport(name, type(module).__name__, weights)
-        if isinstance(module, Prepared) or (inside and name.startswith(inside)):
-            continue
-        if module in selection.chosen:
-            reason: str | None = PREPARABLE
-        elif module in selection.left and any(map(_has_matrix, module.modules())):
-            reason = selection.left[module]
-        elif _has_matrix(module):
-            place = class_name(modules[name.rpartition(".")[0]])
-            reason = f"{place} is not a supported block, attention or patch embedding"
+class Selection:
+    """The plain layers of a model, each once, wherever it is used.
+
+    Args: as ``accelerate``.
+
+    Raises:
+        RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8.
+    """
+
+    chosen: dict[nn.Module, type[Prepared]]
+    """Those to prepare, and as what."""
+    left: dict[nn.Module, str]
+    """Why others are left: layers, or modules that hold some."""
+
+    def __init__(self, model: nn.Module, weights: str | None) -> None:
+        self.model, self.weights = model, weights
+        self.chosen = {
+            module: PREPARED_EXPERTS[type(module)] for module in model.modules() if type(module) in PREPARED_EXPERTS
+        }
+        with suppress(TypeError):  # the model is not an MLP
+            if mlp_can_be_prepared(model, read_mlp(model)):
+                self.chosen[model] = PreparedMLP
+        blocks = [
+            module
+            for module in model.modules()
+            if library_class(module) in _BLOCKS or any(isinstance(child, SparseMoE) for child in module.children())
+        ]
+        # a block with a forward of its own may read weights directly instead of calling a layer
+        self.left = {block: _LOST for block in blocks if "forward" in vars(block)}
+        for block in blocks:
+            self._look_at_mlp(block)
+        for block in (block for block in blocks if block not in self.left):
+            parts = (part in self.chosen or isinstance(part, Prepared) for part in block.modules())
+            self._look_at_attention(block, weights is not None or any(parts))
+        for parent in model.modules():
+            for child in parent.children():
+                if class_name(parent) in PATCH_EMBEDDINGS and isinstance(child, nn.Conv2d):
+                    fits = patches_can_be_prepared(child) and "forward" not in vars(parent)
+                    self._choose(child, PreparedPatches, fits, child.weight)
+                elif _is_layer(child) and child not in self.chosen:
+                    place = f"{class_name(parent)} is not a supported block, attention or patch embedding"
+                    self.left.setdefault(child, place)
+
+    def rows(self) -> Iterator[LayerReport]:
+        """The report."""
+        inside: tuple[str, ...] = ()
+        for name, module in self.model.named_modules():
+            reason = NOT_YET if module in self.chosen else self.left.get(module)
+            if isinstance(module, Prepared):
+                yield LayerReport(
+                    name, type(module).__name__, module.quantize or str(module.dtype).removeprefix("torch.")
+                )
+            elif reason and not name.startswith(inside):
+                yield LayerReport(name, type(module).__name__, None, reason)
+                inside = (*inside, f"{name}." if name else "")
+
+    def _look_at_mlp(self, block: nn.Module) -> None:
+        try:
+            mlp = find_mlp(block)
+            if block not in self.left and mlp_can_be_prepared(mlp.module, mlp.dense):
+                self.chosen[mlp.module] = PreparedMLP
+                return
+            reason = (
+                "MLPs of several modules, as BERT's, are not supported yet"
+                if len(mlp.family.parts) > 1
+                else "a norm between its projections is not supported"
+                if mlp.dense.ln_weight is not None
+                else _LOST
+            )
+        except TypeError as error:
+            reason = str(error).split("; ")[0]  # then comes what upcycling could do
+        inner = dict(block.named_modules())
+        paths = {path for family in FAMILIES if library_class(block) in family.blocks for path, _ in family.parts}
+        for part in (inner[path] for path in paths & {*inner}):
+            if any(map(_is_layer, part.modules())):
+                self.left[part] = _ADAPTERS if any(map(has_adapters, part.modules())) else reason
+
+    def _look_at_attention(self, module: nn.Module, beside: bool) -> None:
+        """Chooses self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What is
+        or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
+        products are faster than those of a fallback.
+
+        Args:
+            beside: whether attention is prepared there at all: with an MLP or experts, or in int8.
+        """
+        for child in (part for part in module.children() if part not in self.chosen and part not in self.left):
+            if has_adapters(child) or "forward" in vars(child):
+                self.left[child] = _ADAPTERS if has_adapters(child) else _LOST
+            elif isinstance(child, nn.Linear) and class_name(module) in ATTENTIONS:
+                self._choose(child, PreparedLinear, linear_can_be_prepared(child), child.weight, beside)
+            elif class_name(child) not in ATTENTION_MODULES:
+                self._look_at_attention(child, beside)
+            elif not _attends_to_itself(module):
+                self.left[child] = f"{class_name(module)} may ask it for more than self-attention"
+            else:
+                self._choose(child, attention_class(child), can_be_prepared(child), child.in_proj_weight, beside)
+
+    def _choose(self, layer: nn.Module, kind: type[Prepared], fits: bool, weight: Any, beside: bool = True) -> None:
+        if fits and not _is_packed(weight, self.weights):
+            self.left[layer] = f"packing its {weight.dtype} weights would gain nothing on this CPU"
+        elif fits and beside:
+            self.chosen[layer] = kind
         else:
-            continue
-        yield LayerReport(name, type(module).__name__, None, reason)
-        inside = (*inside, f"{name}." if name else "")
+            self.left[layer] = BESIDE if fits else _LOST
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd) or class_name(module) in ATTENTION_MODULES
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a module is a layer with PEFT's adapters around it."""
+    return type(module).__module__.startswith("peft.") and "base_layer" in module._modules
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or class_name(module) in ATTENTION_MODULES
+
+
+def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:
+    """Whether packed weights of its type are worth it: those of float16 are float32, twice as large."""
+    known = (torch.float32, torch.bfloat16, *[torch.float16] * (weights is not None))
+    return weight.dtype in known and packed_layout(weight.dtype, weights) != PLAIN_LAYOUT
+
+
+def _attends_to_itself(block: nn.Module) -> bool:
+    """Whether a block's attention gets one tensor (``ln_1_kv`` is of cross-attention), and its attention weights are
+    not asked for."""
+    known = library_class(block) in SELF_ATTENTION_BLOCKS
+    return known and not hasattr(block, "ln_1_kv") and "attention" not in vars(block)
