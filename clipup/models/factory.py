@@ -75,7 +75,8 @@ def create_model_and_transforms(
         raise ValueError("weights_only=False would run code in the file; save its state dict alone instead")
     with hub_access(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
         model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
-    return model.eval(), *(Compose([to_rgb, *transform.transforms]) for transform in transforms)
+    # open_clip 4 has also factories of transforms, for NaFlex
+    return model.eval(), *(Compose([to_rgb, *t.transforms]) if isinstance(t, Compose) else t for t in transforms)
 
 
 def _create(
