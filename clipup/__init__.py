@@ -16,6 +16,7 @@ from .upcycling.auto_classes import register_upcycled
 
 if TYPE_CHECKING:
     from .inference.accelerate import accelerate
+    from .inference.report import accelerate_report
     from .models.factory import create_model_and_transforms, load_checkpoint
     from .models.model_names import get_model_config
     from .models.saving import save_pretrained
@@ -40,6 +41,7 @@ _LAZY = {
     "MoEConfig": "moe.config",
     "SparseMoE": "moe.layer",
     "accelerate": "inference.accelerate",
+    "accelerate_report": "inference.report",
     "aux_loss": "moe.layer",
     "calibrate": "upcycling.calibration",
     "collect_aux_losses": "moe.layer",
@@ -62,6 +64,7 @@ __all__ = [
     "MoEConfig",
     "SparseMoE",
     "accelerate",
+    "accelerate_report",
     "aux_loss",
     "calibrate",
     "collect_aux_losses",

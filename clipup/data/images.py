@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .skips import raise_lack
 
@@ -50,18 +50,27 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS, resize: Resiz
             raise ValueError(f"its {width} x {height} pixels exceed the limit of {MAX_ASPECT_RATIO}:1 on the shape")
         if resize is not None:
             _decode_smaller(image, resize)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _eight_bit(image)
-        image = image.convert("RGB")
+        image = to_rgb(image).copy()  # read before the file is closed
         return image if resize is None else _resized(image, resize)
 
 
+def to_rgb(image: Any) -> Any:
+    """An image of PIL in RGB, with the ranges of ``load_image``; what is no image of PIL is returned as it is.
+
+    It comes before all other steps of a transform. PIL resizes palettes and single bits to the nearest pixel, colors
+    under transparency by other weights, and cuts 16 bits at 255.
+    """
+    mode = getattr(image, "mode", "RGB")
+    image = _eight_bit(image) if mode in ("I", "F") or mode.startswith("I;16") else image
+    return image if mode == "RGB" else image.convert("RGB")
+
+
 def resize_of(preprocess: Callable[[Image], Tensor]) -> Resize | None:
-    """The first step of a transform, if it resizes to a shorter side or to a square: then images may be turned after
-    it."""
+    """The first step of a transform after ``to_rgb``, if it resizes to a shorter side or to a square: then images may
+    be turned after it."""
     from torchvision.transforms import Resize
 
-    first = next(iter(getattr(preprocess, "transforms", ())), None)
+    first = next((step for step in getattr(preprocess, "transforms", ()) if step is not to_rgb), None)
     if not isinstance(first, Resize) or first.max_size is not None:
         return None
     return first if isinstance(first.size, int) or len({*first.size}) == 1 else None

@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar, cast, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
 
-from clipup_kernels import packed_layout
-from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
+from clipup_kernels import pack_weight
+from clipup_kernels.types import QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name, library_class
-from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
-from ..dense.mlp_readers import FAMILIES
-from ..moe.experts import Experts, SharedExpert
-from ..moe.layer import SparseMoE
+from ..moe.experts import Experts
 from ..precision import Precision
-from .prepared import Prepared, PreparedMLP, mlp_can_be_prepared
-from .prepared_attention import (
-    ATTENTION_MODULES,
-    ATTENTIONS,
-    SELF_ATTENTION_BLOCKS,
-    can_be_prepared,
-    prepared_attention,
-)
-from .prepared_experts import PreparedMoE, PreparedSharedExpert
-from .prepared_linear import (
-    PATCH_EMBEDDINGS,
-    PreparedLinear,
-    PreparedPatches,
-    linear_can_be_prepared,
-    patches_can_be_prepared,
-)
+from .prepared import MATRICES, Prepared, PreparedMLP
+from .report import BESIDE, NOT_YET, PREPARED_EXPERTS, Selection, has_adapters
 
 M = TypeVar("M", bound=nn.Module)
-_PREPARED: dict[type[Experts], type[PreparedMoE | PreparedSharedExpert]] = {
-    SparseMoE: PreparedMoE,
-    SharedExpert: PreparedSharedExpert,
-}
 
 
 class NothingToPrepare(ValueError):
@@ -61,10 +39,12 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them) and the
     convolutions that embed the patches of a ViT run on clipup's kernels, with the same outputs up to rounding. In text
     towers that return only the features of the end-of-text token, computation stops at the end of the longest text in
-    the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that
-    consist of several modules (as in BERT) or have a norm between their projections, attention beside these, attention
-    in float16 and float64, what has hooks, buffers, parameters or a ``forward`` that are not its class's, and what lies
-    in attention or a block with a ``forward`` of its own.
+    the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged, and
+    ``clipup.accelerate_report(model)`` says of each layer why: MLPs that consist of several modules (as in BERT) or
+    have a norm between their projections, attention beside these (except in int8), attention in float16 (except in
+    int8) and float64, layers with PEFT's adapters, what has hooks, buffers, parameters or a ``forward`` that are not
+    its class's, and what lies in attention or a block with a ``forward`` of its own. A layer that several modules share
+    is prepared once, for all of them.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, casting or moving a
     prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
@@ -76,15 +56,21 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     multiplies in int8, too (``clipup_kernels.self_attention``). ``state_dict()`` then raises: the plain weights are
     gone.
 
+    Packed weights take the memory of plain ones; those of bfloat16 twice as much on CPUs whose instructions have no
+    bfloat16 products, and those of float16 everywhere, because they are widened to float32 once instead of in every
+    call.
+
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
             or a single ``SparseMoE`` or MLP.
-        inplace: modify ``model`` instead of a copy. A single MLP is always replaced: use the return value.
+        inplace: modify ``model`` instead of a copy, all of it or, after an error below, nothing. A single MLP is
+            always replaced: use the return value.
         weights: None to keep the weights' type, or "int8".
 
     Raises:
         TypeError: ``model`` is not a module, or contains a SparseMoE of a derived class, as a parametrized one is.
-        ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU; ``weights`` is unknown.
+        ValueError: the model has nothing to prepare (NothingToPrepare, with the reasons), or is not on the CPU;
+            ``weights`` is unknown; a layer has more inputs than int8 products can sum (65,536).
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
     checks.module("model", model)
@@ -92,34 +78,42 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
+    _look(Selection(model, weights))
     if not inplace:
         model = copy.deepcopy(model)
-    if _is_mlp(model):
-        return PreparedMLP(model, weights).requires_grad_(False)
-    experts: list[Any] = [module for module in model.modules() if type(module) in _PREPARED]
-    dense = _dense_mlps(model)
-    if not experts and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
-        raise NothingToPrepare(
-            "the model has no sparse layer and no dense MLP to prepare; `clipup doctor MODEL` says for each block why"
-        )
-    for layer in experts:
-        _PREPARED[type(layer)].prepare(layer, weights)
-    for mlp in dense:
-        mlp.replace(PreparedMLP(mlp.module, weights))
-    for block in _blocks(model):
-        if weights is not None or any(isinstance(part, Prepared) for part in block.modules()):
-            _prepare_attention(block, weights)
-    for module in list(model.modules()):
-        if class_name(module) in PATCH_EMBEDDINGS and "forward" not in vars(module):
-            _prepare_patches(module, weights)
+    chosen = Selection(model, weights).chosen
+    while chosen:  # a plain layer's memory is free before the next one is packed
+        plain, kind = chosen.popitem()
+        layer = kind.of(plain, weights)
+        for parent in model.modules():
+            for name in [name for name, child in parent._modules.items() if child is plain]:
+                parent.add_module(name, layer)
+        model = layer if plain is model else model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
-    if not isinstance(model, SparseMoE):
+    if not isinstance(model, Prepared):
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)
     return model
+
+
+def _look(selection: Selection) -> None:
+    """Refuses a model before anything is changed: one with nothing to prepare, or with a layer that cannot be."""
+    if not any(
+        issubclass(kind, Experts | PreparedMLP)
+        for kind in (*selection.chosen.values(), *map(type, selection.model.modules()))
+    ):
+        rows = {row.reason: f"\n  {row}" for row in selection.rows() if row.reason not in (NOT_YET, BESIDE)}
+        raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare{''.join(rows.values())}")
+    for name, module in selection.model.named_modules():
+        tensors = selection.chosen[module].read(module) if module in selection.chosen else {}
+        for matrix in (value for key, value in tensors.items() if key in MATRICES and value is not None):
+            try:
+                pack_weight(matrix[..., :1, :], selection.weights)  # one output is refused for the same reasons as all
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise type(error)(f"{name or 'model'}: {error}") from error
 
 
 def _check(model: nn.Module, weights: str | None) -> None:
@@ -133,79 +127,13 @@ def _check(model: nn.Module, weights: str | None) -> None:
                     f"{name or 'model'} was prepared with weights={module.quantize!r} before, and cannot be changed to "
                     f"{weights!r}; prepare the plain model"
                 )
-        elif type(module).__module__.startswith("peft.") and any(isinstance(e, Experts) for e in module.children()):
+        elif has_adapters(module) and any(isinstance(part, Experts) for part in module.children()):
             raise TypeError(f"{name or 'model'} has PEFT's adapters; merge them first: model.merge_and_unload()")
-        elif isinstance(module, Experts) and type(module) not in _PREPARED:
+        elif isinstance(module, Experts) and type(module) not in PREPARED_EXPERTS:
             raise TypeError(
                 f"{name or 'model'} is a {type(module).__qualname__}, which may compute something else than a "
                 "SparseMoE; load its weights into a SparseMoE and prepare that"
             )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's transformer blocks that call their layers."""
-    names = {name for family in FAMILIES for name in family.blocks}
-    return [
-        module
-        for module in model.modules()
-        if library_class(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
-        if "forward" not in vars(module)  # it may read weights directly instead of calling a layer
-    ]
-
-
-def _prepare_attention(module: nn.Module, weights: str | None) -> None:
-    """Prepares self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What is
-    or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
-    products are faster than those of a fallback."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, Prepared | SparseMoE) or "forward" in vars(child):
-            continue
-        if isinstance(child, nn.Linear):
-            if class_name(module) in ATTENTIONS and linear_can_be_prepared(child) and _is_packed(child.weight, weights):
-                setattr(module, name, PreparedLinear(child, weights))
-        elif class_name(child) not in ATTENTION_MODULES or not _attends_to_itself(module):
-            _prepare_attention(child, weights)
-        elif can_be_prepared(child) and _is_packed(cast(nn.Parameter, child.in_proj_weight), weights):
-            setattr(module, name, prepared_attention(child, weights))
-
-
-def _prepare_patches(embedding: nn.Module, weights: str | None) -> None:
-    for name, child in list(embedding.named_children()):
-        if patches_can_be_prepared(child) and _is_packed(cast(nn.Conv2d, child).weight, weights):
-            setattr(embedding, name, PreparedPatches(cast(nn.Conv2d, child), weights))
-
-
-def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:
-    """Whether packed weights of its type are worth it: those of float16 are float32, twice as large."""
-    known = (torch.float32, torch.bfloat16) if weights is None else (torch.float32, torch.bfloat16, torch.float16)
-    return weight.dtype in known and packed_layout(weight.dtype, weights) != PLAIN_LAYOUT
-
-
-def _attends_to_itself(block: nn.Module) -> bool:
-    """Whether a block's attention gets one tensor, and its attention weights are not asked for."""
-    if library_class(block) not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
-        return False  # the latter is open_clip's cross-attention
-    return "attention" not in vars(block)
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    try:
-        return mlp_can_be_prepared(module, read_mlp(module))
-    except TypeError:
-        return False
-
-
-def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
-    """The MLPs that ``PreparedMLP`` can replace in blocks that call their layers: those that are a single module."""
-    found = []
-    for block in model.modules():
-        try:
-            mlp = find_mlp(block)
-        except TypeError:
-            continue
-        if "forward" not in vars(block) and len(mlp.family.parts) == 1 and mlp_can_be_prepared(mlp.module, mlp.dense):
-            found.append(mlp)
-    return found
 
 
 def for_inference(model: nn.Module, precision: Precision = "fp32", weights: str | None = None) -> nn.Module:

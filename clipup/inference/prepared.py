@@ -10,6 +10,8 @@ Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 from __future__ import annotations
 
 import copy
+import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,17 +47,26 @@ class Prepared(nn.Module):
     _plain: tuple[nn.Module]
     """The plain layer on the meta device; in a tuple, so that it is no part of this module."""
 
+    def __init__(self, plain: Any, quantize: str | None = None) -> None:
+        super().__init__()
+        self._prepare(plain, quantize)
+        self.train(False)
+
+    @classmethod
+    def of(cls, plain: Any, quantize: str | None = None) -> Prepared:
+        """The prepared layer that takes the place of a plain one."""
+        return cls(plain, quantize)
+
     @staticmethod
     def read(plain: Any) -> Mapping[str, Tensor | None]:
         """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
         raise NotImplementedError
 
     def _prepare(self, plain: nn.Module, quantize: str | None) -> None:
-        """Takes the place of a plain layer, which is left without memory: matrices packed, others (biases) as
-        buffers."""
+        """Takes the tensors of a plain layer, which keeps its own: matrices packed, others (biases) as buffers."""
         self.quantize, self._packed = quantize, {}
         self._put(plain)
-        self._plain = (plain.to("meta"),)
+        self._plain = (_without_weights(plain),)
 
     def _put(self, plain: nn.Module) -> None:
         tensors = {name: tensor.detach() for name, tensor in self.read(plain).items() if tensor is not None}
@@ -103,6 +114,10 @@ class Prepared(nn.Module):
 
     def train(self, mode: bool = True) -> Prepared:
         if mode:
+            # nn.Module.train has set the modes of the modules on the way here, before it asked: they go back
+            for frame, _ in traceback.walk_stack(sys._getframe()):
+                if frame.f_code.co_name == "train" and isinstance(frame.f_locals.get("self"), nn.Module):
+                    frame.f_locals["self"].eval()
             raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
         return super().train(False)
 
@@ -171,6 +186,18 @@ class Prepared(nn.Module):
                 self._keep(name, pack_weight(packed))
 
 
+def _without_weights(plain: nn.Module) -> nn.Module:
+    """A copy of a layer's modules on the meta device. Others may hold the layer, or a part of it, so it stays as it
+    is."""
+    copied = copy.copy(plain)
+    copied._parameters = {
+        name: None if value is None else nn.Parameter(value.detach().to("meta"), value.requires_grad)
+        for name, value in plain._parameters.items()
+    }
+    copied._modules = {name: None if part is None else _without_weights(part) for name, part in plain._modules.items()}
+    return copied
+
+
 def pack_matrices(tensors: Mapping[str, Tensor], quantize: str | None) -> dict[str, PackedWeight]:
     """Packed copies of the matrices among ``tensors``, by their names."""
     scales = {} if quantize is None else _input_scales(tensors)
@@ -218,15 +245,13 @@ class PreparedMLP(Prepared):
     """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding, or quantization."""
 
     def __init__(self, mlp: nn.Module, quantize: str | None = None) -> None:
-        super().__init__()
+        super().__init__(mlp, quantize)
         dense = read_mlp(mlp)
         self.activation = dense.activation
         self.input_norm_name = _input_norm_name(mlp, dense)
         if self.input_norm_name is not None:
             self.add_module(self.input_norm_name, dense.input_norm)
-            mlp.add_module(self.input_norm_name, nn.Identity())
-        self._prepare(mlp, quantize)
-        self.train(False)
+            self._plain[0].add_module(self.input_norm_name, nn.Identity())
 
     @staticmethod
     def read(plain: nn.Module) -> Mapping[str, Tensor | None]:

@@ -36,10 +36,8 @@ class PreparedAttention(PreparedProjections):
     """Self-attention by an ``nn.MultiheadAttention`` with packed projections. It returns no attention weights."""
 
     def __init__(self, attention: Any, quantize: str | None = None) -> None:
-        super().__init__()
+        super().__init__(attention, quantize)
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
-        self._prepare(attention, quantize)
-        self.train(False)
 
     @staticmethod
     def read(plain: Any) -> Mapping[str, Tensor | None]:
@@ -121,14 +119,13 @@ SELF_ATTENTION_BLOCKS = frozenset(
 """Full names of block classes whose attention is called as the prepared one can be."""
 
 
-def prepared_attention(attention: nn.Module, quantize: str | None) -> PreparedAttention:
+def attention_class(attention: nn.Module) -> type[PreparedAttention]:
     """The prepared layer for a module of ``ATTENTION_MODULES`` for which ``can_be_prepared`` holds."""
-    of_torch = isinstance(attention, nn.MultiheadAttention)
-    return (PreparedAttention if of_torch else PreparedOpenClipAttention)(attention, quantize)
+    return PreparedAttention if isinstance(attention, nn.MultiheadAttention) else PreparedOpenClipAttention
 
 
 ATTENTION_MODULES = frozenset(["torch.nn.modules.activation.MultiheadAttention", "open_clip.transformer.Attention"])
-"""Full names of the classes that ``prepared_attention`` takes from ``SELF_ATTENTION_BLOCKS``."""
+"""Full names of the classes that ``attention_class`` knows, in ``SELF_ATTENTION_BLOCKS``."""
 
 
 _OUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -141,7 +138,7 @@ _OPEN_CLIP_PARTS = {
 
 
 def can_be_prepared(attention: Any) -> bool:
-    """Whether ``prepared_attention`` computes and stores all that a module of ``ATTENTION_MODULES`` does."""
+    """Whether the prepared layer computes and stores all that a module of ``ATTENTION_MODULES`` does."""
     read = attention.in_proj_weight is not None and type(attention.out_proj) in _OUT_PROJECTIONS
     if not (read and is_replaceable(attention, PreparedAttention.read(attention))):
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,17 @@ class _PreparedExperts(Prepared, Experts):
         return dict(plain.named_parameters())
 
     @classmethod
-    def prepare(cls, experts: Experts, quantize: str | None = None) -> None:
+    def of(cls, plain: Any, quantize: str | None = None) -> Prepared:
         """Makes plain experts a layer of this class."""
-        plain = nn.Module()
+        experts, plain = plain, nn.Module()
         for name, parameter in list(experts.named_parameters(recurse=False)):
             plain.register_parameter(name, parameter)
             del experts._parameters[name]
         for name in MATRICES:
             experts._parameters.pop(name, None)  # None, of experts without gates
         experts.__class__ = cls
-        cast(_PreparedExperts, experts)._prepare(plain, quantize)
+        experts._prepare(plain, quantize)
+        return experts
 
     def expert_group(self) -> None:
         """Prepared experts are all in this process."""

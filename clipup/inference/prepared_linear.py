@@ -40,10 +40,8 @@ class PreparedLinear(_OneMatrix):
     """An ``nn.Linear`` with packed weights."""
 
     def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
-        super().__init__()
+        super().__init__(linear, quantize)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._prepare(linear, quantize)
-        self.train(False)
 
     @staticmethod
     def read(plain: nn.Linear) -> Mapping[str, Tensor | None]:
@@ -62,10 +60,8 @@ class PreparedPatches(_OneMatrix):
     """The convolution that embeds an image's patches, as a linear layer on them."""
 
     def __init__(self, convolution: nn.Conv2d, quantize: str | None = None) -> None:
-        super().__init__()
+        super().__init__(convolution, quantize)
         self.kernel_size = self.stride = convolution.kernel_size
-        self._prepare(convolution, quantize)
-        self.train(False)
 
     @staticmethod
     def read(plain: nn.Conv2d) -> Mapping[str, Tensor | None]:

@@ -13,9 +13,11 @@ import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from .. import checks
 from ..clip import towers
+from ..data.images import to_rgb
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
@@ -60,7 +62,10 @@ def create_model_and_transforms(
         kwargs: passed to open_clip, such as device, precision, load_weights and force_image_size.
 
     Returns:
-        model, preprocess_train, preprocess_val. A sparse model has its config as ``moe_config``.
+        model, preprocess_train, preprocess_val. A sparse model has its config as ``moe_config``. The transforms are
+        open_clip's, after one step that makes an image RGB (``clipup.data.images.to_rgb``): ``preprocess(Image.open(
+        path))`` is what training, evaluation and search read, also of 16-bit, transparent and palette images. Without
+        it, PIL would resize these first, in another way than open_clip's trainer, which makes them RGB first.
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit the model, or a file with more than weights.
@@ -72,7 +77,8 @@ def create_model_and_transforms(
         raise ValueError("weights_only=False would run code in the file; save its state dict alone instead")
     with hub_access(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
         model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
-    return model.eval(), *transforms
+    # open_clip 4 has also factories of transforms, for NaFlex
+    return model.eval(), *(Compose([to_rgb, *t.transforms]) if isinstance(t, Compose) else t for t in transforms)
 
 
 def _create(

@@ -327,3 +327,45 @@ def test_weights_of_another_order_are_computed(path):
     fast = clipup.accelerate(model)
     assert_follows(features(fast), features(model), None)
     assert torch.equal(fast.state_dict()[f"blocks.0.{path}.weight"], weight)
+
+
+# ---------------------------------------------------------------- all or nothing
+
+
+def share_in_second_block(model, path):
+    first, second = model.visual.transformer.resblocks[:2]
+    second.set_submodule(path, first.get_submodule(path))
+
+
+@with_weights
+@pytest.mark.parametrize("path", ["mlp", "mlp.c_fc", "attn"])
+def test_a_module_that_blocks_share_is_prepared_in_place_for_all(path, weights):
+    model = tiny_clip()
+    share_in_second_block(model, path)
+    theirs = features(model.eval())
+    fast = clipup.accelerate(model, inplace=True, weights=weights)
+    first, second = fast.visual.transformer.resblocks[:2]
+    assert_follows(features(fast), theirs, weights)
+    assert all(isinstance(block.mlp, PreparedMLP) for block in (first, second))
+    assert path == "mlp.c_fc" or getattr(first, path) is getattr(second, path)
+
+
+@needs_kernels
+def test_a_layer_that_cannot_be_prepared_leaves_the_whole_model_as_it_was():
+    wide = clipup.SparseMoE(65_537, 2, num_experts=2)  # more inputs than int8 products can sum
+    model = nn.Sequential(clipup.SparseMoE(8, 16), timm_model("Block/Mlp").blocks, wide)
+    before = {name: (type(module), module.training) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="2: .*65536 inputs"):
+        clipup.accelerate(model, inplace=True, weights="int8")
+    assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", ["", "visual", "transformer.resblocks.1"])
+def test_a_refused_train_leaves_all_modes_as_they_were(path):
+    fast = clipup.accelerate(upcycled())
+    with pytest.raises(RuntimeError, match="no training mode"):
+        fast.get_submodule(path).train()
+    assert not any(module.training for module in fast.modules())

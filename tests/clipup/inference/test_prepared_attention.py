@@ -11,7 +11,7 @@ from torch import nn
 
 import clipup_kernels
 from clipup import accelerate
-from clipup.inference.prepared_attention import PreparedAttention, can_be_prepared, prepared_attention
+from clipup.inference.prepared_attention import PreparedAttention, PreparedOpenClipAttention, can_be_prepared
 from clipup.inference.prepared_linear import PreparedLinear, PreparedPatches, patches_can_be_prepared
 
 pytestmark = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
@@ -51,7 +51,7 @@ def test_attention_follows_torch(mask, batch_first, dtype, weights):
 def test_attention_of_open_clip_4_follows_it(mask, dtype, weights):
     torch.manual_seed(0)
     plain, x = Attention(64, num_heads=4).eval(), torch.randn(3, 7, 64)
-    prepared = prepared_attention(copy.deepcopy(plain).to(dtype), weights)
+    prepared = PreparedOpenClipAttention(copy.deepcopy(plain).to(dtype), weights)
     with torch.inference_mode():
         theirs, ours = plain(x, attn_mask=mask), prepared(x.to(dtype), attn_mask=mask)
     assert ours.dtype == dtype

@@ -1,12 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
 from clipup import MoEConfig, save_pretrained, upcycle
 from clipup.clip.inputs import random_inputs
+from clipup.data.images import load_image
 
 CONFIG = MoEConfig(num_experts=3)
 
@@ -99,3 +102,25 @@ def test_created_models_are_in_evaluation_mode(tmp_path, upcycled):
         clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0],
     ):
         assert not any(module.training for module in created.modules())
+
+
+def noise(mode):
+    values = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(values.view(np.uint16)[..., 0])
+    if mode == "RGBA":
+        return Image.fromarray(values)
+    return Image.fromarray(values[..., :3]).convert(mode)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "L", "I;16", "CMYK"])
+def test_the_transforms_read_an_opened_file_as_the_data_loaders_do(tmp_path, mode, training):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    noise(mode).save(path)
+    _, *transforms = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
+    preprocess = transforms[0] if training else transforms[1]
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+        found, loaded = [torch.manual_seed(0) and preprocess(image) for image in (opened, load_image(str(path)))]
+    assert torch.equal(found, loaded)

@@ -73,7 +73,7 @@ def test_transforms_take_mean_interpolation_resize_mode_and_augmentations(built,
     normalize = find(made.preprocess_val, Normalize)
     assert normalize.mean == (0.5,) * 3 and normalize.std == (0.1, 0.2, 0.3)
     assert find(made.preprocess_train, RandomResizedCrop).scale == (0.3, 0.4)
-    assert made.preprocess_val.transforms[0].interpolation.value == "bilinear"
+    assert made.preprocess_val.transforms[1].interpolation.value == "bilinear"
     wide = made.preprocess_val(Image.new("RGB", (40, 20), "white"))
     assert wide[0, 0, 8] < wide[0, 8, 8]  # padded above, not cropped
 

@@ -1,0 +1,80 @@
+"""accelerate_report: what was prepared, what was left and why; and the reasons in the error where nothing was."""
+
+import copy
+import pickle
+
+import pytest
+from tiny_clip import tiny_clip
+from tiny_families import timm_model
+from tiny_hugging_face import tiny_hugging_face
+from torch import nn
+
+import clipup
+import clipup_kernels
+
+needs_kernels = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ packs weights")
+
+
+def report(model):
+    return {row.name: row for row in clipup.accelerate_report(model)}
+
+
+def with_adapters(name, target):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(tiny_hugging_face(name), peft.LoraConfig(r=2, target_modules=[target]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_every_layer_of_a_clip_is_in_the_report_with_the_type_of_its_weights(weights):
+    model = clipup.upcycle(tiny_clip().eval(), clipup.MoEConfig())
+    fast = clipup.accelerate(model, weights=weights)
+    rows = report(fast)
+    blocks = [f"{tower}transformer.resblocks.{index}" for tower in ("visual.", "") for index in range(4)]
+    assert set(rows) == {"visual.conv1", *(f"{block}.{part}" for block in blocks for part in ("attn", "mlp"))}
+    assert {row.weights for row in rows.values()} == {weights or "float32"}
+    assert {row.reason for row in rows.values()} == {None}
+    assert rows["visual.transformer.resblocks.1.mlp"].layer == "PreparedMoE"
+    assert report(copy.deepcopy(fast)) == report(pickle.loads(pickle.dumps(fast))) == rows
+    fast.visual.transformer.resblocks[0].mlp = model.visual.transformer.resblocks[0].mlp
+    (changed,) = {*report(fast).values()} - {*rows.values()}
+    assert str(changed) == (
+        "visual.transformer.resblocks.0.mlp: Sequential, left: it can be prepared: clipup.accelerate(model)"
+    )
+
+
+@needs_kernels
+def test_layers_that_are_left_are_in_the_report_with_the_reason():
+    eva, swin = (
+        report(clipup.accelerate(timm_model(f"{block}/Mlp").eval())) for block in ("EvaBlock", "SwinTransformerV2Block")
+    )
+    assert eva["blocks.0.mlp"].weights == "float32" and eva["blocks.0.attn.qkv"].weights is None
+    assert "timm.models.eva.EvaAttention is not a supported" in eva["blocks.0.attn.qkv"].reason
+    assert "swin_transformer_v2.WindowAttention is not a" in swin["layers.0.blocks.0.attn.qkv"].reason
+    bert = report(clipup.accelerate(clipup.upcycle(tiny_hugging_face("BertModel"), clipup.MoEConfig())))
+    assert bert["encoder.layer.1.intermediate"].reason is None
+    assert "not supported yet" in bert["encoder.layer.0.intermediate"].reason
+    assert "in int8 only" in bert["encoder.layer.0.attention.self.query"].reason
+    query = report(clipup.accelerate(with_adapters("CLIPModel", "q_proj")))
+    assert {row.reason for name, row in query.items() if name.endswith("q_proj")} == {
+        "it has PEFT's adapters; merge them first: model.merge_and_unload()"
+    }
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    beside = report(clipup.accelerate(nn.Sequential(mlp, clipup.SparseMoE(8, 16))))
+    assert beside["0.0"].reason.startswith("torch.nn.modules.container.Sequential is not") and not beside["1"].reason
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: tiny_hugging_face("BertModel"), "encoder.layer.3.output: BertOutput, left: MLPs of several modules"),
+        (
+            lambda: with_adapters("CLIPModel", "fc1"),
+            "layers.3.mlp: CLIPMLP, left: it has PEFT's adapters; merge them first",
+        ),
+        (lambda: timm_model("Block/Mlp, normed"), "blocks.3.mlp: Mlp, left: a norm between its projections"),
+    ],
+)
+def test_the_error_about_a_model_with_nothing_to_prepare_says_why(model, reason):
+    with pytest.raises(ValueError, match=f"no sparse layer and no dense MLP to prepare(.|\n)*{reason}"):
+        clipup.accelerate(model())
