@@ -262,11 +262,11 @@ struct PackedLayout {
 };
 PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 
-// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2, neon_dotprod
+// Name of the instruction tier in use: amx, avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2, neon_dotprod
 // or portable.
 const char* instruction_tier();
 
-// Whether the CPU has AMX tiles for bfloat16, which no tier here uses.
+// Whether the CPU has AMX tiles for bfloat16, which the tier in use may not use.
 bool has_matrix_tiles();
 
 // Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back. A block may

@@ -100,8 +100,8 @@ def _matmul_is_faster(dtype: torch.dtype) -> str | None:
         return "the C++ kernels for aarch64 were never timed on a CPU; int8 weights use them"
     if not extension.NATIVE.build_info()["openmp"]:
         return "the extension was built without g++'s OpenMP, so its kernels run on one thread"
-    if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles():
-        return "this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels do not use"
+    if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles() and tier != "amx":
+        return f"this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels' tier {tier} does not use"
     return None
 
 

@@ -16,7 +16,7 @@ _self_attention = define(
 
 def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, quantize: str | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d) + mask) v`` of every head, for inference. Float32, bfloat16, float16 or float64; sums
-    and softmax are at least float32, but on CPUs with AMX scores and shares of bfloat16 are rounded to it.
+    and softmax are at least float32, but where CPUs multiply pairs of bfloat16, shares of bfloat16 are rounded to it.
 
     Args:
         qkv: [B, L, 3 * heads * d]: queries, keys and values of every token, each [heads, d].

@@ -42,6 +42,7 @@ def modern_gpu(monkeypatch):
     [
         ("avx512_bf16", False, True, {}, set()),
         ("avx512_bf16", True, True, {}, {torch.bfloat16}),
+        ("amx", True, True, {}, set()),
         ("avx512_bf16", False, False, {}, set(DTYPES)),
         ("portable", False, True, {}, set(DTYPES)),
         ("neon_dotprod", False, True, {}, set(DTYPES)),
