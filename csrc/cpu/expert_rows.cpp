@@ -173,10 +173,6 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
           ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));
-          if (int8 == nullptr) return;
-          const std::uint16_t* const to =
-              int8->hidden + (piece.at + block.row + row) * int8->stride + panel * ks.panel;
-          ask_for_rows<2>(to, int8->stride * 2, rows, ks.panel * 2);
         },
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c,
             std::int64_t begin, std::int64_t end) {
