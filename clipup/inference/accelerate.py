@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipup_kernels import packed_layout
-from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
+from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS, Quantization
 
 from .. import checks
 from ..dense.dense_mlp import class_name, library_class
@@ -48,13 +48,13 @@ class NothingToPrepare(ValueError):
 
 @overload
 def accelerate(  # type: ignore[overload-overlap]  # a single MLP is replaced
-    model: nn.Sequential, inplace: bool = False, weights: str | None = None
+    model: nn.Sequential, inplace: bool = False, weights: Quantization | None = None
 ) -> nn.Sequential | PreparedMLP: ...
 @overload
-def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M: ...
+def accelerate(model: M, inplace: bool = False, weights: Quantization | None = None) -> M: ...
 @torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
-def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
+def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
     The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, self-attention in the
@@ -208,7 +208,7 @@ def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
     return found
 
 
-def for_inference(model: nn.Module, precision: Precision = "fp32", weights: str | None = None) -> nn.Module:
+def for_inference(model: M, precision: Precision = "fp32", weights: Quantization | None = None) -> M:
     """Puts a model into evaluation mode and prepares it in place (``clipup.accelerate``) where that is faster: on the
     CPU without autocast, which would have to cast packed weights. With ``weights``, that is required."""
     model.eval()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -40,10 +40,24 @@ _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
 _FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
+if TYPE_CHECKING:
+
+    class CLIP(nn.Module):
+        """What open_clip's models have in common, for type checkers: the classes have no common base with types."""
+
+        visual: nn.Module
+        logit_scale: nn.Parameter
+
+        def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+            """[B, 3, height, width] -> features [B, F]."""
+
+        def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+            """Token ids [B, context_length] -> features [B, F]."""
+
 
 def create_model_and_transforms(
     model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
-) -> tuple[nn.Module, Any, Any]:
+) -> tuple[CLIP, Any, Any]:
     """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
     from a directory or the hub, and training checkpoints.
 
@@ -75,7 +89,7 @@ def create_model_and_transforms(
 
 def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
-) -> tuple[nn.Module, Any, Any]:
+) -> tuple[CLIP, Any, Any]:
     load_weights = kwargs.get("load_weights", True)
     directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
     described, color = None, None
