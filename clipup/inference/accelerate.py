@@ -115,11 +115,20 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
+    if weights is not None and hasattr(model, "save_pretrained"):
+        cast(Any, model).save_pretrained = _refuse_to_save  # transformers' writes the config before it asks for weights
     if not isinstance(model, SparseMoE):
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)
     return model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "the model holds quantized weights, from which the plain ones cannot be restored; save the plain model, or "
+        "pickle the prepared one"
+    )
 
 
 def _check(model: nn.Module, weights: str | None) -> None:

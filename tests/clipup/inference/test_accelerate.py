@@ -327,3 +327,13 @@ def test_weights_of_another_order_are_computed(path):
     fast = clipup.accelerate(model)
     assert_follows(features(fast), features(model), None)
     assert torch.equal(fast.state_dict()[f"blocks.0.{path}.weight"], weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_quantized_model_of_transformers_writes_nothing(tmp_path, sparse):
+    model = tiny_hugging_face("CLIPModel")
+    quantized = clipup.accelerate(clipup.upcycle(model) if sparse else model, weights="int8")
+    with pytest.raises(RuntimeError, match="quantized weights"):
+        copy.deepcopy(quantized).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
