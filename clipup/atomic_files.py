@@ -14,6 +14,8 @@ from pathlib import Path
 _PREFIX = ".writing"
 _MAX_AGE = 24 * 3600
 """Seconds after which a temporary directory of another machine counts as abandoned."""
+_FAILED_WRITE = r"^\[Errno|I/O error|inline_container|iostream error"
+"""Of an OSError, in messages of safetensors, and of torch.save, whose errors have other types and name no file."""
 _own: set[str] = set()
 """Names of the temporary directories that this process is writing to."""
 
@@ -27,6 +29,7 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
 
     Raises:
         IsADirectoryError: a target is a directory; nothing was changed.
+        OSError: a file could not be written, as on a full disk.
     """
     for path in writers:
         if path.is_dir():
@@ -39,10 +42,15 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             remove_abandoned(parent)
             folder.mkdir()
         for path, write in writers.items():
-            write(written[path])
-            written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors creates private files
-            with open(written[path], "rb+") as file:
-                os.fsync(file.fileno())
+            try:
+                write(written[path])
+                written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors creates private files
+                with open(written[path], "rb+") as file:
+                    os.fsync(file.fileno())
+            except Exception as error:
+                if getattr(error, "filename", None) is not None or not re.search(_FAILED_WRITE, str(error)):
+                    raise
+                raise OSError(f"{path} could not be written ({error}); nothing was changed") from error
         for path, temporary in written.items():
             os.replace(temporary, path)
     finally:

@@ -8,14 +8,15 @@ Axis legend, used in every shape of this package: ``T`` tokens, ``D`` model widt
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 PLAIN_LAYOUT = "plain"
 """``PackedWeight.layout`` of a weight that is not packed."""
-QUANTIZATIONS = ("int8",)
+Quantization = Literal["int8"]
+QUANTIZATIONS = get_args(Quantization)
 """How ``pack_weight`` can quantize a weight."""
 
 

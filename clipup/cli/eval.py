@@ -35,7 +35,8 @@ class Options(EncodingOptions):
     """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. Of a run, its
     model, or the newest checkpoint of one that goes on."""
     pretrained: str | None = None
-    """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""
+    """Tag, file of weights, or directory of a model or a finished run, for a model given by name; a training checkpoint
+    may be sparse."""
     random_weights: bool = False
     """Measure a model given by name with random, untrained weights."""
     dataset: Literal["coco", "flickr30k", "imagenet", "imagenet-v2", "webdataset", "csv"] | None = None
@@ -138,9 +139,10 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
     if options.out is not None and options.out != "-":
         check_file("out", options.out)
-    from ..models import model_card, model_names
+    from ..models import factory, model_card, model_names
     from .runs import model_directory
 
+    options.model, options.pretrained = factory.name_and_weights(options.model, options.pretrained)
     directory = model_directory(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is no model's directory or finished run, so it has no card to add to")

@@ -15,8 +15,8 @@ _BUCKETS = "on a CPU the text towers stop at the longest text of a batch; elsewh
 INSTEAD = {
     "--val-num-samples": "the samples are counted while they are read",
     "--image-key": "an image is the member of a sample that has an image's extension",
-    "--text-key": "a caption is the member of a sample with the extension txt",
-    "--json-text-key": "write the captions as .txt members",
+    "--text-key": "a caption is the member of a sample with the extension txt, caption or text",
+    "--json-text-key": "captions of a json are read from its captions or caption",
     "--json-text-key-probs": "write the captions as .txt members",
     "--cache-dir": "set the environment variable HF_HOME, which all downloads follow",
     "--pretrained-image": "start from a whole CLIP with --pretrained",

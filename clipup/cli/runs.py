@@ -14,7 +14,7 @@ from torch import nn
 from ..inference.accelerate import for_inference
 from ..models import factory, model_names, saving, tokenizers
 from ..models.checkpoint_model import checkpoint_model
-from ..models.model_directory import CONFIG_NAME
+from ..models.model_directory import CONFIG_NAME, of_transformers
 from ..models.state_dicts import read_weights
 from ..precision import Precision
 from ..train.checkpoints import open_clip_format
@@ -58,6 +58,7 @@ def model_of(name: str) -> Iterator[str]:
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
+            f"{of_transformers(root)}"
         )
     for reason in latest.passed_over:
         print(f"clipup: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)

@@ -37,7 +37,7 @@ class Options(SparseOptions):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the sparse model. It must be empty or not exist."""
     pretrained: str | None = None
-    """Tag or file of weights, for an open_clip model name."""
+    """Tag, file of weights, or directory of a model or a finished run, for an open_clip model name."""
     random_weights: bool = False
     """Upcycle an open_clip model with untrained, random weights."""
     seed: int = 0
@@ -100,6 +100,7 @@ def run(options: Options) -> None:
     from ..upcycling.step0 import step0_difference
     from ..upcycling.upcycle import upcycle
 
+    options.model, options.pretrained = factory.name_and_weights(options.model, options.pretrained)
     if not options.random_weights:
         model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to upcycle random weights"

@@ -7,6 +7,7 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..moe.config import DEFAULT_TOWERS, MoEConfig
@@ -28,6 +29,10 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         return ("image", "text", "decoder")
     if isinstance(model, _CLIPS):
         return ("image", "text")
+    if isinstance(model, FeatureGetterNet):
+        raise TypeError(
+            "model is timm's features_only wrapper; upcycle the model in it: upcycle(net.model, inplace=True)"
+        )
     if is_timm(model):
         return ("image",)
     if is_hugging_face(model):

@@ -19,7 +19,7 @@ from .. import checks
 from ..progress import printable
 from .options import CsvFormat
 from .samples import PackedTexts, Sample, digest_of
-from .skips import RETRIES, Retries, Skips, read_whole
+from .skips import RETRIES, Note, Retries, Skips, read_whole
 
 _MOST_SHOWN = 200
 """Characters of the path of an image in a message."""
@@ -102,6 +102,8 @@ def readable_rows(
             )
     image_column, caption_column = header.index(form.img_key), header.index(form.caption_key)
     missing: set[str] = set()
+    notes: list[Note] = []
+    base = printable(os.path.abspath(directory or ""))
     for line, count, cells in records:
         if not any(map(str.strip, cells)):
             continue  # a blank line
@@ -115,16 +117,17 @@ def readable_rows(
         elif directory is not None and leaves(image):
             fault, lost = f"its image is not in {directory}", 1
         elif not os.path.isfile(found):
-            fault, lost = f"there is no file {printable(os.path.abspath(found)[:_MOST_SHOWN])}", 1
+            fault, lost = f"there is no such file; relative paths start from {base}", 1
             if of_images and found in missing:
                 continue
             missing.add(found)
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:
-            skips.note(_row_name(path, line, image), fault, lost)
+            notes.append(Note(_row_name(path, line, image), fault, lost))
         else:
             yield Row(line, found, caption)
+    skips.add(notes)
 
 
 def leaves(path: str) -> bool:

@@ -57,8 +57,9 @@ def train_loader(
 ) -> TrainData:
     """Training batches `(images [B, C, H, W], tokens [B, L])`: indexed, from memory, or streamed.
 
-    A CSV cell is one caption, whatever it holds, and so is the .txt of a shard, as in open_clip; of several `captions`
-    in the json of a shard's sample one is drawn each time. The same arguments give the same batches.
+    A CSV cell is one caption, whatever it holds, and so is the .txt, .caption or .text of a shard, as in open_clip.
+    `captions` in the json of a shard's sample come before these, and one is drawn each time; `caption` comes after
+    them. The same arguments give the same batches.
     CSV files and local shards are indexed: the samples of step s of an epoch, their order, captions and augmentations
     are the same for every `workers` and for all `batch_size`, `accum_freq` and `world_size` with the same product. Rank
     r has batches r * accum_freq to (r + 1) * accum_freq - 1 of every step. The images of a cache are augmented once.

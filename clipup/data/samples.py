@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torchvision.transforms import Resize
 
-_OTHER_KINDS = ("avif", "bmp", "dng", "gif", "heic", "heif", "jxl", "tif", "tiff")
+_RAW = ("arw", "cr2", "cr3", "crw", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw", "x3f")
+_OTHER_KINDS = (*_RAW, "avif", "bmp", "gif", "heic", "heif", "jxl", "tif", "tiff")
 
 FileState = tuple[int, int]
 """The size of a file and its time of modification in nanoseconds."""

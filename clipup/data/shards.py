@@ -33,7 +33,7 @@ PLACE = np.dtype([
 """A sample: the offset of its first header, the offsets and sizes in bytes of its image and of the member with its
 captions, and whether that is a json."""
 
-_VERSION = 6
+_VERSION = 7
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
 
@@ -93,7 +93,10 @@ class ShardSource:
             check_state(file.fileno(), self.states[number], self.shards[number])
             image = _content(file, place["image"], place["image_size"])
             text = _content(file, place["text"], place["text_size"])
-        return image, captions_in(text)[0] if place["json"] else [caption_of(text)]
+        if not place["json"]:
+            return image, [caption_of(text)]
+        captions, about = captions_in(text)
+        return image, captions or [about["caption"]]
 
     def _shard_of(self, row: int) -> int:
         return int(np.searchsorted(self.ends, row, side="right"))
@@ -117,7 +120,7 @@ def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Samp
         found = read_whole(partial(_read, shard, sizes.get(shard)), shard, argument, retried)
         contents.append(found._replace(complete=[]))
         for members, parts in found.complete:
-            captions = lines(parts.captions[0]) if parts.text == "txt" else parts.captions
+            captions = lines(parts.captions[0]) if parts.text != "json" else parts.captions
             about = {"key": members.key, **parts.about}
             samples.append(Sample(members.key, shard, tuple(captions), *members.place[parts.image], about))
     _note_losses(contents, skips)
@@ -159,9 +162,9 @@ def _read(shard: str, expected: int | None) -> Contents:
 def _note_losses(shards: Sequence[Contents | ShardIndex], skips: Skips) -> None:
     """Notes what shards lost; where the number is unknown, by how many samples the largest undamaged shard has."""
     usual = max((one.samples for one in shards if all(note.samples for note in one.notes)), default=0)
-    for one in shards:
-        missing = max(1, usual - one.samples)
-        skips.add(note._replace(samples=note.samples or missing) for note in one.notes)
+    skips.add(
+        note._replace(samples=note.samples or max(1, usual - one.samples)) for one in shards for note in one.notes
+    )
 
 
 class ShardIndex(NamedTuple):

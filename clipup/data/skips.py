@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from time import sleep
 from typing import NamedTuple, TypeVar
@@ -27,6 +28,9 @@ _LACK = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What this process or machine lacks says nothing about the data."""
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, *_LACK}
 """Errors that waiting does not repair."""
+
+_NAMED = 3
+"""Samples that are named for each reason; others are counted."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -148,13 +152,20 @@ class Skips:
         self.add([Note(name, str(reason), samples)])
 
     def add(self, notes: Iterable[Note]) -> None:
-        """Counts and logs what is not known already."""
+        """Counts what is not known already and logs it: of each reason the first few, and the number of the others."""
+        times, others = Counter[str](), Counter[str]()
         for note in notes:
             if note.name in self.samples:
                 continue
             self.samples[note.name] = note.samples
             self.first = self.first or f"{note.name}: {note.reason}"
-            _LOG.warning("skipped %s: %s (samples: %d)", note.name, note.reason, note.samples)
+            times[note.reason] += 1
+            if times[note.reason] <= _NAMED:
+                _LOG.warning("skipped %s: %s (samples: %d)", note.name, note.reason, note.samples)
+            else:
+                others[note.reason] += note.samples
+        for reason, samples in others.items():
+            _LOG.warning("skipped others as well: %s (samples: %d)", reason, samples)
 
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""

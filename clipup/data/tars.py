@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
-TEXT_EXTENSIONS = ("txt", "json", "cls")
+CAPTION_EXTENSIONS = ("txt", "caption", "text")
+"""Extensions of members that hold one caption; the first in this order is used."""
+TEXT_EXTENSIONS = (*CAPTION_EXTENSIONS, "json", "cls")
 _DOTTED_IMAGES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TAR = "tar --sort=name --dereference --hard-dereference"
 """The command that writes the files of a directory as samples: side by side, and with content instead of links."""
 
+_EXPECTED = {
+    "image": ", ".join(IMAGE_EXTENSIONS),
+    "caption": f"{', '.join(CAPTION_EXTENSIONS)}, or `captions` or `caption` in json",
+}
 _NO_TAR = "it is not an uncompressed tar file"
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
 
@@ -73,21 +79,28 @@ def lines(text: str) -> list[str]:
 
 
 def complete(members: Members) -> Parts:
-    """The parts of a sample. Captions are `captions` of its json, else one: its txt, as in open_clip.
+    """The parts of a sample. Captions are `captions` of its json, else one: its txt, as in open_clip, another text, or
+    `caption` of its json, as img2dataset writes it.
 
     Raises ValueError with the reason when it has no caption or no image.
     """
     captions, about = captions_in(members.content.get("json", b"{}"))
-    text = "json" if captions else "txt"
-    captions = captions or [caption_of(members.content.get("txt", b""))]
-    missing = "image" if members.image is None else "" if captions[0].strip() else "caption"
-    if members.image is None or missing:
-        raise ValueError(f"it has no {missing} beside it (links are not read: write shards with {TAR})")
+    text = "json"
+    if not captions:
+        text = next((name for name in CAPTION_EXTENSIONS if members.content.get(name, b"").strip()), text)
+        alone = about.pop("caption", "") if text == "json" else caption_of(members.content[text])
+        captions = [alone] if isinstance(alone, str) and alone.strip() else []
+    if members.image is None or not captions:
+        missing = "caption" if members.image else "image"
+        raise ValueError(
+            f"it has no {missing} beside it ({_EXPECTED[missing]}), only {', '.join(members.place) or 'links'} (links "
+            f"are not read: write shards with {TAR})"
+        )
     return Parts(members.image, text, captions, about)
 
 
 def caption_of(content: bytes) -> str:
-    """The caption in a txt."""
+    """The caption in a member that holds one."""
     return content.decode("utf-8-sig")
 
 

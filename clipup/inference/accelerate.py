@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
 
 from clipup_kernels import pack_weight
-from clipup_kernels.types import QUANTIZATIONS
+from clipup_kernels.types import QUANTIZATIONS, Quantization
 
 from .. import checks
 from ..moe.experts import Experts
@@ -26,13 +26,13 @@ class NothingToPrepare(ValueError):
 
 @overload
 def accelerate(  # type: ignore[overload-overlap]  # a single MLP is replaced
-    model: nn.Sequential, inplace: bool = False, weights: str | None = None
+    model: nn.Sequential, inplace: bool = False, weights: Quantization | None = None
 ) -> nn.Sequential | PreparedMLP: ...
 @overload
-def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M: ...
+def accelerate(model: M, inplace: bool = False, weights: Quantization | None = None) -> M: ...
 @torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
-def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
+def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
     The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, self-attention in the
@@ -92,6 +92,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
+    if weights is not None and hasattr(model, "save_pretrained"):
+        cast(Any, model).save_pretrained = _refuse_to_save  # transformers' writes the config before it asks for weights
     if not isinstance(model, Prepared):
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
@@ -116,6 +118,13 @@ def _look(selection: Selection) -> None:
                 raise type(error)(f"{name or 'model'}: {error}") from error
 
 
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "the model holds quantized weights, from which the plain ones cannot be restored; save the plain model, or "
+        "pickle the prepared one"
+    )
+
+
 def _check(model: nn.Module, weights: str | None) -> None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
     if devices:
@@ -136,7 +145,7 @@ def _check(model: nn.Module, weights: str | None) -> None:
             )
 
 
-def for_inference(model: nn.Module, precision: Precision = "fp32", weights: str | None = None) -> nn.Module:
+def for_inference(model: M, precision: Precision = "fp32", weights: Quantization | None = None) -> M:
     """Puts a model into evaluation mode and prepares it in place (``clipup.accelerate``) where that is faster: on the
     CPU without autocast, which would have to cast packed weights. With ``weights``, that is required."""
     model.eval()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -41,12 +41,30 @@ LOG.setLevel(logging.WARNING)  # also in commands that log errors only: what the
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
 _FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
+_NAME_THE_RUN = (
+    "give the directory of the run as the model (clipup convert makes one of a checkpoint, also of a run that is not "
+    "finished)"
+)
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+if TYPE_CHECKING:
+
+    class CLIP(nn.Module):
+        """What open_clip's models have in common, for type checkers: the classes have no common base with types."""
+
+        visual: nn.Module
+        logit_scale: nn.Parameter
+
+        def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+            """[B, 3, height, width] -> features [B, F]."""
+
+        def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+            """Token ids [B, context_length] -> features [B, F]."""
 
 
 def create_model_and_transforms(
     model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
-) -> tuple[nn.Module, Any, Any]:
+) -> tuple[CLIP, Any, Any]:
     """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
     from a directory or the hub, and training checkpoints.
 
@@ -83,15 +101,12 @@ def create_model_and_transforms(
 
 def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
-) -> tuple[nn.Module, Any, Any]:
+) -> tuple[CLIP, Any, Any]:
+    check_known(model_name, pretrained)
     load_weights = kwargs.get("load_weights", True)
     directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
     described, color = None, None
     if directory is not None:
-        if pretrained:
-            raise ValueError(
-                f"pretrained={pretrained!r} cannot be used with the directory {directory}, which has its own weights"
-            )
         model_name = f"{LOCAL_PREFIX}{directory}"
         config = model_directory.read_config(directory)
         described, found = config["model_cfg"], moe_config_in(config)
@@ -99,7 +114,6 @@ def _create(
         stored = read_safetensors(file) if load_weights and (found is not None or file.is_file()) else {}
         read_here = found is not None or architecture.is_resized(described)
     else:
-        check_known(model_name, pretrained)
         weights = _file_of_weights(model_name, pretrained)
         found = _config_of_file(weights, pretrained, moe_cfg)
         kwargs = _as_trained(weights, model_name, str(pretrained), kwargs)
@@ -136,6 +150,36 @@ def _create(
     if kwargs.get("force_image_size") is not None and described is not None:
         architecture.resize_tower(model, architecture.overridden(described, kwargs), {})
     return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
+
+
+def name_and_weights(
+    model_name: str | None, pretrained: str | None, argument: str = "pretrained"
+) -> tuple[str, str | None]:
+    """The arguments of ``create_model_and_transforms`` for a command, which also takes the directory of a model or of a
+    finished run as the weights.
+
+    Args:
+        model_name: may be None with a directory.
+        argument: what messages call ``pretrained``.
+
+    Raises:
+        ValueError: the weights are neither known nor a file, or those of another model.
+        FileNotFoundError: the directory holds no model.
+    """
+    if pretrained is None or not Path(pretrained).is_dir():
+        assert model_name is not None
+        check_known(model_name, pretrained, argument)
+        return model_name, pretrained
+    try:
+        found = get_model_config(pretrained)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{argument}: {error}") from error
+    if differing := architecture.differing(found, get_model_config(model_name or pretrained)):
+        raise ValueError(
+            f"{argument}={pretrained!r} holds another architecture than {model_name!r} ({', '.join(differing)}); give "
+            "the directory as the model"
+        )
+    return pretrained, None
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -272,8 +316,7 @@ def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any
         trained = tokenizers.saved_in(file.configs, path)
         if trained is not None and trained != tokenizers.files_of(named["text_cfg"], None):
             raise ValueError(
-                f"pretrained={path!r} was trained with a tokenizer of its own, unlike {model_name}; make a model "
-                "directory with clipup convert and name that instead"
+                f"pretrained={path!r} was trained with a tokenizer of its own, unlike {model_name}; {_NAME_THE_RUN}"
             )
     return {**kwargs, **{name: value for name, value in own.items() if kwargs.get(name) is None}}
 
@@ -290,7 +333,7 @@ def _check_architecture(
         is_named = ", ".join(checks.shown(value) for _, value in found.values())
         raise ValueError(
             f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); force an image size or "
-            "context length (force_image_size), or make a model directory with clipup convert and name that instead"
+            f"context length (force_image_size), or {_NAME_THE_RUN}"
         )
 
 

@@ -42,8 +42,19 @@ def read_config_file(path: Path, expected: str) -> dict[str, Any]:
         ValueError: the file is not valid JSON.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; expected {expected}")
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; expected {expected}{of_transformers(path.parent)}")
     return checks.read_json(path)
+
+
+def of_transformers(directory: Path) -> str:
+    """What to do with a model of transformers in a directory, for the end of a message; empty if there is none."""
+    if not (directory / "config.json").is_file() or "model_type" not in checks.read_json(directory / "config.json"):
+        return ""
+    return (
+        "; it holds a model of transformers, for Python: import clipup, model = "
+        f"transformers.AutoModel.from_pretrained({str(directory)!r}), then clipup.upcycle(model) or "
+        "clipup.accelerate(model), and model.get_image_features"
+    )
 
 
 def check_model_cfg(model_cfg: Mapping[str, Any] | None, source: str) -> None:

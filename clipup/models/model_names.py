@@ -70,14 +70,21 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
         yield
 
 
-def check_known(model_name: str, pretrained: str | None) -> None:
-    """Raises ``ValueError`` for an unknown model name, and for weights that are neither a file nor a known tag."""
-    if model_name.startswith(hub.HUB_PREFIX):
+def check_known(model_name: str, pretrained: str | None, argument: str = "pretrained") -> None:
+    """Raises ``ValueError`` for an unknown model name, for weights that are neither a file nor a known tag, and for
+    weights beside those that a directory has. ``argument``: what the message calls the weights."""
+    on_hub = model_name.startswith(hub.HUB_PREFIX)
+    if pretrained and (on_hub or directory_of(model_name) is not None):
+        raise ValueError(
+            f"{argument}={pretrained!r} cannot be used with the directory or repository {model_name}: it has its own "
+            "weights"
+        )
+    if on_hub:
         return
     known_models.check_known(model_name, open_clip.list_models())
     if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
-        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")
+        raise ValueError(f"{argument}={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")
 
 
 def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, alternative: str = "") -> None:

@@ -129,7 +129,8 @@ def save_with_tokenizer(
         names[0]: (json.dumps(config, indent=2) + "\n").encode("utf-8"),  # the last: it marks a complete directory
     }
     writers = {directory / name: partial(Path.write_bytes, data=content) for name, content in contents.items()}
-    replace_files({directory / names[1]: lambda path: _save_tensors(tensors, path, directory), **writers})
+    write_tensors = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
+    replace_files({directory / names[1]: write_tensors, **writers})
 
 
 def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any], replaces: bool) -> None:
@@ -171,10 +172,3 @@ def _open_clip_config(
 def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:
     """Those of open_clip's transform of images that belong to a saved model."""
     return {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg}
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(f"could not write the weights to {directory}: {error}; nothing there was changed") from error

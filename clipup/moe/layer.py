@@ -236,6 +236,10 @@ class SparseMoE(Experts):
         return self.config.granularity * (1.0 if self.shared is None else 1 - SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.is_nested:
+            raise TypeError(
+                "x is a nested tensor; pass a padded one, x.to_padded_tensor(0.0), and the mask of its tokens"
+            )
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and autocast_dtype(x) is None:

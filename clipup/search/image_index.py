@@ -52,6 +52,10 @@ class Encoder:
     model_digest: str
     """``digest`` of the model."""
 
+    def __str__(self) -> str:
+        weights = f" with the weights {self.pretrained}" if self.pretrained else ""
+        return f"{self.model}{weights} in {self.precision}{' and int8' * self.int8} (checksum {self.model_digest[:8]})"
+
 
 def digest(model: nn.Module, name: str) -> str:
     """A checksum of what features depend on: a model's weights by their names, types and values, its config, its
@@ -238,11 +242,11 @@ def _known(directory: Path, images: Path, encoder: Encoder, entries: set[Entry])
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
         indexed = found.images if entries.isdisjoint(found.entries) else images
-        for what, have, wanted in (("encoder", found.encoder, encoder), ("images", indexed, images)):
+        for what, have, wanted in (("the model", found.encoder, encoder), ("the images", indexed, images)):
             if have != wanted:
                 raise ValueError(
-                    f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
-                    "directory, or remove this one"
+                    f"{directory} holds an index of {what}: {have}; asked for: {wanted}; choose another directory, or "
+                    "remove this one"
                 )
         known |= dict(zip(found.entries, found.features, strict=True))
     return known

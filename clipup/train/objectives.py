@@ -245,7 +245,7 @@ def _create_teacher(options: TrainOptions, student: nn.Module, device: torch.dev
     Raises:
         ValueError: it would have random weights, or takes other images or texts than the student.
     """
-    name, pretrained = str(options.distill_model), options.distill_pretrained
+    name, pretrained = factory.name_and_weights(options.distill_model, options.distill_pretrained, "distill_pretrained")
     model_names.refuse_random_weights("distill_pretrained", name, pretrained)
     teacher, *_ = factory.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True

@@ -92,7 +92,8 @@ class Reports:
         if record:
             at = "" if record["step"] == self._state.step else f" at step {record['step']}"
             detail += f", loss {record['loss']:.4f}{at}, lr {record['lr']:.3g}"
-            detail += f", {record['images_per_second']:.0f} images/s"
+            rate = record["images_per_second"]
+            detail += f", {rate:.{0 if rate >= 10 else 1}f} images/s"
         self._progress.update(1, detail)
 
     def metrics(self, record: Record) -> None:

@@ -14,7 +14,7 @@ from ..clip.flops import meta_copy
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
-from ..models import architecture, factory, model_names, tokenizers
+from ..models import architecture, factory, known_models, model_names, tokenizers
 from ..models.state_dicts import listed
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
@@ -106,6 +106,7 @@ def build_model(
         resumed: whether weights and moments come from a checkpoint of the run.
     """
     given_tokenizer = tokenizer
+    is_random = model is None and not known_models.has_weights(str(options.model), options.pretrained)
     transforms: tuple[Any, ...] = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
         model, model_cfg, own_transforms, tokenizer, name = _create(options, ranks.device, precision, tokenizer)
@@ -133,6 +134,11 @@ def build_model(
     if options.resume_dense is not None and not resumed:
         optimizer_state = _resume_dense(model, options.resume_dense, options, tokenizer_files)
     if options.moe:
+        if is_random and not resumed and options.resume_dense is None:
+            LOG.warning(
+                "model has random weights: all experts of a layer start as copies of one random MLP; to upcycle a "
+                "trained model, pass pretrained"
+            )
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
     lock_parts(model, options)
@@ -188,18 +194,7 @@ def _resume_dense(
 
 
 def _create(options: TrainOptions, device: torch.device, precision: Precision, tokenizer: Any) -> tuple[Any, ...]:
-    name, pretrained = options.model, options.pretrained
-    if pretrained is not None and Path(pretrained).is_dir():
-        differing = architecture.differing(
-            model_names.get_model_config(pretrained), model_names.get_model_config(name or pretrained)
-        )
-        if differing:
-            raise ValueError(
-                f"model is {name!r}, but the directory pretrained={pretrained!r} holds another architecture "
-                f"({', '.join(differing)}); leave model out"
-            )
-        name, pretrained = pretrained, None
-    assert name is not None  # check_complete
+    name, pretrained = factory.name_and_weights(options.model, options.pretrained)
     model_cfg = architecture.overridden(model_names.get_model_config(name), options.model_overrides())
     fresh = pretrained is None and model_names.directory_of(name) is None
     init: dict[str, Any] = selected(options).model_arguments if fresh else {}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
+from typing_extensions import Never
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
@@ -23,7 +24,7 @@ from .sparse_blocks import chosen_mlps, make_sparse
 M = TypeVar("M", bound=nn.Module)
 
 
-def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bool = False) -> M:
+def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bool = False, **fields: Never) -> M:
     """Turns a dense model into a sparse one.
 
     Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
@@ -46,6 +47,11 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
         ImportError: a model of transformers before version 5.
     """
+    if fields:
+        given = ", ".join(f"{name}={fields[name]!r}" for name in fields)
+        raise TypeError(
+            f"{', '.join(fields)}: options belong into the config: upcycle(model, MoEConfig.clip_up({given}))"
+        )
     models: list[M] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")

@@ -7,11 +7,10 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from documents import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", ".*cache", ".hypothesis", "build", "dist", "runs", "logs", "*.so")
 
 
@@ -60,3 +59,19 @@ def test_wheel_works_in_an_empty_environment(distributions, tmp_path):
     assert output.startswith(str(tmp_path / "venv")) and " True " in output and "'cuda': False" in output
     help_text = subprocess.run([str(python.with_name("clipup")), "--help"], **run).stdout
     assert "upcycle" in help_text
+
+
+@pytest.mark.slow
+def test_type_checkers_find_an_editable_install_and_no_error_in_the_example_of_readme(tmp_path):
+    source, environment = tmp_path / "source", tmp_path / "venv"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python, (packages,) = environment / "bin" / "python", environment.glob("lib/python*/site-packages")
+    (packages / "here.pth").write_text(sysconfig.get_path("purelib"))  # pip, the tools of the build, mypy and torch
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
+    subprocess.run(install, cwd=source, check=True, env={**os.environ, "CLIPUP_NATIVE": "OFF"})
+
+    (tmp_path / "example.py").write_text("".join(block.text for block in blocks(ROOT / "README.md", "python")))
+    check = [str(python), "-m", "mypy", "--strict", "--allow-untyped-calls", "example.py"]  # torch's backward is one
+    checked = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.stdout.startswith("Success"), checked.stdout + checked.stderr

@@ -77,7 +77,7 @@ class LossOptions(OptionGroup):
     """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss). It
     must take the same images and tokens; the dense model that --moe starts from does."""
     distill_pretrained: str | None = None
-    """Tag or file of the teacher's weights, for a model known by name."""
+    """Tag, file of weights, or directory of a model or a finished run, for a teacher known by name."""
     siglip: bool = False
     """Use the sigmoid loss (SigLIP) instead of the softmax loss (CLIP)."""
     multi_positive: bool = False

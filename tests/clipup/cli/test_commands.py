@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
@@ -148,3 +149,14 @@ def test_flops_of_a_sparse_directory(tmp_path, capsys):
     assert counts["params"] == counts["active_params"] == sum(p.numel() for p in sparse.parameters())
     assert main(["flops", str(tmp_path)]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["image", "MoE"]
+
+
+@pytest.mark.parametrize("command", ["upcycle clipup-tiny-32 out", "eval clipup-tiny-32 --val-data x.csv --device cpu"])
+def test_the_weights_may_be_a_directory(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("cat.png")
+    Path("x.csv").write_text("filepath\ttitle\ncat.png\tred apple\n")
+    dense, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
+    clipup.save_pretrained(dense, "run/model", clipup.get_model_config("clipup-tiny-32"))
+    for directory in ("run", "run/model"):
+        assert main([*command.replace("out", f"out-{len(directory)}").split(), "--pretrained", directory]) == 0

@@ -32,12 +32,13 @@ def place(tmp_path_factory):
         model = open_clip.CLIP(**config)
         save_pretrained(model, root / dense, config)
         save_pretrained(upcycle(model, MoEConfig(num_experts=2)), root / sparse, config)
-    for directory in ("jpegs", "empty", "torn", "half_cfg", "cut"):
+    for directory in ("jpegs", "empty", "torn", "half_cfg", "cut", "transformers"):
         (root / directory).mkdir()
     Image.new("RGB", (8, 8)).save(root / "jpegs/cat.jpg")
     for name, text in {
         "torn/broken.png": "no png",
         "blank.txt": "\n",
+        "transformers/config.json": '{"model_type": "clip"}',
         "x.csv": f"filepath\ttitle\n{root / 'jpegs/cat.jpg'}\ta cat\n",
         "classes.txt": "cat\n",
         "half_cfg/open_clip_config.json": '{"model_cfg": {"embed_dim": 4}}',
@@ -64,6 +65,9 @@ def refused(place, capsys, monkeypatch):
     return run
 
 
+TRAIN = "train --model dense --train-data x.csv"
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -82,7 +86,15 @@ def refused(place, capsys, monkeypatch):
         ("inspect short_sparse --captions classes.txt", "token id 49407"),
         ("upcycle dense out --top-k 9", "--top-k (9) is larger than --num-experts (8)"),
         ("upcycle dense out --blocks 7", "blocks names [7]"),
-        ("upcycle dense out --pretrained openai", "cannot be used with the directory"),
+        ("upcycle dense out --pretrained openai", "--pretrained='openai' cannot be used with the directory"),
+        ("upcycle ViT-B-32 out --pretrained jpegs", "--pretrained: no open_clip_config.json in jpegs"),
+        ("upcycle ViT-B-32 out --pretrained dense", "--pretrained='dense' holds another architecture than 'ViT-B-32'"),
+        ("eval ViT-B-32 --val-data x.csv --pretrained dense", "holds another architecture than 'ViT-B-32'"),
+        (f"{TRAIN} --distill-model dense --distill-pretrained openai", "--distill-pretrained='openai' cannot be used"),
+        (f"{TRAIN} --distill-model ViT-B-32 --distill-pretrained no", "--distill-pretrained='no' is neither a file"),
+        ("upcycle transformers out", "AutoModel.from_pretrained('transformers')"),
+        ("index jpegs out --model transformers", "AutoModel.from_pretrained('transformers')"),
+        ("eval transformers --val-data x.csv", "AutoModel.from_pretrained('transformers')"),
         ("upcycle dense jpegs", "jpegs is not empty; choose another directory"),
         ("doctor", "pass a MODEL"),
         ("doctor ViT-B-32 --device cpu", "pass a MODEL"),
@@ -124,9 +136,6 @@ def test_directory_as_data_is_refused_with_what_to_pass(refused):
     message = refused("train --model dense --train-data jpegs")
     assert "--train-data: jpegs is a directory: " in message
     assert "a CSV file with the columns" in message and "tar --sort=name" in message
-
-
-TRAIN = "train --model dense --train-data x.csv"
 
 
 @pytest.mark.parametrize(

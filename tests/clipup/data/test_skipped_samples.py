@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import tarfile
+from functools import partial
 
 import pytest
-from picture_samples import epoch_of, load, pictures_of, png, preprocess
+from picture_samples import epoch_of, load, pictures_of, png, preprocess, tokenizer
 
-from clipup.data.loaders import eval_samples
+from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate import datasets
 from clipup.evaluate.labelled_images import image_shards
 
@@ -179,6 +180,22 @@ def test_a_shard_without_end_mark_is_whole_if_it_holds_what_sizes_json_says(pict
     assert read("webdataset", shard) == (set(range(12)), 0)
     pictures.samples(shard.name, {f"s{n}": png(n) for n in range(9)})
     assert read("webdataset", shard) == (set(range(9)), 3)
+
+
+@pytest.mark.parametrize("read", [eval_samples, partial(train_loader, tokenizer=tokenizer, batch_size=1, workers=0)])
+@pytest.mark.parametrize("kind", ["shards", "csv"])
+def test_of_a_wrong_layout_few_samples_are_named_with_their_files_and_the_others_counted(pictures, read, kind, caplog):
+    if kind == "csv":
+        source = pictures.folder / "train.csv"
+        source.write_text("\n".join(["filepath\ttitle", *(f"no/{n}.jpg\ta" for n in range(64))]))
+    else:
+        members = [(f"{n}.{extension}", b"{}") for n in range(64) for extension in ("jpg", "meta", "json")]
+        source = pictures.tar("train.tar", members)
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="64 skipped"):
+        read(source, preprocess=preprocess)
+    assert len(caplog.messages) == 4 and "(samples: 61)" in caplog.messages[-1]
+    for message in caplog.messages:
+        assert ("no such file" if kind == "csv" else "jpg, meta, json") in message
 
 
 def test_evaluation_counts_lost_samples_and_a_benchmark_refuses_them(pictures):

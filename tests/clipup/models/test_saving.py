@@ -95,7 +95,7 @@ def test_file_size_limit_leaves_the_previous_model_unchanged(saved):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="open_clip_model.safetensors could not be written"):
             save_pretrained(make_sparse(), saved, tiny_config())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -335,3 +335,10 @@ def test_every_form_of_the_layer_returns_its_routing():
         found, same = other(x, return_routing=True)
         torch.testing.assert_close(found, y)
         assert torch.equal(same.experts, routing.experts) and torch.equal(same.kept, routing.kept)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_refused(layout):
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    with pytest.raises(TypeError, match="x is a nested tensor"):
+        SparseMoE(8, 16, num_experts=4)(x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import clipup
+from clipup.clip.inputs import random_inputs
 from clipup.train import Every, train
 
 BIASED = clipup.MoEConfig.clip_up(num_experts=4, selection_bias="sign", local_entropy_weight=0.01)
@@ -215,3 +216,14 @@ def test_with_graphs_that_write_into_the_outputs_of_the_step_before_losses_stay_
     assert asked == [{"backend": "inductor", "mode": "reduce-overhead"}]
     for name in ("loss", "contrastive", "aux", "logit_scale"):
         assert [record[name] for record in compiled.history] == [record[name] for record in eager.history], name
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_run_says_when_all_experts_start_from_random_weights(options, tmp_path, caplog, weights):
+    model, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
+    clipup.save_pretrained(model, tmp_path / "dense", clipup.get_model_config("clipup-tiny-32"))
+    start = str(tmp_path / "dense") if weights else None
+    train(
+        options(model="clipup-tiny-32", pretrained=start, moe=True, steps=1, warmup=0), loader=[random_inputs(model, 4)]
+    )
+    assert ("all experts of a layer start as copies of one random MLP" in caplog.text) != weights

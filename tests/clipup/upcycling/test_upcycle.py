@@ -4,6 +4,7 @@ import math
 
 import open_clip
 import pytest
+import timm
 import torch
 from tiny_clip import CONFIGS, tiny_clip, tiny_config
 from tiny_families import timm_model
@@ -199,3 +200,16 @@ def test_models_that_do_not_belong_together_are_refused_and_nothing_is_changed(o
     assert not moe_layers(first)
     with pytest.raises(ValueError, match="model is an empty list"):
         upcycle([], SEVERAL)
+
+
+def test_fields_of_the_config_are_no_arguments_of_upcycle():
+    with pytest.raises(TypeError, match=r"MoEConfig\.clip_up\(num_experts=4, top_k=1\)"):
+        upcycle(tiny_clip(), num_experts=4, top_k=1)
+
+
+def test_a_features_only_model_of_timm_is_refused_with_the_model_in_it():
+    net = timm.create_model("vit_tiny_patch16_224", features_only=True)
+    with pytest.raises(TypeError, match="net.model"):
+        upcycle(net)
+    upcycle(net.model, inplace=True)
+    assert moe_layers(net) and len(net(torch.randn(1, 3, 224, 224))) == 3

@@ -95,5 +95,5 @@ def test_what_does_not_fit_a_model_that_is_passed_in_is_refused(
 
 def test_pretrained_weights_of_another_architecture_are_refused(named_model, built, model_directory):
     assert built(model=named_model, pretrained=str(model_directory)).model_cfg is not None
-    with pytest.raises(ValueError, match="model is 'ViT-B-32'"):
+    with pytest.raises(ValueError, match="another architecture than 'ViT-B-32'"):
         built(model="ViT-B-32", pretrained=str(model_directory))
