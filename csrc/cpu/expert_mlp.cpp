@@ -107,7 +107,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
             const std::int64_t at = (piece.begin + block.row + row) * D + panel * ks.panel;
             const std::int64_t size = identity ? element_size(dtype) : sizeof(float);
             const void* const to = identity ? element(y, dtype, at) : out_rows.get() + at;
-            ask_for_rows<2>(to, D * size, rows, ks.panel * size);
+            ask_for_output(products, to, D * size, rows, ks.panel * size);
           },
           [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
               std::int64_t end) {

@@ -77,9 +77,9 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
           ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of, team),
           workspace, thread,
           [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel) {
-            const std::int64_t size = element_size(dtype),
-                               at = (piece.begin + block.row + row) * n + panel * ks.panel;
-            ask_for_rows<2>(element(out, dtype, at), n * size, tile_rows, ks.panel * size);
+            const std::int64_t size = element_size(dtype);
+            void* const to = element(out, dtype, (piece.begin + block.row + row) * n + panel * ks.panel);
+            ask_for_output(ks.of(operands), to, n * size, tile_rows, ks.panel * size);
           },
           [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
               std::int64_t end) {
