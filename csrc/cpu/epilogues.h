@@ -68,7 +68,7 @@ void finish_hidden_tile(const HiddenTile& tile) {
         } else {
           a = Activation::coarse(z);
         }
-        BFloat16::store(tile.coarse + i * tile.z_stride + v * kLanes, a);
+        store_as(tile.int8_a + i * tile.z_stride + v * kLanes, a);
         continue;
       }
       const F32x z = Storage::rounded(sums.at(i, v) + bias.values[v]);

@@ -41,8 +41,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t int8_words = a_row_words(hidden, ks.int8);
   const Buffer<Word> all_x(wave_rows * x_words);
   const Buffer<Word> all_hidden(int8 ? 0 : wave_rows * a_words);
-  const Buffer<std::uint16_t> all_coarse(int8 ? wave_rows * hidden : 0);  // in bfloat16
-  const Buffer<Word> all_int8(int8 ? wave_rows * int8_words : 0);         // the same, quantized
+  const Buffer<float> all_rows(int8 ? wave_rows * hidden : 0);     // rows of floats
+  const Buffer<Word> all_int8(int8 ? wave_rows * int8_words : 0);  // the same, quantized
   const Buffer<float> all_scales(int8 ? wave_rows : 0);
   const Int8Scales in_scales(int8 ? experts.packed_in : nullptr, E, H, D);
   const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
@@ -55,7 +55,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   waves.each([&](const Wave& wave, Team team, std::int64_t row) {
     Word* const x_a_panels = all_x.get() + row * x_words;
     Word* const hidden_a_panels = int8 ? nullptr : all_hidden.get() + row * a_words;
-    std::uint16_t* const coarse = all_coarse.get() + row * hidden;
+    float* const rows = all_rows.get() + row * hidden;
     Word* const int8_a_panels = all_int8.get() + row * int8_words;
     float* const scales = all_scales.get() + row;
     for_row_tiles(
@@ -69,7 +69,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
       places.push_back(
           {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
     }
-    const Int8Hidden int8_hidden{in_scales, gate_scales, scales, coarse, hidden};
+    const Int8Hidden int8_hidden{in_scales, gate_scales, scales, rows, hidden};
     hidden_product(experts, wave, x_a_panels, hidden_a_panels, places, workspace,
                    int8 ? &int8_hidden : nullptr, team);
     if (int8) {
@@ -80,8 +80,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
             Word* const to = a_panel_at(int8_a_panels, at, int8_words);
             for (std::int64_t i = 0; i < tile.rows; ++i) {
               scales[at + i] =
-                  ks.of(DType::kBFloat16)
-                      .quantize_row(coarse + (at + i) * hidden, out_scales.of_inputs(tile.piece->expert), H,
+                  ks.of(DType::kFloat32)
+                      .quantize_row(rows + (at + i) * hidden, out_scales.of_inputs(tile.piece->expert), H,
                                     tile.rows, to + i * kLineWords);
             }
           },

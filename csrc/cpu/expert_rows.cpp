@@ -197,7 +197,7 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
             tile.scaling = int8->in.at(piece.expert, column, row_scales);
             if (gated) tile.scaling_gate = int8->gate.at(piece.expert, column, row_scales);
             tile.z_stride = int8->stride;
-            tile.coarse = int8->hidden + (piece.at + block.row + row) * int8->stride + column;
+            tile.int8_a = int8->hidden + (piece.at + block.row + row) * int8->stride + column;
           }
           if (hidden_a_panels != nullptr)
             tile.a = a_panel_at(hidden_a_panels, piece.at + block.row + row, a_words);

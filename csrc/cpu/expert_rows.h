@@ -94,11 +94,11 @@ struct PreActivations {
 };
 
 // First product of a wave: writes a in A panels (null: not wanted), and the pre-activations of every piece to `places`.
-// int8: with x_scales of the wave's rows, a is written to rows of bfloat16; null: the weights are exact.
+// int8: with x_scales of the wave's rows, a is written to rows of floats; null: the weights are exact.
 struct Int8Hidden {
   const Int8Scales &in, &gate;
   const float* x_scales;
-  std::uint16_t* hidden;
+  float* hidden;
   std::int64_t stride;
 };
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,

@@ -72,7 +72,7 @@ struct HiddenTile {
   std::int64_t z_stride;
   Word* a;                            // written: the A panel of this tile; null: not wanted
   Int8Scaling scaling, scaling_gate;  // of int8 products, whose z is not kept
-  std::uint16_t* coarse;              // written by these: a in bfloat16, rows `z_stride` elements apart
+  float* int8_a;                      // written by these: a, rows `z_stride` floats apart, to be quantized
 };
 
 // A tile of da = W_out^T dout, turned into the operands of all later products (moe.h, expert_mlp_backward).
