@@ -82,7 +82,7 @@ test-triton: $(call installed,test)
 	  $(BIN)/python -m pytest -q -n $(JOBS) tests/clipup_kernels/interpreter/test_variants.py
 
 # The native code alone: on every instruction tier of this CPU under the address and undefined-behavior sanitizers and as
-# shipped, and on the best tier under the thread sanitizer.
+# shipped, on AMX tiles by emulation, with the int8 results of avx512_vnni, and on the best tier under the thread sanitizer.
 NATIVE_BUILD = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCLIPUP_PYTHON=OFF \
   -DCLIPUP_NATIVE_TESTS=ON
 native_tests = OMP_WAIT_POLICY=passive build/native-$(1)/native_tests
@@ -96,6 +96,15 @@ test-native: $(VENV)/.build-tools
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(call native_tests,address$(comma)undefined) || exit 1; \
 	done
+	tests="$(call native_tests,address$(comma)undefined)"; \
+	if env $$tests --emulate-tiles --tiers | grep -qx amx; then \
+	  CLIPUP_CPU_ISA=amx env $$tests --emulate-tiles --quick && \
+	  digest=$$(CLIPUP_CPU_ISA=amx env $$tests --emulate-tiles --int8-digest) && \
+	  test "$$digest" = "$$(CLIPUP_CPU_ISA=avx512_vnni env $$tests --int8-digest)" || \
+	    { echo "FAILED: the emulated AMX tier, or its int8 results are not those of avx512_vnni"; exit 1; }; \
+	else \
+	  echo "SKIPPED: native tests on emulated AMX (no avx512_bf16, or an assembler without AMX)"; \
+	fi
 	$(call native_tests,thread) --quick
 	tiers=$$($(call native_tests,release) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(call native_tests,release) --quick || exit 1; \

@@ -235,6 +235,23 @@ void Layer::prepare(Gradients& gradients) const {
   gradients.gate_bias = array(E * H);
 }
 
+Array Layer::int8_forward() const {
+  const auto packed = [this](const Array& weight, std::int64_t O, std::int64_t I) {
+    return Packed(shape_.dtype, weight.data(), shape_.E, O, I, PackedType::kInt8);
+  };
+  const Packed in = packed(in_weight_, shape_.H, shape_.D), out = packed(out_weight_, shape_.D, shape_.H),
+               gate = packed(shape_.gated ? gate_weight_ : in_weight_, shape_.H, shape_.D);
+  Experts int8 = experts();
+  int8.in_weight = int8.out_weight = int8.gate_weight = nullptr;
+  int8.packed_type = PackedType::kInt8;
+  int8.packed_in = in.data();
+  int8.packed_out = out.data();
+  if (shape_.gated) int8.packed_gate = gate.data();
+  Array y = new_output();
+  expert_mlp_forward(int8, routing(), x(), y.data(), nullptr);
+  return y;
+}
+
 // ---------------------------------------------------------------- by naive loops
 
 Expected Layer::naive_z() const {
@@ -516,22 +533,10 @@ void Layer::check(int ways) const {
     EXPECT(keep ? z_again.same_bits(z) : z_again.untouched());
   };
   if (ways > 0) {
-    const Packed in8(shape_.dtype, plain.in_weight, shape_.E, shape_.H, shape_.D, PackedType::kInt8);
-    const Packed out8(shape_.dtype, plain.out_weight, shape_.E, shape_.D, shape_.H, PackedType::kInt8);
-    const Packed gate8(shape_.dtype, shape_.gated ? plain.gate_weight : plain.in_weight, shape_.E, shape_.H,
-                       shape_.D, PackedType::kInt8);
-    Experts int8 = only_packed;
-    int8.packed_type = PackedType::kInt8;
-    int8.packed_in = in8.data();
-    int8.packed_out = out8.data();
-    if (shape_.gated) int8.packed_gate = gate8.data();
-    Array quantized = new_output();
-    expert_mlp_forward(int8, plan, x(), quantized.data(), nullptr);
+    const Array quantized = int8_forward();
     EXPECT_CLOSE(quantized, naive_int8());
     set_threads(3);
-    Array again = new_output();
-    expert_mlp_forward(int8, plan, x(), again.data(), nullptr);
-    EXPECT(again.same_bits(quantized));
+    EXPECT(int8_forward().same_bits(quantized));
     set_threads(1);
     same_forward(plain, false);
     same_forward(packed, true);

@@ -64,6 +64,9 @@ class Layer {
   };
   void prepare(Gradients& gradients) const;
 
+  // y of experts whose weights are int8.
+  Array int8_forward() const;
+
   // Both passes in every way: against the loops, packed, z not kept, subsets of the gradients, several threads.
   void check(int ways = 4) const;
 

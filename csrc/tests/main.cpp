@@ -5,6 +5,7 @@
 //   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
 //                                          --quick: fewer cases; --errors: prints measured errors
 //   native_tests --fuzz SECONDS [--seed N] random calls; a failing case by itself: --fuzz 0 --seed N
+//   native_tests --int8-digest             a hash of the bits of int8 results, equal on tiers with equal results
 //   native_tests --tiers                   the tiers that this CPU has, one a line
 //
 // With --emulate-tiles, each of them takes a CPU without AMX for one that has it.
@@ -158,26 +159,28 @@ int print_tiers() {
 }
 
 int usage() {
-  std::fprintf(
-      stderr,
-      "usage: native_tests [--emulate-tiles] [--quick] [--errors] | --fuzz SECONDS [--seed N] | --tiers\n");
+  std::fprintf(stderr,
+               "usage: native_tests [--emulate-tiles] [--quick] [--errors] | --fuzz SECONDS [--seed N] | "
+               "--int8-digest | --tiers\n");
   return 2;
 }
 
 int run(int count, char** arguments) {
   double fuzz_seconds = -1.0;
   std::uint64_t seed = std::random_device{}();
-  bool is_listing_tiers = false;
+  bool is_listing_tiers = false, is_digest = false;
   for (int i = 1; i < count; ++i) {
     const std::string option = arguments[i];
     if (option == "--emulate-tiles") {
       if (!emulate_tiles()) {
-        std::fprintf(stderr, "--emulate-tiles needs x86-64 Linux\n");
+        std::fprintf(stderr, "--emulate-tiles needs x86-64 Linux and AVX-512\n");
         return 2;
       }
       tiles_are_emulated = true;
     } else if (option == "--tiers") {
       is_listing_tiers = true;
+    } else if (option == "--int8-digest") {
+      is_digest = true;
     } else if (option == "--quick") {
       is_quick = true;
     } else if (option == "--errors") {
@@ -191,6 +194,7 @@ int run(int count, char** arguments) {
     }
   }
   if (is_listing_tiers) return print_tiers();
+  if (is_digest) return print_int8_digest(), 0;
   if (__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
 
   using Clock = std::chrono::steady_clock;
@@ -209,7 +213,7 @@ int run(int count, char** arguments) {
     test_products();
     test_attention();
 #ifdef CLIPUP_ASSEMBLES_AMX
-    if (tiles_are_emulated) test_tile_emulation();
+    if (std::string(instruction_tier()) == "amx") test_tiles(tiles_are_emulated);
 #endif
     if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
       test_cuda_topk_gating();

@@ -29,7 +29,7 @@ struct Attention {
     const std::int64_t masks = shape.mask == AttentionShape::kOfEachHead ? shape.B * shape.heads : 1;
     mask.resize(masks * shape.L * shape.L);
     for (float& value : mask) value = uniform() < 0.3F ? -std::numeric_limits<float>::infinity() : normal();
-    if (shape.L > 0) std::fill_n(mask.begin(), shape.L, -std::numeric_limits<float>::infinity());
+    if (!mask.empty()) std::fill_n(mask.begin(), shape.L, -std::numeric_limits<float>::infinity());
   }
 
   std::int64_t head_stride() const {

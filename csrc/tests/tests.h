@@ -86,7 +86,7 @@ void test_activations();
 void test_products();
 void test_attention();
 void test_memory();
-void test_tile_emulation();
+void test_tiles(bool emulated);
 void test_cuda_topk_gating();
 void test_cuda_dispatch();
 
@@ -111,5 +111,8 @@ void check_router_logits(std::int64_t T, std::int64_t D, std::int64_t E, bool ma
 
 // Random cases for `seconds`, at least one; case i has the seed `seed` + i.
 void fuzz(double seconds, std::uint64_t seed);
+
+// Prints a hash of the bits of int8 results (int8_digest.cpp).
+void print_int8_digest();
 
 }  // namespace clipup::tests
