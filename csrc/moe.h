@@ -266,7 +266,7 @@ PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 // or portable.
 const char* instruction_tier();
 
-// Whether the CPU has AMX tiles for bfloat16, which the tier in use may not use.
+// Whether this process may use AMX tiles for bfloat16, which the tier in use may not do.
 bool has_matrix_tiles();
 
 // Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back. A block may

@@ -16,13 +16,13 @@ from torch import nn
 from .. import checks
 from .layer import moe_layers
 
-_WITHOUT_DECAY = re.compile(r"(?:^|[._])(?:bn|ln|bias|logit_scale)\d*(?=[._]|$)")
+_WITHOUT_DECAY = re.compile(r"(?:^|[._])(?:bn|ln|bias|biases|logit_scale)\d*(?=[._]|$)")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
 
-    The rule is that of open_clip 3 for AdamW: tensors of two or more dimensions decay, unless bn, ln, bias or
+    The rule is that of open_clip 3 for AdamW: tensors of two or more dimensions decay, unless bn, ln, bias, biases or
     logit_scale is in their names, here as a word (in ``ln_1``, ``bn2`` and ``in_bias``, not in ``subnet``). So the
     matrices of experts and routers decay, and the biases and norms of experts do not. ``clipup train`` has these groups
     too, without the decay of parameters that match ``wd_exclude``, and divided by the scale of the learning rate

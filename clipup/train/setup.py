@@ -137,7 +137,7 @@ def build_model(
         if is_random and not resumed and options.resume_dense is None:
             LOG.warning(
                 "model has random weights: all experts of a layer start as copies of one random MLP; to upcycle a "
-                "trained model, pass pretrained"
+                "trained model, pass --pretrained"
             )
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)

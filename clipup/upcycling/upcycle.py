@@ -57,6 +57,7 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
         raise ValueError("model is an empty list; expected one dense model, or several")
     for one in models:
         checks.module("model", one)
+        checks.plain_weights("model", one)
     first = models[0]
     if config is None:
         config = MoEConfig.clip_up()

@@ -6,7 +6,7 @@
 #include "kernels.h"
 #ifdef CLIPUP_X86_TIERS
 #include <cpuid.h>
-#ifdef CLIPUP_AMX_TIER
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -46,26 +46,18 @@ struct Tier {
 // Bits of cpuid's leaf 7, register edx.
 constexpr unsigned kBFloat16Tiles = 1U << 22U, kTiles = 1U << 24U, kInt8Tiles = 1U << 25U;
 
-// Whether the CPU has these tile instructions and the system saves the tile registers (Linux from 5.16 on); without that,
-// their instructions fault.
-bool has_tiles(unsigned wanted) {
+// Whether the CPU has these tile instructions, and Linux (from 5.16 on) lets this process use them: it saves the tile
+// registers only for processes that ask.
+bool may_use_tiles([[maybe_unused]] unsigned wanted) {
+#ifdef __linux__
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kXgetbv = 1U << 27U, kTileRegisters = 3U << 17U;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kXgetbv) == 0) return false;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & wanted) != wanted) return false;
-  unsigned saved = 0;
-  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
-  return (saved & kTileRegisters) == kTileRegisters;
-}
-
-#ifdef CLIPUP_AMX_TIER
-// Asks Linux for the tile registers, which it saves only for processes that want them.
-bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  if (tiles_are_emulated) return true;
-  return has_tiles(kTiles | kInt8Tiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & wanted) == wanted &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
+}
 
 // Not every compiler's __builtin_cpu_supports knows f16c.
 bool has_float16_conversions() {
@@ -107,7 +99,8 @@ const Tier* tiers(std::size_t& count) {
   static const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   static const Tier all[] = {
 #ifdef CLIPUP_AMX_TIER
-      {&kAmx, bf16 && __builtin_cpu_supports("avx512vbmi") && may_use_tiles()},
+      {&kAmx, bf16 && __builtin_cpu_supports("avx512vbmi") &&
+                  (tiles_are_emulated || may_use_tiles(kTiles | kInt8Tiles | kBFloat16Tiles))},
 #endif
       {&kAvx512Bf16, bf16, __builtin_cpu_is("intel") != 0},
       {&kAvx512Vnni, vnni},
@@ -156,7 +149,7 @@ void after_tasks() {
 
 bool has_matrix_tiles() {
 #ifdef CLIPUP_X86_TIERS
-  return has_tiles(kBFloat16Tiles);
+  return may_use_tiles(kTiles | kBFloat16Tiles);
 #else
   return false;
 #endif

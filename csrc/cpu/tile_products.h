@@ -69,7 +69,8 @@ void multiply_step(const Word* a, const Word* b) {
 
 // As multiply(); configure_tiles(kRows) was called. The A panel stays in the first-level cache, if it is not too large,
 // while B panels pass through. The last step may have fewer words: those missing on the right are zeros, so it does not
-// matter which integers are in their place on the left (A panels of bfloat16 are padded with zeros).
+// matter which integers are in their place on the left (A panels of bfloat16 are padded with zeros; an infinity
+// may become a NaN there).
 template <class Operand, int kRows>
 void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Beside& beside) {
   constexpr bool kTwo = kRows > kTileLines;
