@@ -93,8 +93,8 @@ def complete(members: Members) -> Parts:
     if members.image is None or not captions:
         missing = "caption" if members.image else "image"
         raise ValueError(
-            f"it has no {missing} beside it ({_EXPECTED[missing]}), only {', '.join(members.place) or 'links'}; files of "
-            f"one sample have one name up to the first dot, and links are not read (write shards with {TAR})"
+            f"it has no {missing} beside it ({_EXPECTED[missing]}), only {', '.join(members.place) or 'links'}; files "
+            f"of one sample have one name up to the first dot, and links are not read (write shards with {TAR})"
         )
     return Parts(members.image, text, captions, about)
 

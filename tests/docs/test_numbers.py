@@ -104,10 +104,10 @@ def test_times_of_whole_models_are_those_of_the_csv_file():
 PER_SECOND = ("images_per_s", "texts_per_s")
 
 
-def of_batch(batch: str, model: str, column: str) -> str:
+def of_batch(machine: str, batch: str, model: str, column: str) -> str:
     """The time of a form of B/16 over that of OpenVINO's int8 on the dense model."""
     models = (f"ViT-B-16 {model}", "ViT-B-16 openvino-int8")
-    found = [measured("clip_throughput_batches_xeon.csv", batch_size=batch, model=one) for one in models]
+    found = [measured(f"clip_throughput_batches_{machine}.csv", batch_size=batch, model=one) for one in models]
     ours, theirs = (float(row[column]) for (row,) in found)
     return f"{theirs / ours:.2f}"
 
@@ -134,11 +134,15 @@ def test_int8_times_and_accuracies_are_those_of_the_csv_files():
         ]
         for row in measured("clip_throughput_engines_xeon.csv")
     ]
-    over_openvino = [
-        [batch, *(of_batch(batch, model, column) for model in ("int8", "CLIP-UP int8") for column in PER_SECOND)]
-        for batch in ("1", "4", "16")
-    ]
+    over_openvino, with_amx = (
+        [
+            [batch, *(of_batch(machine, batch, one, rate) for one in ("int8", "CLIP-UP int8") for rate in PER_SECOND)]
+            for batch in ("1", "4", "16")
+        ]
+        for machine in ("xeon", "amx")
+    )
     assert rows(PERFORMANCE, "image, dense int8") == over_openvino
+    assert rows(PERFORMANCE, "batch, with AMX") == with_amx
     saved = sorted(round(100 * (1 - float(image))) for _, image, *_ in over_openvino)
     assert f"takes {saved[0]} to {saved[-1]} % less time" in README.read_text("utf-8")
     assert rows(PERFORMANCE, "text_to_image_R@1 %") == [
