@@ -280,7 +280,7 @@ def saved_config(model: nn.Module) -> MoEConfig | None:
     None for a model that was not upcycled.
 
     Raises:
-        ValueError: the layers' configs differ, of which one is saved.
+        ValueError: the layers' configs differ, and only one can be saved.
     """
     made: Any = getattr(model, "moe_config", None)
     layers = moe_layers(model)
