@@ -242,7 +242,7 @@ def expert_choice(
     with normalized gates p over the sum of those of the token's experts (Sparse Upcycling, arXiv 2212.05055).
 
     scores: [T, E] of ``log_scores``; mask: [T] bool; draw: [T]. In the results a token has E choices by descending
-    gate, of which those that no expert made have index -1 and gate 0. A NaN ranks first, so that it shows.
+    gate; where no expert chose it, the index is -1 and the gate 0. A NaN ranks first, so that it shows.
     """
     num_tokens, num_experts = scores.shape
     mask = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else mask

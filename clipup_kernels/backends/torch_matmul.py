@@ -156,8 +156,6 @@ _LONGEST_PRODUCT = 512
 
 
 def self_attention(qkv, mask, heads, quantize) -> Tensor:
-    if quantize is not None:
-        return cpp.self_attention(qkv, mask, heads, quantize)
     batch, length, width = qkv.shape
     if qkv.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT:
         return torch_eager.self_attention(qkv, mask, heads, quantize)

@@ -18,6 +18,7 @@ from clipup_kernels.machine import describe_machine, processor_name
 
 compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else []
 ALL_OPS = (*registry.ROUTING, *registry.ROWS, *registry.PRODUCTS)
 
 
@@ -65,6 +66,23 @@ def test_matmul_computes_the_products_that_the_kernels_are_slower_at(
         assert {dtype for dtype in DTYPES if chosen(op, dtype, "cpu") == "torch_matmul"} == expected
         assert {chosen(op, dtype, "cpu") for dtype in set(DTYPES) - expected} <= {"cpp"}
     assert chosen("dispatch", torch.int32, "cpu") == "cpp"
+
+
+@compiled
+@pytest.mark.skipif("amx_int8" not in CPU_FLAGS, reason="this CPU has no AMX tiles, or hides them")
+def test_where_the_system_refuses_tiles_the_next_tier_computes_bfloat16_too():
+    # Linux refuses them to a process with a signal stack that has no room for their registers.
+    code = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+room = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
+import clipup_kernels
+info = clipup_kernels.backend_info()
+print(info["instructions"], info["cpu"]["expert_mlp"]["bfloat16"])
+"""
+    assert in_a_fresh_process(code).stdout.split() == ["avx512_vnni", "cpp"]
 
 
 def test_the_extension_takes_the_openmp_runtime_of_torch_before_those_of_other_packages():

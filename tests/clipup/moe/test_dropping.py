@@ -1,4 +1,4 @@
-"""Whom a capacity drops in training: rows drawn anew in every layer and forward pass, so that nothing tells a row."""
+"""What a capacity drops in training: an order drawn in every layer and forward pass, which says nothing about rows."""
 
 import pytest
 import torch
