@@ -12,8 +12,8 @@ import tyro
 
 from ..models import known_models
 from ..moe.config import MoEConfig
+from ..option_group import OptionGroup
 from ..precision import Precision, check_device, default_workers
-from ..train.options.values import OptionGroup
 from .logs import FLAG_OF
 
 T = TypeVar("T")

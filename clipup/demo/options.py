@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..train.options.values import OptionGroup
+from ..option_group import OptionGroup
 
 START = Path(__file__).parent / "start"
 """The dense model in the package, trained on icons without the sets that the demonstration uses."""

@@ -99,7 +99,7 @@ def test_imports_inside_functions_spare_an_optional_package_or_a_slow_start():
 
 
 def test_a_file_fits_in_the_head_and_a_room_in_a_list():
-    assert len(list((ROOT / "clipup").glob("*.py"))) <= 8
+    assert len(list((ROOT / "clipup").glob("*.py"))) <= 9
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     long = {path.relative_to(ROOT).as_posix() for path in paths if len(path.read_text("utf-8").splitlines()) > 400}
     rooms = Counter(path.parent.relative_to(ROOT).as_posix() for path in paths)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_type_hints
 
 from ...moe.config import MoEConfig
+from ...option_group import OptionGroup, conform
 from ...precision import Precision
 from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
 from .model import LossOptions, ModelOptions, TrainedPartsOptions
@@ -23,7 +24,6 @@ from .running import (
     RunDirectoryOptions,
     SpeedOptions,
 )
-from .values import OptionGroup, conform
 
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ...checks import check
 from ...data.options import DataOptions, SourceOptions
+from ...option_group import KeyValues, OptionGroup
 from ...precision import default_workers
-from .values import KeyValues, OptionGroup
 
 
 @dataclass(kw_only=True)

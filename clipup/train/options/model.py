@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .values import OptionGroup
+from ...option_group import OptionGroup
 
 
 @dataclass(kw_only=True)

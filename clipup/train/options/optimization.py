@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...checks import check
-from .values import KeyValues, OptionGroup
+from ...option_group import KeyValues, OptionGroup
 
 
 @dataclass(kw_only=True)

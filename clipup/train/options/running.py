@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...checks import check
-from .values import OptionGroup
+from ...option_group import OptionGroup
 
 
 @dataclass(kw_only=True)
