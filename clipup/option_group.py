@@ -73,6 +73,18 @@ class OptionGroup:
             if value is not None and above is not None:
                 check(each.name, value, above < value < math.inf, f"more than {above}, and finite")
 
+    def at_least(self, least: int, *names: str) -> None:
+        """Refuses smaller and infinite values of these options; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            check(name, value, value is None or least <= value < math.inf, f"at least {least}, and finite")
+
+    def positive(self, *names: str) -> None:
+        """Refuses values of 0, below and infinite; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            check(name, value, value is None or 0 < value < math.inf, "positive, and finite")
+
     def idle(self) -> dict[str, str]:
         """The options that have no effect beside the others, by name, with the reason."""
         return {
