@@ -30,9 +30,9 @@ from clipup.models.factory import create_model_and_transforms, expecting_random_
 from clipup.models.tokenizers import get_tokenizer
 from clipup.precision import Precision
 from clipup.train import TrainOptions
-from clipup.train.objectives import create_objective
-from clipup.train.optim import create_optimizer
-from clipup.train.ranks.distributed import Ranks
+from clipup.train.objectives.selection import create_objective
+from clipup.train.optimizer.groups import create_optimizer
+from clipup.train.parallel.ranks import Ranks
 from clipup.train.step import TrainStep
 from clipup_kernels.machine import processor_name
 

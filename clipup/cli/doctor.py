@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..moe.config import MoEConfig
+from ..moe.options import SparseOptions
+from ..option_group import all_idle
 from . import WAITING
-from .flags import MOE_RULES, ON_SPARSE, SparseOptions, parse, refuse_idle
+from .flags import ON_SPARSE, parse, refuse_idle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +38,7 @@ class Options(SparseOptions):
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup doctor", MOE_RULES)
+    options = parse(Options, argv, "clipup doctor")
     if (options.model is None) == (options.device is None):
         raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
     if options.model is None:
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
     model = factory.create_on_meta(options.model)
     if moe_layers(model):
-        refuse_idle(argv, options, [ON_SPARSE])
+        refuse_idle(argv, all_idle(MoEConfig, ON_SPARSE))
     findings = examine(options.model, model, options.moe_cfg)
     print(json.dumps(findings, indent=2) if options.json else text(findings))
     return 0

@@ -11,16 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..data.options import SourceOptions, is_csv
+from ..data.options import CsvOptions, SourceOptions, is_csv
 from ..models import known_models
+from ..option_group import all_idle, option
 from ..precision import token_dtype
 from ..progress import printable
-from .flags import EncodingOptions, NoEffect, parse
+from .flags import EncodingOptions, parse
 from .logs import errors_only
 from .outputs import check_file, write_text
 
 if TYPE_CHECKING:
     from ..evaluate.datasets import DataSet
+
+
+_RETRIEVAL = ("coco", "flickr30k", "csv", "webdataset")
+_CLASSIFICATION = ("imagenet", "imagenet-v2", "webdataset")  # the task of a webdataset is only known from its files
+_WITH_ANNOTATIONS = ("coco", "flickr30k")
+_OF_ANY_DATA = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
+_DATASET = {"with --dataset": lambda group: group.dataset is not None}
+_NO_DATASET = {"without --dataset": lambda group: group.dataset is None}
+_NO_RETRIEVAL = {
+    "without data for retrieval (--val-data)": lambda group: group.val_data is None and group.dataset not in _RETRIEVAL
+}
+_NO_CLASSES = {
+    "without classes (--classes and --images)": lambda group: (
+        group.classes is None and group.dataset not in _CLASSIFICATION
+    )
+}
 
 
 @dataclass(kw_only=True)
@@ -37,33 +54,40 @@ class Options(EncodingOptions):
     pretrained: str | None = None
     """Tag, file of weights, or directory of a model or a finished run, for a model given by name; a training checkpoint
     may be sparse."""
-    random_weights: bool = False
+    random_weights: bool = option(
+        False,
+        idle={
+            "on a model that brings its weights": lambda group: known_models.has_weights(group.model, group.pretrained)
+        },
+    )
     """Measure a model given by name with random, untrained weights."""
     dataset: Literal["coco", "flickr30k", "imagenet", "imagenet-v2", "webdataset", "csv"] | None = None
     """Benchmark. coco, flickr30k: retrieval on Karpathy's splits; imagenet, imagenet-v2: classification; webdataset:
     as given in its directory; csv: retrieval."""
     root: str | None = None
     """Directory of the benchmark; for webdataset also a shard pattern, for csv also the file."""
-    split: str = "test"
+    split: str = option("test", idle=_NO_DATASET)
     """Split of the benchmark."""
-    annotations: Path | None = None
+    annotations: Path | None = option(
+        None, idle={"without --dataset coco or flickr30k": lambda group: group.dataset not in _WITH_ANNOTATIONS}
+    )
     """coco, flickr30k: the caption file. None: the one in root with CLIP_benchmark's or Karpathy's name."""
-    captions_per_image: int | None = None
+    captions_per_image: int | None = option(None, least=1, idle=_NO_RETRIEVAL | _NO_DATASET)
     """Benchmarks: use only the first n captions per image. None: all, as in CLIP_benchmark (five, on COCO sometimes
     more)."""
-    val_data: str | None = None
+    val_data: str | None = option(None, idle=_DATASET)
     """Retrieval: WebDataset shards or a CSV file. An image may have several captions: one a line of the .txt, captions
     in the .json, in a CSV file several rows."""
-    by: str = "group"
+    by: str = option("group", idle=_NO_RETRIEVAL)
     """Retrieval: metadata key; images with the same value are also measured separately."""
-    multi_positive: bool = False
+    multi_positive: bool = option(False, idle=_NO_RETRIEVAL)
     """Retrieval: treat equal captions as one text that matches every image with this caption."""
     source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
-    classes: Path | None = None
+    classes: Path | None = option(None, idle=_DATASET)
     """Classification: text file with one class name per line."""
-    images: str | None = None
+    images: str | None = option(None, idle=_DATASET)
     """Classification: directory with a subdirectory per class, or shards with .cls files."""
-    templates: Path | None = None
+    templates: Path | None = option(None, idle=_NO_CLASSES)
     """Classification: text file with one prompt per line, {} for the class name. None: the benchmark's prompts
     (imagenet: open_clip's 80), or open_clip's seven short ones with --classes."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
@@ -71,13 +95,30 @@ class Options(EncodingOptions):
     card: bool = False
     """Add the results to the model card (README.md) in the model's directory."""
 
+    @property
+    def is_one_split(self) -> bool:
+        """Whether there is nothing to choose a split from."""
+        root = Path(self.root or "")
+        of_files = self.dataset in ("webdataset", "csv") and (root.is_file() or ".tar" in str(root))
+        return self.dataset == "imagenet-v2" or of_files
+
+    def idle(self) -> dict[str, str]:
+        idle = super().idle()
+        if self.is_one_split:
+            idle["split"] = "on imagenet-v2, or on files named by --root, which are one split"
+        if self.val_data is None:
+            idle["dataset_type"] = "without --val-data"
+            idle["max_skipped"] = "without --val-data: nothing is skipped"
+        if self.dataset != "csv" and not is_csv(self.val_data, self.source.dataset_type):
+            idle |= all_idle(CsvOptions, "without a CSV file")
+        return idle
+
     def check(self) -> None:
         """
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
-        self.at_least(1, "captions_per_image")
         if self.dataset is None and self.val_data is None and self.classes is None:
             raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
         if (self.dataset is None) != (self.root is None):
@@ -86,57 +127,9 @@ class Options(EncodingOptions):
             raise ValueError("classification needs both --classes and --images")
 
 
-_RETRIEVAL = ("coco", "flickr30k", "csv", "webdataset")
-_CLASSIFICATION = ("imagenet", "imagenet-v2", "webdataset")  # the task of a webdataset is only known from its files
-_WITH_ANNOTATIONS = ("coco", "flickr30k")
-_OF_ANY_DATA = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
-
-
-def _is_one_split(options: Options) -> bool:
-    """Whether there is nothing to choose a split from."""
-    root = Path(options.root or "")
-    of_files = options.dataset in ("webdataset", "csv") and (root.is_file() or ".tar" in str(root))
-    return options.dataset == "imagenet-v2" or of_files
-
-
-RULES = [
-    NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
-    NoEffect(("split",), _is_one_split, "on imagenet-v2, or on files named by --root, which are one split"),
-    NoEffect(("max_skipped",), lambda options: options.val_data is None, "without --val-data: nothing is skipped"),
-    NoEffect(("val_data", "classes", "images"), lambda options: options.dataset is not None, "with --dataset"),
-    NoEffect(("captions_per_image",), lambda options: options.dataset is None, "without --dataset"),
-    NoEffect(
-        ("annotations",),
-        lambda options: options.dataset not in _WITH_ANNOTATIONS,
-        f"without --dataset {' or '.join(_WITH_ANNOTATIONS)}",
-    ),
-    NoEffect(
-        ("captions_per_image", "by", "multi_positive"),
-        lambda options: options.val_data is None and options.dataset not in _RETRIEVAL,
-        "without data for retrieval (--val-data)",
-    ),
-    NoEffect(
-        ("templates",),
-        lambda options: options.classes is None and options.dataset not in _CLASSIFICATION,
-        "without classes (--classes and --images)",
-    ),
-    NoEffect(("dataset_type",), lambda options: options.val_data is None, "without --val-data"),
-    NoEffect(
-        ("csv_separator", "csv_img_key", "csv_caption_key"),
-        lambda options: options.dataset != "csv" and not is_csv(options.val_data, options.source.dataset_type),
-        "without a CSV file",
-    ),
-    NoEffect(
-        ("random_weights",),
-        lambda options: known_models.has_weights(options.model, options.pretrained),
-        "on a model that brings its weights",
-    ),
-]
-
-
 @errors_only()
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup eval", RULES)
+    options = parse(Options, argv, "clipup eval")
     if options.out is not None and options.out != "-":
         check_file("out", options.out)
     from ..models import factory, model_card, model_names
@@ -188,7 +181,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "precision": f"{options.precision}, int8 weights" if options.int8 else options.precision,
         "dataset": options.dataset,
         "root": options.root if options.dataset in _OF_ANY_DATA else None,
-        "split": None if options.dataset is None or _is_one_split(options) else options.split,
+        "split": None if options.dataset is None or options.is_one_split else options.split,
         "captions_per_image": options.captions_per_image,
         "val_data": options.val_data,
         "images": options.images,
@@ -240,7 +233,7 @@ def _find(options: Options) -> DataSet | None:
             "imagenet": lambda: datasets.imagenet(root, split),
             "imagenet-v2": lambda: datasets.imagenet_v2(root),
             "webdataset": lambda: datasets.webdataset(root, split, templates),
-            "csv": lambda: datasets.csv(root, split, *options.source.csv_format),
+            "csv": lambda: datasets.csv(root, split, options.source),
         }
         found = readers[options.dataset]()
     else:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .flags import MOE_FLAGS, MOE_RULES, ON_SPARSE, NoEffect, SparseOptions, parse, refuse_idle
+from ..moe.config import MoEConfig
+from ..moe.options import SparseOptions
+from ..option_group import all_idle, option
+from .flags import ON_SPARSE, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..clip.flops import TowerCounts
@@ -23,22 +26,19 @@ class Options(SparseOptions):
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """An open_clip model name, or a directory. No weights are loaded."""
-    moe: bool = False
+    moe: bool = option(False, idle={"without --json": lambda group: not group.json})
     """With --json: count the upcycled model instead of the dense one."""
     json: bool = False
     """Print JSON for one model instead of a table of both: image_gflops, text_gflops (10^9 FLOPs), params,
     active_params."""
 
-
-RULES = [
-    NoEffect(("moe",), lambda options: not options.json, "without --json"),
-    NoEffect(MOE_FLAGS, lambda options: options.json and not options.moe, "on --json without --moe"),
-    *MOE_RULES,
-]
+    def idle(self) -> dict[str, str]:
+        unused = self.json and not self.moe
+        return super().idle() | (all_idle(MoEConfig, "on --json without --moe") if unused else {})
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup flops", RULES)
+    options = parse(Options, argv, "clipup flops")
     from ..clip.flops import count
     from ..models import factory
     from ..moe.layer import moe_layers
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     model = factory.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))
     if is_sparse:
-        refuse_idle(argv, options, [ON_SPARSE])
+        refuse_idle(argv, all_idle(MoEConfig, ON_SPARSE))
     if options.json:
         wanted = upcycle(model, config, inplace=True) if options.moe and not is_sparse else model
         print(json.dumps(count(wanted)._asdict()))

@@ -13,8 +13,9 @@ import tyro
 
 from ..data.images import upright
 from ..models import known_models
+from ..option_group import option
 from ..progress import progress
-from .flags import DeviceOptions, NoEffect, parse
+from .flags import DeviceOptions, parse
 from .logs import errors_only
 from .outputs import check_file, write_text
 
@@ -42,29 +43,21 @@ class Options(DeviceOptions):
     """Text file with one caption per line. None: those in the shards, if images are shards."""
     dense: str | None = None
     """The model that was upcycled, to compare the experts with: a name that open_clip knows, or a directory."""
-    dense_pretrained: str | None = None
+    dense_pretrained: str | None = option(None, idle={"without --dense": lambda group: group.dense is None})
     """Tag or file of weights for a dense model known by name."""
     out: Path = Path("experts.html")
     """File for the page; an earlier one is replaced."""
-    max_images: int = 200
+    max_images: int = option(200, least=1)
     """Number of images, and of captions, to inspect; the first ones are taken."""
-    shown: int = 6
+    shown: int = option(6, least=0)
     """Pictures and captions that are shown whole."""
-    batch_size: int = 32
+    batch_size: int = option(32, least=1)
     """Images, or captions, in a batch."""
-
-    def check(self) -> None:
-        super().check()
-        self.at_least(0, "shown")
-        self.at_least(1, "max_images", "batch_size")
-
-
-RULES = [NoEffect(("dense_pretrained",), lambda options: options.dense is None, "without --dense")]
 
 
 @errors_only()
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup inspect", RULES)
+    options = parse(Options, argv, "clipup inspect")
     from ..data.samples import passed_over
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names

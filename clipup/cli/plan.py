@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..moe.config import MoEConfig
+from ..moe.options import SparseOptions
+from ..option_group import all_idle, option
 from ..precision import Precision
-from ..train.options import ParallelOptions, TrainedPartsOptions, TrainOptions
-from .flags import TRAIN_RULES, NoEffect, SparseOptions, parse
+from ..train.optimizer.options import TrainedPartsOptions
+from ..train.parallel.options import ParallelOptions
+from ..train.train_options import TrainOptions
+from .flags import parse
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Plan
     from ..plan.report import Length
 
-_OF_CARD = ("memory_gb", "tflops", "link_gb_s", "network_gb_s", "host_gb_s")
+_SIGLIP = {"with --siglip": lambda group: group.siglip}
 
 
 @dataclass(kw_only=True)
@@ -41,39 +46,39 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
     """Recompute activations in the backward pass instead of keeping them."""
     accum_freq: int = 1
     """Batches per step: the loss is over all of them, with the memory of one."""
-    loss_chunk_size: int | None = None
+    loss_chunk_size: int | None = option(None, idle=_SIGLIP)
     """Images (and texts) of a rank whose logits are computed at once."""
     siglip: bool = False
     """Use the sigmoid loss instead of the softmax loss."""
-    local_loss: bool = True
+    local_loss: bool = option(True, idle=_SIGLIP)
     """Every rank computes the logits of its own images and texts only."""
-    gather_with_grad: bool = True
+    gather_with_grad: bool = option(True, idle=_SIGLIP)
     """Gradients flow through gathered features."""
-    caption_tokens: int | None = None
+    caption_tokens: int | None = option(None, idle={"without --ep": lambda group: group.ep == 1})
     """Mean length of a caption in tokens, for the rows of sparse text layers. None: the whole context."""
 
-    samples: int | None = None
+    samples: int | None = option(None, least=1)
     """Pairs that the run sees in all."""
-    epochs: int | None = None
+    epochs: int | None = option(None, least=1)
     """Or: passes over train_num_samples pairs."""
-    train_num_samples: int | None = None
+    train_num_samples: int | None = option(None, least=1)
     """Pairs of an epoch."""
 
     gpu: str = "h100"
     """h100, h200, b200, a100-80gb, a100-40gb or l40s: constants of data sheets, each of which an option overrides."""
-    memory_gb: float | None = None
+    memory_gb: float | None = option(None, above=0)
     """Memory of a GPU, 10^9 bytes."""
-    tflops: float | None = None
+    tflops: float | None = option(None, above=0)
     """Its peak in the run's type of products (bfloat16; float32 for fp32), without sparsity, 10^12 FLOPs per second."""
-    link_gb_s: float | None = None
+    link_gb_s: float | None = option(None, above=0)
     """To the GPUs of its node, 10^9 bytes per second and direction."""
-    network_gb_s: float | None = None
+    network_gb_s: float | None = option(None, above=0)
     """To other nodes, per GPU and direction."""
-    host_gb_s: float | None = None
+    host_gb_s: float | None = option(None, above=0)
     """To the host's memory, per direction."""
     gpus_per_node: int = 8
     """GPUs that share fast links."""
-    mfu: float = 0.35
+    mfu: float = option(0.35, idle={"with --images-per-second": lambda group: group.images_per_second is not None})
     """Share of the peak at which products run, those that are computed again included. The default is an assumption."""
     images_per_second: float | None = None
     """Pairs per second of one GPU, measured with this setting on few GPUs; replaces FLOPs and mfu."""
@@ -82,7 +87,9 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
     reserve: float = 0.1
     """Memory for the allocator's fragmentation, the CUDA context and NCCL, as a share of the rest. The default is an
     assumption."""
-    price: float | None = None
+    price: float | None = option(
+        None, idle={"without --samples, or --epochs and --train-num-samples": lambda group: group.length() is None}
+    )
     """Of one GPU and hour, in any currency."""
     json: bool = False
     """Print JSON."""
@@ -93,12 +100,14 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
-        self.at_least(1, "samples", "epochs", "train_num_samples")
-        self.positive(*_OF_CARD)
         if self.samples is not None and self.epochs is not None:
             raise ValueError("samples and epochs both say how long the run is; use one")
         if (self.epochs is None) != (self.train_num_samples is None):
             raise ValueError("epochs counts passes over train_num_samples pairs; set both, or samples instead")
+
+    def idle(self) -> dict[str, str]:
+        idle = super().idle()
+        return idle if self.moe else idle | all_idle(MoEConfig, "without --moe, which makes the model sparse")
 
     def train_options(self) -> TrainOptions:
         given = {each.name: getattr(self, each.name, None) for each in dataclasses.fields(TrainOptions)}
@@ -106,8 +115,10 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
 
     def cluster(self) -> Cluster:
         from ..plan import Cluster, Rates, card
+        from ..train.cards import Card
 
-        given = {name: getattr(self, name) for name in _OF_CARD if getattr(self, name) is not None}
+        given: dict[str, Any] = {each.name: getattr(self, each.name, None) for each in dataclasses.fields(Card)}
+        given = {name: value for name, value in given.items() if value is not None}
         rates = {each.name: getattr(self, each.name) for each in dataclasses.fields(Rates)}
         if self.tflops is not None:
             given["tflops_fp32"] = self.tflops
@@ -125,22 +136,11 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
         return None if self.samples is None else Length(-(-self.samples // self.batch), self.samples)
 
 
-RULES = [
-    *TRAIN_RULES,
-    NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
-    NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
-    NoEffect(("loss_chunk_size",), lambda options: options.siglip, "with --siglip"),
-    NoEffect(
-        ("price",), lambda options: options.length() is None, "without --samples, or --epochs and --train-num-samples"
-    ),
-]
-
-
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup plan", RULES)
+    options = parse(Options, argv, "clipup plan")
     from ..plan import Subject, plan, propose
     from ..plan.report import as_json, as_text
-    from ..train.optim import lock_parts
+    from ..train.optimizer.locks import lock_parts
 
     cluster = options.cluster()
     trained = options.train_options()

@@ -17,8 +17,8 @@ from ..models.checkpoint_model import checkpoint_model
 from ..models.model_directory import CONFIG_NAME, of_transformers
 from ..models.state_dicts import read_weights
 from ..precision import Precision
-from ..train.checkpoints import open_clip_format
-from ..train.checkpoints.run_directory import RunDirectory
+from ..train.checkpoints import kept
+from ..train.checkpoints.directory import RunDirectory
 from ..train.log.records import read_records
 
 
@@ -54,7 +54,7 @@ def model_of(name: str) -> Iterator[str]:
         yield f"{model_names.LOCAL_PREFIX}{directory}"
         return
     root = _path(name)
-    latest = open_clip_format.newest(RunDirectory(root).checkpoints)
+    latest = kept.newest(RunDirectory(root).checkpoints)
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
@@ -78,7 +78,7 @@ def trained_steps(directory: Path) -> int | None:
 def _is_finished(run: RunDirectory) -> bool:
     """Whether a run has a model, and does not go on: its newest checkpoint is the last one, or older than the model."""
     config = run.model / CONFIG_NAME
-    checkpoints, _ = open_clip_format.in_order(run.checkpoints) if config.is_file() else ([], [])
+    checkpoints, _ = kept.in_order(run.checkpoints) if config.is_file() else ([], [])
     if not checkpoints:
         return config.is_file()
     (_, _, finished), newest = checkpoints[-1]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ..option_group import option
 from ..progress import printable
 from .flags import DeviceOptions, parse
 from .logs import errors_only
@@ -27,7 +28,7 @@ class Options(DeviceOptions):
     """Directory of the index."""
     texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     """What to look for; several texts are searched for one by one."""
-    count: int = 12
+    count: int = option(12, least=1)
     """Images per text."""
     page: Path | None = None
     """File for a page with the pictures; an earlier one is replaced."""
@@ -40,7 +41,6 @@ class Options(DeviceOptions):
         super().check()
         if not self.texts or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank")
-        self.at_least(1, "count")
 
 
 @errors_only()

@@ -3,93 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
 import tyro
 
-from ..data.options import is_csv
-from ..moe.config import MoEConfig
-from ..train.options import GROUPS, TrainOptions
-from ..train.ranks.launched import Launched
+from ..train.parallel.launched import Launched
+from ..train.train_options import TrainOptions
 from . import open_clip_flags, say
-from .flags import TRAIN_RULES, NoEffect, parse, refuse_idle, refuse_unknown_models
-from .logs import FLAG_OF, in_one_line
+from .flags import flags, parse, refuse_idle, refuse_unknown_models
+from .logs import in_one_line
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
+
+def _title(group: type) -> str:
+    """Of a group of options in the help."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
+
+
 _Grouped: Any = dataclasses.make_dataclass(
     "TrainOptions",
-    [
-        ("model", GROUPS["model"], dataclasses.field(default_factory=GROUPS["model"])),
-        ("sparse_layers", MoEConfig, dataclasses.field(default_factory=MoEConfig.clip_up)),
-        *((name, group, dataclasses.field(default_factory=group)) for name, group in GROUPS.items() if name != "model"),
-    ],
+    [(_title(group), group, dataclasses.field(default_factory=group)) for group in TrainOptions.__bases__],
     namespace={"__doc__": TrainOptions.__doc__},
 )
 """The options as the command line shows them: a field per group, without prefixes in the names of the flags."""
-
-FLAGS = tuple(
-    f"--{field.name.replace('_', '-')}"
-    for field in (*dataclasses.fields(TrainOptions), *dataclasses.fields(MoEConfig))
-    if field.name != "moe_cfg"
-)
+FLAGS = tuple(flags(_Grouped).values())
 """All flags of the command."""
-
-RULES = [
-    *TRAIN_RULES,
-    NoEffect(
-        ("csv_separator", "csv_img_key", "csv_caption_key"),
-        lambda options: not (is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)),
-        "without a CSV file",
-    ),
-    NoEffect(
-        ("dataset_resampled",),
-        lambda options: is_csv(options.train_data, options.dataset_type),
-        "on a CSV file",
-    ),
-    NoEffect(("val_frequency",), lambda options: options.val_data is None, "without --val-data"),
-    NoEffect(
-        ("zeroshot_frequency",),
-        lambda options: options.imagenet_val is None and options.imagenet_v2 is None,
-        "without --imagenet-val or --imagenet-v2",
-    ),
-    NoEffect(("momentum",), lambda options: not options.opt.startswith("timm/"), "without --opt timm/NAME"),
-    NoEffect(("fused",), lambda options: options.opt != "adamw", "without --opt adamw"),
-    NoEffect(
-        ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"),
-        lambda options: options.lr_scheduler != "const-cooldown",
-        "without --lr-scheduler const-cooldown",
-    ),
-    NoEffect(("loss_chunk_size",), lambda options: options.distill_model is not None, "with --distill-model"),
-    NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
-    NoEffect(("distill_pretrained",), lambda options: options.distill_model is None, "without --distill-model"),
-    NoEffect(
-        ("torchcompile_backend", "torchcompile_mode"),
-        lambda options: not options.torchcompile,
-        "without --torchcompile",
-    ),
-    NoEffect(
-        ("torchcompile_mode",),
-        lambda options: options.torchcompile_backend not in (None, "inductor"),
-        "without the backend inductor",
-    ),
-    NoEffect(
-        ("wandb_project_name",),
-        lambda options: not options.trackers() & {"wandb", "trackio"},
-        "without --report-to wandb or trackio",
-    ),
-    NoEffect(
-        ("remote_sync_frequency",),
-        lambda options: options.remote_sync is None,
-        "without --remote-sync",
-    ),
-    NoEffect(("wandb_notes",), lambda options: "wandb" not in options.trackers(), "without --report-to wandb"),
-    NoEffect(("force",), lambda options: options.resume == "latest", "with --resume latest"),
-    NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
-]
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +43,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
     from ..train import TrainingInterrupted, train
-    from ..train.ranks.distributed import ElsewhereRaised
+    from ..train.parallel.ranks import ElsewhereRaised
 
     try:
         result = train(options)
@@ -147,12 +90,8 @@ def _options(argv: list[str]) -> TrainOptions:
         SystemExit: --help, or what is no option.
     """
     open_clip_flags.refuse(argv, FLAGS)
-    groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))
-    FLAG_OF["cache"] = "--cache-data"
-    values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
-    for name, group in GROUPS.items():
-        values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
-    options = TrainOptions(**values)
+    groups = vars(parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))).values()
+    options = TrainOptions(**{name: value for group in groups for name, value in vars(group).items()})
     refuse_unknown_models(options)
-    refuse_idle(argv, options, RULES)
+    refuse_idle(argv, options.idle())
     return options

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..data.options import DataOptions, SourceOptions, is_csv
+from ..data.options import CsvOptions, DataOptions, SourceOptions, is_csv
 from ..models import known_models
+from ..moe.options import SparseOptions
+from ..option_group import all_idle, option
 from ..progress import progress
-from .flags import MOE_RULES, NoEffect, SparseOptions, parse
+from .flags import parse
 from .logs import FLAG_OF
 from .outputs import empty_directory
 
 if TYPE_CHECKING:
     from torch import nn
 
+_UNCALIBRATED = {"without --calibrate-data": lambda group: group.calibrate_data is None}
 TOLERANCE = 1e-4
 """Largest difference of float32 features of length 1 that is attributed to rounding."""
 
@@ -45,47 +48,33 @@ class Options(SparseOptions):
     calibrate_data: str | None = None
     """CSV file or WebDataset shards of image-text pairs for calibration, which fits re-initialized experts
     (--reinit-ratio) to the outputs of the dense MLPs."""
-    calibrate_steps: int = 100
+    calibrate_steps: int = option(100, idle=_UNCALIBRATED)
     """Calibration steps, one batch each."""
-    calibrate_batch_size: int = 64
+    calibrate_batch_size: int = option(64, idle=_UNCALIBRATED)
     """Image-text pairs per calibration batch."""
-    calibrate_lr: float = 1e-3
+    calibrate_lr: float = option(1e-3, idle=_UNCALIBRATED)
     """Adam's learning rate in calibration."""
     source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
-    allow_pipe: bool = DataOptions.allow_pipe
+    allow_pipe: bool = option(False, idle=_UNCALIBRATED)
     """Let pipe:COMMAND in calibrate_data run its command in a shell. Only for a calibrate_data that you trust."""
 
-
-RULES = [
-    NoEffect(
-        ("calibrate_data",),
-        lambda options: options.moe_cfg.keeps_function,
-        "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out",
-    ),
-    NoEffect(
-        (
-            *("calibrate_steps", "calibrate_batch_size", "calibrate_lr", "allow_pipe"),
-            *(each.name for each in fields(SourceOptions)),
-        ),
-        lambda options: options.calibrate_data is None,
-        "without --calibrate-data",
-    ),
-    NoEffect(
-        ("csv_separator", "csv_img_key", "csv_caption_key"),
-        lambda options: not is_csv(options.calibrate_data, options.source.dataset_type),
-        "without a CSV file",
-    ),
-    NoEffect(
-        ("random_weights",),
-        lambda options: known_models.has_weights(options.model, options.pretrained),
-        "on a model that has its own weights",
-    ),
-    *MOE_RULES,
-]
+    def idle(self) -> dict[str, str]:
+        idle = super().idle()
+        if self.moe_cfg.keeps_function:
+            idle["calibrate_data"] = (
+                "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out"
+            )
+        if self.calibrate_data is None:
+            idle |= all_idle(SourceOptions, "without --calibrate-data")
+        elif not is_csv(self.calibrate_data, self.source.dataset_type):
+            idle |= all_idle(CsvOptions, "without a CSV file")
+        if known_models.has_weights(self.model, self.pretrained):
+            idle["random_weights"] = "on a model that has its own weights"
+        return idle
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "clipup upcycle", RULES)
+    options = parse(Options, argv, "clipup upcycle")
     with empty_directory(options.out):
         run(options)
     return 0
@@ -143,6 +132,7 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
         **asdict(options.source),
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,
+        workers=1,
         seed=options.seed,
         train_num_samples=options.calibrate_steps * options.calibrate_batch_size,
         allow_pipe=options.allow_pipe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..option_group import OptionGroup
+from ..option_group import OptionGroup, option
 
 START = Path(__file__).parent / "start"
 """The dense model in the package, trained on icons without the sets that the demonstration uses."""
@@ -24,13 +24,13 @@ class DemoOptions(OptionGroup):
     """Directory of a data set written by `clipup data`. None: the pictograms, built once in OUT/data."""
     start: str = str(START)
     """Directory of the dense model to start from; the default was trained on other icons."""
-    continue_steps: int = 400
+    continue_steps: int = option(400, least=1)
     """Steps for which the dense and the sparse model continue training."""
-    batch_size: int = 256
+    batch_size: int = option(256, least=1)
     """Pairs per step."""
     continue_lr: float = 2e-3
     """Peak learning rate of continued training, dense and sparse."""
-    eval_every: int = 100
+    eval_every: int = option(100, least=1)
     """Steps between points of the R@1 curves."""
     seed: int = 0
     """Seed of weights and data order."""
@@ -38,6 +38,6 @@ class DemoOptions(OptionGroup):
     """Replace the report and the runs of an earlier demonstration in OUT; its data are reused."""
 
     def check(self) -> None:
-        self.at_least(1, "continue_steps", "batch_size", "eval_every")
+        super().check()
         if not Path(self.start).is_dir():
             raise ValueError(f"start: {self.start} is no directory, and the dense model to start from is in one")

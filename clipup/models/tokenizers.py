@@ -112,6 +112,20 @@ def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | No
     return {name: base64.b64decode(text) for name, text in encoded.items()}
 
 
+def check_same(files: dict[str, bytes] | None, configs: dict[str, Any], path: Path | str) -> None:
+    """
+    Args:
+        files: of the model's tokenizer by name, if they are known.
+        configs, path: as ``saved_in`` takes them.
+
+    Raises:
+        ValueError: the checkpoint was trained with another tokenizer.
+    """
+    trained = saved_in(configs, path)
+    if trained is not None and files is not None and trained != files:
+        raise ValueError(f"{path} was trained with another tokenizer than that of the model; restore its files")
+
+
 def for_checkpoint(files: dict[str, bytes]) -> dict[str, str]:
     """The tokenizer's files for a checkpoint, as text that JSON can represent."""
     return {name: base64.b64encode(content).decode("ascii") for name, content in files.items()}

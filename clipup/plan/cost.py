@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ..checks import check, positive_number, width
 from ..train.cards import Card
-from ..train.options import TrainOptions
+from ..train.objectives.selection import selected
+from ..train.train_options import TrainOptions
 from .subject import Subject
 from .traffic import Transfer, forward_passes
 
@@ -68,9 +69,9 @@ def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
     passes = {tower: trained if tower in of_trained else forward for tower in ("image", "text")}
     gflops = counts.image_gflops * passes["image"] + counts.text_gflops * passes["text"]
     towers = gflops * 1e9 * options.batch_size
-    directions = 1 if options.siglip else 2
-    rows = own if options.siglip or options.local_loss else own * gpus
-    logits = directions * 2.0 * rows * own * gpus * len(subject.feature(options)) * 3 * options.accum_freq
+    loss = selected(options)
+    rows = loss.rows(options, own, own * gpus)
+    logits = loss.directions * 2.0 * rows * own * gpus * len(subject.feature(options)) * 3 * options.accum_freq
     return towers + logits
 
 

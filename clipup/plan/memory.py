@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ..precision import Precision
-from ..train.chunked_losses import LOGITS_AT_ONCE
-from ..train.options import TrainOptions
+from ..train.objectives.selection import selected
+from ..train.train_options import TrainOptions
 from .activations import LayerTokens
 from .subject import Subject
 from .units import Unit
@@ -133,24 +132,11 @@ def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
     return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
 
 
-def bytes_per_logit(siglip: bool, precision: Precision) -> int:
-    """Bytes that the contrastive loss saves for each logit, an image compared with a text, of logits that are not
-    computed in chunks; the softmax loss has two, one per direction."""
-    if siglip:
-        return 6 if precision in ("amp", "amp_bf16") else 12
-    return 8
-
-
 def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     own = options.batch_size * options.accum_freq
-    columns = own * gpus
-    rows = own if options.siglip or options.local_loss else columns
-    at_once = min(rows, options.loss_chunk_size or max(1, LOGITS_AT_ONCE // columns))
-    compared = own if options.siglip else columns
-    chunked = at_once < rows and not options.siglip
-    held = bytes_per_logit(options.siglip, subject.precision) * (at_once * columns / 2 if chunked else rows * columns)
+    kept, working = selected(options).memory(options, own, own * gpus, subject.precision)
     return [
-        Part("features of all ranks", 4 * columns * subject.feature(options).nbytes, "model"),
-        Part("logits", held, "counted"),
-        Part("working memory of the loss", 12 * at_once * compared, "model"),
+        Part("features of all ranks", 4 * own * gpus * subject.feature(options).nbytes, "model"),
+        Part("logits", kept, "counted"),
+        Part("working memory of the loss", working, "model"),
     ]

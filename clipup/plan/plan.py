@@ -14,9 +14,9 @@ import torch
 from .. import checks
 from ..clip.inputs import text_length
 from ..train.cards import Card
-from ..train.options import TrainOptions
-from ..train.ranks.distributed import Ranks
-from ..train.ranks.parallel import check
+from ..train.parallel.ranks import Ranks
+from ..train.parallel.sharding import check
+from ..train.train_options import TrainOptions
 from .cost import Rates, StepTime, step_flops, step_time
 from .memory import Memory, memory
 from .subject import Subject
@@ -101,8 +101,8 @@ def plan(
         raise ValueError(
             f"batch must be a multiple of gpus * accum_freq = {cluster.gpus} * {options.accum_freq}, got {batch}"
         )
-    options = replace(options, batch_size=batch // parts)
-    check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus), subject.precision)
+    options = replace(options, batch_size=batch // parts, precision=subject.precision)
+    check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus))
     needed = memory(subject, options, cluster.gpus, cluster.reserve)
     transfers = traffic(subject, options, cluster.gpus, caption_tokens)
     held = sum(unit.trained_bytes for unit in subject.units(options, cluster.gpus))

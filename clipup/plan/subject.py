@@ -14,8 +14,8 @@ from ..models import factory
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import Precision
-from ..train.objectives import SigmoidObjective
-from ..train.options import TrainOptions
+from ..train.objectives.sigmoid import SigmoidObjective
+from ..train.train_options import TrainOptions
 from ..upcycling.upcycle import upcycle
 from .activations import Activations, activations
 from .units import Unit, has_half_units, units

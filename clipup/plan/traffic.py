@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 import open_clip
 
-from ..train.options import TrainOptions
+from ..train.objectives.selection import selected
+from ..train.train_options import TrainOptions
 from .memory import rows_per_pair
 from .subject import Subject
 from .units import Unit
@@ -104,15 +105,10 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
 
 
 def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
-    """The softmax loss gathers all features, for each accumulated batch; the sigmoid loss passes texts around."""
     own = options.batch_size * options.accum_freq * subject.feature(options).nbytes
-    if options.siglip:
-        yield Transfer("features", "send", 2 * options.accum_freq * own * (gpus - 1), gpus)
-        return
-    gathered = options.accum_freq * own * gpus  # of one tower
-    yield Transfer("features", "all_gather", 2 * gathered, gpus)
-    if options.gather_with_grad:
-        yield Transfer("features", "reduce_scatter", len(subject.trained_towers(options)) * gathered, gpus)
+    sent = selected(options).traffic(options, own, gpus, len(subject.trained_towers(options)))
+    for collective, payload in sent.items():
+        yield Transfer("features", collective, options.accum_freq * payload, gpus)
 
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:

@@ -1,6 +1,6 @@
 """Which parameters are gathered and reduced together, and what each rank holds of them.
 
-The rules are those of ``clipup.train.ranks.parallel``; tests compare them with real runs.
+The rules are those of ``clipup.train.parallel.sharding``; tests compare them with real runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..clip.towers import tower_blocks, towers
 from ..moe.layer import moe_layers
 from ..moe.router import Router
 from ..precision import Precision
-from ..train.options import TrainOptions
-from ..train.ranks.parallel import replicated_parameters
+from ..train.parallel.sharding import replicated_parameters
+from ..train.train_options import TrainOptions
 
 
 class Parameter(NamedTuple):

@@ -29,20 +29,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .finite import NonFiniteGradients, NonFiniteWeights
-    from .log.records import Every, TrainingInterrupted, TrainResult
     from .loop import Trainer
-    from .options import TrainOptions
+    from .result import Every, TrainingInterrupted, TrainResult
     from .run import train
+    from .train_options import TrainOptions
 
 # Imported on first access: the options alone need no torch.
 _LAZY = {
-    "Every": "log.records",
+    "Every": "result",
     "NonFiniteGradients": "finite",
     "NonFiniteWeights": "finite",
-    "TrainOptions": "options",
-    "TrainResult": "log.records",
+    "TrainOptions": "train_options",
+    "TrainResult": "result",
     "Trainer": "loop",
-    "TrainingInterrupted": "log.records",
+    "TrainingInterrupted": "result",
     "train": "run",
 }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.position import RunState
 from .log.records import LOG
-from .ranks.distributed import Ranks
-from .ranks.parallel import shard_of
+from .parallel.ranks import Ranks
+from .parallel.sharding import shard_of
 from .step import StepLosses, TrainStep
 
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
@@ -46,15 +46,16 @@ class FiniteGuard:
     A loss that is not finite has a gradient that is not, so its step is not applied.
     """
 
-    def __init__(self, most_in_row: int) -> None:
+    def __init__(self, most_in_row: int, state: RunState) -> None:
+        """
+        Args:
+            state: of the run, in which steps are counted.
+        """
         self.most_in_row = most_in_row
-        self.skipped = 0
-        """Steps that were not applied."""
-        self.in_row = 0
-        self.last_checkpoint: Path | None = None
+        self.state = state
 
-    def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks) -> None:
-        """Counts a step. All ranks call this, and all have the same gradient.
+    def count(self, done: TrainStep, losses: StepLosses, ranks: Ranks) -> None:
+        """Counts the step that was done. All ranks call this, and all have the same gradient.
 
         In float16 the gradient scaler finds its scale through steps that overflow. They do not count as consecutive as
         long as a lower scale can help: the loss is finite, and the scale was at least 1.
@@ -62,25 +63,25 @@ class FiniteGuard:
         Raises:
             NonFiniteGradients: there are more consecutive ones than allowed.
         """
+        skipped, in_row = self.state.skipped_steps
         if done.applied:
-            self.in_row = 0
+            self.state.skipped_steps = skipped, 0
             return
-        self.skipped += 1
         scale = 0.0 if done.scaler is None else done.scaler.get_scale()
         searching_scale = scale >= 1 and not ranks.any(not math.isfinite(losses.total))
-        self.in_row += not searching_scale
+        skipped, in_row = self.state.skipped_steps = skipped + 1, in_row + (not searching_scale)
         norm = float(done.gradient_norm)
         if ranks.first:
             level = logging.INFO if searching_scale else logging.WARNING
             text = "step %d not applied: its gradient norm is %s (%d in a row, %d in all)"
-            LOG.log(level, text, step, norm, self.in_row, self.skipped)
-        if self.in_row > self.most_in_row:
+            LOG.log(level, text, self.state.step, norm, in_row, skipped)
+        if in_row > self.most_in_row:
             raise NonFiniteGradients(
-                f"the gradient norm is {norm} at step {step}, the last of {self.in_row} steps in a row that were not "
-                f"applied, more than max_nonfinite_steps={self.most_in_row}; {self._ending()}"
+                f"the gradient norm is {norm} at step {self.state.step}, the last of {in_row} steps in a row that were "
+                f"not applied, more than max_nonfinite_steps={self.most_in_row}; {self._ending()}"
             )
 
-    def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    def check_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         """Raises NonFiniteWeights on all ranks if weights or the optimizer's state hold values that are not finite."""
         moments = {
             f"the optimizer's {key} of parameter {index}": value
@@ -90,14 +91,16 @@ class FiniteGuard:
         }
         own = not_finite({**model.state_dict(), **moments})
         for name in filter(None, ranks.gather(own)):
-            raise self.diverged(f"{name} holds values that are not finite at step {step}, so it was not saved")
+            raise self.diverged(
+                f"{name} holds values that are not finite at step {self.state.step}, so it was not saved"
+            )
 
     def diverged(self, what: str) -> NonFiniteWeights:
         """The error with this message, and with the checkpoint to continue from."""
         return NonFiniteWeights(f"{what}; {self._ending()}")
 
     def _ending(self) -> str:
-        last = self.last_checkpoint
+        last = self.state.last_checkpoint
         which = (
             "there is no checkpoint yet" if last is None else f"all values in the last checkpoint, {last}, are finite"
         )

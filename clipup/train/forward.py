@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..precision import Precision
+from .objectives.objective import named_output
 
-SCALES = ("logit_scale", "logit_bias")
-"""Outputs with one value for the whole batch; the others have one row per pair."""
 SHORT = 64
 """Sequence length up to which plain matrix products beat the flash kernel in bfloat16 on a CPU, forward and backward
 (with a mask also longer ones; docs/performance_log.md)."""
-
-
-def named_output(output: Any) -> dict[str, Tensor]:
-    """A CLIP's output by open_clip's names, whether the model returns a dict or a tuple."""
-    if isinstance(output, dict):
-        return dict(output)
-    return dict(zip(("image_features", "text_features", *SCALES), output, strict=False))
 
 
 def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:

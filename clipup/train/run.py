@@ -1,10 +1,12 @@
-"""``train``: from options to a finished run."""
+"""``train``: from options to a finished run. It alone reads all options, and gives each component its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,36 @@ from torch import nn
 
 from clipup_kernels.self_check import check_once
 
+from ..clip.flops import meta_copy
+from ..clip.inputs import CheckedTokenizer
+from ..data.loaders import load_train_data
+from ..data.options import DataOptions
+from ..evaluate.shares import Share
+from ..models import model_names
+from ..moe.config import MoEConfig
 from ..precision import token_dtype
-from . import resume
-from .checkpoints.run_directory import RunDirectory, run_name
-from .checkpoints.run_state import Length
-from .log.records import LOG, Every, TrainResult
-from .loop import Trainer, seed_everything
-from .optim import warmup_steps
-from .options import TrainOptions
-from .ranks.distributed import Ranks, joined
-from .setup import build_loader, build_model, check_complete
+from .cards import pairs_per_second_at_peak
+from .checkpoints import resume
+from .checkpoints.checkpointer import Checkpointer
+from .checkpoints.directory import RunDirectory
+from .checkpoints.position import RunState
+from .evaluations import Validations
+from .finite import FiniteGuard
+from .log.records import LOG
+from .log.reports import Reports, check_reports
+from .loop import Seeds, Trainer, seed_everything
+from .objectives.selection import create_objective, selected
+from .optimizer.groups import create_optimizer
+from .optimizer.locks import lock_parts
+from .optimizer.schedule import Schedule
+from .parallel import sharding, whole_state
+from .parallel.ranks import Ranks, joined
+from .result import Every, TrainResult
+from .setup import build_model, speed_up
 from .signals import StopRequest
+from .step import TrainStep
+from .train_options import RESUMED, TrainOptions
+from .trained_model import TrainedModel
 from .training_data import Epochs
 
 
@@ -58,35 +79,138 @@ def train(
         TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint. Without ``options.logs`` it is
             KeyboardInterrupt, at once.
     """
-    check_complete(options, model, loader)
-    with joined(options) as ranks, _directory(options, ranks) as directory:
+    _check_complete(options, model, loader)
+    with joined(options, options.device) as ranks, _directory(options, ranks) as directory:
         precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
-        checkpoint, start, notes = resume.find_checkpoint(options, directory, ranks)
-        if checkpoint is not None:
+        found, notes = resume.find_checkpoint(options, directory, ranks)
+        if found is not None:
             if options.warmup is None:
-                former = checkpoint.state.get("conditions", {}).get("options", {})  # open_clip_train's has none
-                options = replace(options, warmup=former.get("warmup"))
-            notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
+                options = replace(options, warmup=found.options.get("warmup"))
+            conditions = resume.Conditions(options.values(), RESUMED, ranks.world_size)
+            notes += resume.changes(found, conditions, options.resume_with_changes)
+
         seed_everything(options.seed)
-        built = build_model(options, ranks, precision, model, preprocess, tokenizer, checkpoint is not None)
-        first_epoch = checkpoint.state["epoch"] if checkpoint else 0
-        data = Epochs(
-            build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
+        moe = options.moe_cfg if options.moe else None
+        built = build_model(
+            options,
+            options,
+            moe,
+            ranks.device,
+            precision,
+            selected(options).model_arguments,
+            model,
+            preprocess,
+            tokenizer,
+            resumed=found is not None,
         )
+        model = built.model
+        sharding.check(model, options, ranks)
+        lock_parts(model, options)
+        objective = create_objective(options, model, ranks, precision)
+        speed_up(model, options)
+        unsharded = meta_copy(model) if options.is_sharded else None
+        pairs_at_peak = pairs_per_second_at_peak(model, ranks.device, ranks.world_size)
+
+        if loader is None:
+            transform, words = built.reader(training=True)
+            loader = load_train_data(
+                DataOptions.of(options, options),
+                transform,
+                CheckedTokenizer(words, model).check(),
+                world_size=ranks.world_size,
+                rank=ranks.rank,
+                epoch=found.state["epoch"] if found else 0,
+            )
+        data = Epochs(loader, options.accum_freq)
         data.check_alike(ranks.gather_patiently)  # some may have had to list their data first
-        options = replace(options, warmup=warmup_steps(options, Length.of(options, data.steps, 0).steps))
-        trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
-        if checkpoint is not None:
-            trainer.restore(checkpoint.state, checkpoint.path, start)
-            if trainer.state.finished:
+        options = replace(options, warmup=Schedule(options, data.steps).warmup)
+        share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.is_sharded)
+        measured = Validations(options, options, options.multi_positive, options.batch_size, precision, share, built)
+        validations = measured.create()
+
+        wrapped = sharding.wrapped(model, options, ranks, precision)
+        optimizer = create_optimizer(model, options)
+        if built.optimizer_state is not None:
+            whole_state.load_optimizer_state(optimizer, model, built.optimizer_state)
+            built.optimizer_state = None  # whole, while the optimizer's may be sharded
+        state = RunState()
+        seeds = Seeds(options, state, ranks.rank)
+        step = TrainStep(
+            wrapped,
+            objective,
+            optimizer,
+            ranks.device,
+            precision=precision,
+            grad_clip_norm=options.grad_clip_norm,
+            world_size=ranks.world_size,
+            seed_batch=seeds.of_batch,
+        )
+        values = options.values()
+        conditions = resume.Conditions(values, RESUMED, ranks.world_size, data.steps, data.order)
+        parts = {} if step.scaler is None else {"scaler": step.scaler}
+        checkpoints = Checkpointer(
+            options, directory, ranks, model, optimizer, state, conditions, built.configs(), parts
+        )
+        trained_model = None
+        if directory is not None:
+            base_model = model_names.base_model(options.model, options.pretrained)
+            trained_model = TrainedModel(directory.model, built, base_model, unsharded)
+        trainer = Trainer(
+            step,
+            data,
+            Schedule(options, data.steps),
+            state,
+            seeds,
+            FiniteGuard(options.max_nonfinite_steps, state),
+            checkpoints,
+            ranks,
+            saving=options,
+            reporting=options,
+            validations=validations,
+            callbacks=callbacks,
+            trained_model=trained_model,
+            pairs_at_peak=pairs_at_peak,
+        )
+        continues = found is not None and found.other_run is None
+        if found is not None:
+            same_optimizer = found.options.get("opt", options.opt) == options.opt
+            trainer.restore(found.state, found.path, found.other_run, same_optimizer)
+            if state.finished:
                 return trainer.result_before()
-            checkpoint = None  # its tensors, in every process
+            found = None  # its tensors, in every process
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:
-            return trainer.run(stop, notes)
+            root = None if directory is None else directory.root
+            if directory is not None:
+                ranks.first_does(partial(check_reports, options, options, directory.root, continues))
+                ranks.first_does(partial(directory.prepare, values, trainer.start))
+            steps = trainer.schedule.steps
+            reports = Reports(options, options, values, model, state, steps, ranks, root, continues, notes)
+            return trainer.run(stop, reports)
+
+
+def _check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
+    """Checks, before anything is built, that there is a model and data to train it on.
+
+    Raises:
+        ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
+    """
+    from_directory = options.pretrained is not None and Path(options.pretrained).is_dir()
+    if model is None and options.model is None and not from_directory:
+        raise ValueError(
+            "model is missing: pass a name that open_clip knows, such as --model ViT-B-16, or a directory with a saved "
+            "model"
+        )
+    if loader is None and options.train_data is None:
+        raise ValueError(
+            "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader). "
+            "To measure a model without training it, use clipup eval"
+        )
+    if not options.moe and options.moe_cfg != MoEConfig.clip_up():
+        raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")
 
 
 @contextmanager
@@ -95,7 +219,15 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
     if options.logs is None:
         yield None
         return
-    directory = RunDirectory(Path(options.logs) / ranks.first_does(lambda: run_name(options)))
-    with ExitStack() as held:
-        ranks.first_does(lambda: held.enter_context(directory.locked(options)))
+    directory = RunDirectory(Path(options.logs) / ranks.first_does(lambda: _name(options)))
+    with ExitStack() as locks:
+        ranks.first_does(lambda: locks.enter_context(directory.locked(options)))
         yield directory
+
+
+def _name(options: TrainOptions) -> str:
+    """The name in the options, or one from date, model and learning rate."""
+    if options.name:
+        return options.name
+    model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
+    return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"

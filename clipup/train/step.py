@@ -14,10 +14,10 @@ from ..moe.layer import aux_loss
 from ..moe.metrics import moe_metrics
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
-from .forward import SCALES, attention_kernel, forward
-from .objectives import Batch, Objective
-from .ranks.distributed import Ranks
-from .ranks.parallel import (
+from .forward import attention_kernel, forward
+from .objectives.objective import SCALES, Batch, Objective
+from .parallel.ranks import Ranks
+from .parallel.sharding import (
     batch_statistics,
     clip_gradients,
     finish_gradients,
@@ -158,22 +158,24 @@ class TrainStep:
                 output = forward(self.module, *batch)  # whose memory the next pass of a model in CUDA graphs takes
                 cached.append({name: value.clone() for name, value in output.items()})
                 counting.add()
-        done: list[StepLosses] = []
+        of_batches: list[StepLosses] = []
         with counting.used():
             for index, batch in enumerate(batches):
                 self.seed_batch(index)
                 last = index == len(batches) - 1
                 synchronize_gradients(self.model, last)
-                done.append(self._one_of(batch, cached, index, targets, last))
-        terms = {name: torch.stack([losses.terms[name] for losses in done]).mean() for name in done[0].terms}
-        aux = torch.stack([losses.aux for losses in done]).sum()
-        routing = {
-            name: {key: torch.stack([losses.routing[name][key] for losses in done]).mean(0) for key in values}
-            for name, values in done[0].routing.items()
+                of_batches.append(self._accumulate(batch, cached, index, targets, last))
+        terms = {
+            name: torch.stack([losses.terms[name] for losses in of_batches]).mean() for name in of_batches[0].terms
         }
-        return StepLosses(terms, aux, done[-1].logit_scale, routing)
+        aux = torch.stack([losses.aux for losses in of_batches]).sum()
+        routing = {
+            name: {key: torch.stack([losses.routing[name][key] for losses in of_batches]).mean(0) for key in values}
+            for name, values in of_batches[0].routing.items()
+        }
+        return StepLosses(terms, aux, of_batches[-1].logit_scale, routing)
 
-    def _one_of(
+    def _accumulate(
         self,
         batch: Batch,
         cached: Sequence[dict[str, Tensor]],
@@ -197,7 +199,7 @@ class TrainStep:
             return self.objective.targets(batches)
 
     def _backward(self, terms: dict[str, Tensor], aux: Tensor, output: dict[str, Tensor]) -> StepLosses:
-        """The backward pass of one batch, and what there is to say of it."""
+        """Runs backward on one batch and returns its losses."""
         loss = sum(terms.values()) + aux
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         routing = moe_metrics(self.module) if self._measure_routing else {}

@@ -9,7 +9,7 @@ from ..data.options import DataOptions
 from ..data.processes import end_workers
 from ..data.skips import union
 from ..data.train_data import TrainData
-from .objectives import Batch
+from .objectives.objective import Batch
 
 
 class Epochs:

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clipup.precision import autocast
 from clipup.train import TrainOptions
-from clipup.train.objectives import create_objective
-from clipup.train.optim import create_optimizer, lock_parts
-from clipup.train.ranks import parallel
-from clipup.train.ranks.distributed import joined
+from clipup.train.objectives.selection import create_objective
+from clipup.train.optimizer.groups import create_optimizer
+from clipup.train.optimizer.locks import lock_parts
+from clipup.train.parallel import sharding as parallel
+from clipup.train.parallel.ranks import joined
 from clipup.train.step import TrainStep
 
 _COLLECTIVES = {

@@ -15,7 +15,7 @@ from tiny_clip import build, coca_cfg
 
 import clipup
 from clipup.train import TrainOptions, TrainResult, train
-from clipup.train.checkpoints import open_clip_format
+from clipup.train.checkpoints import kept
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
@@ -66,7 +66,7 @@ def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
 
 def newest(run: Path) -> Path:
     """The newest checkpoint of a run."""
-    return open_clip_format.newest(run / "checkpoints").path
+    return kept.newest(run / "checkpoints").path
 
 
 def resume_all(out: Path, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:

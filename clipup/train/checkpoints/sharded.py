@@ -35,21 +35,16 @@ from ...models.shard_files import (
     read_tensors,
     sum_of,
 )
-from ...models.state_dicts import check_archive, read_pickle, write_pickle
+from ...models.state_dicts import check_archive, check_fit, read_pickle, write_pickle
 from ...moe.expert_parallel import is_distributed
-from ..ranks.whole_state import by_name, load_optimizer_state
+from ..parallel.whole_state import by_name, load_optimizer_state
 
 STATE = "state.pt"
 NAME = re.compile(r"(epoch|step)_\d+")
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors.
-
-    Raises:
-        ValueError: it is missing or damaged.
-        OSError: it could not be read.
-    """
+def peek(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
     path = directory / STATE
     if not path.is_file():
         raise ValueError(f"{directory} is not a whole sharded checkpoint: {STATE} is missing")
@@ -61,28 +56,18 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
     replace_files({directory / STATE: lambda path: write_pickle(state, path)})
 
 
-def check(directory: Path, rank: int = 0, world_size: int = 1) -> Index:
-    """Compares the files that are this rank's to check with their checksums.
-
-    Raises:
-        ValueError: one is missing or damaged.
-        OSError: one could not be read.
-    """
+def read_share(directory: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Its state and configs without tensors. Compares the files that are this rank's to check with their checksums."""
     index = read_index(directory)
     check_files(directory, index, sorted(index.files)[rank::world_size])
-    return index
+    return peek(directory) | index.configs
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """Its state with all tensors, as that of a single file.
-
-    Raises:
-        ValueError: it is damaged.
-        OSError: it could not be read.
-    """
-    index, state = check(directory), read_state(directory)
+    """Its state with all tensors, as that of a single file."""
+    state = read_share(directory)
     _add_tensors(state["optimizer"], read_tensors(directory, OPTIMIZER))
-    return {**state, **index.configs, "state_dict": read_tensors(directory, MODEL)}
+    return {**state, "state_dict": read_tensors(directory, MODEL)}
 
 
 def _add_tensors(optimizer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -91,15 +76,6 @@ def _add_tensors(optimizer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
         values[parameter][key] = value
-
-
-def shapes(directory: Path) -> dict[str, Tensor]:
-    """The weights as tensors without memory."""
-    return {
-        name.removeprefix(MODEL): torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-        for name, tensor in described(directory).items()
-        if name.startswith(MODEL)
-    }
 
 
 def own_tensors(model: nn.Module, optimizer: dict[str, Any], is_first: bool) -> dict[str, Tensor]:
@@ -172,29 +148,32 @@ def complete(aside: Path, target: Path, files: dict[str, FileSum], configs: dict
 
 
 def restore(
+    directory: Path,
+    checkpoint: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    saved: dict[str, Any],
-    directory: Path,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Puts the tensors of a checkpoint, whatever its layout, into the model, which has these weights, and the
-    optimizer, if there is one, whose state is ``saved`` without them. A collective if there is a group.
-
-    Raises:
-        OSError: on all ranks, if one of them could not read.
-    """
+    """Reads its tensors, whatever their layout, into the model and the optimizer, whose state in the checkpoint is
+    without them. An error is raised on all ranks."""
     from torch.distributed import checkpoint as dcp
 
+    saved = described(directory)
+    shapes = {
+        name.removeprefix(MODEL): torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in saved.items()
+        if name.startswith(MODEL)
+    }
+    check_fit(model, shapes, str(directory))
     wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
-    moments = {} if optimizer is None else _targets(optimizer, described(directory))
+    moments = {} if optimizer is None else _targets(optimizer, saved)
     wanted |= {f"{OPTIMIZER}{name}": value for name, value in moments.items()}
     with _causes_raised():
         reader = dcp.HuggingFaceStorageReader(str(directory))
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     if optimizer is not None:
-        _add_tensors(saved, moments)
-        load_optimizer_state(optimizer, model, saved)
+        _add_tensors(checkpoint["optimizer"], moments)
+        load_optimizer_state(optimizer, model, checkpoint["optimizer"])
 
 
 def _targets(optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,25 +1,18 @@
-"""The records of a run: as JSON lines or in memory, in words, and for trackers; what a run returns, and calls."""
+"""The records of a run: as JSON lines or in memory, in words, and for trackers."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import uuid4
-
-from torch import nn
+from typing import Any
 
 from ...atomic_files import replace_files
-from ...extras import needed_for
-from ..options import TrainOptions
+from .trackers import Tracker
 
 LOG = logging.getLogger("clipup.train")
 _DATA_LOG = logging.getLogger("clipup.data")
@@ -27,56 +20,6 @@ _DATA_LOG = logging.getLogger("clipup.data")
 Record = dict[str, Any]
 KINDS = ("metrics", "evaluations", "warnings")
 """Kinds of records; each has a file KIND.jsonl."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended the run; ``checkpoint`` is the one to resume from."""
-
-    def __init__(self, message: str, checkpoint: Path) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
-
-
-class Every(NamedTuple):
-    """Calls a function after every ``steps`` steps and after the last one, on rank 0.
-
-    The function takes the model (not wrapped) and returns numbers to record, or None. It does not change the run: its
-    random numbers do not count, and neither does its time.
-    """
-
-    steps: int
-    function: Callable[[nn.Module], dict[str, Any] | None]
-
-
-class TrainResult(NamedTuple):
-    """The result of a run."""
-
-    model: nn.Module
-    """In evaluation mode."""
-    steps: int
-    """Optimizer steps done, those before a resume included."""
-    seconds: float
-    """Time in training, without evaluations and checkpoints."""
-    history: list[Record]
-    """A record per logged step, as ``clipup.train`` describes it; on rank 0."""
-    evaluations: list[Record]
-    directory: Path | None
-    warnings: list[Record]
-    """A record per layer whose routing has collapsed (``clipup.train.log.routing_collapse``); on rank 0."""
-    skipped: int = 0
-    """Samples of the training data that could not be read, each once."""
-    already_finished: bool = False
-    """Whether a resumed run was finished before, so that nothing was done or written."""
-
-
-class Tracker(NamedTuple):
-    """A program that records the numbers of a run too."""
-
-    name: str
-    log: Callable[..., object]
-    """Takes numbers by name, such as train/loss, and ``step``."""
-    close: Callable[[bool], object]
-    """Takes whether the run has failed."""
 
 
 class Recorder:
@@ -198,60 +141,3 @@ def _plain(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def tracker_module(name: str) -> Any:
-    """
-    Raises:
-        ImportError: the package of this tracker of ``report_to`` is not installed.
-    """
-    in_torch = name == "tensorboard"
-    with needed_for(f"report_to={name!r}", "train" if in_torch else name):
-        return importlib.import_module("torch.utils.tensorboard" if in_torch else name)
-
-
-def create_trackers(options: TrainOptions, directory: Path, steps_done: int, continues: bool) -> list[Tracker]:
-    """Those of ``report_to``.
-
-    Args:
-        directory: of the run. steps_done: those before a resume. continues: whether the run continues from a
-            checkpoint of its own.
-    """
-    run = {"project": options.wandb_project_name, "name": directory.name, "config": json.loads(options.to_json())}
-    trackers = []
-    for name in sorted(options.trackers()):
-        module = tracker_module(name)
-        if name == "tensorboard":
-            writer = module.SummaryWriter(str(directory / name), purge_step=steps_done + 1)
-            trackers.append(Tracker(name, partial(_log_scalars, writer), _either_way(writer.close)))
-        elif name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
-            place = {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
-            run_id = _wandb_id(directory, continues)
-            module.init(**run, **place, id=run_id, notes=options.wandb_notes, resume="allow")
-            trackers.append(Tracker(name, module.log, partial(_finish_wandb, module)))
-        else:  # into its local database
-            module.init(**run, resume="allow" if continues else "never")
-            trackers.append(Tracker(name, module.log, _either_way(module.finish)))
-    return trackers
-
-
-def _wandb_id(directory: Path, continues: bool) -> str:
-    """A new one for each run: under a used one, wandb drops the steps that it has already."""
-    file = directory / "wandb" / "clipup_run_id"
-    if not (continues and file.is_file()):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(uuid4().hex, encoding="utf-8")
-    return file.read_text(encoding="utf-8")
-
-
-def _finish_wandb(wandb: Any, failed: bool) -> None:
-    wandb.finish(exit_code=int(failed))
-
-
-def _either_way(close: Callable[[], object]) -> Callable[[bool], object]:
-    return lambda failed: close()
-
-
-def _log_scalars(writer: Any, numbers: dict[str, float], step: int) -> None:
-    for name, value in numbers.items():
-        writer.add_scalar(name, value, step)

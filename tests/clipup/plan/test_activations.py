@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipup.plan.activations import ForwardPass, activations
 from clipup.plan.memory import bytes_per_logit
 from clipup.precision import autocast
-from clipup.train.chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss
+from clipup.train.objectives.contrastive import ChunkedClipLoss
+from clipup.train.objectives.sigmoid import ChunkedSigLipLoss
 
 MOE = {"dense": None, "sparse": {"padding_aware": False, "capacity_factor": None}}
 

@@ -15,7 +15,7 @@ from clipup.plan.activations import ForwardPass
 from clipup.plan.memory import expert_parallel_bytes, optimizer_bytes
 from clipup.plan.traffic import traffic
 from clipup.train import TrainOptions
-from clipup.train.optim import lock_parts
+from clipup.train.optimizer.locks import lock_parts
 
 SPREAD = {
     "replicated": {},

@@ -8,7 +8,7 @@ from clipup.plan import CARDS, Cluster, Rates, Subject, plan
 from clipup.plan.cost import bandwidth
 from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
-from clipup.train.optim import lock_parts
+from clipup.train.optimizer.locks import lock_parts
 
 H100, PLAIN = CARDS["h100"], Rates(link_efficiency=1.0)
 

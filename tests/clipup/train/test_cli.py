@@ -17,7 +17,7 @@ from rank_processes import ranks, wait_for_lines
 import clipup
 from clipup.cli import main
 from clipup.train import TrainOptions
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 
 @pytest.fixture

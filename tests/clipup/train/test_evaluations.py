@@ -15,7 +15,7 @@ from clipup.data import loaders
 from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 COLOURS = ["red", "green", "blue", "white"]
 PREPROCESS, TOKENIZER = open_clip.image_transform(16, is_train=False), open_clip.SimpleTokenizer(context_length=8)

@@ -13,7 +13,7 @@ from same_runs import contents
 
 from clipup.data.loaders import train_loader
 from clipup.train.checkpoints import sharded
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 from clipup.train.log.records import LOG
 
 

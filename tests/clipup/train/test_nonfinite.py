@@ -11,7 +11,7 @@ from torch import nn
 
 import clipup
 from clipup.train import Every, NonFiniteGradients, NonFiniteWeights, train
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 BALANCED = clipup.MoEConfig.clip_up(num_experts=4, selection_bias="sign")
 

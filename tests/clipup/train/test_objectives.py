@@ -14,7 +14,6 @@ from tiny_families import build, coca_cfg
 import clipup
 from clipup.clip.inputs import random_inputs
 from clipup.train import train
-from clipup.train.chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss, MultiPositiveClipLoss
 from clipup.train.objectives import (
     CoCaObjective,
     ContrastiveObjective,
@@ -22,6 +21,9 @@ from clipup.train.objectives import (
     MultiPositiveObjective,
     SigmoidObjective,
 )
+from clipup.train.objectives.contrastive import ChunkedClipLoss
+from clipup.train.objectives.multi_positive import MultiPositiveClipLoss
+from clipup.train.objectives.sigmoid import ChunkedSigLipLoss
 from clipup.train.step import TrainStep
 
 # z-loss in the image tower alone: there every batch has as many tokens, so the mean of means is the mean

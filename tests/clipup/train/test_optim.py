@@ -7,13 +7,13 @@ import open_clip_train.scheduler
 import pytest
 import timm.optim
 import torch
+from clipup.train.optim import create_optimizer, groups_of, lock_parts, schedule
 from same_runs import Killed, assert_same_run, killed
 from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
 from clipup.train import train
-from clipup.train.optim import create_optimizer, groups_of, lock_parts, schedule
-from clipup.train.ranks.whole_state import load_optimizer_state, optimizer_state
+from clipup.train.parallel.whole_state import load_optimizer_state, optimizer_state
 
 SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}

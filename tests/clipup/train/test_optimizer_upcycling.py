@@ -11,11 +11,11 @@ from tiny_families import timm_model
 
 import clipup
 from clipup.train import train
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 from clipup.train.loop import Trainer
-from clipup.train.optimizer_upcycling import named_state
-from clipup.train.ranks.distributed import Ranks
-from clipup.train.ranks.whole_state import by_name
+from clipup.train.optimizer.dense_moments import named_state
+from clipup.train.parallel.ranks import Ranks
+from clipup.train.parallel.whole_state import by_name
 from clipup.train.setup import build_model
 from clipup.train.training_data import Epochs
 

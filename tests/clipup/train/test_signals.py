@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from clipup.train import Every, TrainingInterrupted
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 from clipup.train.signals import StopRequest
 
 

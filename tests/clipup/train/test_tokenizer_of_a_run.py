@@ -9,7 +9,7 @@ import clipup
 from clipup.cli import main
 from clipup.cli.runs import model_of
 from clipup.train import TrainOptions, train
-from clipup.train.checkpoints.open_clip_format import newest
+from clipup.train.checkpoints.kept import newest
 
 NAME = "clipup-icons-w64"
 TEXT = "blue arrow left"

@@ -10,7 +10,7 @@ from same_runs import Killed, assert_same_weights, contents, killed
 
 from clipup.locks import DirectoryInUse
 from clipup.train import Every
-from clipup.train.checkpoints import open_clip_format, sharded
+from clipup.train.checkpoints import file, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 
@@ -24,7 +24,7 @@ def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from
     with pytest.raises(FileExistsError, match="its run has gone on: epoch_.* at step 9"):
         run(fsdp_checkpoint=kind, resume=start)
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(open_clip_format if kind == "full" else sharded, "write_pickle", killed)
+        patched.setattr(file if kind == "full" else sharded, "write_pickle", killed)
         patched.chdir(once.directory)
         run(fsdp_checkpoint=kind, resume=os.path.relpath(start), name="other")
     with pytest.raises(FileExistsError, match="already holds a run.*--resume latest"):

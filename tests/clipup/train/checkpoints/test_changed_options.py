@@ -11,7 +11,7 @@ import torch
 
 import clipup
 from clipup.train import train
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 import clipup
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 
 @pytest.fixture(params=["shards", pytest.param("csv", marks=pytest.mark.slow)])

@@ -11,7 +11,7 @@ from same_runs import Killed, assert_same_run, killed
 import clipup
 from clipup.cli.runs import model_of, trained_steps
 from clipup.train import Every, Trainer
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipup.train.checkpoints.remote_sync import RemoteSync
+from clipup.train.log.remote_sync import RemoteSync
 
 
 def test_a_run_is_copied_and_another_run_does_not_begin_where_the_copy_is(run, tmp_path):

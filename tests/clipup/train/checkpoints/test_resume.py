@@ -12,7 +12,7 @@ from same_runs import assert_same_run, without_times
 
 import clipup
 from clipup.train import Every, TrainingInterrupted
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
 SLOW = [pytest.param(source, marks=pytest.mark.slow) for source in ("csv", "webdataset")]

@@ -12,8 +12,8 @@ import torch
 from same_runs import assert_same_run
 
 from clipup.train import Every, TrainingInterrupted
-from clipup.train.checkpoints import open_clip_format, sharded
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints import kept, sharded
+from clipup.train.checkpoints.format import load
 
 FULL = {"fsdp_checkpoint": "full", "save_every_n_steps": 0}
 DELETING = {**FULL, "delete_previous_checkpoint": True}
@@ -26,7 +26,7 @@ def run(run):
 
 
 def newest(result):
-    return open_clip_format.newest(result.directory / "checkpoints").path
+    return kept.newest(result.directory / "checkpoints").path
 
 
 @pytest.mark.parametrize(

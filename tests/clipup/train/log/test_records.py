@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clipup
 from clipup.clip.flops import count
-from clipup.train import Every, loop, reports, train
+from clipup.train import Every, loop, train
 from clipup.train.cards import pairs_per_second_at_peak
+from clipup.train.log import reports
 from clipup.train.log.records import Recorder
 
 SPARSE = clipup.MoEConfig(num_experts=2)

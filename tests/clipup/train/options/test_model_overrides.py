@@ -12,7 +12,7 @@ from torchvision.transforms import Normalize, RandomResizedCrop
 import clipup
 from clipup.cli import main
 from clipup.train import train
-from clipup.train.ranks.distributed import Ranks
+from clipup.train.parallel.ranks import Ranks
 from clipup.train.setup import build_model
 
 FORCED = {

@@ -8,7 +8,7 @@ import faulty_run
 import pytest
 from rank_processes import on_ranks
 
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from elastic_run import run, write_csv
 from picture_samples import png
 from rank_processes import on_ranks
 
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 
 def losses(folder, name):

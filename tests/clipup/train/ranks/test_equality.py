@@ -9,7 +9,7 @@ import torch
 from rank_processes import ranks
 from tiny_parallel import DROPLESS, run, run_all
 
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 CAPACITY = {"capacity_factor": 1.0}
 """A capacity of each batch, which draws whom it drops, so that one process accumulates the batches of the ranks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from open_clip_train.distributed import world_info_from_env
 
-from clipup.train.ranks.launched import Launched
+from clipup.train.parallel.launched import Launched
 
 VARIABLES = [
     *("LOCAL_RANK", "RANK", "WORLD_SIZE", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "SLURM_LOCALID", "SLURM_PROCID"),

@@ -14,7 +14,7 @@ import clipup
 from clipup.cli import main
 from clipup.data.loaders import eval_samples
 from clipup.evaluate import evaluate_retrieval
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 
 @pytest.fixture

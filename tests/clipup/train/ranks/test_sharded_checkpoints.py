@@ -15,7 +15,7 @@ from sharded_runs import FOUR, LAST, SHARDED, SPREAD, THEN, continued, of_four, 
 from tiny_parallel import DROPLESS, newest, resume_all, run
 
 from clipup.models.shard_files import read_index
-from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.checkpoints.format import load
 
 pytestmark = pytest.mark.slow
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ..progress import Progress
-from .checkpoints.remote_sync import RemoteSync
-from .checkpoints.run_directory import RunDirectory
-from .checkpoints.run_state import Length, RunState
-from .log.records import LOG, Record, Recorder, create_trackers, named_numbers, tracker_module
-from .log.routing_collapse import CollapseWatch, warning
-from .options import TrainOptions
-from .ranks.distributed import Ranks
+from ...progress import Progress
+from ..checkpoints.position import RunState
+from ..parallel.ranks import Ranks
+from .options import RemoteSyncOptions, ReportingOptions
+from .records import LOG, Record, Recorder, named_numbers
+from .remote_sync import RemoteSync
+from .routing_collapse import CollapseWatch, warning
+from .trackers import create_trackers, tracker_module
 
 
-def check_reports(options: TrainOptions, directory: RunDirectory, continues: bool) -> None:
+def check_reports(options: ReportingOptions, syncing: RemoteSyncOptions, root: Path, continues: bool) -> None:
     """Checks what can be known before the directory is changed, which may hold a run that is to be discarded.
 
     Args:
+        root: the directory of the run.
         continues: whether the run continues from a checkpoint of its own.
 
     Raises:
@@ -31,7 +33,7 @@ def check_reports(options: TrainOptions, directory: RunDirectory, continues: boo
     """
     for name in sorted(options.trackers()):
         tracker_module(name)
-    sync = _remote_sync(options, directory.root, report=LOG.warning)
+    sync = _remote_sync(syncing, root, report=LOG.warning)
     if sync is not None and not continues and sync.holds("checkpoints"):
         raise FileExistsError(
             f"{sync.remote} holds the copy of a run, whose checkpoints would be mixed with those of this one. Copy it "
@@ -39,7 +41,7 @@ def check_reports(options: TrainOptions, directory: RunDirectory, continues: boo
         )
 
 
-def _remote_sync(options: TrainOptions, root: Path, report: Callable[[str], object]) -> RemoteSync | None:
+def _remote_sync(options: RemoteSyncOptions, root: Path, report: Callable[[str], object]) -> RemoteSync | None:
     if options.remote_sync is None:
         return None
     remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
@@ -55,36 +57,41 @@ class Reports:
 
     def __init__(
         self,
-        options: TrainOptions,
+        options: ReportingOptions,
+        syncing: RemoteSyncOptions,
+        config: dict[str, Any],
         model: nn.Module,
         state: RunState,
-        length: Length,
+        steps: int,
         ranks: Ranks,
-        directory: RunDirectory | None,
+        directory: Path | None,
         continues: bool,
         notes: Sequence[str],
     ) -> None:
         """
         Args:
+            config: all options of the run by name, for trackers.
+            steps: of the whole run.
+            directory: of the run.
             continues: whether the run continues from a checkpoint of its own.
             notes: what the log says first.
         """
-        root = directory.root if directory and ranks.first else None
-        trackers = [] if root is None else create_trackers(options, root, state.step, continues)
+        root = directory if ranks.first else None
+        trackers = [] if root is None else create_trackers(options, config, root, state.step, continues)
         self.recorder = Recorder(root, trackers, state.step, state.evaluations)
-        self._sync = None if root is None else _remote_sync(options, root, self._warn)
+        self._sync = None if root is None else _remote_sync(syncing, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
         self._state, self._ranks = state, ranks
-        self._progress = Progress("training", "steps", length.steps, state.step, ranks.first, line_at_once=True)
+        self._progress = Progress("training", "steps", steps, state.step, ranks.first, line_at_once=True)
         self._logged: Record = {}
         self._failed = False
         for note in notes:
             self.recorder.say(logging.WARNING, note)
-        begin = f"from step {state.step} to step {length.steps} on {ranks.device}, ranks: {ranks.world_size}"
+        begin = f"from step {state.step} to step {steps} on {ranks.device}, ranks: {ranks.world_size}"
         LOG.info("%s; %d samples seen", begin, state.samples_seen)
         if self._sync is not None:
             self._sync.start()
-        self._progress.write(f"training {begin}{f'; {directory.root}' if directory else ''}")
+        self._progress.write(f"training {begin}{f'; {directory}' if directory else ''}")
 
     def step(self) -> None:
         """Counts a step on the console."""

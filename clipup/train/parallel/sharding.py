@@ -15,7 +15,6 @@ Each rank has samples of its own in all cases. Gradients are the means over all 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ from ...moe.expert_parallel import is_distributed
 from ...moe.layer import SparseMoE, moe_layers
 from ...moe.router import Router
 from ...precision import Precision
-from ..options import TrainOptions
-from .distributed import Ranks
+from .options import ParallelOptions
+from .ranks import Ranks
 
 ENCODERS = ("encode_image", "encode_text")
 """Methods of a model that gather what belongs to no block for themselves, and release it, as its forward pass does."""
@@ -37,7 +36,7 @@ _EP = "ep"
 """The dimension of a mesh over which experts are divided."""
 
 
-def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
+def check(model: nn.Module, options: ParallelOptions, ranks: Ranks) -> None:
     """
     Raises:
         ValueError: the model or the ranks do not allow what the options ask for.
@@ -48,11 +47,6 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
         raise ValueError(
             f"{'fsdp' if options.fsdp else f'ep={options.ep}'} shards a model over several processes, and this is one; "
             "start it with torchrun --nproc-per-node N -m clipup -- train ..., or leave the option out"
-        )
-    if options.opt != "adamw" or options.torchcompile or precision not in ("fp32", "amp_bf16"):
-        raise ValueError(
-            f"fsdp and ep work with opt 'adamw', precision 'fp32' or 'amp_bf16', and without torchcompile; got opt "
-            f"{options.opt!r}, precision {precision!r}, torchcompile {options.torchcompile}"
         )
     parts = options.fsdp_replicas * options.ep
     if ranks.world_size % parts:
@@ -71,7 +65,7 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
                 )
 
 
-def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
+def wrapped(model: nn.Module, options: ParallelOptions, ranks: Ranks, precision: Precision) -> nn.Module:
     """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
     of rank 0 before."""
     if not ranks.several:
@@ -82,6 +76,11 @@ def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Pr
         dist.broadcast(tensor.detach(), src=0)
     _Sharding(options, ranks, precision).apply(model)
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no rank has all weights, so that all ranks must run the same forward passes."""
+    return any(is_distributed(parameter) for parameter in model.parameters())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -124,7 +123,7 @@ class _Sharding:
     float32.
     """
 
-    def __init__(self, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
+    def __init__(self, options: ParallelOptions, ranks: Ranks, precision: Precision) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
@@ -137,7 +136,7 @@ class _Sharding:
         names = ("replicas", "shards", _EP)
         self.experts = init_device_mesh(kind, (replicas, shards, options.ep), mesh_dim_names=names)
         for group in (*self.dense.get_all_groups(), *self.experts.get_all_groups()):  # theirs would be torch's default
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=options.dist_timeout), group)
+            dist.distributed_c10d._set_pg_timeout(ranks.timeout, group)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if options.fsdp_offload_cpu else OffloadPolicy()
         self.policies: dict[str, Any] = {
             "reshard_after_forward": not options.fsdp_no_reshard_after_forward,
@@ -219,7 +218,7 @@ def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
 @torch.no_grad()
 def finish_gradients(model: nn.Module, world_size: int) -> None:
     """Makes the gradients of a sharded model means over all ranks, where FSDP2 leaves them as something else."""
-    if not any(is_distributed(parameter) for parameter in model.parameters()):
+    if not is_sharded(model):
         return
     gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     whole = [gradient for gradient in gradients if not is_distributed(gradient)]

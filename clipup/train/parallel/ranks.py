@@ -1,6 +1,6 @@
 """The ranks of a run and what they tell each other: several processes under torchrun, or a single one.
 
-Two groups connect the ranks. The computing group, torch's default one, has ``options.dist_timeout``: a rank that waits
+Two groups connect the ranks. The computing group, torch's default one, has ``dist_timeout``: a rank that waits
 longer in it fails, because another one is frozen or gone. In the control group ranks wait for hours, for each other's
 part of an evaluation. torchrun ends the other ranks of a node when one fails.
 """
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...precision import check_device
-from ..options import TrainOptions
 from .launched import WORLD_SIZE, Launched, first_set
+from .options import ProcessOptions
 
 _VOTE_SECONDS = 0.2
 _CONTROL_TIMEOUT = timedelta(hours=4)
@@ -43,6 +43,8 @@ class Ranks:
     world_size: int = 1
     control: Any = None
     """A gloo group for messages, so they never wait for a GPU."""
+    timeout: timedelta = timedelta()
+    """Time that a rank waits in the computing group."""
 
     @property
     def several(self) -> bool:
@@ -54,7 +56,7 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. All ranks ask within ``options.dist_timeout``."""
+        """Whether the flag is set on any rank. All ranks ask within ``timeout``."""
         if not self.several:
             return flag
         votes = torch.tensor(int(flag))
@@ -87,19 +89,20 @@ class Ranks:
         """
         if not self.several:
             return action()
-        done: list[Any] = [None]
-        worker = threading.Thread(target=lambda: done.__setitem__(0, _outcome(action)), daemon=True)
+        outcomes: list[Any] = []
+        worker = threading.Thread(target=lambda: outcomes.append(_outcome(action)), daemon=True)
         if self.first:
             worker.start()
         while self.any(worker.is_alive()):
             if self.first:
                 worker.join(_VOTE_SECONDS)
-        dist.broadcast_object_list(done, src=0, device=torch.device("cpu"))
-        return self._result(0, done[0])
+        outcomes = outcomes or [None]
+        dist.broadcast_object_list(outcomes, src=0, device=torch.device("cpu"))
+        return self._result(0, outcomes[0])
 
     def each_does(self, action: Callable[[], Any]) -> list[Any]:
         """What the action returns on every rank, or the first error on all of them."""
-        return [self._result(rank, done) for rank, done in enumerate(self.gather_patiently(_outcome(action)))]
+        return [self._result(rank, outcome) for rank, outcome in enumerate(self.gather_patiently(_outcome(action)))]
 
     def _result(self, rank: int, outcome: Any) -> Any:
         result, error = outcome
@@ -118,14 +121,14 @@ def _outcome(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 @contextmanager
-def joined(options: TrainOptions) -> Iterator[Ranks]:
+def joined(options: ProcessOptions, device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started. The processes stay connected until they end, for further runs.
 
     Raises:
         ValueError: there is no such device.
         ConnectionError: another rank did not start, died, failed, or has kept this one waiting for too long.
     """
-    device = check_device(options.device)
+    device = check_device(device)
     if first_set(WORLD_SIZE, 1) <= 1:
         alone = torch.device(device)
         if alone.type == "cuda" and alone.index is not None:
@@ -160,4 +163,4 @@ def _connected(device: str, backend: str | None, timeout: timedelta) -> Ranks:
         backend = backend or ("nccl" if target.type == "cuda" else "gloo")
         dist.init_process_group(_BACKENDS.get(backend, backend), rank=rank, world_size=world_size, timeout=timeout)
         atexit.register(dist.destroy_process_group)
-    return Ranks(target, rank, world_size, waiting_group())
+    return Ranks(target, rank, world_size, waiting_group(), timeout)

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 
 from ...locks import LOCK_FILE
-from ..log.records import LOG
+from .records import LOG
 
 _TEMPORARY = ".tmp"
 """In the names of files that are being written."""

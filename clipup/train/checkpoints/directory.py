@@ -14,29 +14,23 @@ LOGS/NAME/.lock                   while a process writes there
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ... import checks
 from ...atomic_files import remove_abandoned, replace_files
 from ...locks import LOCK_FILE, exclusive
-from ..log.records import KINDS
-from ..options import TrainOptions
-from . import open_clip_format
+from . import kept
+from .options import RunDirectoryOptions
 
 _OPTIONS = "options.json"
-_PARTS = ("checkpoints", *(f"{kind}.jsonl" for kind in KINDS), _OPTIONS, "tensorboard", "wandb", "model", "out.log")
-
-
-def run_name(options: TrainOptions) -> str:
-    """The name in the options, or one from date, model and learning rate."""
-    if options.name:
-        return options.name
-    model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
-    return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
+_PARTS = (
+    *("checkpoints", "metrics.jsonl", "evaluations.jsonl", "warnings.jsonl", _OPTIONS, "tensorboard", "wandb"),
+    *("model", "out.log"),
+)
 
 
 class RunDirectory:
@@ -48,7 +42,7 @@ class RunDirectory:
         self.model = root / "model"
 
     @contextmanager
-    def locked(self, options: TrainOptions) -> Iterator[None]:
+    def locked(self, options: RunDirectoryOptions) -> Iterator[None]:
         """Inside, no other run writes here. Removes the half-written files of runs that were killed.
 
         Raises:
@@ -64,42 +58,44 @@ class RunDirectory:
             self._check(options)
             yield
 
-    def _check(self, options: TrainOptions) -> None:
+    def _check(self, options: RunDirectoryOptions) -> None:
         checkpoint = Path(options.resume or "latest")
         if options.resume is not None and self.holds(checkpoint):
-            open_clip_format.check_is_newest(checkpoint)
+            kept.check_is_newest(checkpoint)
         elif options.resume != "latest" and not options.force and self._parts():
             raise FileExistsError(
                 f"{self.root} already holds a run ({', '.join(self._parts())}); continue it with --resume latest, "
                 "choose another --name, or discard it with --force"
             )
 
-    def prepare(self, options: TrainOptions, start: Path | None) -> None:
+    def prepare(self, options: dict[str, Any], start: Path | None) -> None:
         """Makes the directory ready for a run; discards the former run if this one starts anew.
 
         Args:
+            options: all of the run by name, as JSON has them.
             start: the checkpoint of another run that this one begins from. It is noted in options.json.
         """
-        former = self._parts() if start is not None or options.resume is None else []
+        former = self._parts() if start is not None or options["resume"] is None else []
         if start is not None:
-            options = replace(options, resume=str(start.absolute()))
-        replace_files({self.root / _OPTIONS: lambda path: path.write_text(options.to_json(), encoding="utf-8")})
+            options = {**options, "resume": str(start.absolute())}
+        text = json.dumps(options, indent=2) + "\n"
+        replace_files({self.root / _OPTIONS: lambda path: path.write_text(text, encoding="utf-8")})
         for part in former:
             if part != _OPTIONS:
-                open_clip_format.delete(self.root / part)
+                kept.delete(self.root / part)
         self.checkpoints.mkdir(exist_ok=True)
 
-    def begun_from(self) -> Path | None:
+    def start(self) -> Path | None:
         """The checkpoint of another run that this one begins from, as long as it has none of its own."""
         path = self.root / _OPTIONS
-        if open_clip_format.all_in(self.checkpoints) or not path.exists():
+        if kept.all_in(self.checkpoints) or not path.exists():
             return None
         start = checks.read_json(path)["resume"]
         return None if start in (None, "latest") else Path(start)
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
-        own = open_clip_format.all_in(self.checkpoints)
+        own = kept.all_in(self.checkpoints)
         return path.parent.resolve() == self.checkpoints.resolve() and self.checkpoints / path.name in own
 
     def _parts(self) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe.config import MoEConfig
-from ..moe.layer import moe_layers
-from ..upcycling.upcycle import upcycle
-from .ranks.whole_state import by_name, with_names
+from ...moe.config import MoEConfig
+from ...moe.layer import moe_layers
+from ...upcycling.upcycle import upcycle
+from ..parallel.whole_state import by_name, with_names
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]

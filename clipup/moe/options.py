@@ -1,0 +1,32 @@
+"""The option group of sparse layers, for every command that makes a model sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ..option_group import OptionGroup, Resumed, option
+from .config import MoEConfig
+
+
+@dataclass(kw_only=True)
+class SparseOptions(OptionGroup):
+    """Sparse layers; the defaults are CLIP-UP's recipe."""
+
+    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = option(factory=MoEConfig.clip_up, resumed=Resumed.IDENTITY)
+
+    def idle(self) -> dict[str, str]:
+        idle, config = super().idle(), self.moe_cfg
+        if config.selection_bias == "none":
+            idle["selection_bias_rate"] = "without --selection-bias"
+        if config.balance_weight == 0:
+            idle["balance"] = "with --balance-weight 0"
+        if config.global_entropy_weight == 0:
+            idle["entropy_threshold"] = "without --global-entropy-weight"
+        if config.capacity_factor is None and config.eval_capacity_factor is None:
+            idle["priority"] = "without --capacity-factor or --eval-capacity-factor"
+        if "text" not in (config.towers or ("text",)):
+            idle["padding_aware"] = "without the text tower in --towers"
+        return idle

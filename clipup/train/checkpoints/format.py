@@ -1,0 +1,58 @@
+"""What every format of a checkpoint can do, and which format a path has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import file, sharded
+
+
+class Format(Protocol):
+    """A module that reads checkpoints of one format. Nothing in them is executed.
+
+    Its functions raise ValueError for what is no checkpoint, holds only weights, or is damaged, and OSError for what
+    could not be read.
+    """
+
+    NAME: re.Pattern[str]
+    """Of a checkpoint in a run's directory."""
+
+    def peek(self, path: Path) -> dict[str, Any]:
+        """The position, without tensors being read."""
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """All that it holds, on the CPU."""
+
+    def read_share(self, path: Path, rank: int, world_size: int) -> dict[str, Any]:
+        """What a rank needs to restore a run, its share of the files checked."""
+
+    def restore(
+        self,
+        path: Path,
+        checkpoint: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Puts the tensors of a checkpoint that was read into the model, and the optimizer if it is given. A collective
+        if there is a group. Raises ValueError, with the model unchanged, if the weights are of another model."""
+
+
+def format_of(path: Path) -> Format:
+    return sharded if path.is_dir() else file
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint, ours or open_clip_train's, sharded or not.
+
+    Raises:
+        ValueError: it is not a checkpoint, holds only weights, or is damaged.
+        OSError: there is no such file, or it could not be read.
+    """
+    return format_of(Path(path)).load(Path(path))

@@ -1,0 +1,1 @@
+"""What is trained and how: locked parameters, parameter groups, optimizers and schedules."""

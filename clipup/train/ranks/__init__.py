@@ -1,1 +1,0 @@
-"""The processes of a run: groups, data in parallel, sharded parameters, experts in parallel."""
