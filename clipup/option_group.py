@@ -48,6 +48,7 @@ def option(
     least: float | None = None,
     above: float | None = None,
     idle: Mapping[str, Callable[[Any], bool]] | None = None,
+    own_rank: bool = False,
 ) -> Any:
     """A field of an ``OptionGroup``.
 
@@ -55,8 +56,9 @@ def option(
         resumed: what a change means for a resumed run. Every option of a training run says so.
         least, above: smaller (or equal) and infinite values are refused; None is accepted.
         idle: reasons why the option has no effect, such as "without --fsdp", with a predicate on the group for each.
+        own_rank: each rank may have its own value.
     """
-    metadata = {"resumed": resumed, "least": least, "above": above, "idle": idle or {}}
+    metadata = {"resumed": resumed, "least": least, "above": above, "idle": idle or {}, "own_rank": own_rank}
     return field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -72,6 +74,8 @@ class OptionGroup:
                 check(each.name, value, least <= value < math.inf, f"at least {least}, and finite")
             if value is not None and above is not None:
                 check(each.name, value, above < value < math.inf, f"more than {above}, and finite")
+            if isinstance(value, OptionGroup):
+                value.check()
 
     def at_least(self, least: int, *names: str) -> None:
         """Refuses smaller and infinite values of these options; None is accepted."""

@@ -240,7 +240,7 @@ def _find(options: Options) -> DataSet | None:
             "imagenet": lambda: datasets.imagenet(root, split),
             "imagenet-v2": lambda: datasets.imagenet_v2(root),
             "webdataset": lambda: datasets.webdataset(root, split, templates),
-            "csv": lambda: datasets.csv(root, split, *options.source.csv_format),
+            "csv": lambda: datasets.csv(root, split, options.source),
         }
         found = readers[options.dataset]()
     else:

@@ -143,6 +143,7 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
         **asdict(options.source),
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,
+        workers=1,
         seed=options.seed,
         train_num_samples=options.calibrate_steps * options.calibrate_batch_size,
         allow_pipe=options.allow_pipe,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .. import checks
 from ..progress import printable
-from .options import CsvFormat
+from .options import CsvOptions
 from .samples import PackedTexts, Sample, digest_of
 from .skips import RETRIES, Note, Retries, Skips, read_whole
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 class CsvSource:
     """The usable rows of a CSV file, for training."""
 
-    def __init__(self, path: str, form: CsvFormat, skips: Skips, retries: int = RETRIES) -> None:
+    def __init__(self, path: str, form: CsvOptions, skips: Skips, retries: int = RETRIES) -> None:
         self.path = path
         self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
         for row in readable_rows(path, form, skips, "train_data", retries=retries):
@@ -56,7 +56,7 @@ class CsvSource:
 
 
 def csv_samples(
-    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
+    path: str, form: CsvOptions, skips: Skips, argument: str, directory: str | os.PathLike | None = None
 ) -> list[Sample]:
     """The images of a CSV file, for evaluation; the rows of an image are its captions.
 
@@ -74,7 +74,7 @@ def csv_samples(
 
 def readable_rows(
     path: str,
-    form: CsvFormat,
+    form: CsvOptions,
     skips: Skips,
     argument: str,
     directory: str | os.PathLike | None = None,
@@ -90,17 +90,17 @@ def readable_rows(
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
     """
-    separator = "\t" if form.separator == "\\t" else form.separator  # as typed in a shell
+    separator = "\t" if form.csv_separator == "\\t" else form.csv_separator  # as typed in a shell
     checks.check("csv_separator", separator, len(separator) == 1, "one character")
     records = _records(path, argument, separator, Retries(retries))
     _, _, header = next(records, (0, 0, []))
-    for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
+    for option, column in (("csv_img_key", form.csv_img_key), ("csv_caption_key", form.csv_caption_key)):
         if column not in header:
             raise ValueError(
                 f"{option}: {path} has no column {column!r}, its columns are {checks.shown(header)}: correct {option}, "
-                f"or csv_separator (now {form.separator!r})"
+                f"or csv_separator (now {form.csv_separator!r})"
             )
-    image_column, caption_column = header.index(form.img_key), header.index(form.caption_key)
+    image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()
     notes: list[Note] = []
     base = printable(os.path.abspath(directory or ""))

@@ -17,7 +17,7 @@ from ..extras import needed_for
 from .csv_files import CsvSource, csv_samples
 from .images import MAX_PIXELS
 from .indexed import indexed_data
-from .options import DataOptions, SourceOptions
+from .options import DataOptions, SourceOptions, StepOptions
 from .processes import reading, worker_init_fn
 from .samples import Images, Sample, Source, check_found, readable
 from .shard_names import describe, expand_shards, is_remote, listed_shards, names_digest, not_a_source, sizes_of
@@ -46,9 +46,10 @@ def train_loader(
     preprocess: Callable,
     tokenizer: Callable[[list[str]], Tensor],
     batch_size: int,
-    workers: int = DataOptions.workers,
-    seed: int = DataOptions.seed,
+    workers: int = 1,
+    seed: int = StepOptions.seed,
     *,
+    cache: bool = False,
     world_size: int = 1,
     rank: int = 0,
     epoch: int = 0,
@@ -69,6 +70,7 @@ def train_loader(
     Args:
         train_data, batch_size, workers, seed, options: fields of `clipup.data.options.DataOptions`, which describes
             them.
+        cache: its `cache_data`.
         preprocess: PIL image to tensor; must be picklable where workers are spawned.
         tokenizer: texts to tokens [N, L].
         world_size, rank: how many processes share the data, and which of them this is.
@@ -84,7 +86,13 @@ def train_loader(
         FileNotFoundError, ValueError: the data or an argument, by name, with how to fix it. Iterating raises ValueError
             as soon as more than `max_skipped` turned out to be unreadable.
     """
-    data = DataOptions(train_data=os.fspath(train_data), batch_size=batch_size, workers=workers, seed=seed, **options)
+    own: dict[str, Any] = {
+        "train_data": os.fspath(train_data),
+        "batch_size": batch_size,
+        "workers": workers,
+        "seed": seed,
+    }
+    data = DataOptions(**own, cache_data=cache, **options)
     return load_train_data(
         data, preprocess, tokenizer, world_size=world_size, rank=rank, epoch=epoch, progress=progress
     )
@@ -101,12 +109,13 @@ def load_train_data(
     progress: bool = True,
 ) -> TrainData:
     """`train_loader` with its options as one object."""
+    options.check()
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
     progress = progress and rank == 0
     reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped))
     shards = _train_shards(options)
-    if not options.cache and (options.dataset_resampled or any(map(is_remote, shards))):
+    if not options.cache_data and (options.dataset_resampled or any(map(is_remote, shards))):
         data = _streamed(options, shards, reader)
     else:
         data = indexed_data(options, _source(options, shards, reader, progress), reader, progress)
@@ -117,7 +126,7 @@ def load_train_data(
 
 def _train_shards(options: DataOptions) -> list[str]:
     """The shards of the training data; none for another format."""
-    path = options.train_data
+    path = options.source
     if os.path.isdir(path):
         if not (Path(path) / DATASET_FILE).is_file():
             raise not_a_source("train_data", path, "train-*.tar")
@@ -130,7 +139,7 @@ def _source(options: DataOptions, shards: list[str], reader: Reader, progress: b
     """The samples of the files, by number."""
     retries, skips = options.data_retries, reader.skips
     if not shards:
-        return CsvSource(options.train_data, options.csv_format, skips, retries)
+        return CsvSource(options.source, options, skips, retries)
     first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
     return ShardSource(shards, skips, max(1, options.workers), first, retries, progress)
 
@@ -265,12 +274,13 @@ def load_eval_samples(
     source: str | os.PathLike, preprocess: Callable | None, options: SourceOptions, argument: str = "source"
 ) -> EvalSamples:
     """`eval_samples` with its options as one object."""
+    options.check()
     source = os.fspath(source)
     if os.path.isdir(source):
         raise not_a_source(argument, source, "test-*.tar")
     skips = Skips(options.max_skipped)
     if options.format_of(source, argument) == "csv":
-        samples = csv_samples(source, options.csv_format, skips, argument)
+        samples = csv_samples(source, options, skips, argument)
     else:
         samples = tar_samples(expand_shards(source, argument), skips, argument)
     check_found(len(samples), skips, source, argument)

@@ -28,7 +28,7 @@ from .. import checks
 from ..data.csv_files import csv_samples, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
-from ..data.options import CSV_EXTENSIONS, CsvFormat
+from ..data.options import CSV_EXTENSIONS, CsvOptions
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
@@ -194,7 +194,7 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
     return _nothing_skipped(tar_samples(shards, skips, "root"), skips, root)
 
 
-def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key: str) -> RetrievalSet:
+def csv(root: str | Path, split: str, options: CsvOptions) -> RetrievalSet:
     """A CSV file with one row per caption; rows of one image are its captions.
 
     Args:
@@ -208,8 +208,7 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
         named = [directory / f"{split}{extension}" for extension in CSV_EXTENSIONS]
         path = next(filter(Path.is_file, named), named[0])
     skips = Skips()
-    form = CsvFormat(separator, img_key, caption_key)
-    records = csv_samples(str(path), form, skips, "root", directory)
+    records = csv_samples(str(path), options, skips, "root", directory)
     return _nothing_skipped(records, skips, path)
 
 

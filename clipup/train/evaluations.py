@@ -6,6 +6,7 @@ All ranks share each of them, through the code of ``clipup eval``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -53,7 +54,7 @@ def build_validations(options: TrainOptions, built: Built, precision: Precision,
 
 def _retrieval(options: TrainOptions, built: Built, common: dict[str, Any], shown: bool) -> Evaluation:
     preprocess, tokenizer = built.reader(training=False)
-    samples = load_eval_samples(str(options.val_data), preprocess, options.val_data_options(), "val_data")
+    samples = load_eval_samples(str(options.val_data), preprocess, replace(options, dataset_type="auto"), "val_data")
     samples = samples.only(common["share"].part(samples.samples, options.batch_size))
     samples.read_at_once, samples.workers = options.batch_size, options.workers
     common = {"by": "group", "multi_positive": options.multi_positive, "show_progress": shown, **common}

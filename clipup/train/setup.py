@@ -13,6 +13,7 @@ from ..clip import word_tokenizer
 from ..clip.flops import meta_copy
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
+from ..data.options import DataOptions, StepOptions
 from ..data.train_data import TrainData
 from ..models import architecture, factory, known_models, model_names, tokenizers
 from ..models.state_dicts import listed
@@ -216,7 +217,9 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
     """The loader of ``options.train_data``."""
     preprocess, tokenizer = built.reader(training=True)
     return load_train_data(
-        options.data_options(),
+        DataOptions.of(
+            options, StepOptions(batch_size=options.batch_size, accum_freq=options.accum_freq, seed=options.seed)
+        ),
         preprocess,
         CheckedTokenizer(tokenizer, built.model).check(),
         world_size=ranks.world_size,

@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast, get_type_hints
 
+from ...data.options import TrainingDataOptions
 from ...moe.config import MoEConfig
 from ...option_group import OptionGroup, conform
 from ...precision import Precision
-from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
+from .data import EvaluationOptions, ImageTransformOptions
 from .model import LossOptions, ModelOptions, TrainedPartsOptions
 from .optimization import OptimizationOptions
 from .running import (
