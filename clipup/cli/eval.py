@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..data.options import SourceOptions, is_csv
+from ..data.formats import FORMATS, name_of_format
+from ..data.options import SourceOptions
 from ..models import known_models
 from ..precision import token_dtype
 from ..progress import printable
@@ -99,6 +101,11 @@ def _is_one_split(options: Options) -> bool:
     return options.dataset == "imagenet-v2" or of_files
 
 
+def _has_none_of(name: str, options: Options) -> bool:
+    """Whether no data of the format of this name are measured."""
+    return name not in (options.dataset, name_of_format(options.val_data, options.source.dataset_type))
+
+
 RULES = [
     NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
     NoEffect(("split",), _is_one_split, "on imagenet-v2, or on files named by --root, which are one split"),
@@ -121,10 +128,9 @@ RULES = [
         "without classes (--classes and --images)",
     ),
     NoEffect(("dataset_type",), lambda options: options.val_data is None, "without --val-data"),
-    NoEffect(
-        ("csv_separator", "csv_img_key", "csv_caption_key"),
-        lambda options: options.dataset != "csv" and not is_csv(options.val_data, options.source.dataset_type),
-        "without a CSV file",
+    *(
+        NoEffect(tuple(each.name for each in fields(form.options)), partial(_has_none_of, name), f"without {form.noun}")
+        for name, form in FORMATS.items()
     ),
     NoEffect(
         ("random_weights",),

@@ -12,17 +12,30 @@ import io
 import os
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import checks
+from ..option_group import OptionGroup, Resumed, option
 from ..progress import printable
-from .options import CsvOptions
 from .samples import PackedTexts, Sample, digest_of
 from .skips import RETRIES, Note, Retries, Skips, read_whole
 
 _MOST_SHOWN = 200
 """Characters of the path of an image in a message."""
+
+
+@dataclass(kw_only=True)
+class CsvOptions(OptionGroup):
+    """The columns of a CSV file."""
+
+    csv_separator: str = option("\t", Resumed.MEASURED)
+    """Separates the columns of a CSV file."""
+    csv_img_key: str = option("filepath", Resumed.MEASURED)
+    """Column with the paths of the images."""
+    csv_caption_key: str = option("title", Resumed.MEASURED)
+    """Column with the captions. A cell is one caption, whatever it holds."""
 
 
 class Row(NamedTuple):
@@ -94,11 +107,11 @@ def readable_rows(
     checks.check("csv_separator", separator, len(separator) == 1, "one character")
     records = _records(path, argument, separator, Retries(retries))
     _, _, header = next(records, (0, 0, []))
-    for option, column in (("csv_img_key", form.csv_img_key), ("csv_caption_key", form.csv_caption_key)):
-        if column not in header:
+    for name in ("csv_img_key", "csv_caption_key"):
+        if getattr(form, name) not in header:
             raise ValueError(
-                f"{option}: {path} has no column {column!r}, its columns are {checks.shown(header)}: correct {option}, "
-                f"or csv_separator (now {form.csv_separator!r})"
+                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: correct "
+                f"{name}, or csv_separator (now {form.csv_separator!r})"
             )
     image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..checks import check, one_of
 from ..option_group import OptionGroup, Resumed, option
 from ..precision import default_workers
+from .csv_files import CsvOptions
+from .formats import FORMATS, Format, name_of_format
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
-CSV_EXTENSIONS = (".csv", ".tsv")
+__all__ = ["CsvOptions", "DataOptions", "SourceOptions", "StepOptions", "TrainingDataOptions", "is_csv"]
 
 
 def is_csv(source: str | None, dataset_type: str = "auto") -> bool:
     """Whether a source of data is read as a CSV file."""
-    return source is not None and (dataset_type == "csv" or dataset_type == "auto" and source.endswith(CSV_EXTENSIONS))
-
-
-@dataclass(kw_only=True)
-class CsvOptions(OptionGroup):
-    """The columns of a CSV file."""
-
-    csv_separator: str = option("\t", Resumed.MEASURED)
-    """Separates the columns of a CSV file."""
-    csv_img_key: str = option("filepath", Resumed.MEASURED)
-    """Column with the paths of the images."""
-    csv_caption_key: str = option("title", Resumed.MEASURED)
-    """Column with the captions. A cell is one caption, whatever it holds."""
+    return name_of_format(source, dataset_type) == "csv"
 
 
 @dataclass(kw_only=True)
@@ -47,22 +36,22 @@ class SourceOptions(CsvOptions):
 
     def check(self) -> None:
         super().check()
-        one_of("dataset_type", self.dataset_type, ("auto", "webdataset", "csv"))
+        one_of("dataset_type", self.dataset_type, ("auto", *FORMATS))
         check("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share from 0 to 1 (0.1: a tenth)")
 
-    def format_of(self, source: str, argument: str) -> str:
-        """The format of a source: csv or webdataset.
+    def format_of(self, source: str, argument: str) -> Format:
+        """The format of a source.
 
         Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
         """
-        if is_csv(source, self.dataset_type):
-            return "csv"
-        if self.dataset_type == "webdataset" or ".tar" in os.path.basename(source):
-            return "webdataset"
-        raise ValueError(
-            f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: rename "
-            "it, or set dataset_type"
-        )
+        name = name_of_format(source, self.dataset_type)
+        if name is None:
+            expected = " or ".join(ending for each in FORMATS.values() for ending in each.endings)
+            raise ValueError(
+                f"{argument}: cannot tell the format of {source!r} from its name, expected {expected}: rename it, or "
+                "set dataset_type"
+            )
+        return FORMATS[name]
 
 
 @dataclass(kw_only=True)

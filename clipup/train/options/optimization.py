@@ -69,7 +69,7 @@ class OptimizationOptions(OptionGroup):
 
     def check(self) -> None:
         self.at_least(0, "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end", "seed")
-        self.at_least(1, "epochs", "steps", "epochs_cooldown")
+        self.at_least(1, "epochs", "steps", "epochs_cooldown", "batch_size", "accum_freq")
         self.positive("lr", "moe_lr_scale", "lr_cooldown_power", "grad_clip_norm")
         self.positive("image_layer_decay", "text_layer_decay")
         known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
