@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..data.options import CsvOptions, SourceOptions, is_csv
+from ..data.formats import idle_options, name_of_format
+from ..data.options import SourceOptions
 from ..models import known_models
-from ..option_group import all_idle, option
+from ..option_group import option
 from ..precision import token_dtype
 from ..progress import printable
 from .flags import EncodingOptions, parse
@@ -109,9 +110,7 @@ class Options(EncodingOptions):
         if self.val_data is None:
             idle["dataset_type"] = "without --val-data"
             idle["max_skipped"] = "without --val-data: nothing is skipped"
-        if self.dataset != "csv" and not is_csv(self.val_data, self.source.dataset_type):
-            idle |= all_idle(CsvOptions, "without a CSV file")
-        return idle
+        return idle | idle_options(self.dataset, name_of_format(self.val_data, self.source.dataset_type))
 
     def check(self) -> None:
         """

@@ -37,7 +37,7 @@ class Options(EncodingOptions):
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
-    from ..data.samples import image_files, passed_over
+    from ..data.image_files import image_files, passed_over
     from ..evaluate.encode import encode_images
     from ..inference.accelerate import for_inference
     from ..models import factory, model_names

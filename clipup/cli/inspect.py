@@ -58,7 +58,7 @@ class Options(DeviceOptions):
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
-    from ..data.samples import passed_over
+    from ..data.image_files import passed_over
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names
     from .runs import load_for_inference, trained_steps
@@ -107,7 +107,7 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
         ValueError: no sample of the shards is complete.
     """
     from ..data.loaders import eval_samples
-    from ..data.samples import image_files
+    from ..data.image_files import image_files
 
     if ".tar" not in Path(source).name:
         return image_files(source), {}
@@ -126,7 +126,7 @@ def _captions(options: Options, records: list[Sample]) -> list[str]:
 def _readable(records: list[Sample], labels: list[str], skipped: dict[str, str]) -> Iterator[Image]:
     """The images that can be read, whose names and captions go into ``labels``; the others go into ``skipped`` with the
     reason."""
-    from ..data.samples import read_image
+    from ..data.evaluation import read_image
 
     for record in records:
         try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..data.options import CsvOptions, DataOptions, SourceOptions, is_csv
+from ..data.formats import idle_options, name_of_format
+from ..data.options import DataOptions, SourceOptions
 from ..models import known_models
 from ..moe.options import SparseOptions
 from ..option_group import all_idle, option
@@ -66,8 +67,8 @@ class Options(SparseOptions):
             )
         if self.calibrate_data is None:
             idle |= all_idle(SourceOptions, "without --calibrate-data")
-        elif not is_csv(self.calibrate_data, self.source.dataset_type):
-            idle |= all_idle(CsvOptions, "without a CSV file")
+        else:
+            idle |= idle_options(name_of_format(self.calibrate_data, self.source.dataset_type))
         if known_models.has_weights(self.model, self.pretrained):
             idle["random_weights"] = "on a model that has its own weights"
         return idle

@@ -12,17 +12,30 @@ import io
 import os
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import checks
+from ..option_group import OptionGroup, Resumed, option
 from ..progress import printable
-from .options import CsvFormat
 from .samples import PackedTexts, Sample, digest_of
 from .skips import RETRIES, Note, Retries, Skips, read_whole
 
 _MOST_SHOWN = 200
 """Characters of the path of an image in a message."""
+
+
+@dataclass(kw_only=True)
+class CsvOptions(OptionGroup):
+    """The columns of a CSV file."""
+
+    csv_separator: str = option("\t", Resumed.MEASURED)
+    """Separates the columns of a CSV file."""
+    csv_img_key: str = option("filepath", Resumed.MEASURED)
+    """Column with the paths of the images."""
+    csv_caption_key: str = option("title", Resumed.MEASURED)
+    """Column with the captions. A cell is one caption, whatever it holds."""
 
 
 class Row(NamedTuple):
@@ -36,7 +49,7 @@ class Row(NamedTuple):
 class CsvSource:
     """The usable rows of a CSV file, for training."""
 
-    def __init__(self, path: str, form: CsvFormat, skips: Skips, retries: int = RETRIES) -> None:
+    def __init__(self, path: str, form: CsvOptions, skips: Skips, retries: int = RETRIES) -> None:
         self.path = path
         self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
         for row in readable_rows(path, form, skips, "train_data", retries=retries):
@@ -56,7 +69,7 @@ class CsvSource:
 
 
 def csv_samples(
-    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
+    path: str, form: CsvOptions, skips: Skips, argument: str, directory: str | os.PathLike | None = None
 ) -> list[Sample]:
     """The images of a CSV file, for evaluation; the rows of an image are its captions.
 
@@ -74,7 +87,7 @@ def csv_samples(
 
 def readable_rows(
     path: str,
-    form: CsvFormat,
+    form: CsvOptions,
     skips: Skips,
     argument: str,
     directory: str | os.PathLike | None = None,
@@ -90,17 +103,17 @@ def readable_rows(
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
     """
-    separator = "\t" if form.separator == "\\t" else form.separator  # as typed in a shell
+    separator = "\t" if form.csv_separator == "\\t" else form.csv_separator  # as typed in a shell
     checks.check("csv_separator", separator, len(separator) == 1, "one character")
     records = _records(path, argument, separator, Retries(retries))
     _, _, header = next(records, (0, 0, []))
-    for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
-        if column not in header:
+    for name in ("csv_img_key", "csv_caption_key"):
+        if getattr(form, name) not in header:
             raise ValueError(
-                f"{option}: {path} has no column {column!r}, its columns are {checks.shown(header)}: correct {option}, "
-                f"or csv_separator (now {form.separator!r})"
+                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: correct "
+                f"{name}, or csv_separator (now {form.csv_separator!r})"
             )
-    image_column, caption_column = header.index(form.img_key), header.index(form.caption_key)
+    image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()
     notes: list[Note] = []
     base = printable(os.path.abspath(directory or ""))

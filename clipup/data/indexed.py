@@ -42,13 +42,13 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
     would take more than half of the memory.
     """
     skips = reader.skips
-    check_found(len(source), skips, options.train_data, "train_data")
+    check_found(len(source), skips, options.source, "train_data")
     read = _Samples(source, options, reader)
     samples: _Samples | _Cached = read
     tokens: Callable[[str], Tensor] = partial(_tokens, reader.tokenizer)
-    if options.cache:
+    if options.cache_data:
         samples, tokens = _Cached(read, options, reader, progress), cache(tokens)
-        check_found(len(samples), skips, options.train_data, "train_data")
+        check_found(len(samples), skips, options.source, "train_data")
     size, accum_freq, rows = options.batch_size, options.accum_freq, len(samples)
     batches = GlobalBatches(options.train_num_samples or rows, size, accum_freq, reader.rank, reader.world_size)
     if batches.steps == 0:
@@ -58,7 +58,7 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
             f"{batches.samples} readable samples: use a smaller batch"
         )
     order, places = EpochOrder(rows, options.seed), Places(batches.of_rank)
-    workers = 0 if options.cache else options.workers
+    workers = 0 if options.cache_data else options.workers
     loader = DataLoader(
         IndexedBatches(samples, tokens, order, batches, options.max_skipped),
         batch_size=None,
@@ -210,6 +210,6 @@ def _check_memory(count: int, numbers: int, world_size: int) -> None:
     needed, memory = count * numbers * 4 * here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise ValueError(
-            f"cache: {count} images take {needed / 1e9:.1f} GB in {here} processes, more than half of the "
-            f"{memory / 1e9:.1f} GB of this machine: train without cache"
+            f"cache_data: {count} images take {needed / 1e9:.1f} GB in {here} processes, more than half of the "
+            f"{memory / 1e9:.1f} GB of this machine: train without cache_data"
         )

@@ -1,125 +1,129 @@
-"""Options of reading image-text pairs: one dataclass from the command line's flags to the loader."""
+"""Options of reading image-text pairs: of a format, of a source, of training data, and of the steps made of them."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from ..checks import check, one_of
+from ..option_group import OptionGroup, Resumed, option
+from ..precision import default_workers
+from .csv_files import CsvOptions
+from .formats import FORMATS, Format, name_of_format
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
-CSV_EXTENSIONS = (".csv", ".tsv")
-_OF_A_RANK = ("train_data", "workers", "data_retries", "allow_pipe")
-"""Options in which ranks may differ: where the files lie, and how they are read."""
-
-
-class CsvFormat(NamedTuple):
-    """The column separator, and the columns with image paths and captions."""
-
-    separator: str = "\t"
-    img_key: str = "filepath"
-    caption_key: str = "title"
+__all__ = ["CsvOptions", "DataOptions", "SourceOptions", "StepOptions", "TrainingDataOptions", "is_csv"]
 
 
 def is_csv(source: str | None, dataset_type: str = "auto") -> bool:
     """Whether a source of data is read as a CSV file."""
-    return source is not None and (dataset_type == "csv" or dataset_type == "auto" and source.endswith(CSV_EXTENSIONS))
+    return name_of_format(source, dataset_type) == "csv"
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """How a source of image-text pairs is read, for training and for evaluation.
+@dataclass(kw_only=True)
+class SourceOptions(CsvOptions):
+    """How a source of image-text pairs is read, for training and for evaluation."""
 
-    Raises ValueError, naming the option, for a value out of range.
-    """
+    dataset_type: Literal["webdataset", "csv", "auto"] = option("auto", Resumed.SAMPLES)
+    """Format of the data, in training of train_data; auto goes by the ending of the name."""
+    max_skipped: float = option(MAX_SKIPPED, Resumed.FREE)
+    """Share of the samples that may be unreadable, each of which is named once; above it reading stops with an error.
+    In training they are replaced in indexed data and left out of streamed data."""
+    max_image_pixels: int = option(MAX_PIXELS, Resumed.ORDER | Resumed.MEASURED, least=1)
+    """Pixels of an image that is decoded at most; one of more, or of a shape of more than 200:1, counts as
+    unreadable."""
 
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
-    """Format of the data; auto goes by the file extension."""
-    csv_separator: str = "\t"
-    """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
-    """Column with the image paths."""
-    csv_caption_key: str = "title"
-    """Column with the captions. A cell is one caption, whatever it holds."""
-    max_skipped: float = MAX_SKIPPED
-    """Largest share of samples that may be unreadable. They are skipped, counted, and each is logged once; above this
-    share reading stops with an error."""
-    max_image_pixels: int = MAX_PIXELS
-    """Largest image to decode, in pixels; larger ones, and those of a shape of more than 200:1, count as unreadable."""
-
-    def __post_init__(self) -> None:
-        one_of("dataset_type", self.dataset_type, ("auto", "webdataset", "csv"))
+    def check(self) -> None:
+        super().check()
+        one_of("dataset_type", self.dataset_type, ("auto", *FORMATS))
         check("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share from 0 to 1 (0.1: a tenth)")
-        check("max_image_pixels", self.max_image_pixels, self.max_image_pixels >= 1, "at least 1")
 
-    @property
-    def csv_format(self) -> CsvFormat:
-        return CsvFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
-
-    def format_of(self, source: str, argument: str) -> str:
-        """The format of a source: csv or webdataset.
+    def format_of(self, source: str, argument: str) -> Format:
+        """The format of a source.
 
         Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
         """
-        if is_csv(source, self.dataset_type):
-            return "csv"
-        if self.dataset_type == "webdataset" or ".tar" in os.path.basename(source):
-            return "webdataset"
-        raise ValueError(
-            f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: rename "
-            "it, or set dataset_type"
-        )
+        name = name_of_format(source, self.dataset_type)
+        if name is None:
+            expected = " or ".join(ending for each in FORMATS.values() for ending in each.endings)
+            raise ValueError(
+                f"{argument}: cannot tell the format of {source!r} from its name, expected {expected}: rename it, or "
+                "set dataset_type"
+            )
+        return FORMATS[name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataOptions(SourceOptions):
-    """What training batches are made of."""
+@dataclass(kw_only=True)
+class TrainingDataOptions(SourceOptions):
+    """The image-text pairs to train on, and how they are read."""
 
-    train_data: str
-    """WebDataset shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV file,
-    or a directory written by `clipup data` (its training shards). CSV files and local shards are indexed; shards by URL
-    are streamed. A .txt of a shard is one caption; several are `captions` of the sample's .json."""
-    batch_size: int
-    """Samples per batch and process."""
-    workers: int = 1
-    """Processes that read samples (0: the calling process); with `cache` they only fill the cache."""
-    seed: int = 0
-    """Seed of the order of samples and the choice of captions."""
-    accum_freq: int = 1
-    """Batches per step; of indexed data, the samples of a step depend on their number and the batch size together."""
-    train_num_samples: int | None = None
-    """Samples per epoch, by default all; needed for shards by URL, and with dataset_resampled where no `sizes.json` is
-    beside the shards."""
-    dataset_resampled: bool = False
+    train_data: str | None = option(None, Resumed.IDENTITY, own_rank=True)
+    """A directory that clipup data wrote, WebDataset shards ("data/{000..099}.tar", several joined by "::"), or a CSV
+    file. A .txt of a shard is one caption, whatever it holds; several are listed as captions in the sample's .json."""
+    train_num_samples: int | None = option(None, Resumed.SAMPLES, least=1)
+    """Samples in an epoch. None: all. Needed for shards by URL."""
+    dataset_resampled: bool = option(
+        False,
+        Resumed.SAMPLES,
+        idle={"on a CSV file": lambda group: is_csv(group.train_data, group.dataset_type)},
+    )
     """Draw shards with replacement, and stream them."""
-    train_data_upsampling_factors: str | None = None
+    train_data_upsampling_factors: str | None = option(None, Resumed.SAMPLES)
     """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
     as "1::2" for "A::B"."""
-    cache: bool = False
-    """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.indexed`)."""
-    allow_pipe: bool = False
-    """Let `pipe:COMMAND` in `train_data` run its command in a shell."""
-    data_retries: int = RETRIES
-    """Further tries where reading a file, or opening a streamed shard, fails with an error that may be temporary; after
-    2, 4, 8, ... seconds, at most about a minute."""
+    allow_pipe: bool = option(False, Resumed.FREE, own_rank=True)
+    """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
+    data_retries: int = option(RETRIES, Resumed.FREE, least=0, own_rank=True)
+    """Further tries, after 2, 4, 8, ... seconds (at most a minute), where reading a file or opening a shard by URL
+    fails with an error that may be temporary."""
+    cache_data: bool = option(False, Resumed.ORDER)
+    """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
+    workers: int = option(factory=default_workers, resumed=Resumed.STREAM, least=0, own_rank=True)
+    """Data loader processes per rank."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        samples = self.train_num_samples
-        for name, least in (("batch_size", 1), ("accum_freq", 1), ("data_retries", 0), ("workers", 0)):
-            check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
+    def check(self) -> None:
+        super().check()
         if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
             raise ValueError(
                 f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "
                 "shards that are drawn with replacement can be drawn more often"
             )
-        if self.cache and (self.dataset_resampled or self.train_num_samples is not None):
+        if self.cache_data and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
-            raise ValueError(f"{name}: has no effect with cache, which serves every sample once per epoch: drop one")
+            raise ValueError(
+                f"{name}: has no effect with cache_data, which serves every sample once per epoch: drop one"
+            )
+
+
+@dataclass(kw_only=True)
+class StepOptions(OptionGroup):
+    """Which samples a step has."""
+
+    batch_size: int = option(64, Resumed.BATCH, least=1)
+    """Images per batch and rank."""
+    accum_freq: int = option(1, Resumed.BATCH, least=1)
+    """Batches per step: the loss is over all of them, with the memory of one."""
+    seed: int = option(0, Resumed.IDENTITY | Resumed.ORDER, least=0)
+    """Seed of weights, data order and noise."""
+
+
+@dataclass(kw_only=True)
+class DataOptions(TrainingDataOptions, StepOptions):
+    """What training batches are made of."""
+
+    @classmethod
+    def of(cls, reading: TrainingDataOptions, step: StepOptions) -> DataOptions:
+        """The options of a run's groups."""
+        groups = (TrainingDataOptions, reading), (StepOptions, step)
+        return cls(**{each.name: getattr(group, each.name) for kind, group in groups for each in fields(kind)})
+
+    @property
+    def source(self) -> str:
+        """``train_data`` of a run that has some."""
+        assert self.train_data is not None
+        return self.train_data
 
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that must be the same on all ranks, by name."""
-        return {name: value for name, value in asdict(self).items() if name not in _OF_A_RANK}
+        return {each.name: getattr(self, each.name) for each in fields(self) if not each.metadata["own_rank"]}

@@ -17,9 +17,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
 from ..precision import cores
 
 _SECONDS_TO_END = 1
@@ -34,6 +31,9 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
 
     Raises LostWorker when a worker was killed.
     """
+    import torch  # here, because commands know the formats of data before they need torch
+    from torch.utils.data import DataLoader
+
     processes = processes or cores()
     loader: DataLoader = DataLoader(
         items,  # type: ignore[arg-type]  # torch reads any sequence

@@ -22,9 +22,9 @@ import numpy as np
 from ..atomic_files import replace_files
 from ..progress import Progress
 from .processes import each
-from .samples import FileState, PackedTexts, Sample, check_state, digest_of, state_of
+from .samples import PackedTexts, Sample, digest_of
 from .shard_names import check_local, sizes_of
-from .skips import RETRIES, Note, Retries, Skips, read_whole
+from .skips import RETRIES, Note, Retries, Skips, SourceError, read_whole
 from .tars import Members, Parts, caption_of, captions_in, complete, key_of, lines, read_samples
 
 PLACE = np.dtype([
@@ -36,6 +36,8 @@ captions, and whether that is a json."""
 _VERSION = 7
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
+FileState = tuple[int, int]
+"""The size of a file and its time of modification in nanoseconds."""
 
 
 class ShardSource:
@@ -90,7 +92,11 @@ class ShardSource:
     def read(self, row: int) -> tuple[bytes, list[str]]:
         place, number = self.places[row], self._shard_of(row)
         with open(self.shards[number], "rb") as file:
-            check_state(file.fileno(), self.states[number], self.shards[number])
+            if _state_of(file) != self.states[number]:
+                raise SourceError(
+                    f"{self.shards[number]} was replaced or changed after its samples were indexed: do not write into "
+                    "data that are in use. Start again, so that it is indexed again"
+                )
             image = _content(file, place["image"], place["image_size"])
             text = _content(file, place["text"], place["text_size"])
         if not place["json"]:
@@ -100,6 +106,11 @@ class ShardSource:
 
     def _shard_of(self, row: int) -> int:
         return int(np.searchsorted(self.ends, row, side="right"))
+
+
+def _state_of(file: BinaryIO) -> FileState:
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
 
 
 def _content(file: BinaryIO, offset: np.integer, size: np.integer) -> bytes:
@@ -148,7 +159,7 @@ def _read(shard: str, expected: int | None) -> Contents:
     found: list[tuple[Members, Parts]] = []
     samples = 0
     with open(shard, "rb") as file:
-        state = state_of(file.fileno())
+        state = _state_of(file)
         lose = lambda *lost: notes.append(Note(*lost))  # noqa: E731
         for members in read_samples(file, shard, lose, images=False, expected=expected):
             samples += 1

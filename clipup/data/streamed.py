@@ -83,7 +83,7 @@ class StreamedBatches(IterableDataset):
         """`usual`: samples of a shard, where unknown; `batches`: of a worker in an epoch."""
         self.options, self.shards, self.usual, self.batches, self.reader = options, shards, usual, batches, reader
         factors = options.train_data_upsampling_factors
-        self.weights = None if factors is None else shard_weights(options.train_data, factors, options.allow_pipe)
+        self.weights = None if factors is None else shard_weights(options.source, factors, options.allow_pipe)
         self.sizes = sizes_of(shards)
         self.notes = Notes()
         self.retried = Retries(options.data_retries)

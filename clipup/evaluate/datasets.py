@@ -25,10 +25,10 @@ import open_clip
 from torch import Tensor
 
 from .. import checks
-from ..data.csv_files import csv_samples, leaves
+from ..data.csv_files import CsvOptions, csv_samples, leaves
+from ..data.evaluation import EvalSamples
+from ..data.formats import FORMATS
 from ..data.images import MAX_PIXELS
-from ..data.loaders import EvalSamples
-from ..data.options import CSV_EXTENSIONS, CsvFormat
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
@@ -194,7 +194,7 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
     return _nothing_skipped(tar_samples(shards, skips, "root"), skips, root)
 
 
-def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key: str) -> RetrievalSet:
+def csv(root: str | Path, split: str, options: CsvOptions) -> RetrievalSet:
     """A CSV file with one row per caption; rows of one image are its captions.
 
     Args:
@@ -205,11 +205,10 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     """
     path, directory = Path(root), Path(root) if Path(root).is_dir() else None
     if directory is not None:
-        named = [directory / f"{split}{extension}" for extension in CSV_EXTENSIONS]
+        named = [directory / f"{split}{extension}" for extension in FORMATS["csv"].endings]
         path = next(filter(Path.is_file, named), named[0])
     skips = Skips()
-    form = CsvFormat(separator, img_key, caption_key)
-    records = csv_samples(str(path), form, skips, "root", directory)
+    records = csv_samples(str(path), options, skips, "root", directory)
     return _nothing_skipped(records, skips, path)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import checks
+from ..data.evaluation import EvalSamples
 from ..data.images import MAX_PIXELS, load_image
-from ..data.loaders import EvalSamples
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic_files import replace_files
+from ..data.evaluation import EvalSamples
 from ..data.images import resize_of, upright
-from ..data.loaders import EvalSamples
 from ..data.samples import Sample
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive

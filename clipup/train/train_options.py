@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any, cast, get_type_hints
 
-from ..data.options import CsvOptions, StepOptions, TrainingDataOptions, is_csv
+from ..data.formats import idle_options, name_of_format
+from ..data.options import StepOptions, TrainingDataOptions
 from ..moe.config import MoEConfig
 from ..moe.options import SparseOptions
 from ..option_group import Resumed, all_idle, conform
@@ -76,9 +77,7 @@ class TrainOptions(
         idle = super().idle()
         if not self.moe:
             idle |= all_idle(MoEConfig, "without --moe, which makes the model sparse")
-        if not (is_csv(self.train_data, self.dataset_type) or is_csv(self.val_data)):
-            idle |= all_idle(CsvOptions, "without a CSV file")
-        return idle
+        return idle | idle_options(name_of_format(self.train_data, self.dataset_type), name_of_format(self.val_data))
 
     def precision_on(self, device_type: str) -> Precision:
         """The precision of a run on "cuda" or "cpu"."""

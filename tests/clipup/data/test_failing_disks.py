@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from picture_samples import epoch_of, load, pictures_of, preprocess
 
-from clipup.data import csv_files, samples, shard_names, shards
+from clipup.data import csv_files, evaluation, shard_names, shards
 from clipup.data.loaders import eval_samples
 from clipup.train.training_data import Epochs
 
@@ -38,7 +38,7 @@ def disk(monkeypatch):
             return super().read(size)
 
     disk = Disk()
-    for module in (shards, samples, csv_files):
+    for module in (shards, evaluation, csv_files):
         monkeypatch.setattr(module, "open", disk.open, raising=False)
     monkeypatch.setattr(Path, "read_bytes", lambda path: disk.open(str(path), "rb").read())
     return disk

@@ -16,6 +16,7 @@ from PIL import Image
 
 from clipup.data.images import load_image
 from clipup.data.loaders import eval_samples, train_loader
+from clipup.data.options import CsvOptions
 from clipup.evaluate import datasets
 from clipup.evaluate.labelled_images import image_shards
 from studies.icon_data import iconify
@@ -160,7 +161,7 @@ def test_annotations_may_only_name_images_in_their_directory(tmp_path, picture):
             datasets.coco(root)
         (root / "test.csv").write_text(f"filepath,title\n{name},a\n")
         with pytest.raises(ValueError, match="its image is not in"):
-            datasets.csv(root, "test", ",", "filepath", "title")
+            datasets.csv(root, "test", CsvOptions(csv_separator=","))
 
 
 def test_an_icon_cannot_include_a_file_from_disk(tmp_path):

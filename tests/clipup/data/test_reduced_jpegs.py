@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.v2 import functional
 
+from clipup.data.evaluation import EvalSamples
+from clipup.data.image_files import image_files
 from clipup.data.images import load_image, resize_of, upright
-from clipup.data.loaders import EvalSamples
-from clipup.data.samples import image_files
 from clipup.data.skips import Skips
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR

@@ -198,7 +198,7 @@ def test_a_missing_image_of_a_csv_file_is_named_with_the_directory_that_paths_st
 
 def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 64)
-    with pytest.raises(ValueError, match="^cache: "):
+    with pytest.raises(ValueError, match="^cache_data: "):
         load("cached webdataset", pictures.shards())
 
 

@@ -10,6 +10,7 @@ import pytest
 from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
+from clipup.data.options import CsvOptions
 from clipup.evaluate import datasets
 from clipup.evaluate.datasets import imagenet_v2
 
@@ -98,11 +99,11 @@ def test_a_csv_of_a_directory_names_images_inside_it(tmp_path):
     layouts.picture(0).save(tmp_path / "0.jpg")
     (tmp_path / "test.csv").write_text("filepath\ttitle\n0.jpg\ta cat\n0.jpg\ta dog\n")
 
-    (record,) = datasets.csv(tmp_path, "test", "\t", "filepath", "title").records
+    (record,) = datasets.csv(tmp_path, "test", CsvOptions()).records
 
     assert record.path == str(tmp_path / "0.jpg") and record.captions == ("a cat", "a dog")
     with pytest.raises(FileNotFoundError, match="root: .*val.csv"):
-        datasets.csv(tmp_path, "val", "\t", "filepath", "title")
+        datasets.csv(tmp_path, "val", CsvOptions())
 
 
 def test_images_of_coco_that_are_missing_are_refused(coco, tmp_path):

@@ -19,9 +19,9 @@ from torchvision.transforms import Compose, Resize
 import clipup
 import clipup_kernels
 from clipup.cli import main
-from clipup.data import samples
+from clipup.data import evaluation
+from clipup.data.image_files import image_files
 from clipup.data.images import load_image
-from clipup.data.samples import image_files
 from clipup.locks import DirectoryInUse
 from clipup.search import ImageIndex, Result, find, image_index, results_page, update_index
 from clipup.search.image_index import Encoder
@@ -250,7 +250,7 @@ def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_
         decoded.append(load_image(content, *options))
         return decoded[-1]
 
-    monkeypatch.setattr(samples, "load_image", observed)
+    monkeypatch.setattr(evaluation, "load_image", observed)
     records = image_files(tmp_path)
     made = update_index(
         tmp_path / "index", tmp_path, records, ENCODER, Counted(), transform, batch_size=1, show_progress=True

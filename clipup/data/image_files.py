@@ -1,0 +1,37 @@
+"""Directories of images without captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from .samples import Sample
+from .tars import IMAGE_EXTENSIONS
+
+_RAW = ("arw", "cr2", "cr3", "crw", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw", "x3f")
+_OTHER_KINDS = (*_RAW, "avif", "bmp", "gif", "heic", "heif", "jxl", "tif", "tiff")
+
+
+def image_files(source: str | Path) -> list[Sample]:
+    """The image files below a directory, by extension, in the order of their names; ``key`` is the path below it.
+
+    Raises:
+        FileNotFoundError: no such directory, or no image in it.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images")
+    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+    paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
+    if not paths:
+        others = passed_over(source) or "no image"
+        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(IMAGE_EXTENSIONS)}")
+    keys = [path.relative_to(root).as_posix() for path in paths]
+    return [Sample(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
+
+
+def passed_over(source: str | Path) -> str:
+    """How many pictures of which other kinds are below a directory, for a message; empty if none."""
+    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _OTHER_KINDS)
+    named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    return f"pictures of other kinds ({kinds.total()}): {named}" if kinds else ""
