@@ -106,8 +106,8 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
         FileNotFoundError: no such directory or shards, or no image in it.
         ValueError: no sample of the shards is complete.
     """
-    from ..data.loaders import eval_samples
     from ..data.image_files import image_files
+    from ..data.loaders import eval_samples
 
     if ".tar" not in Path(source).name:
         return image_files(source), {}

@@ -99,11 +99,11 @@ def train(
             moe,
             ranks.device,
             precision,
-            selected(options).model_arguments,
             model,
             preprocess,
             tokenizer,
             resumed=found is not None,
+            new_model=selected(options).model_arguments,
         )
         model = built.model
         sharding.check(model, options, ranks)

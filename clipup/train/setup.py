@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,20 +77,20 @@ def build_model(
     moe: MoEConfig | None,
     device: torch.device,
     precision: Precision,
-    new_model: dict[str, Any],
     model: nn.Module | None = None,
     preprocess: Any = None,
     tokenizer: Any = None,
     resumed: bool = False,
+    new_model: Mapping[str, float] = MappingProxyType({}),
 ) -> Built:
     """The model on its device, made sparse if ``moe`` is given.
 
     Args:
-        new_model: arguments of open_clip's models that one with random weights is created with.
         model: an existing model; ``options.model`` then only names its architecture, for saving.
         preprocess: the transform of training and validation images, or a pair of them.
         tokenizer: instead of the model's. Words are saved with the model; another one is not, which is a warning.
         resumed: whether weights and moments come from a checkpoint of the run.
+        new_model: arguments of open_clip's models that one with random weights is created with.
     """
     given_tokenizer = tokenizer
     is_random = model is None and not known_models.has_weights(str(options.model), options.pretrained)

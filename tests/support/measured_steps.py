@@ -95,7 +95,7 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
     found = {}
     for name, (moe, given) in cases.items():
         options = TrainOptions(device="cpu", **given)
-        with joined(options) as ranks, norms_in_float32():
+        with joined(options, options.device) as ranks, norms_in_float32():
             model = tiny_parallel.model(moe, options.siglip)
             lock_parts(model, options)
             precision = options.precision_on("cpu")

@@ -14,16 +14,11 @@ from tiny_families import build, coca_cfg
 import clipup
 from clipup.clip.inputs import random_inputs
 from clipup.train import train
-from clipup.train.objectives import (
-    CoCaObjective,
-    ContrastiveObjective,
-    DistillationObjective,
-    MultiPositiveObjective,
-    SigmoidObjective,
-)
-from clipup.train.objectives.contrastive import ChunkedClipLoss
-from clipup.train.objectives.multi_positive import MultiPositiveClipLoss
-from clipup.train.objectives.sigmoid import ChunkedSigLipLoss
+from clipup.train.objectives.coca import CoCaObjective
+from clipup.train.objectives.contrastive import ChunkedClipLoss, ContrastiveObjective
+from clipup.train.objectives.distillation import DistillationObjective
+from clipup.train.objectives.multi_positive import MultiPositiveClipLoss, MultiPositiveObjective
+from clipup.train.objectives.sigmoid import ChunkedSigLipLoss, SigmoidObjective
 from clipup.train.step import TrainStep
 
 # z-loss in the image tower alone: there every batch has as many tokens, so the mean of means is the mean

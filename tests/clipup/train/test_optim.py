@@ -7,12 +7,14 @@ import open_clip_train.scheduler
 import pytest
 import timm.optim
 import torch
-from clipup.train.optim import create_optimizer, groups_of, lock_parts, schedule
 from same_runs import Killed, assert_same_run, killed
 from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
 from clipup.train import train
+from clipup.train.optimizer.groups import create_optimizer, groups_of
+from clipup.train.optimizer.locks import lock_parts
+from clipup.train.optimizer.schedule import Schedule
 from clipup.train.parallel.whole_state import load_optimizer_state, optimizer_state
 
 SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
@@ -104,18 +106,17 @@ def test_learning_rates_fall_with_the_depth_of_a_tower_and_may_differ_for_router
 
 @pytest.mark.parametrize("kind, warmup", [("cosine", 7), ("const", 0), ("const-cooldown", 7)])
 def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
-    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0) for _ in range(2))
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     cooldown = {"epochs_cooldown": 2, "lr_cooldown_end": 1e-5, "lr_cooldown_power": 1.5} if "cooldown" in kind else {}
-    set_lr = schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind, **cooldown), ours, 31, 6)
+    schedule = Schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind, steps=31, **cooldown), 6)
     if cooldown:
         set_theirs = open_clip_train.scheduler.const_lr_cooldown(theirs, 3e-4, warmup, 31, 12, 1.5, 1e-5)
     else:
         set_theirs = getattr(open_clip_train.scheduler, f"{kind}_lr")(theirs, 3e-4, warmup, 31)
 
     for step in range(31):
-        set_lr(step)
         set_theirs(step)
-        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+        assert schedule.rate(step) == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
 
 
 def changed(model, loader, chosen):

@@ -12,12 +12,10 @@ from tiny_families import timm_model
 import clipup
 from clipup.train import train
 from clipup.train.checkpoints.format import load
-from clipup.train.loop import Trainer
 from clipup.train.optimizer.dense_moments import named_state
-from clipup.train.parallel.ranks import Ranks
-from clipup.train.parallel.whole_state import by_name
+from clipup.train.optimizer.groups import create_optimizer
+from clipup.train.parallel.whole_state import by_name, load_optimizer_state
 from clipup.train.setup import build_model
-from clipup.train.training_data import Epochs
 
 MOE = clipup.MoEConfig(num_experts=4)
 SHARDS = clipup.MoEConfig(num_experts=8, top_k=4, granularity=2, shared_expert=True)
@@ -35,10 +33,10 @@ def dense_run(make_model, pairs, options):
 def state_after(options, model, dense_run, moe=MOE):
     """Model and optimizer state, by name, of a run that starts from the dense one, before its first step."""
     settings = options(moe=True, moe_cfg=moe, resume_dense=str(dense_run), logs=None)
-    ranks = Ranks(torch.device("cpu"))
-    built = build_model(settings, ranks, "fp32", model)
-    trainer = Trainer(settings, built, Epochs([None], 1), ranks, None, "fp32")
-    return built.model, by_name(trainer.optimizer.state_dict())
+    built = build_model(settings, settings, moe, torch.device("cpu"), "fp32", model)
+    optimizer = create_optimizer(built.model, settings)
+    load_optimizer_state(optimizer, built.model, built.optimizer_state)
+    return built.model, by_name(optimizer.state_dict())
 
 
 def test_all_but_routers_get_weights_moments_and_step_of_what_they_are_copied_from(make_model, options, dense_run):

@@ -12,7 +12,6 @@ from torchvision.transforms import Normalize, RandomResizedCrop
 import clipup
 from clipup.cli import main
 from clipup.train import train
-from clipup.train.parallel.ranks import Ranks
 from clipup.train.setup import build_model
 
 FORCED = {
@@ -27,7 +26,12 @@ FORCED = {
 @pytest.fixture
 def built(options):
     """What a run is built from, under these options."""
-    return lambda **changes: build_model(options(**changes), Ranks(torch.device("cpu")), "fp32")
+
+    def build(**changes):
+        of_run = options(**changes)
+        return build_model(of_run, of_run, None, torch.device("cpu"), "fp32")
+
+    return build
 
 
 def find(transform, kind):
