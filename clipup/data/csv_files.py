@@ -110,8 +110,8 @@ def readable_rows(
     for name in ("csv_img_key", "csv_caption_key"):
         if getattr(form, name) not in header:
             raise ValueError(
-                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: correct "
-                f"{name}, or csv_separator (now {form.csv_separator!r})"
+                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: "
+                f"correct {name}, or csv_separator (now {form.csv_separator!r})"
             )
     image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()

@@ -81,7 +81,7 @@ def build_model(
     preprocess: Any = None,
     tokenizer: Any = None,
     resumed: bool = False,
-    new_model: Mapping[str, float] = MappingProxyType({}),
+    new_model: Mapping[str, Any] = MappingProxyType({}),
 ) -> Built:
     """The model on its device, made sparse if ``moe`` is given.
 
