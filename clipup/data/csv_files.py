@@ -94,11 +94,11 @@ def readable_rows(
     retries: int = RETRIES,
     of_images: bool = False,
 ) -> Iterator[Row]:
-    """The usable rows; the others are noted in `skips`, with `of_images` one row of a missing image. With `directory`,
-    paths are relative to it.
+    """The usable rows. The others are noted in `skips`; with `of_images`, a missing image is noted once. With
+    `directory`, paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
-    cell that holds other rows, which an unclosed quote takes in. All lines of such a row are counted.
+    cell that holds other rows, because of an unclosed quote. All lines of such a row are counted.
 
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
@@ -110,8 +110,8 @@ def readable_rows(
     for name in ("csv_img_key", "csv_caption_key"):
         if getattr(form, name) not in header:
             raise ValueError(
-                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: correct "
-                f"{name}, or csv_separator (now {form.csv_separator!r})"
+                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: "
+                f"correct {name}, or csv_separator (now {form.csv_separator!r})"
             )
     image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()
@@ -122,24 +122,24 @@ def readable_rows(
             continue  # a blank line
         padded, fault, lost = [*cells, *[""] * len(header)], "", count
         image, caption = padded[image_column], padded[caption_column]
-        found = image if directory is None else os.path.join(directory, image)
+        file = image if directory is None else os.path.join(directory, image)
         if any(_holds_a_row(cell, separator, image_column, directory) for cell in cells):
             fault = "a cell holds other rows: close its quote"
         elif any(cells[len(header) :]):
             fault = f"it has {len(cells)} cells, the header has {len(header)}: quote cells that contain the separator"
         elif directory is not None and leaves(image):
             fault, lost = f"its image is not in {directory}", 1
-        elif not os.path.isfile(found):
+        elif not os.path.isfile(file):
             fault, lost = f"there is no such file; relative paths start from {base}", 1
-            if of_images and found in missing:
+            if of_images and file in missing:
                 continue
-            missing.add(found)
+            missing.add(file)
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:
             notes.append(Note(_row_name(path, line, image), fault, lost))
         else:
-            yield Row(line, found, caption)
+            yield Row(line, file, caption)
     skips.add(notes)
 
 
@@ -153,7 +153,7 @@ def _row_name(path: str, line: int, image: str) -> str:
 
 
 def _records(path: str, argument: str, separator: str, retried: Retries) -> Iterator[tuple[int, int, list[str]]]:
-    """Of each row: its first line, how many lines it has, and its cells."""
+    """The first line, number of lines and cells of each row."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
     content = read_whole(Path(path).read_bytes, path, argument, retried)
@@ -175,7 +175,7 @@ def _records(path: str, argument: str, separator: str, retried: Retries) -> Iter
 
 
 def _holds_a_row(cell: str, separator: str, image_column: int, directory: str | os.PathLike | None) -> bool:
-    """Whether a line of the cell has the path of a file where rows have that of their image; captions may have several
-    lines, with separators."""
-    lines = (line.split(separator) for line in cell.split("\n")) if "\n" in cell and separator in cell else ()
-    return any(os.path.isfile(os.path.join(directory or "", *one[image_column : image_column + 1])) for one in lines)
+    """Whether a line of the cell has the path of a file in the column of images. Captions may have several lines, with
+    separators."""
+    rows = (line.split(separator) for line in cell.split("\n")) if "\n" in cell and separator in cell else ()
+    return any(os.path.isfile(os.path.join(directory or "", *row[image_column : image_column + 1])) for row in rows)

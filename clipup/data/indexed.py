@@ -38,8 +38,8 @@ _FILLING = -1
 def indexed_data(options: DataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:
     """Training data from a source.
 
-    Raises ValueError when there are too few samples for a step, more are unreadable than may be skipped, or a cache
-    would take more than half of the memory.
+    Raises ValueError when there are too few samples for a step, when more are unreadable than may be skipped, or when a
+    cache would take more than half of the memory.
     """
     skips = reader.skips
     check_found(len(source), skips, options.source, "train_data")
@@ -86,7 +86,7 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
         "global_batch": batches.global_size,
         "data": samples.digest,
     }
-    return TrainData(counted, reader.epoch, skips, accum_freq=accum_freq, places=places, order=described)
+    return TrainData(counted, options, reader, places=places, order=described)
 
 
 def _tokens(tokenizer: Callable[[list[str]], Tensor], text: str) -> Tensor:
@@ -140,7 +140,7 @@ class IndexedBatches(Dataset):
         epoch, batch = place
         positions = self.batches.positions(batch)
         rows, seeds = self.order.rows_at(epoch, positions), self.order.seeds(epoch, positions)
-        found: list[tuple[Tensor, Tensor]] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         tries, notes = 0, self.samples.notes
         with own_choices():
             for position, row, seed in zip(positions.tolist(), rows.tolist(), seeds.tolist(), strict=True):
@@ -153,12 +153,12 @@ class IndexedBatches(Dataset):
                         break
                 if sample is None:
                     raise ValueError(
-                        f"train_data: only {len(found)} of {tries} samples can be read, too few for a batch of "
+                        f"train_data: only {len(pairs)} of {tries} samples can be read, too few for a batch of "
                         f"{len(positions)}{notes.first()}"
                     )
                 image, captions = sample
-                found.append((image, self.tokens(captions[seed % len(captions)])))
-        return (*default_collate(found), notes.report())
+                pairs.append((image, self.tokens(captions[seed % len(captions)])))
+        return (*default_collate(pairs), notes.report())
 
     def _candidates(self, epoch: int, position: int, row: int) -> Iterator[int]:
         """The row at a position, then its spares."""
@@ -179,7 +179,7 @@ class _Cached:
         seeds = EpochOrder(len(samples), options.seed).seeds(_FILLING, numbers)
         places = np.array_split(np.stack([numbers.astype(np.uint64), seeds], 1), -(-len(samples) // _READ_AT_ONCE))
         with Progress("reading images into memory", "images", len(samples), show=progress) as bar:
-            for images, captions, report in each(partial(_read, samples), places, max(1, options.workers)):
+            for images, captions, report in each(partial(_read, samples), places, options.workers):
                 reader.skips.add(report.skipped)
                 _check_memory(len(samples), images[:1].numel(), reader.world_size)
                 self.images += images.clone().unbind()  # workers hand over shared memory, which is scarcer
@@ -196,16 +196,16 @@ class _Cached:
 
 
 def _read(samples: _Samples, places: np.ndarray) -> tuple[Tensor, dict[int, list[str]], Report]:
-    """Of some samples, by (row, seed): the readable images, the captions by row, and a report."""
+    """Reads samples by (row, seed): the readable images [N, C, H, W], their captions by row, and a report."""
     with own_choices():
-        found = {row: sample for row, seed in places.tolist() if (sample := samples.read(row, seed)) is not None}
+        readable = {row: sample for row, seed in places.tolist() if (sample := samples.read(row, seed)) is not None}
     # collated into shared memory at once: where that is full, the worker says so, and the queue would wait for ever
-    images = default_collate([image for image, _ in found.values()]) if found else torch.empty(0)
-    return images, {row: captions for row, (_, captions) in found.items()}, samples.notes.report()
+    images = default_collate([image for image, _ in readable.values()]) if readable else torch.empty(0)
+    return images, {row: captions for row, (_, captions) in readable.items()}, samples.notes.report()
 
 
 def _check_memory(count: int, numbers: int, world_size: int) -> None:
-    """Refuses a cache of so many images of so many numbers each that would not fit."""
+    """Refuses a cache of ``count`` images of ``numbers`` float32 each that would not fit."""
     here = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))  # set by torchrun
     needed, memory = count * numbers * 4 * here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:

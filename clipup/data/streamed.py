@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
-from .shard_names import open_shard, shard_weights, sizes_of
+from .shard_names import names_digest, open_shard, shard_weights, sizes_of
+from .shard_writer import SIZES_FILE
 from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
 from .train_data import CountedBatches, Reader, TrainData, mixed_seed
@@ -32,16 +33,30 @@ from .train_data import CountedBatches, Reader, TrainData, mixed_seed
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
 _DRAWN = 1000
-"""Shards of a pass that are drawn with replacement; if none of them can be read, the next pass is not begun."""
+"""Draws with replacement in a pass. If none of these shards can be read, the next pass is not begun."""
 
 
-def streamed_data(options: DataOptions, shards: list[str], num_samples: int, reader: Reader) -> TrainData:
+def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
     """Training data from shards.
 
-    Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them; a worker that
-    runs out of full batches starts over, in another order. `num_samples`: samples per epoch, before rounding.
+    Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them. A worker that
+    runs out of full batches starts over, in another order.
+
+    Raises ValueError when there are fewer shards than workers, or the number of samples is unknown.
     """
-    workers = max(1, options.workers)
+    workers, sizes, num_samples = max(1, options.workers), sizes_of(shards), options.train_num_samples
+    if not options.dataset_resampled and len(shards) < workers * reader.world_size:
+        raise ValueError(
+            f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
+            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers"
+        )
+    if num_samples is None and not sizes.keys() >= set(shards):
+        raise ValueError(
+            f"train_num_samples: not given, and no {SIZES_FILE} beside {shards[0]} gives the number of samples of "
+            "these shards: pass the number of samples per epoch"
+        )
+    if num_samples is None:
+        num_samples = sum(sizes[shard] for shard in shards)
     worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
     generator = torch.Generator()
     loader = DataLoader(
@@ -62,15 +77,8 @@ def streamed_data(options: DataOptions, shards: list[str], num_samples: int, rea
         total=num_samples,
         world_size=reader.world_size,
     )
-    return TrainData(
-        batches,
-        reader.epoch,
-        reader.skips,
-        accum_freq=options.accum_freq,
-        seed=options.seed,
-        rank=reader.rank,
-        generator=generator,
-    )
+    digest = "" if options.dataset_resampled else names_digest(shards)  # every rank draws from shards of its own
+    return TrainData(batches, options, reader, generator=generator, shards=digest)
 
 
 class StreamedBatches(IterableDataset):
@@ -80,7 +88,11 @@ class StreamedBatches(IterableDataset):
     """
 
     def __init__(self, options: DataOptions, shards: list[str], usual: int, batches: int, reader: Reader) -> None:
-        """`usual`: samples of a shard, where unknown; `batches`: of a worker in an epoch."""
+        """
+        Args:
+            usual: samples of a shard whose number is unknown.
+            batches: a worker's batches in an epoch.
+        """
         self.options, self.shards, self.usual, self.batches, self.reader = options, shards, usual, batches, reader
         factors = options.train_data_upsampling_factors
         self.weights = None if factors is None else shard_weights(options.source, factors, options.allow_pipe)
@@ -138,7 +150,7 @@ class StreamedBatches(IterableDataset):
                 _leave(file)
 
     def _shards(self, number: int) -> Iterator[str]:
-        """The shards of this worker in a pass; of those that are drawn with replacement, so many."""
+        """This worker's shards for one pass. With replacement: a fixed number of draws."""
         worker, workers = _worker()
         if self.options.dataset_resampled:
             yield from self._random(number, self.reader.rank, worker).choices(self.shards, self.weights, k=_DRAWN)
@@ -156,13 +168,13 @@ class StreamedBatches(IterableDataset):
 
 
 def _worker() -> tuple[int, int]:
-    """The number of the data worker that calls it, and of all of them."""
+    """The calling data worker's number, and the number of workers."""
     worker = get_worker_info()
     return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def opened(shard: str) -> BinaryIO:
-    """A shard whose beginning can be read: where a program such as curl delivers it, its failure shows there."""
+    """Opens a shard and reads its beginning, where the failure of a program that delivers it, such as curl, shows."""
     file: Any = open_shard(shard)
     stream = getattr(file, "stream", file)
     if hasattr(stream, "peek") and not stream.peek():

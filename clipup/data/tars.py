@@ -40,12 +40,12 @@ _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as 
 
 @dataclass
 class Members:
-    """Of one sample, by extension: their content, where it was read, and their place (offset, size) in the file."""
+    """The members of one sample by extension: their content, if it was read, and their place (offset, size)."""
 
     key: str
     shard: str
     offset: int
-    """Of the first one."""
+    """Where the header of the first member begins."""
     content: dict[str, bytes] = field(default_factory=dict)
     place: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ def caption_of(content: bytes) -> str:
 
 
 def captions_in(content: bytes) -> tuple[list[str], dict]:
-    """The captions of a json, none if it is no object or lists none, and the rest of it."""
+    """The list of captions in a json, empty if there is none, and the rest of the json."""
     about: dict = {}
     with suppress(ValueError, TypeError):
         about = dict(json.loads(content))
@@ -139,14 +139,14 @@ def read_samples(
             another one, or none, when the file is read again. With them it ends the shard, as damage does, unless it
             says what this process lacks.
         expected: how many samples the shard should have, where known.
-        usual: how many similar shards have, where `expected` is unknown. With 0, `lose` gets 0 samples for a shard that
-            was not read to its end.
+        usual: how many samples similar shards have, for an unknown `expected`. With 0, `lose` gets 0 samples for a
+            shard that was not read to its end.
     """
     damage: list[str] = []
-    found = 0
+    count = 0
     for sample in _samples(file, shard, images, damage):
         dotted = [] if sample.image else [name for name in sample.place if name.endswith(_DOTTED_IMAGES)]
-        found += len(dotted) or 1
+        count += len(dotted) or 1
         if dotted:
             lose(
                 f"images of {sample.named}",
@@ -156,13 +156,13 @@ def read_samples(
             )
         else:
             yield sample
-    name = f"a part of {shard}" if found else shard
-    if expected is not None and expected >= max(found, 1):
-        if expected > found:
-            reason = f"it holds {found} samples, {SIZES_FILE} beside it lists more"
-            lose(name, next(iter(damage), reason), expected - found)
+    name = f"a part of {shard}" if count else shard
+    if expected is not None and expected >= max(count, 1):
+        if expected > count:
+            reason = f"it holds {count} samples, {SIZES_FILE} beside it lists more"
+            lose(name, next(iter(damage), reason), expected - count)
     elif damage:
-        lose(name, damage[0], max(1, usual - found) if usual else 0)
+        lose(name, damage[0], max(1, usual - count) if usual else 0)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -221,8 +221,8 @@ def _samples(file: BinaryIO, shard: str, images: bool, damage: list[str]) -> Ite
 
 
 class _Header(tarfile.TarInfo):
-    """Keeps the last block that was read as a header: at a damaged one tarfile ends as at the end mark, which is zero.
-    Each file has a subclass of its own."""
+    """Keeps the last block that was read as a header. At a damaged one tarfile ends without an error, as at the end
+    mark, which is zero. Each file has its own subclass."""
 
     last: bytes | bytearray = b""
 

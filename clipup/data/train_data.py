@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ..checks import check
 from .options import DataOptions
 from .processes import reading
 from .skips import Skips
@@ -55,11 +56,8 @@ class TrainData:
 
     dataloader: Any
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
-    epoch: Synchronized[int]
-    skips: Skips
-    accum_freq: int = 1
-    seed: int = 0
-    rank: int = 0
+    options: DataOptions
+    reader: Reader
     generator: torch.Generator | None = None
     """The data loader's of streamed data, which seeds its workers; re-seeded every epoch."""
     places: Places | None = None
@@ -67,10 +65,16 @@ class TrainData:
     order: dict[str, Any] | None = None
     """What the order of samples depends on besides the epoch, as plain values. None for streamed data,
     whose order also depends on the numbers of ranks and workers."""
-    options: DataOptions | None = None
-    """What the data were made from."""
     shards: str = ""
     """Of streamed data: a digest of which shards there are."""
+
+    @property
+    def accum_freq(self) -> int:
+        return self.options.accum_freq
+
+    @property
+    def skips(self) -> Skips:
+        return self.reader.skips
 
     @property
     def skipped(self) -> int:
@@ -82,14 +86,14 @@ class TrainData:
         Args:
             first_step: the step of the epoch, of `accum_freq` batches, to start with; for indexed data only.
         """
-        self.epoch.value = epoch
+        self.reader.epoch.value = epoch
         if self.places is not None:
             self.places.epoch, self.places.first = epoch, first_step * self.accum_freq
-        elif first_step:
-            raise ValueError(f"first_step: got {first_step}, but streamed data start at the beginning of an epoch")
+        else:
+            check("first_step", first_step, first_step == 0, "0 for streamed data, which start at an epoch's beginning")
         if self.generator is not None:
-            own = (self.rank,) if self.rank else ()  # so that ranks do not augment alike
-            self.generator.manual_seed(mixed_seed(self.seed, epoch, *own))
+            own = (self.reader.rank,) if self.reader.rank else ()  # so that ranks do not augment alike
+            self.generator.manual_seed(mixed_seed(self.options.seed, epoch, *own))
 
 
 class CountedBatches:

@@ -214,8 +214,7 @@ def csv(root: str | Path, split: str, options: CsvOptions) -> RetrievalSet:
 
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
     """The given file, else the first of these names that exists in ``root``."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"root: there is no directory {root}; expected that of the benchmark")
+    checks.directory(root, "that of the benchmark", "root")
     candidates = [Path(given)] if given is not None else [root / name for name in names]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:

@@ -48,8 +48,7 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
             classes or by one that is twice in the list, numbers other than 0 to N - 1 for N classes, or no image.
     """
     root = Path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory per class")
+    checks.directory(directory, "one with a subdirectory per class")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     labels = _labels(directory, [folder.name for folder in folders], classes)
     found = [

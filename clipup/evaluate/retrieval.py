@@ -31,6 +31,12 @@ class NonFiniteFeatures(ValueError, FloatingPointError):
     """Features contain NaN or infinity and cannot be ranked."""
 
 
+def check_finite(name: str, features: Tensor) -> None:
+    """Raises NonFiniteFeatures, naming the features, for NaN and infinity."""
+    if not features.isfinite().all():
+        raise NonFiniteFeatures(f"{name} contains NaN or infinity, so nothing can be ranked: the model is broken")
+
+
 def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, Any]:
     """Recall in both directions, as fractions of 1.
 
@@ -216,7 +222,4 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
         without = torch.bincount(column, minlength=len(features)) == 0
         if without.any():
             raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
-        if not features.isfinite().all():
-            raise NonFiniteFeatures(
-                f"{name}_features contains NaN or infinity, so nothing can be ranked: the model is broken"
-            )
+        check_finite(f"{name}_features", features)

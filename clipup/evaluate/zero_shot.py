@@ -15,7 +15,7 @@ from ..precision import Precision, autocast
 from ..progress import progress
 from .datasets import Template
 from .encode import device_of, encode_images, in_batches
-from .retrieval import NonFiniteFeatures
+from .retrieval import check_finite
 from .shares import Share
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
@@ -71,11 +71,8 @@ def zero_shot(
     if classifier is None:
         classifier = zero_shot_classifier(model, classes, tokenizer, templates, batch_size, precision, share)
     image_features = encode_images(model, images(), batch_size, precision, share)
-    for name, features in (("image_features", image_features), ("the features of the classes", classifier)):
-        if not features.isfinite().all():
-            raise NonFiniteFeatures(
-                f"{name} contain NaN or infinity, so nothing can be classified: the model is broken"
-            )
+    check_finite("image_features", image_features)
+    check_finite("classifier", classifier)
     truth = torch.tensor([label for batch in share.join(list(in_batches(labels, batch_size))) for label in batch])
     best = (image_features @ classifier).topk(min(max(TOP_K), len(classes)), dim=1).indices
     hits = best == truth[:, None]

@@ -172,7 +172,7 @@ def test_a_program_ends_while_its_data_workers_are_alive(pictures):
     assert ended.stderr == ""
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_over_items_has_their_order_and_raises_their_errors(workers, no_more_children):
     assert list(each(abs, range(-40, 40), workers)) == [abs(number) for number in range(-40, 40)]
     with pytest.raises(KeyError, match="seven"):
