@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .images import MAX_PIXELS, load_image, preprocessed
+from .images import MAX_PIXELS, load_image, read_sample
 from .processes import each
 from .samples import Sample
-from .skips import Note, Retries, Skips, raise_lack
+from .skips import Note, Notes, Retries, Skips
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,14 +81,13 @@ class EvalSamples:
         assert self.preprocess is not None  # set before images are read
         read = partial(_read, self.preprocess, self.max_image_pixels, self.resize, Retries())
         with closing(each(read, chunks, workers)) as batches:
-            for chunk, (images, reasons) in zip(chunks, batches, strict=True):
-                for sample, reason in zip(chunk, reasons, strict=True):
-                    if reason and self.strict:
-                        raise ValueError(f"cannot read the image {sample.named}: {reason}; repair or remove it")
-                    if reason:
-                        self.skips.add([Note(sample.named, reason)])
-                        self.skips.check(self._total)
-                kept = [sample for sample, reason in zip(chunk, reasons, strict=True) if not reason]
+            for chunk, (images, rows, skipped) in zip(chunks, batches, strict=True):
+                if skipped and self.strict:
+                    name, reason, _ = skipped[0]
+                    raise ValueError(f"cannot read the image {name}: {reason}; repair or remove it")
+                self.skips.add(skipped)
+                self.skips.check(self._total)
+                kept = [chunk[row] for row in rows]
                 if kept:
                     yield images, [list(sample.captions) for sample in kept], [dict(sample.metadata) for sample in kept]
 
@@ -99,28 +98,24 @@ def _read(
     resize: Resize | None,
     retried: Retries,
     samples: Sequence[Sample],
-) -> tuple[Tensor | None, list[str]]:
-    """The readable images [B, C, H, W], and for each sample why it cannot be read ("" if it can)."""
-    images, reasons = [], []
-    for sample in samples:
-        try:
-            content = retried(lambda: sample.named, lambda: _content(sample))  # noqa: B023
-            image, reason = load_image(content, max_pixels, resize), ""
-        except Exception as error:  # PIL has no common class for what a broken file may raise
-            raise_lack(error)
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            images.append(preprocessed(preprocess, image, lambda: sample.named))  # noqa: B023
-        reasons.append(reason)
-    return default_collate(images) if images else None, reasons
+) -> tuple[Tensor | None, list[int], list[Note]]:
+    """The readable images [B, C, H, W], their numbers among the samples, and notes on the others."""
+    images, notes = dict[int, Tensor](), Notes()
+    for row, sample in enumerate(samples):
+        name = partial(str, sample.named)
+        read = partial(retried, name, partial(_content, sample))
+        image_and_captions = read_sample(read, name, preprocess, max_pixels, notes.add, resize)
+        if image_and_captions is not None:
+            images[row] = image_and_captions[0]
+    return default_collate([*images.values()]) if images else None, [*images], notes.report().skipped
 
 
 def read_image(sample: Sample) -> Image:
     """The image of a sample. Raises as `load_image`."""
-    return load_image(_content(sample))
+    return load_image(_content(sample)[0])
 
 
-def _content(sample: Sample) -> bytes:
+def _content(sample: Sample) -> tuple[bytes, list[str]]:
     with open(sample.path, "rb") as file:
         file.seek(sample.offset or 0)
-        return file.read(-1 if sample.size is None else sample.size)
+        return file.read(-1 if sample.size is None else sample.size), []

@@ -88,10 +88,32 @@ def upright(image: Image) -> Image:
         return image
 
 
-def preprocessed(preprocess: Callable[[Image], Tensor], image: Image, name: Callable[[], str]) -> Tensor:
-    """The transformed image. An error of the transform becomes a ValueError that names the image."""
+def read_sample(
+    read: Callable[[], tuple[bytes, list[str]]],
+    name: Callable[[], str],
+    preprocess: Callable[[Image], Tensor],
+    max_pixels: int,
+    skip: Callable[[str, str], None],
+    resize: Resize | None = None,
+) -> tuple[Tensor, list[str]] | None:
+    """The preprocessed image of a sample, and its captions; None if they cannot be read.
+
+    Args:
+        read: gives the content of the image's file, and the captions.
+        name: gives the sample's name in messages.
+        skip: called with name and reason of a sample that cannot be read.
+
+    Raises what ``raise_lack`` raises, and ValueError, naming the sample, for an error of ``preprocess``.
+    """
     try:
-        return preprocess(image)
+        content, captions = read()
+        image = load_image(content, max_pixels, resize)
+    except Exception as error:  # PIL has no common class for what a broken file may raise
+        raise_lack(error)
+        skip(name(), f"{type(error).__name__}: {error}")
+        return None
+    try:
+        return preprocess(image), captions
     except Exception as error:
         raise_lack(error)
         raise ValueError(f"{type(error).__name__}: {error} (preprocess of {name()})") from error

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..progress import Progress
 from .epoch_order import RULE, EpochOrder, GlobalBatches
-from .images import load_image, preprocessed
+from .images import read_sample
 from .options import DataOptions
 from .processes import each, worker_init_fn
 from .samples import Source, check_found, digest_of
-from .skips import Notes, Report, Retries, raise_lack
+from .skips import Notes, Report, Retries
 from .train_data import CountedBatches, Places, Reader, TrainData, own_choices, seed_choices
 
 _READ_AT_ONCE = 64
@@ -105,15 +105,10 @@ class _Samples:
 
     def read(self, row: int, seed: int) -> tuple[Tensor, list[str]] | None:
         """The preprocessed image and the captions; None, with a note, if they cannot be read."""
-        try:
-            content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
-            image = load_image(content, self.max_pixels)
-        except Exception as error:  # PIL has no common class for what a broken file may raise
-            raise_lack(error)
-            self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
-            return None
         seed_choices(seed)
-        return preprocessed(self.preprocess, image, lambda: self.source.name(row)), captions
+        name = partial(self.source.name, row)
+        read = partial(self.retried, name, partial(self.source.read, row))
+        return read_sample(read, name, self.preprocess, self.max_pixels, self.notes.add)
 
 
 class IndexedBatches(Dataset):

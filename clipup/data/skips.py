@@ -1,7 +1,7 @@
-"""What cannot be read: retried, then skipped, logged and counted once; too many skipped samples raise an error.
+"""Unreadable samples: tried again, then skipped, logged and counted once. Too many of them raise an error.
 
 Worker processes only take notes, which accompany the batches to the main process. So counts do not depend on which
-worker met a sample first.
+worker read a sample first.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Retries:
         """The result of ``read``. Raises its last OSError; one that waiting cannot repair is raised at once.
 
         Args:
-            name: gives the name of what is read, for the log.
+            name: gives the name of the file or sample, for the log.
         """
         number = 0
         while True:
@@ -142,7 +142,7 @@ class Skips:
         self.samples: dict[str, int] = {}
         """The number of samples that each note stands for, by its name."""
         self.first = ""
-        """The first one and its reason, as text."""
+        """The name of the first skipped sample and the reason, as text."""
 
     def __int__(self) -> int:
         return sum(self.samples.values())
@@ -172,7 +172,7 @@ class Skips:
 
         Args:
             total: samples of all processes.
-            samples: what this one skipped, as the attribute of this name.
+            samples: those that this process skipped, as the attribute of this name.
             gather: returns every process's value on every process.
         """
         skipped, firsts = zip(*gather((samples, self.first)), strict=True)

@@ -21,7 +21,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from .images import load_image, preprocessed
+from .images import read_sample
 from .options import DataOptions
 from .processes import worker_init_fn
 from .shard_names import names_digest, open_shard, shard_weights, sizes_of
@@ -121,15 +121,10 @@ class StreamedBatches(IterableDataset):
         draws = self._random(number, self.reader.rank, _worker()[0])
         shuffled = webdataset.shuffle(*_SAMPLE_BUFFER, rng=self._random(number))
         for members in shuffled(self._members(number)):
-            try:
-                parts = complete(members)
-                image = load_image(members.content[parts.image], self.options.max_image_pixels)
-            except Exception as error:  # PIL has no common class for what a broken file may raise
-                raise_lack(error)
-                self.notes.add(members.named, f"{type(error).__name__}: {error}")
-                continue
-            tensor = preprocessed(self.reader.preprocess, image, lambda: members.named)  # noqa: B023
-            yield tensor, self.reader.tokenizer([draws.choice(parts.captions)])[0]
+            name, limit = partial(str, members.named), self.options.max_image_pixels
+            sample = read_sample(partial(_content, members), name, self.reader.preprocess, limit, self.notes.add)
+            if sample is not None:
+                yield sample[0], self.reader.tokenizer([draws.choice(sample[1])])[0]
 
     def _members(self, number: int) -> Iterator[Members]:
         """The samples of a pass, complete or not. Damaged parts are skipped and noted."""
@@ -165,6 +160,11 @@ class StreamedBatches(IterableDataset):
 
     def _random(self, *parts: int) -> random.Random:
         return random.Random(mixed_seed(self.options.seed, self.reader.epoch.value, *parts))
+
+
+def _content(members: Members) -> tuple[bytes, list[str]]:
+    parts = complete(members)
+    return members.content[parts.image], parts.captions
 
 
 def _worker() -> tuple[int, int]:

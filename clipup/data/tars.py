@@ -1,4 +1,4 @@
-"""Reading the samples of WebDataset shards; what a damaged file lost is reported.
+"""Reading the samples of WebDataset shards. Samples that a damaged file lost are reported.
 
 A sample consists of consecutive members of a tar file with the same key: `KEY.png`, `KEY.txt`. A key ends at the first
 dot of the base name. Links, sparse files and other special members are not read, and nothing is extracted to disk.
@@ -134,10 +134,10 @@ def read_samples(
 
     Args:
         file: read once from start to end; must be seekable without `images`.
-        lose: called with name, reason and number of samples for what is missing.
-        images: whether image contents are read, or only their places. Without them, an OSError is raised: it can be
-            another one, or none, when the file is read again. With them it ends the shard, as damage does, unless it
-            says what this process lacks.
+        lose: called with name, reason and number for lost samples.
+        images: whether image contents are read, or only their places. Without them, an OSError is raised: reading the
+            file again may succeed. With them it ends the shard, as damage does, unless this process lacks memory or
+            file descriptors.
         expected: how many samples the shard should have, where known.
         usual: how many samples similar shards have, for an unknown `expected`. With 0, `lose` gets 0 samples for a
             shard that was not read to its end.
@@ -174,7 +174,7 @@ def _split(name: str) -> tuple[str, str]:
 def _samples(file: BinaryIO, shard: str, images: bool, damage: list[str]) -> Iterator[Members]:
     """Consecutive members with the same key, as samples. A special member has no content, but makes a sample.
 
-    What ends reading early is appended to `damage`. The sample in whose content it is, is not returned.
+    The reason for an early end is appended to `damage`. The sample that it cuts off is not returned.
     """
 
     class Header(_Header):

@@ -31,7 +31,7 @@ class Reader(NamedTuple):
     rank: int
     world_size: int
     epoch: Synchronized[int]
-    """The current one, visible to worker processes that were started in an earlier one."""
+    """The current epoch. Worker processes that were started in an earlier epoch see it change."""
     skips: Skips
 
 
