@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from .. import checks
 from ..option_group import OptionGroup, Resumed, option
@@ -38,24 +37,16 @@ class CsvOptions(OptionGroup):
     """Column with the captions. A cell is one caption, whatever it holds."""
 
 
-class Row(NamedTuple):
-    """A usable row: its first line, the path of its image, and its caption."""
-
-    line: int
-    image: str
-    caption: str
-
-
 class CsvSource:
     """The usable rows of a CSV file, for training."""
 
     def __init__(self, path: str, form: CsvOptions, skips: Skips, retries: int = RETRIES) -> None:
         self.path = path
         self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
-        for row in readable_rows(path, form, skips, "train_data", retries=retries):
-            self.lines.append(row.line)
-            self.images.append(row.image)
-            self.captions.append(row.caption)
+        for line, image, caption in readable_rows(path, form, skips, "train_data", retries=retries):
+            self.lines.append(line)
+            self.images.append(image)
+            self.captions.append(caption)
         self.digest = digest_of(self.lines, self.captions.content, self.captions.ends)
 
     def __len__(self) -> int:
@@ -77,8 +68,8 @@ def csv_samples(
         directory: which paths are relative to; they may not lead out of it.
     """
     captions: dict[str, list[str]] = {}
-    for row in readable_rows(path, form, skips, argument, directory, of_images=True):
-        captions.setdefault(row.image, []).append(row.caption)
+    for _, image, caption in readable_rows(path, form, skips, argument, directory, of_images=True):
+        captions.setdefault(image, []).append(caption)
     return [
         Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
         for image, of_image in captions.items()
@@ -93,9 +84,9 @@ def readable_rows(
     directory: str | os.PathLike | None = None,
     retries: int = RETRIES,
     of_images: bool = False,
-) -> Iterator[Row]:
-    """The usable rows. The others are noted in `skips`; with `of_images`, a missing image is noted once. With
-    `directory`, paths are relative to it.
+) -> Iterator[tuple[int, str, str]]:
+    """The usable rows: first line, path of the image, caption. The others are noted in `skips`; with `of_images`, a
+    missing image is noted once. With `directory`, paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
     cell that holds other rows, because of an unclosed quote. All lines of such a row are counted.
@@ -139,7 +130,7 @@ def readable_rows(
         if fault:
             notes.append(Note(_row_name(path, line, image), fault, lost))
         else:
-            yield Row(line, file, caption)
+            yield line, file, caption
     skips.add(notes)
 
 

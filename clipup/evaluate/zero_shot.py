@@ -9,6 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..checks import check
 from ..clip.inputs import CheckedTokenizer
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast
@@ -63,8 +64,8 @@ def zero_shot(
 
     def images() -> Iterator[Tensor]:
         for image, label in progress(samples, "classifying", "images", show=show_progress):
-            if not 0 <= label < len(classes):
-                raise ValueError(f"image {len(labels)} has class {label}, but there are {len(classes)} class names")
+            name = f"the class of image {len(labels)}"
+            check(name, label, 0 <= label < len(classes), f"0 to {len(classes) - 1}, the number of a class name")
             labels.append(label)
             yield image if preprocess is None else preprocess(image)
 
@@ -92,8 +93,8 @@ def zero_shot_classifier(
     """The mean features of the prompts of each class, normalized, [D, classes] in float32 on the CPU (open_clip's
     ``build_zero_shot_classifier``). The arguments are those of ``zero_shot``; every process passes all classes."""
     for template in templates:
-        if isinstance(template, str) and "{}" not in template:
-            raise ValueError(f"templates: {template!r} has no {{}}, which stands for the class name")
+        is_complete = not isinstance(template, str) or "{}" in template
+        check("templates", template, is_complete, "a function, or text with {} for the class name")
     share = share or Share()
     at_once = max(1, batch_size // len(templates))
     device, checked = device_of(model), CheckedTokenizer(tokenizer, model)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from picture_samples import png, preprocess
 
+from clipup.data.formats import name_of_format
 from clipup.data.loaders import eval_samples
 
 
@@ -94,3 +95,18 @@ def test_unreadable_images_are_skipped_and_counted_once(pictures, workers, caplo
             seen = [int(i) for images, _, _ in samples.batches(2, workers) for i in images[:, 0, 0, 0]]
             assert seen == [0, 1, 3, 4]
     assert samples.skipped == 2 and caplog.text.count("s2 in") == 1
+
+
+@pytest.mark.parametrize(
+    "source, dataset_type, name",
+    [
+        ("data/a.csv", "auto", "csv"),
+        ("a.tar.tsv", "auto", "csv"),
+        ("https://host/{00..99}.tar?version=3", "auto", "webdataset"),
+        ("tars.tar/a.txt", "auto", None),
+        ("a.tar", "csv", "csv"),
+        (None, "csv", None),
+    ],
+)
+def test_the_format_of_data_goes_by_the_ending_unless_it_is_given(source, dataset_type, name):
+    assert name_of_format(source, dataset_type) == name

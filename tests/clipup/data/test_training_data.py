@@ -142,6 +142,7 @@ def test_a_pickle_beside_an_image_is_not_executed(pictures, kind, tmp_path):
         ("cached webdataset", {"dataset_resampled": True}),
         ("cached webdataset", {"batch_size": 25}),
         ("csv", {"batch_size": 25}),
+        ("csv", {"dataset_resampled": True}),
         ("csv", {"csv_img_key": "image"}),
         ("csv", {"csv_caption_key": "text"}),
         ("csv", {"csv_separator": "||"}),
