@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from .images import MAX_PIXELS, load_image, read_sample
 from .processes import each
-from .samples import Sample
+from .samples import Sample, content_at
 from .skips import Note, Notes, Retries, Skips
 
 if TYPE_CHECKING:
@@ -117,5 +117,4 @@ def read_image(sample: Sample) -> Image:
 
 def _content(sample: Sample) -> tuple[bytes, list[str]]:
     with open(sample.path, "rb") as file:
-        file.seek(sample.offset or 0)
-        return file.read(-1 if sample.size is None else sample.size), []
+        return content_at(file, sample.offset, sample.size), []

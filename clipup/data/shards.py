@@ -22,7 +22,7 @@ import numpy as np
 from ..atomic_files import replace_files
 from ..progress import Progress
 from .processes import each
-from .samples import PackedTexts, Sample, digest_of
+from .samples import PackedTexts, Sample, content_at, digest_of
 from .shard_names import check_local, sizes_of
 from .skips import RETRIES, Note, Retries, Skips, SourceError, read_whole
 from .tars import Members, Parts, caption_of, captions_in, complete, key_of, lines, read_samples
@@ -98,8 +98,8 @@ class ShardSource:
                     f"{self.shards[number]} was replaced or changed after its samples were indexed: do not write into "
                     "data that are in use. Start again, so that it is indexed again"
                 )
-            image = _content(file, place["image"], place["image_size"])
-            text = _content(file, place["text"], place["text_size"])
+            image = content_at(file, place["image"], place["image_size"])
+            text = content_at(file, place["text"], place["text_size"])
         if not place["json"]:
             return image, [caption_of(text)]
         captions, about = captions_in(text)
@@ -112,11 +112,6 @@ class ShardSource:
 def _state_of(file: BinaryIO) -> FileState:
     state = os.fstat(file.fileno())
     return state.st_size, state.st_mtime_ns
-
-
-def _content(file: BinaryIO, offset: np.integer, size: np.integer) -> bytes:
-    file.seek(int(offset))
-    return file.read(int(size))
 
 
 def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Sample]:

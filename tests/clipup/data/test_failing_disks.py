@@ -82,7 +82,7 @@ def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
     def lost(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(shards, "_content", lost)
+    monkeypatch.setattr(shards, "content_at", lost)
     with pytest.raises(ValueError, match="Input/output error"):
         epoch_of(data)
     assert len(pauses) == 4
