@@ -18,7 +18,7 @@ RULE = 1
 
 _ROUNDS = 8
 _FEW = 1024
-"""Up to so many rows are sorted by hashes: networks over a few bits favour some orders measurably."""
+"""Up to this number of rows, they are sorted by hashes: networks over a few bits favour some orders measurably."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from ..precision import cores
 
 _SECONDS_TO_END = 1
-"""For all workers together, from when they are told to end until they are killed."""
+"""Time for all workers together to end before they are killed."""
 
 
 def each(
@@ -113,9 +113,9 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
     """An iterator over a data loader, whose workers end if the block is left before the last batch, with errors as in
     ``lost_workers_named``; the rest of the block is not interrupted.
 
-    Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
-    both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
-    five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
+    Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator. If both
+    are collected at once and the queues go first, no worker is told to end, and the process waits five seconds for
+    each. Persistent workers stay for the next iteration unless an error ends this one.
     """
     with lost_workers_named():
         iterator = iter(loader)
@@ -184,7 +184,7 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """torch's workers notice that their parent has ended only where they wait for it, not while they read."""
+    """Ends a worker with its parent. torch's workers notice that only while they wait for it, not while they read."""
     wait([parent])
     os.killpg(os.getpid(), signal.SIGKILL)
 

@@ -1,7 +1,7 @@
 """Training batches streamed from WebDataset shards, with webdataset's readers of URLs and shuffle buffer.
 
 For shards by URL, and for resampled ones. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
-of ranks and workers. What cannot be read is skipped and counted; opening a shard is tried again. Only images and texts
+of ranks and workers. Unreadable samples are skipped and counted; opening a shard is tried again. Only images and texts
 are decoded: webdataset's own decoder unpickles members with certain extensions.
 """
 
@@ -77,7 +77,7 @@ def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> Tr
         total=num_samples,
         world_size=reader.world_size,
     )
-    digest = "" if options.dataset_resampled else names_digest(shards)  # every rank draws from shards of its own
+    digest = "" if options.dataset_resampled else names_digest(shards)  # each rank draws from its own shards
     return TrainData(batches, options, reader, generator=generator, shards=digest)
 
 

@@ -23,7 +23,7 @@ _SHOWN = 3
 
 
 def read_lines(path: str | Path, kind: str = "name") -> list[str]:
-    """The non-blank lines of a text file: class names, templates with ``{}``, or what else a line is (``kind``).
+    """The non-blank lines of a text file: class names, templates with ``{}``, or another ``kind`` of line.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or an empty one.

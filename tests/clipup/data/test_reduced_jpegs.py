@@ -83,7 +83,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_whole_scale_with_twice_the_pixels(mon
 @pytest.mark.parametrize(
     "preprocess", [Compose([CenterCrop(8)]), Compose([Resize((8, 4))]), Compose([Resize(8, max_size=9)]), len]
 )
-def test_other_transforms_than_those_that_resize_to_a_side_or_a_square_get_images_in_full(preprocess):
+def test_only_transforms_that_resize_to_a_side_or_a_square_get_reduced_images(preprocess):
     assert resize_of(preprocess) is None
 
 

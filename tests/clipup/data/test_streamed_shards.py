@@ -81,7 +81,7 @@ def test_shards_of_a_source_are_drawn_in_proportion_to_its_factor(pictures, monk
 
 
 def flaky(pictures, failures, end="exit 22"):
-    """A pipe: that fails so often before it delivers a shard of all pictures."""
+    """A pipe: that fails ``failures`` times before it delivers a shard of all pictures."""
     pictures.shards(shards=1)
     count, shard = pictures.folder / "count", pictures.folder / "train-000000.tar"
     return f"pipe:echo >> {count}; if [ $(wc -l < {count}) -le {failures} ]; then {end}; fi; cat {shard}"
@@ -121,7 +121,7 @@ def test_a_command_that_fails_in_the_middle_loses_only_the_rest(pictures):
 
 @pytest.fixture
 def curl(monkeypatch, tmp_path):
-    """A curl that fails; returns what it was told."""
+    """A curl that fails; returns its arguments."""
     resolved = SimpleNamespace(repo_id="org/data", path_in_repo="x.tar", repo_type="dataset", revision="main")
     monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", lambda self, path: resolved)
     (tmp_path / "curl").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/told\nexit 22\n')
