@@ -79,6 +79,7 @@ class Options(EncodingOptions):
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
+        self.source.check()
         self.at_least(1, "captions_per_image")
         if self.dataset is None and self.val_data is None and self.classes is None:
             raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
