@@ -19,16 +19,16 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..progress import Progress
 from .epoch_order import RULE, EpochOrder, GlobalBatches
 from .images import read_sample
 from .options import DataOptions
-from .processes import each, worker_init_fn
+from .processes import each
 from .samples import Source, check_found, digest_of
 from .skips import Notes, Report, Retries
-from .train_data import CountedBatches, Places, Reader, TrainData, own_choices, seed_choices
+from .train_data import Places, Reader, TrainData, own_choices, read_by_workers, seed_choices
 
 _READ_AT_ONCE = 64
 _FILLING = -1
@@ -57,36 +57,24 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
             f"batch_size: got {size} for {reader.world_size} processes{accumulated}, but {options.train_data} has "
             f"{batches.samples} readable samples: use a smaller batch"
         )
-    order, places = EpochOrder(rows, options.seed), Places(batches.of_rank)
-    workers = 0 if options.cache_data else options.workers
-    loader = DataLoader(
-        IndexedBatches(samples, tokens, order, batches, options.max_skipped),
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init_fn(),
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )
-    known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by what it meets
-    counted = CountedBatches(
-        loader,
-        skips,
-        num_samples=batches.steps * batches.global_size,
-        num_batches=batches.of_rank,
-        total=min(rows, batches.samples) + sum(known.values()),
-        world_size=reader.world_size,
+    known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by its own samples
+    return read_by_workers(
+        IndexedBatches(samples, tokens, EpochOrder(rows, options.seed), batches, options.max_skipped),
+        options,
+        reader,
+        batches.of_rank,
+        min(rows, batches.samples) + sum(known.values()),
+        workers=0 if options.cache_data else options.workers,
         known=known,
+        places=Places(batches.of_rank),
+        order={
+            "rule": RULE,
+            "rows": rows,
+            "samples": batches.samples,
+            "global_batch": batches.global_size,
+            "data": samples.digest,
+        },
     )
-    described = {
-        "rule": RULE,
-        "rows": rows,
-        "samples": batches.samples,
-        "global_batch": batches.global_size,
-        "data": samples.digest,
-    }
-    return TrainData(counted, options, reader, places=places, order=described)
 
 
 def _tokens(tokenizer: Callable[[list[str]], Tensor], text: str) -> Tensor:

@@ -16,19 +16,17 @@ from functools import partial
 from itertools import count, islice
 from typing import Any, BinaryIO
 
-import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import read_sample
 from .options import DataOptions
-from .processes import worker_init_fn
 from .shard_names import names_digest, open_shard, shard_weights, sizes_of
 from .shard_writer import SIZES_FILE
 from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
-from .train_data import CountedBatches, Reader, TrainData, mixed_seed
+from .train_data import Reader, TrainData, mixed_seed, read_by_workers
 
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
@@ -58,27 +56,15 @@ def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> Tr
     if num_samples is None:
         num_samples = sum(sizes[shard] for shard in shards)
     worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
-    generator = torch.Generator()
-    loader = DataLoader(
+    return read_by_workers(
         StreamedBatches(options, shards, max(1, num_samples // len(shards)), worker_batches, reader),
-        batch_size=None,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        worker_init_fn=worker_init_fn(),
-        pin_memory=torch.cuda.is_available(),
-        generator=generator,
+        options,
+        reader,
+        worker_batches * workers,
+        num_samples,
+        workers=options.workers,
+        shards="" if options.dataset_resampled else names_digest(shards),  # each rank draws from its own shards
     )
-    num_batches = worker_batches * workers
-    batches = CountedBatches(
-        loader,
-        reader.skips,
-        num_samples=num_batches * options.batch_size * reader.world_size,
-        num_batches=num_batches,
-        total=num_samples,
-        world_size=reader.world_size,
-    )
-    digest = "" if options.dataset_resampled else names_digest(shards)  # each rank draws from its own shards
-    return TrainData(batches, options, reader, generator=generator, shards=digest)
 
 
 class StreamedBatches(IterableDataset):
