@@ -72,6 +72,12 @@ def width(name: str, value: Any) -> None:
     check(name, value, is_int(value) and value >= 1, "a positive int")
 
 
+def directory(path: str | Path, expected: str, argument: str = "") -> None:
+    """A directory that exists; ``expected`` completes "expected ..."."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument}{': ' * bool(argument)}there is no directory {path}; expected {expected}")
+
+
 def read_text(path: Path) -> str:
     """The content of a text file in UTF-8, without a byte order mark.
 

@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from .. import checks
 from ..option_group import OptionGroup, Resumed, option
@@ -38,24 +37,16 @@ class CsvOptions(OptionGroup):
     """Column with the captions. A cell is one caption, whatever it holds."""
 
 
-class Row(NamedTuple):
-    """A usable row: its first line, the path of its image, and its caption."""
-
-    line: int
-    image: str
-    caption: str
-
-
 class CsvSource:
     """The usable rows of a CSV file, for training."""
 
     def __init__(self, path: str, form: CsvOptions, skips: Skips, retries: int = RETRIES) -> None:
         self.path = path
         self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
-        for row in readable_rows(path, form, skips, "train_data", retries=retries):
-            self.lines.append(row.line)
-            self.images.append(row.image)
-            self.captions.append(row.caption)
+        for line, image, caption in readable_rows(path, form, skips, "train_data", retries=retries):
+            self.lines.append(line)
+            self.images.append(image)
+            self.captions.append(caption)
         self.digest = digest_of(self.lines, self.captions.content, self.captions.ends)
 
     def __len__(self) -> int:
@@ -77,8 +68,8 @@ def csv_samples(
         directory: which paths are relative to; they may not lead out of it.
     """
     captions: dict[str, list[str]] = {}
-    for row in readable_rows(path, form, skips, argument, directory, of_images=True):
-        captions.setdefault(row.image, []).append(row.caption)
+    for _, image, caption in readable_rows(path, form, skips, argument, directory, of_images=True):
+        captions.setdefault(image, []).append(caption)
     return [
         Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
         for image, of_image in captions.items()
@@ -93,12 +84,12 @@ def readable_rows(
     directory: str | os.PathLike | None = None,
     retries: int = RETRIES,
     of_images: bool = False,
-) -> Iterator[Row]:
-    """The usable rows; the others are noted in `skips`, with `of_images` one row of a missing image. With `directory`,
-    paths are relative to it.
+) -> Iterator[tuple[int, str, str]]:
+    """The usable rows: first line, path of the image, caption. The others are noted in `skips`; with `of_images`, a
+    missing image is noted once. With `directory`, paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
-    cell that holds other rows, which an unclosed quote takes in. All lines of such a row are counted.
+    cell that holds other rows, because of an unclosed quote. All lines of such a row are counted.
 
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
@@ -122,24 +113,24 @@ def readable_rows(
             continue  # a blank line
         padded, fault, lost = [*cells, *[""] * len(header)], "", count
         image, caption = padded[image_column], padded[caption_column]
-        found = image if directory is None else os.path.join(directory, image)
+        file = image if directory is None else os.path.join(directory, image)
         if any(_holds_a_row(cell, separator, image_column, directory) for cell in cells):
             fault = "a cell holds other rows: close its quote"
         elif any(cells[len(header) :]):
             fault = f"it has {len(cells)} cells, the header has {len(header)}: quote cells that contain the separator"
         elif directory is not None and leaves(image):
             fault, lost = f"its image is not in {directory}", 1
-        elif not os.path.isfile(found):
+        elif not os.path.isfile(file):
             fault, lost = f"there is no such file; relative paths start from {base}", 1
-            if of_images and found in missing:
+            if of_images and file in missing:
                 continue
-            missing.add(found)
+            missing.add(file)
         elif not caption.strip():
             fault, lost = "it has no caption", 1
         if fault:
             notes.append(Note(_row_name(path, line, image), fault, lost))
         else:
-            yield Row(line, found, caption)
+            yield line, file, caption
     skips.add(notes)
 
 
@@ -153,7 +144,7 @@ def _row_name(path: str, line: int, image: str) -> str:
 
 
 def _records(path: str, argument: str, separator: str, retried: Retries) -> Iterator[tuple[int, int, list[str]]]:
-    """Of each row: its first line, how many lines it has, and its cells."""
+    """The first line, number of lines and cells of each row."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
     content = read_whole(Path(path).read_bytes, path, argument, retried)
@@ -175,7 +166,7 @@ def _records(path: str, argument: str, separator: str, retried: Retries) -> Iter
 
 
 def _holds_a_row(cell: str, separator: str, image_column: int, directory: str | os.PathLike | None) -> bool:
-    """Whether a line of the cell has the path of a file where rows have that of their image; captions may have several
-    lines, with separators."""
-    lines = (line.split(separator) for line in cell.split("\n")) if "\n" in cell and separator in cell else ()
-    return any(os.path.isfile(os.path.join(directory or "", *one[image_column : image_column + 1])) for one in lines)
+    """Whether a line of the cell has the path of a file in the column of images. Captions may have several lines, with
+    separators."""
+    rows = (line.split(separator) for line in cell.split("\n")) if "\n" in cell and separator in cell else ()
+    return any(os.path.isfile(os.path.join(directory or "", *row[image_column : image_column + 1])) for row in rows)

@@ -18,7 +18,7 @@ RULE = 1
 
 _ROUNDS = 8
 _FEW = 1024
-"""Up to so many rows are sorted by hashes: networks over a few bits favour some orders measurably."""
+"""Up to this number of rows, they are sorted by hashes: networks over a few bits favour some orders measurably."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class EpochOrder:
     def rows_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Rows [N] int64 at positions [N] int64."""
         passes, places = np.divmod(positions, self.rows)
-        found = np.empty_like(positions)
-        for one in np.unique(passes):
-            chosen = passes == one
-            found[chosen] = self._permuted(places[chosen], _keys(self.seed, epoch, int(one), "rows"))
-        return found
+        rows = np.empty_like(positions)
+        for number in np.unique(passes):
+            chosen = passes == number
+            rows[chosen] = self._permuted(places[chosen], _keys(self.seed, epoch, int(number), "rows"))
+        return rows
 
     def seeds(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Seeds [N] uint64 for the random choices about the samples at positions [N]: caption and augmentation."""

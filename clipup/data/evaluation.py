@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 
-from .images import MAX_PIXELS, load_image, preprocessed
-from .processes import reading, worker_init_fn
-from .samples import Sample
-from .skips import Retries, Skips, raise_lack
+from .images import MAX_PIXELS, load_image, read_sample
+from .processes import each
+from .samples import Sample, content_at
+from .skips import Note, Notes, Retries, Skips
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,75 +77,44 @@ class EvalSamples:
         A batch with unreadable images is smaller. Metadata is the sample's json (concept, source, group) without its
         captions, and its `key`.
         """
+        chunks = [self.samples[start : start + batch_size] for start in range(0, len(self.samples), batch_size)]
         assert self.preprocess is not None  # set before images are read
-        loader = DataLoader(
-            Images(self.samples, self.preprocess, self.max_image_pixels, self.resize),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=readable,
-            worker_init_fn=worker_init_fn(),
-            generator=torch.Generator(),
-        )
-        samples = iter(self.samples)
-        with reading(loader) as batches:
-            for images, reasons in batches:
-                kept = []
-                for reason, sample in zip(reasons, samples, strict=False):
-                    if reason:
-                        self._note(sample, reason)
-                    else:
-                        kept.append(sample)
+        read = partial(_read, self.preprocess, self.max_image_pixels, self.resize, Retries())
+        with closing(each(read, chunks, workers)) as batches:
+            for chunk, (images, rows, skipped) in zip(chunks, batches, strict=True):
+                if skipped and self.strict:
+                    name, reason, _ = skipped[0]
+                    raise ValueError(f"cannot read the image {name}: {reason}; repair or remove it")
+                self.skips.add(skipped)
+                self.skips.check(self._total)
+                kept = [chunk[row] for row in rows]
                 if kept:
-                    captions = [list(sample.captions) for sample in kept]
-                    yield images, captions, [dict(sample.metadata) for sample in kept]
-
-    def _note(self, sample: Sample, reason: str) -> None:
-        if self.strict:
-            raise ValueError(f"cannot read the image {sample.named}: {reason}; repair or remove it")
-        self.skips.note(sample.named, reason)
-        self.skips.check(self._total)
+                    yield images, [list(sample.captions) for sample in kept], [dict(sample.metadata) for sample in kept]
 
 
-def read_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
+def _read(
+    preprocess: Callable[[Image], Tensor],
+    max_pixels: int,
+    resize: Resize | None,
+    retried: Retries,
+    samples: Sequence[Sample],
+) -> tuple[Tensor | None, list[int], list[Note]]:
+    """The readable images [B, C, H, W], their numbers among the samples, and notes on the others."""
+    images, notes = dict[int, Tensor](), Notes()
+    for row, sample in enumerate(samples):
+        name = partial(str, sample.named)
+        read = partial(retried, name, partial(_content, sample))
+        image_and_captions = read_sample(read, name, preprocess, max_pixels, notes.add, resize)
+        if image_and_captions is not None:
+            images[row] = image_and_captions[0]
+    return default_collate([*images.values()]) if images else None, [*images], notes.report().skipped
+
+
+def read_image(sample: Sample) -> Image:
     """The image of a sample. Raises as `load_image`."""
-    return load_image(_content(sample), max_pixels)
+    return load_image(_content(sample)[0])
 
 
-def _content(sample: Sample) -> bytes:
+def _content(sample: Sample) -> tuple[bytes, list[str]]:
     with open(sample.path, "rb") as file:
-        file.seek(sample.offset or 0)
-        return file.read(-1 if sample.size is None else sample.size)
-
-
-class Images(Dataset):
-    """`[i]` is the preprocessed image of sample i and "", or None and why it cannot be read."""
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        preprocess: Callable[[Image], Tensor],
-        max_pixels: int = MAX_PIXELS,
-        resize: Resize | None = None,
-    ) -> None:
-        self.samples, self.preprocess, self.max_pixels, self.resize = samples, preprocess, max_pixels, resize
-        self.retried = Retries()
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        sample = self.samples[index]
-        try:
-            content = self.retried(lambda: sample.named, lambda: _content(sample))
-            image = load_image(content, self.max_pixels, self.resize)
-        except Exception as error:  # PIL has no common class for what a broken file may raise
-            raise_lack(error)
-            return None, f"{type(error).__name__}: {error}"
-        return preprocessed(self.preprocess, image, lambda: sample.named), ""
-
-
-def readable(images: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    """Of a batch of `Images`: the readable ones [B, C, H, W], in shared memory where a worker calls it, and why each of
-    all cannot be read ("" for none)."""
-    good = [image for image, reason in images if not reason]
-    return default_collate(good) if good else None, [reason for _, reason in images]
+        return content_at(file, sample.offset, sample.size), []

@@ -39,7 +39,7 @@ class Format(NamedTuple):
 
 def _shard_source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
     first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
-    return ShardSource(shards, reader.skips, max(1, options.workers), first, options.data_retries, progress)
+    return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
 
 
 FORMATS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from .. import checks
 from .samples import Sample
 from .tars import IMAGE_EXTENSIONS
 
@@ -19,8 +20,7 @@ def image_files(source: str | Path) -> list[Sample]:
         FileNotFoundError: no such directory, or no image in it.
     """
     root = Path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images")
+    checks.directory(source, "one with images", "images")
     named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:

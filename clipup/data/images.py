@@ -44,10 +44,12 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS, resize: Resiz
     """
     with _opened(BytesIO(content) if isinstance(content, bytes) else content) as image:
         width, height = image.size
-        if width * height > max_pixels:
-            raise ValueError(f"its {width} x {height} pixels exceed the limit of {max_pixels} (max_image_pixels)")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"its {width} x {height} pixels exceed the limit of {MAX_ASPECT_RATIO}:1 on the shape")
+        for exceeds, limit in (
+            (width * height > max_pixels, f"{max_pixels} (max_image_pixels)"),
+            (max(image.size) > MAX_ASPECT_RATIO * min(image.size), f"{MAX_ASPECT_RATIO}:1 on the shape"),
+        ):
+            if exceeds:
+                raise ValueError(f"its {width} x {height} pixels exceed the limit of {limit}")
         if resize is not None:
             _decode_smaller(image, resize)
         image = to_rgb(image).copy()  # read before the file is closed
@@ -55,7 +57,7 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS, resize: Resiz
 
 
 def to_rgb(image: Any) -> Any:
-    """An image of PIL in RGB, with the ranges of ``load_image``; what is no image of PIL is returned as it is.
+    """An image of PIL in RGB, with the ranges of ``load_image``. Anything else is returned as it is.
 
     It comes before all other steps of a transform. PIL resizes palettes and single bits to the nearest pixel, colors
     under transparency by other weights, and cuts 16 bits at 255.
@@ -77,7 +79,7 @@ def resize_of(preprocess: Callable[[Image], Tensor]) -> Resize | None:
 
 
 def upright(image: Image) -> Image:
-    """The image as its EXIF orientation has it shown: as it is without one, and where its EXIF data are damaged."""
+    """The image, turned as its EXIF orientation says; unchanged without one, or with damaged EXIF data."""
     from PIL import ImageOps
 
     try:
@@ -86,10 +88,32 @@ def upright(image: Image) -> Image:
         return image
 
 
-def preprocessed(preprocess: Callable[[Image], Tensor], image: Image, name: Callable[[], str]) -> Tensor:
-    """What the transform returns. Its errors become a ValueError that names the image, except for lack of memory."""
+def read_sample(
+    read: Callable[[], tuple[bytes, list[str]]],
+    name: Callable[[], str],
+    preprocess: Callable[[Image], Tensor],
+    max_pixels: int,
+    skip: Callable[[str, str], None],
+    resize: Resize | None = None,
+) -> tuple[Tensor, list[str]] | None:
+    """The preprocessed image of a sample, and its captions; None if they cannot be read.
+
+    Args:
+        read: gives the content of the image's file, and the captions.
+        name: gives the sample's name in messages.
+        skip: called with name and reason of a sample that cannot be read.
+
+    Raises what ``raise_lack`` raises, and ValueError, naming the sample, for an error of ``preprocess``.
+    """
     try:
-        return preprocess(image)
+        content, captions = read()
+        image = load_image(content, max_pixels, resize)
+    except Exception as error:  # PIL has no common class for what a broken file may raise
+        raise_lack(error)
+        skip(name(), f"{type(error).__name__}: {error}")
+        return None
+    try:
+        return preprocess(image), captions
     except Exception as error:
         raise_lack(error)
         raise ValueError(f"{type(error).__name__}: {error} (preprocess of {name()})") from error
@@ -142,10 +166,7 @@ def _eight_bit(image: Image) -> Image:
 
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if image.mode == "F":
-        full = 1 if high <= 1 else 255
-    else:
-        full = _FULL_16_BIT
+    full = _FULL_16_BIT if image.mode != "F" else 1 if high <= 1 else 255
     if not (low >= 0 and high <= full):
         raise ValueError(f"its values range from {low} to {high}, expected 0 to {full}")
     return Image.fromarray(np.rint(values * (255.0 / full)).astype(np.uint8))

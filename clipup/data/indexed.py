@@ -19,16 +19,16 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..progress import Progress
 from .epoch_order import RULE, EpochOrder, GlobalBatches
-from .images import load_image, preprocessed
+from .images import read_sample
 from .options import DataOptions
-from .processes import each, worker_init_fn
+from .processes import each
 from .samples import Source, check_found, digest_of
-from .skips import Notes, Report, Retries, raise_lack
-from .train_data import CountedBatches, Places, Reader, TrainData, own_choices, seed_choices
+from .skips import Notes, Report, Retries
+from .train_data import Places, Reader, TrainData, own_choices, read_by_workers, seed_choices
 
 _READ_AT_ONCE = 64
 _FILLING = -1
@@ -38,8 +38,8 @@ _FILLING = -1
 def indexed_data(options: DataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:
     """Training data from a source.
 
-    Raises ValueError when there are too few samples for a step, more are unreadable than may be skipped, or a cache
-    would take more than half of the memory.
+    Raises ValueError when there are too few samples for a step, when more are unreadable than may be skipped, or when a
+    cache would take more than half of the memory.
     """
     skips = reader.skips
     check_found(len(source), skips, options.source, "train_data")
@@ -57,36 +57,24 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
             f"batch_size: got {size} for {reader.world_size} processes{accumulated}, but {options.train_data} has "
             f"{batches.samples} readable samples: use a smaller batch"
         )
-    order, places = EpochOrder(rows, options.seed), Places(batches.of_rank)
-    workers = 0 if options.cache_data else options.workers
-    loader = DataLoader(
-        IndexedBatches(samples, tokens, order, batches, options.max_skipped),
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init_fn(),
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )
-    known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by what it meets
-    counted = CountedBatches(
-        loader,
-        skips,
-        num_samples=batches.steps * batches.global_size,
-        num_batches=batches.of_rank,
-        total=min(rows, batches.samples) + sum(known.values()),
-        world_size=reader.world_size,
+    known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by its own samples
+    return read_by_workers(
+        IndexedBatches(samples, tokens, EpochOrder(rows, options.seed), batches, options.max_skipped),
+        options,
+        reader,
+        batches.of_rank,
+        min(rows, batches.samples) + sum(known.values()),
+        workers=0 if options.cache_data else options.workers,
         known=known,
+        places=Places(batches.of_rank),
+        order={
+            "rule": RULE,
+            "rows": rows,
+            "samples": batches.samples,
+            "global_batch": batches.global_size,
+            "data": samples.digest,
+        },
     )
-    described = {
-        "rule": RULE,
-        "rows": rows,
-        "samples": batches.samples,
-        "global_batch": batches.global_size,
-        "data": samples.digest,
-    }
-    return TrainData(counted, reader.epoch, skips, accum_freq=accum_freq, places=places, order=described)
 
 
 def _tokens(tokenizer: Callable[[list[str]], Tensor], text: str) -> Tensor:
@@ -105,15 +93,10 @@ class _Samples:
 
     def read(self, row: int, seed: int) -> tuple[Tensor, list[str]] | None:
         """The preprocessed image and the captions; None, with a note, if they cannot be read."""
-        try:
-            content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
-            image = load_image(content, self.max_pixels)
-        except Exception as error:  # PIL has no common class for what a broken file may raise
-            raise_lack(error)
-            self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
-            return None
         seed_choices(seed)
-        return preprocessed(self.preprocess, image, lambda: self.source.name(row)), captions
+        name = partial(self.source.name, row)
+        read = partial(self.retried, name, partial(self.source.read, row))
+        return read_sample(read, name, self.preprocess, self.max_pixels, self.notes.add)
 
 
 class IndexedBatches(Dataset):
@@ -140,7 +123,7 @@ class IndexedBatches(Dataset):
         epoch, batch = place
         positions = self.batches.positions(batch)
         rows, seeds = self.order.rows_at(epoch, positions), self.order.seeds(epoch, positions)
-        found: list[tuple[Tensor, Tensor]] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         tries, notes = 0, self.samples.notes
         with own_choices():
             for position, row, seed in zip(positions.tolist(), rows.tolist(), seeds.tolist(), strict=True):
@@ -153,12 +136,12 @@ class IndexedBatches(Dataset):
                         break
                 if sample is None:
                     raise ValueError(
-                        f"train_data: only {len(found)} of {tries} samples can be read, too few for a batch of "
+                        f"train_data: only {len(pairs)} of {tries} samples can be read, too few for a batch of "
                         f"{len(positions)}{notes.first()}"
                     )
                 image, captions = sample
-                found.append((image, self.tokens(captions[seed % len(captions)])))
-        return (*default_collate(found), notes.report())
+                pairs.append((image, self.tokens(captions[seed % len(captions)])))
+        return (*default_collate(pairs), notes.report())
 
     def _candidates(self, epoch: int, position: int, row: int) -> Iterator[int]:
         """The row at a position, then its spares."""
@@ -179,7 +162,7 @@ class _Cached:
         seeds = EpochOrder(len(samples), options.seed).seeds(_FILLING, numbers)
         places = np.array_split(np.stack([numbers.astype(np.uint64), seeds], 1), -(-len(samples) // _READ_AT_ONCE))
         with Progress("reading images into memory", "images", len(samples), show=progress) as bar:
-            for images, captions, report in each(partial(_read, samples), places, max(1, options.workers)):
+            for images, captions, report in each(partial(_read, samples), places, options.workers):
                 reader.skips.add(report.skipped)
                 _check_memory(len(samples), images[:1].numel(), reader.world_size)
                 self.images += images.clone().unbind()  # workers hand over shared memory, which is scarcer
@@ -196,16 +179,16 @@ class _Cached:
 
 
 def _read(samples: _Samples, places: np.ndarray) -> tuple[Tensor, dict[int, list[str]], Report]:
-    """Of some samples, by (row, seed): the readable images, the captions by row, and a report."""
+    """Reads samples by (row, seed): the readable images [N, C, H, W], their captions by row, and a report."""
     with own_choices():
-        found = {row: sample for row, seed in places.tolist() if (sample := samples.read(row, seed)) is not None}
+        readable = {row: sample for row, seed in places.tolist() if (sample := samples.read(row, seed)) is not None}
     # collated into shared memory at once: where that is full, the worker says so, and the queue would wait for ever
-    images = default_collate([image for image, _ in found.values()]) if found else torch.empty(0)
-    return images, {row: captions for row, (_, captions) in found.items()}, samples.notes.report()
+    images = default_collate([image for image, _ in readable.values()]) if readable else torch.empty(0)
+    return images, {row: captions for row, (_, captions) in readable.items()}, samples.notes.report()
 
 
 def _check_memory(count: int, numbers: int, world_size: int) -> None:
-    """Refuses a cache of so many images of so many numbers each that would not fit."""
+    """Refuses a cache of ``count`` images of ``numbers`` float32 each that would not fit."""
     here = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))  # set by torchrun
     needed, memory = count * numbers * 4 * here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:

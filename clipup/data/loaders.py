@@ -17,8 +17,8 @@ from .formats import FORMATS, Format
 from .indexed import indexed_data
 from .options import DataOptions, SourceOptions, StepOptions
 from .samples import check_found
-from .shard_names import describe, is_remote, listed_shards, names_digest, not_a_source, sizes_of
-from .shard_writer import DATASET_FILE, SIZES_FILE
+from .shard_names import describe, is_remote, listed_shards, not_a_source
+from .shard_writer import DATASET_FILE
 from .skips import Skips
 from .train_data import Reader, TrainData
 
@@ -79,13 +79,14 @@ def train_loader(
         FileNotFoundError, ValueError: the data or an argument, by name, with how to fix it. Iterating raises ValueError
             as soon as more than `max_skipped` turned out to be unreadable.
     """
-    own: dict[str, Any] = {
-        "train_data": os.fspath(train_data),
-        "batch_size": batch_size,
-        "workers": workers,
-        "seed": seed,
-    }
-    data = DataOptions(**own, cache_data=cache, **options)
+    data = DataOptions(
+        train_data=os.fspath(train_data),
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        cache_data=cache,
+        **options,
+    )
     return load_train_data(
         data, preprocess, tokenizer, world_size=world_size, rank=rank, epoch=epoch, progress=progress
     )
@@ -103,17 +104,17 @@ def load_train_data(
 ) -> TrainData:
     """`train_loader` with its options as one object."""
     options.check()
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
+    check("rank", rank, 0 <= rank < world_size, f"0 to {world_size - 1} for world_size {world_size}")
     progress = progress and rank == 0
     reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped))
     form, shards = _format_and_shards(options)
     if not options.cache_data and (options.dataset_resampled or any(map(is_remote, shards))):
         check("dataset_resampled", True, bool(shards), f"False on {form.noun}")
-        data = _streamed(options, shards, reader)
+        with needed_for("streaming shards", "train"):
+            from .streamed import streamed_data
+        data = streamed_data(options, shards, reader)
     else:
         data = indexed_data(options, form.source(options, shards, reader, progress), reader, progress)
-    data.options = options
     data.set_epoch(epoch)
     return data
 
@@ -126,31 +127,6 @@ def _format_and_shards(options: DataOptions) -> tuple[Format, list[str]]:
     if not (Path(options.source) / DATASET_FILE).is_file():
         raise not_a_source("train_data", options.source, "train-*.tar")
     return FORMATS["webdataset"], listed_shards(options.source, "train", "train_data")
-
-
-def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
-    with needed_for("streaming shards", "train"):
-        from .streamed import streamed_data
-    if not options.dataset_resampled and len(shards) < max(1, options.workers) * reader.world_size:
-        raise ValueError(
-            f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
-            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers"
-        )
-    data = streamed_data(options, shards, _num_samples(shards, options.train_num_samples), reader)
-    if not options.dataset_resampled:  # then every rank draws shards of its own
-        data.shards = names_digest(shards)
-    return data
-
-
-def _num_samples(shards: list[str], given: int | None) -> int:
-    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards."""
-    sizes = sizes_of(shards)
-    if given is None and not sizes.keys() >= set(shards):
-        raise ValueError(
-            f"train_num_samples: not given, and no {SIZES_FILE} beside {shards[0]} gives the number of samples of "
-            "these shards: pass the number of samples per epoch"
-        )
-    return sum(sizes[shard] for shard in shards) if given is None else given
 
 
 def eval_samples(

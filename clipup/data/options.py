@@ -84,11 +84,8 @@ class TrainingDataOptions(SourceOptions):
 
     def check(self) -> None:
         super().check()
-        if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
-            raise ValueError(
-                f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "
-                "shards that are drawn with replacement can be drawn more often"
-            )
+        factors, permitted = self.train_data_upsampling_factors, "None without dataset_resampled, which draws shards"
+        check("train_data_upsampling_factors", factors, factors is None or self.dataset_resampled, permitted)
         if self.cache_data and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
             raise ValueError(

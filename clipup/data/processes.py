@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -20,25 +20,26 @@ from typing import Any
 from ..precision import cores
 
 _SECONDS_TO_END = 1
-"""For all workers together, from when they are told to end until they are killed."""
+"""Time for all workers together to end before they are killed."""
 
 
-def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> Iterator[Any]:
+def each(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int | None = None
+) -> Generator[Any, None, None]:
     """The function's results for all items, in order.
 
     Args:
-        processes: data workers; None for one per CPU. With 1, the calling process does the work.
+        workers: data workers, with 0 the calling process. None: one per CPU, with one CPU the calling process.
 
     Raises LostWorker when a worker was killed.
     """
     import torch  # here, because commands know the formats of data before they need torch
     from torch.utils.data import DataLoader
 
-    processes = processes or cores()
     loader: DataLoader = DataLoader(
         items,  # type: ignore[arg-type]  # torch reads any sequence
         batch_size=None,
-        num_workers=processes if processes > 1 else 0,
+        num_workers=cores() * (cores() > 1) if workers is None else workers,
         collate_fn=function,
         worker_init_fn=worker_init_fn(),
         generator=torch.Generator(),
@@ -50,11 +51,11 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
 def worker_init_fn() -> Callable[[int], None]:
     """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C, SIGTERM and SIGHUP.
 
-    These signals reach all processes of a job, and the parent decides when its workers end. Each leads a process group:
-    when it is killed, or its parent ends, even while its source stalls, the programs that it started end too. At exit
-    the parent sends SIGTERM, which workers ignore, and would wait forever, so remaining workers are killed at exit.
+    These signals reach all processes of a job, and the parent decides when its workers end. Each worker leads a process
+    group. When it is killed or its parent ends, even while its source stalls, the programs that it started end too.
+    Workers that remain at exit are killed: they ignore the SIGTERM that the parent sends, and it would wait forever.
     """
-    atexit.unregister(_kill_daemons)  # what was there
+    atexit.unregister(_kill_daemons)  # an earlier registration
     atexit.register(_kill_daemons)  # runs before the function of multiprocessing.util, which was registered earlier
     return _prepare_worker
 
@@ -71,11 +72,11 @@ SHARED_MEMORY_FULL = (
 
 @contextmanager
 def lost_workers_named(iterator: Any = None) -> Iterator[None]:
-    """Inside, while data are read, LostWorker takes the place of torch's error and of that of a broken connection. An
-    error that a worker raised has that worker's message alone, without its traceback.
+    """Replaces torch's error about a lost worker, and that of a broken connection, by LostWorker. Of an error that a
+    worker raised, the message is kept, without the worker's traceback.
 
     Args:
-        iterator: a data loader's, whose workers tell of what they died.
+        iterator: a data loader's. The exit codes of its workers say why they ended.
     """
     try:
         yield
@@ -112,9 +113,9 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
     """An iterator over a data loader, whose workers end if the block is left before the last batch, with errors as in
     ``lost_workers_named``; the rest of the block is not interrupted.
 
-    Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
-    both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
-    five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
+    Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator. If both
+    are collected at once and the queues go first, no worker is told to end, and the process waits five seconds for
+    each. Persistent workers stay for the next iteration unless an error ends this one.
     """
     with lost_workers_named():
         iterator = iter(loader)
@@ -140,8 +141,8 @@ def _with_errors_named(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 def end_workers(loader: Any) -> None:
-    """Ends the persistent workers of a data loader. Those that hang are killed after a second, or by Ctrl-C, which is
-    done with then: left to the garbage collector, it would be a traceback of an ignored exception."""
+    """Ends the persistent workers of a data loader. Those that hang are killed after a second, or by Ctrl-C, which has
+    no other effect: in the garbage collector it would print the traceback of an ignored exception."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is None:
         return
@@ -151,8 +152,8 @@ def end_workers(loader: Any) -> None:
 
 
 def _end_workers_of(iterator: Any) -> None:
-    """Tells them to end, and kills those that hang: torch waits for one after the other, and terminates them, which
-    they ignore."""
+    """Tells workers to end, and kills those that hang. torch waits for one after the other, and then sends SIGTERM,
+    which they ignore."""
     if sys.is_finalizing():  # no thread can be started, and torch does nothing
         _kill(iterator._workers)
         return
@@ -183,7 +184,7 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """torch's workers notice that their parent has ended only where they wait for it, not while they read."""
+    """Ends a worker with its parent. torch's workers notice that only while they wait for it, not while they read."""
     wait([parent])
     os.killpg(os.getpid(), signal.SIGKILL)
 

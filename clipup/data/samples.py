@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, SupportsInt
 
 from .skips import Skips
 
@@ -35,13 +35,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its captions. `offset` and `size` locate the image in the file `path`; None is the whole file."""
+    """One image and its captions. `offset` and `size` locate the image in the file `path`; -1 is the rest of it."""
 
     key: str
     path: str
     captions: tuple[str, ...]
-    offset: int | None = None
-    size: int | None = None
+    offset: int = 0
+    size: int = -1
     metadata: dict = field(default_factory=dict)
 
     @property
@@ -50,9 +50,15 @@ class Sample:
         return self.key if self.path in self.key else f"{self.key} in {self.path}"
 
 
+def content_at(file: BinaryIO, offset: SupportsInt, size: SupportsInt) -> bytes:
+    """A part of an open file."""
+    file.seek(int(offset))
+    return file.read(int(size))
+
+
 class PackedTexts:
-    """Texts by index. A list would be copied into every data worker: reading an object changes its reference count, and
-    so the memory page that it shares with the parent process."""
+    """Texts by index, in arrays that data workers share with their parent. A list would be copied into every worker:
+    reading an object writes its reference count, and so copies its memory page."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.content, self.ends = bytearray(), array("q", [0])

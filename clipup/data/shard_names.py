@@ -45,7 +45,7 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
             if is_remote(name) and not os.path.isfile(name):
                 shards.append(_checked_url(name, argument, allow_pipe))
             else:
-                shards += _existing([name] if os.path.isfile(name) else sorted(glob.glob(name)) or [name], argument)
+                shards += local_shards([name] if os.path.isfile(name) else sorted(glob.glob(name)) or [name], argument)
     if not shards:
         raise FileNotFoundError(f"{argument}: {source!r} names no shard, expected a path such as DIR/train-*.tar")
     return shards
@@ -63,7 +63,7 @@ def shard_weights(source: str | os.PathLike, factors: str, allow_pipe: bool | No
     with suppress(ValueError):
         numbers = list(map(float, factors.split("::")))
         if len(numbers) == len(sources) and all(0 < number < math.inf for number in numbers):
-            expanded = [expand_shards(one, "train_data", allow_pipe) for one in sources]
+            expanded = [expand_shards(each, "train_data", allow_pipe) for each in sources]
             return [number for number, shards in zip(numbers, expanded, strict=True) for _ in shards]
     raise ValueError(
         f"train_data_upsampling_factors: got {factors!r} for the {len(sources)} sources in train_data, expected a "
@@ -100,8 +100,13 @@ def describe(directory: str | os.PathLike) -> dict:
 
 
 def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]:
-    """Files by their exact names. Raises as `expand_shards`."""
-    return _existing((os.fspath(path) for path in paths), argument)
+    """Files by their exact names, prefixed where they could be taken for a URL. Raises as `expand_shards`."""
+    shards = []
+    for path in (os.fspath(path) for path in paths):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{argument}: there is no shard {path}: build the data first, or correct the path")
+        shards.append(os.path.join(os.curdir, path) if is_remote(path) else path)
+    return shards
 
 
 def is_remote(name: str) -> bool:
@@ -137,27 +142,27 @@ def open_shard(shard: str) -> BinaryIO:
         return open(shard, "rb")
     from webdataset.gopen import Pipe, gopen
 
-    file = gopen(_of_everyone(shard))
+    file = gopen(_readable_without_token(shard))
     if isinstance(file, Pipe):
         file.args = shard  # its errors show the command, which holds the user's token for hf:
     return file
 
 
-def _of_everyone(shard: str) -> str:
-    """A shard by hf: as one by https: without a token: webdataset would send "None", which the hub refuses."""
+def _readable_without_token(shard: str) -> str:
+    """The https: URL of an hf: shard where there is no token: webdataset would send "None", which the hub refuses."""
     if not shard.startswith("hf:"):
         return shard
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
     if get_token():
         return shard
-    found = HfFileSystem().resolve_path(shard)
-    return hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
+    path = HfFileSystem().resolve_path(shard)
+    return hf_hub_url(path.repo_id, path.path_in_repo, repo_type=path.repo_type, revision=path.revision)
 
 
 def names_digest(shards: Sequence[str]) -> str:
-    """Of the names of shards. Equal where they lie elsewhere: of a URL the last part of its path counts, and of a
-    command nothing."""
+    """A digest of the names of shards, wherever they lie: of a URL the last part of its path counts, of a command
+    nothing."""
     urls = [urlsplit(shard.strip()) for shard in shards]
     names = PackedTexts("" if url.scheme == _PIPE else os.path.basename(url.path) for url in urls)
     return digest_of(names.content, names.ends)
@@ -167,8 +172,8 @@ def sizes_of(shards: Sequence[str]) -> dict[str, int]:
     """The number of samples of each shard that a `sizes.json` beside it lists."""
     read = cache(_sizes_in)
     local = [shard for shard in shards if not is_remote(shard)]
-    found = {shard: read(os.path.dirname(shard)).get(os.path.basename(shard)) for shard in local}
-    return {shard: size for shard, size in found.items() if size is not None}
+    sizes = {shard: read(os.path.dirname(shard)).get(os.path.basename(shard)) for shard in local}
+    return {shard: size for shard, size in sizes.items() if size is not None}
 
 
 def _sizes_in(directory: str) -> dict[str, int]:
@@ -178,16 +183,6 @@ def _sizes_in(directory: str) -> dict[str, int]:
         return {name: int(size) for name, size in listed.items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected a number of samples for each shard ({error})") from error
-
-
-def _existing(paths: Iterable[str], argument: str) -> list[str]:
-    """The paths of files, prefixed where they could be taken for a URL."""
-    shards = []
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{argument}: there is no shard {path}: build the data first, or correct the path")
-        shards.append(os.path.join(os.curdir, path) if is_remote(path) else path)
-    return shards
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -203,16 +198,18 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     scheme = url.partition(":")[0].strip().lower()
-    if scheme == _PIPE and not allow_pipe:
-        permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
-        raise ValueError(f"{argument}: {url!r} would run a command in a shell, {permitted}")
-    if scheme in (_PIPE, _FILE):
+    if scheme == _FILE or scheme == _PIPE and allow_pipe:
         return url
-    if "'" in url:  # webdataset passes URLs in single quotes to a shell
-        raise ValueError(f"{argument}: {url!r} contains a quote ('), which is not valid in a URL: write %27")
-    with needed_for("reading shards by URL", "train"):
-        from webdataset.gopen import gopen_schemes
-    if scheme not in gopen_schemes:
+    if scheme == _PIPE:
+        permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
+        fault = f"would run a command in a shell, {permitted}"
+    elif "'" in url:  # webdataset passes URLs in single quotes to a shell
+        fault = "contains a quote ('), which is not valid in a URL: write %27"
+    else:
+        with needed_for("reading shards by URL", "train"):
+            from webdataset.gopen import gopen_schemes
+        if scheme in gopen_schemes:
+            return url
         known = ", ".join(sorted({*gopen_schemes, _FILE} - {"__default__"}))
-        raise ValueError(f"{argument}: {url!r} has the unknown scheme {scheme}:, expected a path, or one of {known}")
-    return url
+        fault = f"has the unknown scheme {scheme}:, expected a path, or one of {known}"
+    raise ValueError(f"{argument}: {url!r} {fault}")

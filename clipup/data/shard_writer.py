@@ -68,15 +68,14 @@ def finished(directory: Path, fingerprint: str) -> bool:
 
 def check_target(directory: Path, overwrite: bool) -> None:
     """Raises ValueError, with how to continue, when building into `directory` would lose its content."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    is_data_set, is_empty = (directory / DATASET_FILE).is_file(), directory.is_dir() and not any(directory.iterdir())
+    if not directory.exists() or is_empty or is_data_set and overwrite:
         return
-    if not (directory / DATASET_FILE).is_file():
-        raise ValueError(f"OUT: {directory} is not a data set, nothing was changed: name another directory")
-    if not overwrite:
-        raise ValueError(
-            f"OUT: {directory} contains another data set (other options or package versions), nothing was changed: "
-            "name another directory, or replace it with --overwrite"
-        )
+    fault, also = "is not a data set", ""
+    if is_data_set:
+        fault = "contains another data set (other options or package versions)"
+        also = ", or replace it with --overwrite"
+    raise ValueError(f"OUT: {directory} {fault}, nothing was changed: name another directory{also}")
 
 
 def sha256(path: str | os.PathLike) -> str:

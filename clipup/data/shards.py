@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..atomic_files import replace_files
 from ..progress import Progress
 from .processes import each
-from .samples import PackedTexts, Sample, digest_of
+from .samples import PackedTexts, Sample, content_at, digest_of
 from .shard_names import check_local, sizes_of
 from .skips import RETRIES, Note, Retries, Skips, SourceError, read_whole
 from .tars import Members, Parts, caption_of, captions_in, complete, key_of, lines, read_samples
@@ -47,7 +47,7 @@ class ShardSource:
         self,
         shards: Sequence[str],
         skips: Skips,
-        processes: int = 1,
+        workers: int = 0,
         first: int = 0,
         retries: int = RETRIES,
         progress: bool = False,
@@ -55,7 +55,7 @@ class ShardSource:
         """
         Args:
             skips: where samples that are not complete are noted.
-            processes: that read shards at the same time.
+            workers: processes that read shards at the same time; 0 is the calling one.
             first: the shard to start with.
             retries: further tries after an error that may be temporary.
 
@@ -66,16 +66,17 @@ class ShardSource:
         check_local(shards, "train_data")
         turned = [*shards[first:], *shards[:first]]
         read = partial(_index_of, sizes=sizes_of(shards), retries=retries)
-        indexes: dict[str, ShardIndex] = {}
+        index_of: dict[str, Contents] = {}
         with Progress("indexing shards", "shards", len(shards), show=progress) as bar:
-            for shard, index in zip(turned, each(read, turned, min(processes, len(shards))), strict=True):
-                indexes[shard] = index
+            for shard, index in zip(turned, each(read, turned, min(workers, len(shards))), strict=True):
+                index_of[shard] = index
                 bar.update()
-        _note_losses([indexes[shard] for shard in shards], skips)
+        indexes = [index_of[shard] for shard in shards]
+        _note_losses(indexes, skips)
         self.shards = PackedTexts(shards)
-        self.places = np.concatenate([indexes[shard].places for shard in shards])
-        self.ends = np.cumsum([len(indexes[shard].places) for shard in shards])
-        self.states = [indexes[shard].state for shard in shards]
+        self.places = np.concatenate([index.complete for index in indexes])
+        self.ends = np.cumsum([len(index.complete) for index in indexes])
+        self.states = [index.state for index in indexes]
         names = PackedTexts(map(os.path.basename, shards))
         self.digest = digest_of(names.content, names.ends, self.ends, self.places)
 
@@ -97,8 +98,8 @@ class ShardSource:
                     f"{self.shards[number]} was replaced or changed after its samples were indexed: do not write into "
                     "data that are in use. Start again, so that it is indexed again"
                 )
-            image = _content(file, place["image"], place["image_size"])
-            text = _content(file, place["text"], place["text_size"])
+            image = content_at(file, place["image"], place["image_size"])
+            text = content_at(file, place["text"], place["text_size"])
         if not place["json"]:
             return image, [caption_of(text)]
         captions, about = captions_in(text)
@@ -113,11 +114,6 @@ def _state_of(file: BinaryIO) -> FileState:
     return state.st_size, state.st_mtime_ns
 
 
-def _content(file: BinaryIO, offset: np.integer, size: np.integer) -> bytes:
-    file.seek(int(offset))
-    return file.read(int(size))
-
-
 def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Sample]:
     """Every complete sample of local shards, in order, for evaluation. Only headers and captions are read, not images.
 
@@ -128,26 +124,28 @@ def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Samp
     contents: list[Contents] = []
     sizes, retried = sizes_of(shards), Retries()
     for shard in shards:
-        found = read_whole(partial(_read, shard, sizes.get(shard)), shard, argument, retried)
-        contents.append(found._replace(complete=[]))
-        for members, parts in found.complete:
+        read = read_whole(partial(_read, shard, sizes.get(shard)), shard, argument, retried)
+        contents.append(read._replace(complete=[]))
+        for members, parts in read.complete:
             captions = lines(parts.captions[0]) if parts.text != "json" else parts.captions
             about = {"key": members.key, **parts.about}
-            samples.append(Sample(members.key, shard, tuple(captions), *members.place[parts.image], about))
+            offset, size = members.place[parts.image]
+            samples.append(Sample(members.key, shard, tuple(captions), offset, size, about))
     _note_losses(contents, skips)
     return samples
 
 
 class Contents(NamedTuple):
-    """What was found in one shard."""
+    """The samples of one shard."""
 
     state: FileState
     """Of the file that was read."""
     samples: int
-    """All that are there, complete or not."""
+    """The number of all samples, complete or not."""
     notes: list[Note]
-    """What is not complete, and damaged parts; 0 samples where their number is unknown."""
-    complete: list[tuple[Members, Parts]]
+    """Incomplete samples and damaged parts; 0 samples where their number is unknown."""
+    complete: Any
+    """The complete samples: pairs of ``Members`` and ``Parts``; in an index their places, [samples] of `PLACE`."""
 
 
 def _read(shard: str, expected: int | None) -> Contents:
@@ -156,7 +154,7 @@ def _read(shard: str, expected: int | None) -> Contents:
     Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
     """
     notes: list[Note] = []
-    found: list[tuple[Members, Parts]] = []
+    pairs: list[tuple[Members, Parts]] = []
     samples = 0
     with open(shard, "rb") as file:
         state = _state_of(file)
@@ -164,37 +162,27 @@ def _read(shard: str, expected: int | None) -> Contents:
         for members in read_samples(file, shard, lose, images=False, expected=expected):
             samples += 1
             try:
-                found.append((members, complete(members)))
+                pairs.append((members, complete(members)))
             except ValueError as error:
                 notes.append(Note(members.named, str(error)))
-    return Contents(state, samples, notes, found)
+    return Contents(state, samples, notes, pairs)
 
 
-def _note_losses(shards: Sequence[Contents | ShardIndex], skips: Skips) -> None:
-    """Notes what shards lost; where the number is unknown, by how many samples the largest undamaged shard has."""
-    usual = max((one.samples for one in shards if all(note.samples for note in one.notes)), default=0)
+def _note_losses(shards: Sequence[Contents], skips: Skips) -> None:
+    """Notes the lost samples of shards. Where their number is unknown, the largest undamaged shard tells how many a
+    shard has."""
+    usual = max((shard.samples for shard in shards if all(note.samples for note in shard.notes)), default=0)
     skips.add(
-        note._replace(samples=note.samples or max(1, usual - one.samples)) for one in shards for note in one.notes
+        note._replace(samples=note.samples or max(1, usual - shard.samples)) for shard in shards for note in shard.notes
     )
 
 
-class ShardIndex(NamedTuple):
-    """The complete samples of one shard, and what is wrong with the others."""
-
-    state: FileState
-    samples: int
-    notes: list[Note]
-    """These three as in `Contents`."""
-    places: np.ndarray
-    """[samples] of `PLACE`."""
-
-
-def _index_of(shard: str, sizes: dict[str, int], retries: int) -> ShardIndex:
+def _index_of(shard: str, sizes: dict[str, int], retries: int) -> Contents:
     """The index of a shard, from the cache if it is there."""
     return read_whole(partial(_kept_or_read, shard, sizes.get(shard)), shard, "train_data", Retries(retries))
 
 
-def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
+def _kept_or_read(shard: str, expected: int | None) -> Contents:
     stat = os.stat(shard)
     about = [_VERSION, shard, os.path.realpath(shard), expected, stat.st_size, stat.st_mtime_ns]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clipup", "shard_index")
@@ -204,24 +192,20 @@ def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
             described, samples, notes = json.loads(str(content["about"]))
             if described == about:
                 state = stat.st_size, stat.st_mtime_ns
-                return ShardIndex(state, samples, [Note(*note) for note in notes], content["places"])
+                return Contents(state, samples, [Note(*note) for note in notes], content["places"])
     start = time.perf_counter()
-    index = _read_index(shard, expected)
+    index = _read(shard, expected)
+    rows = [
+        (members.offset, *members.place[parts.image], *members.place[parts.text], parts.text == "json")
+        for members, parts in index.complete
+    ]
+    index = index._replace(complete=np.array(rows, PLACE))
     if time.perf_counter() - start > _KEPT_FROM_SECONDS:
         noted = np.array(json.dumps([about, index.samples, index.notes]))
         with suppress(OSError):  # without a cache directory that can be written to, the shard is read again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_files({path: lambda file: _write(file, about=noted, places=index.places)})
+            replace_files({path: lambda file: _write(file, about=noted, places=index.complete)})
     return index
-
-
-def _read_index(shard: str, expected: int | None) -> ShardIndex:
-    contents = _read(shard, expected)
-    rows = [
-        (members.offset, *members.place[parts.image], *members.place[parts.text], parts.text == "json")
-        for members, parts in contents.complete
-    ]
-    return ShardIndex(contents.state, contents.samples, contents.notes, np.array(rows, PLACE))
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""What cannot be read: retried, then skipped, logged and counted once; too many skipped samples raise an error.
+"""Unreadable samples: tried again, then skipped, logged and counted once. Too many of them raise an error.
 
 Worker processes only take notes, which accompany the batches to the main process. So counts do not depend on which
-worker met a sample first.
+worker read a sample first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_PAUSE = 2.0
 """Seconds before the second try; each further pause is twice as long, up to about a minute."""
 _DOUBLINGS = 5
 _LACK = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What this process or machine lacks says nothing about the data."""
+"""Errors of this process or machine, not of the data."""
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, *_LACK}
 """Errors that waiting does not repair."""
 
@@ -40,7 +40,7 @@ class SourceError(ValueError):
 
 
 def raise_lack(error: BaseException) -> None:
-    """Raises errors that the sample did not cause: those of the source, and lack of memory or of open files."""
+    """Raises errors that no sample causes: those of the source, and lack of memory or of file descriptors."""
     if isinstance(error, SourceError | MemoryError) or getattr(error, "errno", None) in _LACK:
         raise error
 
@@ -95,10 +95,10 @@ class Retries:
         self.retries = self._left = retries
 
     def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
-        """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair.
+        """The result of ``read``. Raises its last OSError; one that waiting cannot repair is raised at once.
 
         Args:
-            name: gives the name of what is read, for the log.
+            name: gives the name of the file or sample, for the log.
         """
         number = 0
         while True:
@@ -119,7 +119,7 @@ class Retries:
 
 
 def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Retries) -> Result:
-    """What ``read`` returns of a whole shard or CSV file. Raises OSError, naming it: no sample of it is skipped."""
+    """Reads a whole shard or CSV file. Raises OSError, naming it: samples of an unreadable file are not skipped."""
     try:
         return retried(lambda: path, read)
     except OSError as error:
@@ -131,7 +131,7 @@ def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Re
 
 def union(of_processes: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """What processes skipped, each sample once."""
-    return {name: count for one in of_processes for name, count in one.items()}
+    return {name: count for skipped in of_processes for name, count in skipped.items()}
 
 
 class Skips:
@@ -140,19 +140,15 @@ class Skips:
     def __init__(self, max_skipped: float = 1.0) -> None:
         self.max_skipped = max_skipped
         self.samples: dict[str, int] = {}
-        """How many each note stands for, by what it is counted as."""
+        """The number of samples that each note stands for, by its name."""
         self.first = ""
-        """The first one and its reason, as text."""
+        """The name of the first skipped sample and the reason, as text."""
 
     def __int__(self) -> int:
         return sum(self.samples.values())
 
-    def note(self, name: str, reason: object, samples: int = 1) -> None:
-        """Counts and logs skipped samples, unless they are known already."""
-        self.add([Note(name, str(reason), samples)])
-
     def add(self, notes: Iterable[Note]) -> None:
-        """Counts what is not known already and logs it: of each reason the first few, and the number of the others."""
+        """Counts new notes and logs them: the first few of each reason, and the number of the others."""
         times, others = Counter[str](), Counter[str]()
         for note in notes:
             if note.name in self.samples:
@@ -176,7 +172,7 @@ class Skips:
 
         Args:
             total: samples of all processes.
-            samples: what this one skipped, as the attribute of this name.
+            samples: those that this process skipped, as the attribute of this name.
             gather: returns every process's value on every process.
         """
         skipped, firsts = zip(*gather((samples, self.first)), strict=True)

@@ -1,7 +1,7 @@
 """Training batches streamed from WebDataset shards, with webdataset's readers of URLs and shuffle buffer.
 
 For shards by URL, and for resampled ones. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
-of ranks and workers. What cannot be read is skipped and counted; opening a shard is tried again. Only images and texts
+of ranks and workers. Unreadable samples are skipped and counted; opening a shard is tried again. Only images and texts
 are decoded: webdataset's own decoder unpickles members with certain extensions.
 """
 
@@ -16,60 +16,54 @@ from functools import partial
 from itertools import count, islice
 from typing import Any, BinaryIO
 
-import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from .images import load_image, preprocessed
+from .images import read_sample
 from .options import DataOptions
-from .processes import worker_init_fn
-from .shard_names import open_shard, shard_weights, sizes_of
+from .shard_names import names_digest, open_shard, shard_weights, sizes_of
+from .shard_writer import SIZES_FILE
 from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
-from .train_data import CountedBatches, Reader, TrainData, mixed_seed
+from .train_data import Reader, TrainData, mixed_seed, read_by_workers
 
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
 _DRAWN = 1000
-"""Shards of a pass that are drawn with replacement; if none of them can be read, the next pass is not begun."""
+"""Draws with replacement in a pass. If none of these shards can be read, the next pass is not begun."""
 
 
-def streamed_data(options: DataOptions, shards: list[str], num_samples: int, reader: Reader) -> TrainData:
+def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
     """Training data from shards.
 
-    Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them; a worker that
-    runs out of full batches starts over, in another order. `num_samples`: samples per epoch, before rounding.
+    Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them. A worker that
+    runs out of full batches starts over, in another order.
+
+    Raises ValueError when there are fewer shards than workers, or the number of samples is unknown.
     """
-    workers = max(1, options.workers)
+    workers, sizes, num_samples = max(1, options.workers), sizes_of(shards), options.train_num_samples
+    if not options.dataset_resampled and len(shards) < workers * reader.world_size:
+        raise ValueError(
+            f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
+            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers"
+        )
+    if num_samples is None and not sizes.keys() >= set(shards):
+        raise ValueError(
+            f"train_num_samples: not given, and no {SIZES_FILE} beside {shards[0]} gives the number of samples of "
+            "these shards: pass the number of samples per epoch"
+        )
+    if num_samples is None:
+        num_samples = sum(sizes[shard] for shard in shards)
     worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
-    generator = torch.Generator()
-    loader = DataLoader(
+    return read_by_workers(
         StreamedBatches(options, shards, max(1, num_samples // len(shards)), worker_batches, reader),
-        batch_size=None,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        worker_init_fn=worker_init_fn(),
-        pin_memory=torch.cuda.is_available(),
-        generator=generator,
-    )
-    num_batches = worker_batches * workers
-    batches = CountedBatches(
-        loader,
-        reader.skips,
-        num_samples=num_batches * options.batch_size * reader.world_size,
-        num_batches=num_batches,
-        total=num_samples,
-        world_size=reader.world_size,
-    )
-    return TrainData(
-        batches,
-        reader.epoch,
-        reader.skips,
-        accum_freq=options.accum_freq,
-        seed=options.seed,
-        rank=reader.rank,
-        generator=generator,
+        options,
+        reader,
+        worker_batches * workers,
+        num_samples,
+        workers=options.workers,
+        shards="" if options.dataset_resampled else names_digest(shards),  # each rank draws from its own shards
     )
 
 
@@ -80,7 +74,11 @@ class StreamedBatches(IterableDataset):
     """
 
     def __init__(self, options: DataOptions, shards: list[str], usual: int, batches: int, reader: Reader) -> None:
-        """`usual`: samples of a shard, where unknown; `batches`: of a worker in an epoch."""
+        """
+        Args:
+            usual: samples of a shard whose number is unknown.
+            batches: a worker's batches in an epoch.
+        """
         self.options, self.shards, self.usual, self.batches, self.reader = options, shards, usual, batches, reader
         factors = options.train_data_upsampling_factors
         self.weights = None if factors is None else shard_weights(options.source, factors, options.allow_pipe)
@@ -109,15 +107,10 @@ class StreamedBatches(IterableDataset):
         draws = self._random(number, self.reader.rank, _worker()[0])
         shuffled = webdataset.shuffle(*_SAMPLE_BUFFER, rng=self._random(number))
         for members in shuffled(self._members(number)):
-            try:
-                parts = complete(members)
-                image = load_image(members.content[parts.image], self.options.max_image_pixels)
-            except Exception as error:  # PIL has no common class for what a broken file may raise
-                raise_lack(error)
-                self.notes.add(members.named, f"{type(error).__name__}: {error}")
-                continue
-            tensor = preprocessed(self.reader.preprocess, image, lambda: members.named)  # noqa: B023
-            yield tensor, self.reader.tokenizer([draws.choice(parts.captions)])[0]
+            name, limit = partial(str, members.named), self.options.max_image_pixels
+            sample = read_sample(partial(_content, members), name, self.reader.preprocess, limit, self.notes.add)
+            if sample is not None:
+                yield sample[0], self.reader.tokenizer([draws.choice(sample[1])])[0]
 
     def _members(self, number: int) -> Iterator[Members]:
         """The samples of a pass, complete or not. Damaged parts are skipped and noted."""
@@ -138,7 +131,7 @@ class StreamedBatches(IterableDataset):
                 _leave(file)
 
     def _shards(self, number: int) -> Iterator[str]:
-        """The shards of this worker in a pass; of those that are drawn with replacement, so many."""
+        """This worker's shards for one pass. With replacement: a fixed number of draws."""
         worker, workers = _worker()
         if self.options.dataset_resampled:
             yield from self._random(number, self.reader.rank, worker).choices(self.shards, self.weights, k=_DRAWN)
@@ -155,14 +148,19 @@ class StreamedBatches(IterableDataset):
         return random.Random(mixed_seed(self.options.seed, self.reader.epoch.value, *parts))
 
 
+def _content(members: Members) -> tuple[bytes, list[str]]:
+    parts = complete(members)
+    return members.content[parts.image], parts.captions
+
+
 def _worker() -> tuple[int, int]:
-    """The number of the data worker that calls it, and of all of them."""
+    """The calling data worker's number, and the number of workers."""
     worker = get_worker_info()
     return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def opened(shard: str) -> BinaryIO:
-    """A shard whose beginning can be read: where a program such as curl delivers it, its failure shows there."""
+    """Opens a shard and reads its beginning, where the failure of a program that delivers it, such as curl, shows."""
     file: Any = open_shard(shard)
     stream = getattr(file, "stream", file)
     if hasattr(stream, "peek") and not stream.peek():

@@ -1,4 +1,4 @@
-"""Reading the samples of WebDataset shards; what a damaged file lost is reported.
+"""Reading the samples of WebDataset shards. Samples that a damaged file lost are reported.
 
 A sample consists of consecutive members of a tar file with the same key: `KEY.png`, `KEY.txt`. A key ends at the first
 dot of the base name. Links, sparse files and other special members are not read, and nothing is extracted to disk.
@@ -40,12 +40,12 @@ _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as 
 
 @dataclass
 class Members:
-    """Of one sample, by extension: their content, where it was read, and their place (offset, size) in the file."""
+    """The members of one sample by extension: their content, if it was read, and their place (offset, size)."""
 
     key: str
     shard: str
     offset: int
-    """Of the first one."""
+    """Where the header of the first member begins."""
     content: dict[str, bytes] = field(default_factory=dict)
     place: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ def caption_of(content: bytes) -> str:
 
 
 def captions_in(content: bytes) -> tuple[list[str], dict]:
-    """The captions of a json, none if it is no object or lists none, and the rest of it."""
+    """The list of captions in a json, empty if there is none, and the rest of the json."""
     about: dict = {}
     with suppress(ValueError, TypeError):
         about = dict(json.loads(content))
@@ -134,19 +134,19 @@ def read_samples(
 
     Args:
         file: read once from start to end; must be seekable without `images`.
-        lose: called with name, reason and number of samples for what is missing.
-        images: whether image contents are read, or only their places. Without them, an OSError is raised: it can be
-            another one, or none, when the file is read again. With them it ends the shard, as damage does, unless it
-            says what this process lacks.
+        lose: called with name, reason and number for lost samples.
+        images: whether image contents are read, or only their places. Without them, an OSError is raised: reading the
+            file again may succeed. With them it ends the shard, as damage does, unless this process lacks memory or
+            file descriptors.
         expected: how many samples the shard should have, where known.
-        usual: how many similar shards have, where `expected` is unknown. With 0, `lose` gets 0 samples for a shard that
-            was not read to its end.
+        usual: how many samples similar shards have, for an unknown `expected`. With 0, `lose` gets 0 samples for a
+            shard that was not read to its end.
     """
     damage: list[str] = []
-    found = 0
+    count = 0
     for sample in _samples(file, shard, images, damage):
         dotted = [] if sample.image else [name for name in sample.place if name.endswith(_DOTTED_IMAGES)]
-        found += len(dotted) or 1
+        count += len(dotted) or 1
         if dotted:
             lose(
                 f"images of {sample.named}",
@@ -156,13 +156,13 @@ def read_samples(
             )
         else:
             yield sample
-    name = f"a part of {shard}" if found else shard
-    if expected is not None and expected >= max(found, 1):
-        if expected > found:
-            reason = f"it holds {found} samples, {SIZES_FILE} beside it lists more"
-            lose(name, next(iter(damage), reason), expected - found)
+    name = f"a part of {shard}" if count else shard
+    if expected is not None and expected >= max(count, 1):
+        if expected > count:
+            reason = f"it holds {count} samples, {SIZES_FILE} beside it lists more"
+            lose(name, next(iter(damage), reason), expected - count)
     elif damage:
-        lose(name, damage[0], max(1, usual - found) if usual else 0)
+        lose(name, damage[0], max(1, usual - count) if usual else 0)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -174,7 +174,7 @@ def _split(name: str) -> tuple[str, str]:
 def _samples(file: BinaryIO, shard: str, images: bool, damage: list[str]) -> Iterator[Members]:
     """Consecutive members with the same key, as samples. A special member has no content, but makes a sample.
 
-    What ends reading early is appended to `damage`. The sample in whose content it is, is not returned.
+    The reason for an early end is appended to `damage`. The sample that it cuts off is not returned.
     """
 
     class Header(_Header):
@@ -221,8 +221,8 @@ def _samples(file: BinaryIO, shard: str, images: bool, damage: list[str]) -> Ite
 
 
 class _Header(tarfile.TarInfo):
-    """Keeps the last block that was read as a header: at a damaged one tarfile ends as at the end mark, which is zero.
-    Each file has a subclass of its own."""
+    """Keeps the last block that was read as a header. At a damaged one tarfile ends without an error, as at the end
+    mark, which is zero. Each file has its own subclass."""
 
     last: bytes | bytearray = b""
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..checks import check
 from .options import DataOptions
-from .processes import reading
+from .processes import reading, worker_init_fn
 from .skips import Skips
 
 
@@ -30,7 +31,7 @@ class Reader(NamedTuple):
     rank: int
     world_size: int
     epoch: Synchronized[int]
-    """The current one, visible to worker processes that were started in an earlier one."""
+    """The current epoch. Worker processes that were started in an earlier epoch see it change."""
     skips: Skips
 
 
@@ -55,22 +56,25 @@ class TrainData:
 
     dataloader: Any
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
-    epoch: Synchronized[int]
-    skips: Skips
-    accum_freq: int = 1
-    seed: int = 0
-    rank: int = 0
-    generator: torch.Generator | None = None
-    """The data loader's of streamed data, which seeds its workers; re-seeded every epoch."""
+    options: DataOptions
+    reader: Reader
+    generator: torch.Generator
+    """The data loader's, which seeds its workers; re-seeded every epoch."""
     places: Places | None = None
     """Of indexed data. Streamed data start at the beginning of an epoch."""
     order: dict[str, Any] | None = None
     """What the order of samples depends on besides the epoch, as plain values. None for streamed data,
     whose order also depends on the numbers of ranks and workers."""
-    options: DataOptions | None = None
-    """What the data were made from."""
     shards: str = ""
     """Of streamed data: a digest of which shards there are."""
+
+    @property
+    def accum_freq(self) -> int:
+        return self.options.accum_freq
+
+    @property
+    def skips(self) -> Skips:
+        return self.reader.skips
 
     @property
     def skipped(self) -> int:
@@ -82,14 +86,13 @@ class TrainData:
         Args:
             first_step: the step of the epoch, of `accum_freq` batches, to start with; for indexed data only.
         """
-        self.epoch.value = epoch
+        self.reader.epoch.value = epoch
         if self.places is not None:
             self.places.epoch, self.places.first = epoch, first_step * self.accum_freq
-        elif first_step:
-            raise ValueError(f"first_step: got {first_step}, but streamed data start at the beginning of an epoch")
-        if self.generator is not None:
-            own = (self.rank,) if self.rank else ()  # so that ranks do not augment alike
-            self.generator.manual_seed(mixed_seed(self.seed, epoch, *own))
+        else:
+            check("first_step", first_step, first_step == 0, "0 for streamed data, which start at an epoch's beginning")
+        own = (self.reader.rank,) if self.reader.rank else ()  # so that ranks do not augment alike
+        self.generator.manual_seed(mixed_seed(self.options.seed, epoch, *own))
 
 
 class CountedBatches:
@@ -102,17 +105,16 @@ class CountedBatches:
     def __init__(
         self,
         loader: Any,
-        skips: Skips,
-        num_samples: int,
+        options: DataOptions,
+        reader: Reader,
         num_batches: int,
         total: int,
-        world_size: int,
-        known: dict[str, int] | None = None,
+        known: dict[str, int],
     ) -> None:
         """`total`: samples per pass over all processes, including those `known` to be unreadable before."""
-        self.loader, self.skips, self.world_size = loader, skips, world_size
-        self.num_samples, self.num_batches = num_samples, num_batches
-        self._known, self._expected = known or {}, total / world_size
+        self.loader, self.skips, self.world_size = loader, reader.skips, reader.world_size
+        self.num_samples, self.num_batches = num_batches * options.batch_size * reader.world_size, num_batches
+        self._known, self._expected = known, total / reader.world_size
         self.pass_counts = self._expected, self._known
         """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
 
@@ -131,6 +133,40 @@ class CountedBatches:
                 if report.skipped:
                     self.skips.check(self.pass_counts[0], before + sum(skipped.values()), self.world_size)
                 yield images, texts
+
+
+def read_by_workers(
+    dataset: Dataset,
+    options: DataOptions,
+    reader: Reader,
+    num_batches: int,
+    total: int,
+    *,
+    workers: int,
+    known: dict[str, int] | None = None,
+    places: Places | None = None,
+    **described: Any,
+) -> TrainData:
+    """Training data whose workers read the batches of ``dataset``.
+
+    Args:
+        num_batches: of this process in an epoch.
+        total, known: as in ``CountedBatches``.
+        places, described: fields of ``TrainData``.
+    """
+    generator = torch.Generator()
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=places,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=worker_init_fn(),
+        pin_memory=torch.cuda.is_available(),
+        generator=generator,
+    )
+    batches = CountedBatches(loader, options, reader, num_batches, total, known or {})
+    return TrainData(batches, options, reader, generator, places, **described)
 
 
 def mixed_seed(*parts: int) -> int:

@@ -70,10 +70,10 @@ class ClassificationSet:
     ) -> Iterator[tuple[Tensor, int]]:
         """The samples for ``zero_shot``, with files read by ``workers`` processes. An unreadable or too large image
         raises ``ValueError``, naming it."""
-        shards = [one for one in self.images if isinstance(one, str)]
+        shards = [image for image in self.images if isinstance(image, str)]
         if shards:
             return image_shards(shards, max_image_pixels, preprocess)
-        files = [one for one in self.images if not isinstance(one, str)]
+        files = [image for image in self.images if not isinstance(image, str)]
         return labelled_images(files, preprocess, batch_size, workers, max_image_pixels)
 
 
@@ -214,16 +214,15 @@ def csv(root: str | Path, split: str, options: CsvOptions) -> RetrievalSet:
 
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
     """The given file, else the first of these names that exists in ``root``."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"root: there is no directory {root}; expected that of the benchmark")
+    checks.directory(root, "that of the benchmark", "root")
     candidates = [Path(given)] if given is not None else [root / name for name in names]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
         raise FileNotFoundError(
             f"annotations: there is no {' or '.join(map(str, candidates))}; Karpathy's splits in this format are at "
             f"{_ANNOTATIONS}"
         )
-    return found
+    return path
 
 
 @contextmanager

@@ -23,17 +23,17 @@ _SHOWN = 3
 
 
 def read_lines(path: str | Path, kind: str = "name") -> list[str]:
-    """The non-blank lines of a text file: class names, templates with ``{}``, or what else a line is (``kind``).
+    """The non-blank lines of a text file: class names, templates with ``{}``, or another ``kind`` of line.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or an empty one.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected a text file with one {kind} per line")
-    found = lines(checks.read_text(Path(path)))
-    if not found:
+    listed = lines(checks.read_text(Path(path)))
+    if not listed:
         raise ValueError(f"{path} is empty; expected one {kind} per line")
-    return found
+    return listed
 
 
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -48,19 +48,18 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
             classes or by one that is twice in the list, numbers other than 0 to N - 1 for N classes, or no image.
     """
     root = Path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory per class")
+    checks.directory(directory, "one with a subdirectory per class")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     labels = _labels(directory, [folder.name for folder in folders], classes)
-    found = [
+    images = [
         (path, label)
         for folder, label in zip(folders, labels, strict=True)
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in IMG_EXTENSIONS
     ]
-    if not found:
+    if not images:
         raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
-    return found
+    return images
 
 
 def _labels(directory: str | Path, names: list[str], classes: Sequence[str]) -> list[int]:
@@ -86,7 +85,7 @@ def _folded(name: str) -> str:
 
 
 def labelled_images(
-    found: Sequence[tuple[Path, int]],
+    files: Sequence[tuple[Path, int]],
     preprocess: Callable[[Image.Image], Tensor],
     batch_size: int = 64,
     workers: int = 0,
@@ -97,7 +96,7 @@ def labelled_images(
     Raises:
         ValueError: an unreadable image, by name: skipping it would change the accuracy.
     """
-    records = [Sample(path.name, str(path), (), metadata={"label": label}) for path, label in found]
+    records = [Sample(path.name, str(path), (), metadata={"label": label}) for path, label in files]
     samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
     for images, _, metadata in samples.batches(batch_size, workers):
         yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
@@ -127,10 +126,10 @@ def image_shards(
             for sample in read_samples(file, shard, refuse, images=True):
                 try:
                     content = sample.content[sample.image or "image"]
-                    found = preprocess(load_image(content, max_image_pixels)), int(sample.content["cls"])
+                    pair = preprocess(load_image(content, max_image_pixels)), int(sample.content["cls"])
                 except Exception as error:  # PIL has no common class for what a broken file may raise
                     raise ValueError(
                         f"cannot read sample {sample.key} of {shard}: {type(error).__name__}: {error}; it needs an "
                         "image and a .cls"
                     ) from error
-                yield found
+                yield pair

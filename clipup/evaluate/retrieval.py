@@ -31,6 +31,12 @@ class NonFiniteFeatures(ValueError, FloatingPointError):
     """Features contain NaN or infinity and cannot be ranked."""
 
 
+def check_finite(name: str, features: Tensor) -> None:
+    """Raises NonFiniteFeatures, naming the features, for NaN and infinity."""
+    if not features.isfinite().all():
+        raise NonFiniteFeatures(f"{name} contains NaN or infinity, so nothing can be ranked: the model is broken")
+
+
 def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, Any]:
     """Recall in both directions, as fractions of 1.
 
@@ -62,8 +68,8 @@ def ranks_both_ways(
     """By ``WAYS``, one row per text and one row per image: the number of candidates above the best match, of candidates
     tied with it, and of matches among the tied ones. int64 each."""
     pairs = _pairs(image_of_text)
-    found = _rank(text_features, image_features, pairs), _rank(image_features, text_features, pairs.flip(1))
-    return dict(zip(WAYS, found, strict=True))
+    ranks = _rank(text_features, image_features, pairs), _rank(image_features, text_features, pairs.flip(1))
+    return dict(zip(WAYS, ranks, strict=True))
 
 
 def nll_both_ways(
@@ -80,8 +86,8 @@ def nll_both_ways(
             nll.append(scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1))
         return torch.cat(nll).double().mean().item()
 
-    found = mean_nll(text_features, image_features, pairs), mean_nll(image_features, text_features, pairs.flip(1))
-    return dict(zip(WAYS, found, strict=True))
+    means = mean_nll(text_features, image_features, pairs), mean_nll(image_features, text_features, pairs.flip(1))
+    return dict(zip(WAYS, means, strict=True))
 
 
 def hits_at(k: int, above: Tensor, tied: Tensor, right: Tensor) -> Tensor:
@@ -143,7 +149,7 @@ def evaluate_retrieval(
             yield image if preprocess is None else preprocess(image)
 
     image_features = encode_images(model, images(), batch_size, precision, share)
-    about = [one for batch in share.join(list(in_batches(about, batch_size))) for one in batch]
+    about = [texts for batch in share.join(list(in_batches(about, batch_size))) for texts in batch]
     captions = [text for texts, _ in about for text in texts]
     groups = [group for _, group in about]
     pairs = _pairs(torch.tensor([row for row, (texts, _) in enumerate(about) for _ in texts]))
@@ -216,7 +222,4 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
         without = torch.bincount(column, minlength=len(features)) == 0
         if without.any():
             raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
-        if not features.isfinite().all():
-            raise NonFiniteFeatures(
-                f"{name}_features contains NaN or infinity, so nothing can be ranked: the model is broken"
-            )
+        check_finite(f"{name}_features", features)

@@ -9,13 +9,14 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..checks import check
 from ..clip.inputs import CheckedTokenizer
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast
 from ..progress import progress
 from .datasets import Template
 from .encode import device_of, encode_images, in_batches
-from .retrieval import NonFiniteFeatures
+from .retrieval import check_finite
 from .shares import Share
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
@@ -63,19 +64,16 @@ def zero_shot(
 
     def images() -> Iterator[Tensor]:
         for image, label in progress(samples, "classifying", "images", show=show_progress):
-            if not 0 <= label < len(classes):
-                raise ValueError(f"image {len(labels)} has class {label}, but there are {len(classes)} class names")
+            name = f"the class of image {len(labels)}"
+            check(name, label, 0 <= label < len(classes), f"0 to {len(classes) - 1}, the number of a class name")
             labels.append(label)
             yield image if preprocess is None else preprocess(image)
 
     if classifier is None:
         classifier = zero_shot_classifier(model, classes, tokenizer, templates, batch_size, precision, share)
     image_features = encode_images(model, images(), batch_size, precision, share)
-    for name, features in (("image_features", image_features), ("the features of the classes", classifier)):
-        if not features.isfinite().all():
-            raise NonFiniteFeatures(
-                f"{name} contain NaN or infinity, so nothing can be classified: the model is broken"
-            )
+    check_finite("image_features", image_features)
+    check_finite("classifier", classifier)
     truth = torch.tensor([label for batch in share.join(list(in_batches(labels, batch_size))) for label in batch])
     best = (image_features @ classifier).topk(min(max(TOP_K), len(classes)), dim=1).indices
     hits = best == truth[:, None]
@@ -95,8 +93,8 @@ def zero_shot_classifier(
     """The mean features of the prompts of each class, normalized, [D, classes] in float32 on the CPU (open_clip's
     ``build_zero_shot_classifier``). The arguments are those of ``zero_shot``; every process passes all classes."""
     for template in templates:
-        if isinstance(template, str) and "{}" not in template:
-            raise ValueError(f"templates: {template!r} has no {{}}, which stands for the class name")
+        is_complete = not isinstance(template, str) or "{}" in template
+        check("templates", template, is_complete, "a function, or text with {} for the class name")
     share = share or Share()
     at_once = max(1, batch_size // len(templates))
     device, checked = device_of(model), CheckedTokenizer(tokenizer, model)

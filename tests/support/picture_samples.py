@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import tarfile
+from pathlib import Path
 
 import numpy
 import torch
@@ -13,11 +15,29 @@ from torch import Tensor
 from clipup.data.loaders import train_loader
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
 def png(number: int) -> bytes:
     """A 4 x 4 picture whose red is `number`."""
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (number, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.new("RGB", (4, 4), (number, 0, 0)))
+
+
+def write_tar(path: Path, members) -> Path:
+    """A tar file of (name, content); a content of (type, target) is a link or another special member."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content
+            tar.addfile(info, io.BytesIO(content) if info.size else None)
+    return path
 
 
 def preprocess(image) -> Tensor:

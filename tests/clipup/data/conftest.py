@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from picture_samples import png
+from picture_samples import png, write_tar
 from small_pictograms import all_concepts, all_splits, in_the_small, read, small  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def picture():
-    return png
 
 
 class Pictures:
@@ -46,13 +40,8 @@ class Pictures:
         (self.folder / "sizes.json").write_text(json.dumps(sizes))
         return str(self.folder / f"train-{{000000..{shards - 1:06d}}}.tar")
 
-    def tar(self, name: str, members: list[tuple[str, bytes]]) -> Path:
-        with tarfile.open(self.folder / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for member, content in members:
-                info = tarfile.TarInfo(member)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        return self.folder / name
+    def tar(self, name: str, members: list) -> Path:
+        return write_tar(self.folder / name, members)
 
     def csv(self, count: int = 24) -> str:
         """A CSV file with the first caption of each sample."""

@@ -68,7 +68,7 @@ def test_workers_of_any_number_give_the_same_batches_from_any_step_on(pictures, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_is_augmented_in_a_way_of_its_own(pictures, kind):
+def test_every_sample_has_its_own_augmentation(pictures, kind):
     batches = batches_of(load(kind, pictures.source(kind, 24), 4, transform=noisy), 0)
     noise = torch.cat(batches)[:, 0] % 1
     assert len(noise) == len(noise.unique()) == 24
@@ -91,12 +91,9 @@ def test_cached_and_other_data_have_the_same_samples_in_the_same_order(pictures,
 @pytest.mark.parametrize("rows", [1, 2, 3, 24, 1024, 1025, 5000])
 def test_an_order_has_every_row_once(rows):
     order = EpochOrder(rows, seed=3)
-    found = order.rows_at(7, numpy.arange(rows))
-    assert sorted(found) == list(range(rows))
-    part = numpy.arange(rows // 3, rows)
-    assert numpy.array_equal(order.rows_at(7, part), found[part])
-    if rows > 3:
-        assert not numpy.array_equal(order.rows_at(8, numpy.arange(rows)), found)
+    whole, part = order.rows_at(7, numpy.arange(rows)), numpy.arange(rows // 3, rows)
+    assert sorted(whole) == list(range(rows)) and numpy.array_equal(order.rows_at(7, part), whole[part])
+    assert rows <= 3 or not numpy.array_equal(order.rows_at(8, numpy.arange(rows)), whole)
 
 
 @pytest.mark.parametrize("rows", [5, 1030])
@@ -114,9 +111,9 @@ def kept(tmp_path, monkeypatch):
     """The shards whose headers are read, with a cache directory in which every index is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shards, "_KEPT_FROM_SECONDS", -1)
-    read, names = shards._read_index, []
+    read, names = shards._read, []
     noted = lambda shard, expected: names.append(os.path.basename(shard)) or read(shard, expected)  # noqa: E731
-    monkeypatch.setattr(shards, "_read_index", noted)
+    monkeypatch.setattr(shards, "_read", noted)
     return names
 
 

@@ -7,8 +7,9 @@ import logging
 
 import pytest
 import torch
-from picture_samples import preprocess
+from picture_samples import png, preprocess
 
+from clipup.data.formats import name_of_format
 from clipup.data.loaders import eval_samples
 
 
@@ -27,23 +28,23 @@ def test_evaluation_has_every_image_with_all_its_captions_and_metadata(small, wo
     assert [a for batch in about for a in batch] == [a for _, _, a in one_by_one]
 
 
-def test_a_txt_has_a_caption_a_line_and_a_caption_elsewhere_is_whole(pictures, picture):
+def test_a_txt_has_a_caption_a_line_and_a_caption_elsewhere_is_whole(pictures):
     """A line ends at a line feed, as CLIP_benchmark writes it, and nowhere else."""
     one, whole = "one\x85of\u2028the\x0bfirst", "red cat\nblue dog\u2028house"
-    members = [("a.png", picture(1)), ("a.txt", f"\ufeff{one}\r\ntwo\n\nthree\n".encode())]
-    members += [("b.png", picture(2)), ("b.json", json.dumps({"captions": [whole, "d"], "group": 3}).encode())]
+    members = [("a.png", png(1)), ("a.txt", f"\ufeff{one}\r\ntwo\n\nthree\n".encode())]
+    members += [("b.png", png(2)), ("b.json", json.dumps({"captions": [whole, "d"], "group": 3}).encode())]
     samples = eval_samples(pictures.tar("one.tar", members), preprocess)
     assert [captions for _, captions, _ in samples] == [[one, "two", "three"], [whole, "d"]]
     assert [about for _, _, about in samples] == [{"key": "a"}, {"key": "b", "group": 3}]
     for about in (b"{cut off", b"[1, 2]", b'{"captions": "a line"}', b'{"captions": []}'):
-        path = pictures.tar("one.tar", [("a.png", picture(1)), ("a.txt", b"red"), ("a.json", about)])
+        path = pictures.tar("one.tar", [("a.png", png(1)), ("a.txt", b"red"), ("a.json", about)])
         assert [captions for _, captions, _ in eval_samples(path, preprocess)] == [["red"]]
 
 
-def test_csv_rows_of_one_image_are_its_captions(pictures, picture):
+def test_csv_rows_of_one_image_are_its_captions(pictures):
     path, image, other = (pictures.folder / name for name in ("captions.csv", "a.png", "b.png"))
-    image.write_bytes(picture(1))
-    other.write_bytes(picture(2))
+    image.write_bytes(png(1))
+    other.write_bytes(png(2))
     path.write_text(f'file,text\n{image},red\n{other},"two, or\nmore, lines"\n{image},dark red\n{image},red\n')
     samples = eval_samples(path, preprocess, csv_separator=",", csv_img_key="file", csv_caption_key="text")
     assert [(int(i[0, 0, 0]), captions) for i, captions, _ in samples] == [
@@ -52,10 +53,10 @@ def test_csv_rows_of_one_image_are_its_captions(pictures, picture):
     ]
 
 
-def test_a_missing_image_of_a_csv_file_is_one_lost_sample_however_many_captions_it_has(pictures, picture):
+def test_a_missing_image_of_a_csv_file_is_one_lost_sample_however_many_captions_it_has(pictures):
     rows = []
     for number in range(20):
-        (pictures.folder / f"{number}.png").write_bytes(picture(number))
+        (pictures.folder / f"{number}.png").write_bytes(png(number))
         rows += [f"{pictures.folder}/{number}.png\tcaption {caption}" for caption in range(5)]
     (pictures.folder / "7.png").unlink()
     path = pictures.folder / "captions.csv"
@@ -94,3 +95,18 @@ def test_unreadable_images_are_skipped_and_counted_once(pictures, workers, caplo
             seen = [int(i) for images, _, _ in samples.batches(2, workers) for i in images[:, 0, 0, 0]]
             assert seen == [0, 1, 3, 4]
     assert samples.skipped == 2 and caplog.text.count("s2 in") == 1
+
+
+@pytest.mark.parametrize(
+    "source, dataset_type, name",
+    [
+        ("data/a.csv", "auto", "csv"),
+        ("a.tar.tsv", "auto", "csv"),
+        ("https://host/{00..99}.tar?version=3", "auto", "webdataset"),
+        ("tars.tar/a.txt", "auto", None),
+        ("a.tar", "csv", "csv"),
+        (None, "csv", None),
+    ],
+)
+def test_the_format_of_data_goes_by_the_ending_unless_it_is_given(source, dataset_type, name):
+    assert name_of_format(source, dataset_type) == name

@@ -1,5 +1,5 @@
-"""Disks that fail for a moment or for good, shards that change, and ranks that found other samples: nothing is trained
-on other data than the indexed ones, without a word."""
+"""Disks that fail for a moment or for good, shards that change, and ranks that found other samples: training on data
+other than the indexed ones is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Reads of the file ``name`` fail so often."""
+    """The next ``failures`` reads of the file ``name`` fail."""
 
     class Disk:
         name, failures = "", 0
@@ -82,7 +82,7 @@ def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
     def lost(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(shards, "_content", lost)
+    monkeypatch.setattr(shards, "content_at", lost)
     with pytest.raises(ValueError, match="Input/output error"):
         epoch_of(data)
     assert len(pauses) == 4
@@ -128,7 +128,7 @@ def test_ranks_that_stream_different_shards_do_not_train(pictures):
             compare(*ranks)
 
 
-def test_ranks_may_read_the_same_shards_from_servers_of_their_own():
+def test_ranks_may_read_the_same_shards_from_different_servers():
     digest = shard_names.names_digest
     first = digest(["https://a.example/s/0.tar?key=1", "pipe:cat /a/1.tar"])
     assert first == digest(["https://b.example/0.tar", "pipe:cat b/1.tar"]) != digest(["https://a.example/s/2.tar"])

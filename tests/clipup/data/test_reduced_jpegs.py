@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
+from picture_samples import encoded
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.v2 import functional
@@ -27,24 +26,18 @@ def photo(width, height):
     return Image.fromarray(levels.round().astype(np.uint8))
 
 
-def encoded(image, kind="JPEG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def turned(image):
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(image, exif=exif, quality=90)
+    return encoded(image, "JPEG", exif=exif, quality=90)
 
 
 KINDS = {
-    "baseline": lambda image: encoded(image, quality=90),
-    "progressive": lambda image: encoded(image, quality=90, progressive=True),
-    "without subsampling": lambda image: encoded(image, quality=90, subsampling=0),
-    "gray": lambda image: encoded(image.convert("L")),
-    "CMYK": lambda image: encoded(image.convert("CMYK")),
+    "baseline": lambda image: encoded(image, "JPEG", quality=90),
+    "progressive": lambda image: encoded(image, "JPEG", quality=90, progressive=True),
+    "without subsampling": lambda image: encoded(image, "JPEG", quality=90, subsampling=0),
+    "gray": lambda image: encoded(image.convert("L"), "JPEG"),
+    "CMYK": lambda image: encoded(image.convert("CMYK"), "JPEG"),
     "on its side": turned,
     "several in a file": lambda image: encoded(image, "MPO", save_all=True, append_images=[image]),
     "PNG": lambda image: encoded(image, "PNG"),
@@ -81,7 +74,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_whole_scale_with_twice_the_pixels(mon
         return resize(pixels, *args, **options)
 
     monkeypatch.setattr(functional, "resize", spy)
-    content = encoded(photo(*size))
+    content = encoded(photo(*size), "JPEG")
     load_image(content, resize=Resize(side, BICUBIC))
     assert decoded == [(3, size[1] // divided, size[0] // divided)]
     assert load_image(content).size == size
@@ -90,7 +83,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_whole_scale_with_twice_the_pixels(mon
 @pytest.mark.parametrize(
     "preprocess", [Compose([CenterCrop(8)]), Compose([Resize((8, 4))]), Compose([Resize(8, max_size=9)]), len]
 )
-def test_other_transforms_than_those_that_resize_to_a_side_or_a_square_get_images_in_full(preprocess):
+def test_only_transforms_that_resize_to_a_side_or_a_square_get_reduced_images(preprocess):
     assert resize_of(preprocess) is None
 
 
@@ -99,7 +92,7 @@ def test_a_stored_orientation_is_ignored_as_by_open_clip():
 
 
 def test_evaluations_decode_in_full(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(encoded(photo(640, 480)))
+    (tmp_path / "0.jpg").write_bytes(encoded(photo(640, 480), "JPEG"))
     sizes = []
     for resize in (None, Resize(30)):
         samples = EvalSamples(

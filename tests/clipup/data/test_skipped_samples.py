@@ -1,4 +1,4 @@
-"""What cannot be read is skipped, logged and counted once, whatever its kind, and too much of it stops the run."""
+"""Unreadable samples of every kind are skipped, logged and counted once, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_every_image_whose_key_has_a_dot_is_counted_and_the_reason_is_said(pictu
 
 
 @pytest.mark.parametrize("kind", TARS)
-def test_a_further_image_of_a_sample_is_no_lost_sample(pictures, kind):
+def test_a_further_image_of_a_sample_does_not_count_as_lost(pictures, kind):
     members = [(f"s{n}.{e}", c) for n in range(4) for e, c in (("png", png(n)), ("txt", b"1 0"), ("mask.png", png(99)))]
     assert read(kind, pictures.tar("train.tar", members), 4) == (set(range(4)), 0)
 
@@ -184,7 +184,7 @@ def test_a_shard_without_end_mark_is_whole_if_it_holds_what_sizes_json_says(pict
 
 @pytest.mark.parametrize("read", [eval_samples, partial(train_loader, tokenizer=tokenizer, batch_size=1, workers=0)])
 @pytest.mark.parametrize("kind", ["shards", "csv"])
-def test_of_a_wrong_layout_few_samples_are_named_with_their_files_and_the_others_counted(pictures, read, kind, caplog):
+def test_a_wrong_layout_names_few_samples_with_their_files_and_counts_the_others(pictures, read, kind, caplog):
     if kind == "csv":
         source = pictures.folder / "train.csv"
         source.write_text("\n".join(["filepath\ttitle", *(f"no/{n}.jpg\ta" for n in range(64))]))

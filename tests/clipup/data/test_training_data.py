@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from picture_samples import epoch_of, load, pictures_of, preprocess, tokenizer
+from picture_samples import epoch_of, load, pictures_of, png, preprocess, tokenizer
 from strangers import MakesFile
 
 from clipup.data.loaders import eval_samples, train_loader
@@ -51,10 +51,10 @@ CAPTIONS = [LINES, 'a "big" dog', "NA", "007", "it's", 'six" nails']
 
 @pytest.mark.parametrize("member", ["txt", "json"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member):
+def test_a_caption_is_read_as_it_is_written(pictures, kind, member):
     """Also one of several lines: a CSV cell, a txt as in open_clip, and a caption of a json."""
     if "csv" in kind:
-        (pictures.folder / "0.png").write_bytes(picture(0))
+        (pictures.folder / "0.png").write_bytes(png(0))
         source = pictures.folder / "lines.csv"
         cells = [caption.replace('"', '""') for caption in CAPTIONS]
         source.write_bytes(
@@ -62,7 +62,7 @@ def test_a_caption_is_read_as_it_is_written(pictures, picture, kind, member):
         )
     else:
         texts = [c.encode() if member == "txt" else json.dumps({"captions": [c, " ", 3]}).encode() for c in CAPTIONS]
-        members = [one for n, text in enumerate(texts) for one in ((f"s{n}.png", picture(n)), (f"s{n}.{member}", text))]
+        members = [one for n, text in enumerate(texts) for one in ((f"s{n}.png", png(n)), (f"s{n}.{member}", text))]
         source = pictures.tar("lines.tar", members)
     seen: list[str] = []
     record = lambda texts: seen.extend(texts) or torch.zeros(len(texts), 2)  # noqa: E731
@@ -84,8 +84,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_captions_are_read_in_the_layouts_that_people_have(pictures, picture, layout):
-    files = {"png": picture(3), **LAYOUTS[layout]}
+def test_captions_are_read_in_the_layouts_that_people_have(pictures, layout):
+    files = {"png": png(3), **LAYOUTS[layout]}
     shard = pictures.tar("train.tar", [(f"a.{name}", content) for name, content in files.items()])
     for kind in ("webdataset", "cached webdataset", "streamed"):
         assert epoch_of(load(kind, f"{'file:' * (kind == 'streamed')}{shard}", 1, count=1)) == [(3, 3, 0)]
@@ -116,12 +116,10 @@ def test_shards_are_found_by_different_patterns(pictures):
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed"])
-def test_a_pickle_beside_an_image_is_not_executed(pictures, picture, kind, tmp_path):
+def test_a_pickle_beside_an_image_is_not_executed(pictures, kind, tmp_path):
     trace = tmp_path / "executed"
     code = pickle.dumps(MakesFile(trace))
-    shard = pictures.tar(
-        "train.tar", [("a.png", picture(1)), ("a.jpg", picture(2)), ("a.TXT", b"1 0"), ("a.pyd", code)]
-    )
+    shard = pictures.tar("train.tar", [("a.png", png(1)), ("a.jpg", png(2)), ("a.TXT", b"1 0"), ("a.pyd", code)])
     source = f"file:{shard}" if kind == "streamed" else shard
     assert epoch_of(load(kind, source, 1, count=1)) == [(2, 1, 0)]  # of several images the same one everywhere
     assert not trace.exists()
@@ -144,6 +142,7 @@ def test_a_pickle_beside_an_image_is_not_executed(pictures, picture, kind, tmp_p
         ("cached webdataset", {"dataset_resampled": True}),
         ("cached webdataset", {"batch_size": 25}),
         ("csv", {"batch_size": 25}),
+        ("csv", {"dataset_resampled": True}),
         ("csv", {"csv_img_key": "image"}),
         ("csv", {"csv_caption_key": "text"}),
         ("csv", {"csv_separator": "||"}),
@@ -156,11 +155,10 @@ def test_wrong_options_are_refused_by_name(pictures, kind, options):
         load(kind, pictures.source(kind), **options)
 
 
-def evaluated(source, transform, *_):
-    return eval_samples(source, transform)
-
-
-@pytest.mark.parametrize("read", [train_loader, partial(train_loader, cache=True), evaluated])
+@pytest.mark.parametrize(
+    "read",
+    [train_loader, partial(train_loader, cache=True), lambda source, transform, *_: eval_samples(source, transform)],
+)
 @pytest.mark.parametrize(
     "name, error",
     [
@@ -174,25 +172,26 @@ def evaluated(source, transform, *_):
         ("blank.tar", ValueError),  # of a caption
     ],
 )
-def test_missing_data_are_named(pictures, picture, name, error, read):
+def test_missing_data_are_named(pictures, name, error, read):
     pictures.shards()
-    pictures.tar("blank.tar", [("a.png", picture(1)), ("a.txt", b" \n")])
+    pictures.tar("blank.tar", [("a.png", png(1)), ("a.txt", b" \n")])
     (pictures.folder / "empty.csv").write_text("filepath\ttitle\n")
     (pictures.folder / "latin.csv").write_bytes(b"filepath\ttitle\n1.png\tcaf\xe9\n")
     with pytest.raises(error, match="^(train_data|source): "):
         read(pictures.folder / name, preprocess, tokenizer, 3, 0)
 
 
-@pytest.mark.parametrize("written, named", [("cp1252", "WINDOWS-1252"), ("utf-16", "UTF-16")])
-def test_the_encoding_of_a_spreadsheets_csv_file_is_named(pictures, written, named):
-    (pictures.folder / "a.csv").write_text("filepath\ttitle\n1.png\tcafé\n", encoding=written)
-    with pytest.raises(ValueError, match=f"iconv -f {named} -t UTF-8"):
-        train_loader(pictures.folder / "a.csv", preprocess, tokenizer, 3, 0)
-
-
-def test_a_missing_image_of_a_csv_file_is_named_with_the_directory_that_paths_start_from(pictures):
-    (pictures.folder / "a.csv").write_text("filepath\ttitle\n1.png\ta\n")
-    with pytest.raises(ValueError, match=rf"1\.png\): there is no such file; .* {Path.cwd()}\)"):
+@pytest.mark.parametrize(
+    "encoding, said",
+    [
+        ("cp1252", "iconv -f WINDOWS-1252 -t UTF-8"),
+        ("utf-16", "iconv -f UTF-16 -t UTF-8"),
+        ("utf-8", rf"1\.png\): there is no such file; .* {Path.cwd()}\)"),
+    ],
+)
+def test_the_encoding_of_a_csv_file_and_the_directory_of_its_paths_are_named(pictures, encoding, said):
+    (pictures.folder / "a.csv").write_text("filepath\ttitle\n1.png\tcafé\n", encoding=encoding)
+    with pytest.raises(ValueError, match=said):
         train_loader(pictures.folder / "a.csv", preprocess, tokenizer, 3, 0)
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from picture_samples import epoch_of, load
+from picture_samples import encoded, epoch_of, load
 from PIL import Image
 
 from clipup.data.images import MAX_PIXELS, load_image
-
-
-def encoded(image, kind="PNG"):
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
 
 STEPS = np.linspace(0, 1, 16).reshape(4, 4)
 

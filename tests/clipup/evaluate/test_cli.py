@@ -187,6 +187,7 @@ def test_equal_captions_count_as_one_text_if_asked(directory, val_data, capsys):
         (["--dataset", "csv", "--root", "BROKEN"], "broken.png"),
         (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "--captions-per-image"),
         (["--val-data", "a.csv", "--captions-per-image", "5"], "--captions-per-image"),
+        (["--dataset", "coco", "--root", ".", "--max-image-pixels", "0"], "--max-image-pixels"),
         (["--val-data", "BROKEN", "--int8", "--precision", "amp_bf16"], "int8"),
     ],
 )

@@ -12,7 +12,6 @@ from PIL import Image
 
 from clipup.data.options import CsvOptions
 from clipup.evaluate import datasets
-from clipup.evaluate.datasets import imagenet_v2
 
 
 def pairs(found):
@@ -126,19 +125,16 @@ def test_annotations_in_another_format_are_refused(coco, tmp_path, content):
         datasets.coco(coco, annotations=other)
 
 
-def test_a_split_without_shards_is_named(tmp_path):
+def test_a_split_without_shards_and_a_caption_file_without_a_header_are_named(tmp_path, flickr):
     with pytest.raises(FileNotFoundError, match="^split: .*val"):
         datasets.webdataset(layouts.webdataset(tmp_path / "shards", retrieval=True), "val")
-
-
-def test_caption_files_without_a_header_are_refused(flickr):
     path = flickr / "flickr30k_test_karpathy.txt"
     path.write_text(path.read_text().partition("\n")[2])
     with pytest.raises(ValueError, match="^annotations: "):
         datasets.flickr30k(flickr)
 
 
-@pytest.mark.parametrize("read", [datasets.imagenet, imagenet_v2])
+@pytest.mark.parametrize("read", [datasets.imagenet, datasets.imagenet_v2])
 def test_directories_that_are_not_those_of_imagenet_are_refused(tmp_path, read):
     layouts.imagenet(tmp_path, classes=3)
     layouts.imagenet_v2(tmp_path, classes=3)
@@ -146,7 +142,7 @@ def test_directories_that_are_not_those_of_imagenet_are_refused(tmp_path, read):
         read(tmp_path)
     (tmp_path / "imagenetv2-top-images-format-val").mkdir()
     for wrong in (
-        lambda: imagenet_v2(tmp_path),  # of several variants
+        lambda: datasets.imagenet_v2(tmp_path),  # of several variants
         lambda: datasets.imagenet(layouts.imagenet(tmp_path / "whole") / "val", "train"),
         lambda: datasets.imagenet(tmp_path, "dev"),
         lambda: read(tmp_path / "nowhere"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import tarfile
 
 import pytest
 import torch
+from picture_samples import png, write_tar
 from PIL import Image
 from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
@@ -61,28 +60,14 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_labelled_images_are_read_in_batches_and_by_workers(folders):
-    found = image_folder(folders, ["dog", "cat"])
-
+def test_labelled_images_are_read_in_batches_and_by_workers_and_an_unreadable_one_is_named(folders):
+    files = image_folder(folders, ["dog", "cat"])
     for workers in (0, 2):
-        images, labels = zip(*labelled_images(found, to_tensor, batch_size=1, workers=workers), strict=True)
+        images, labels = zip(*labelled_images(files, to_tensor, batch_size=1, workers=workers), strict=True)
         assert labels == (1, 0) and all(image.shape == (3, 4, 4) for image in images)
-
-
-def test_an_unreadable_image_is_named(folders):
     (folders / "cat" / "1.png").write_bytes(b"no picture")
-
     with pytest.raises(ValueError, match="cannot read the image .*cat/1.png"):
-        list(labelled_images(image_folder(folders, ["cat", "dog"]), to_tensor))
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
+        list(labelled_images(files, to_tensor))
 
 
 def test_mistakes_of_a_classification_are_refused(oracle, number_tokenizer, number_image):
@@ -123,16 +108,14 @@ def test_subdirectories_are_classes_by_name_by_number_or_in_order(tmp_path, fold
 
 
 def test_shards_give_images_and_classes_and_execute_nothing(tmp_path):
-    picture = io.BytesIO()
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(picture, "PNG")
     code = pickle.dumps(MakesFile(tmp_path / "executed"))
-    members = {"0.png": picture.getvalue(), "0.cls": b"3", "0.pyd": code, "1.png": picture.getvalue()}
-    samples = image_shards(write_shard(tmp_path / "test.tar", members))
+    members = [("0.png", png(255)), ("0.cls", b"3"), ("0.pyd", code), ("1.png", png(255))]
+    samples = image_shards(str(write_tar(tmp_path / "test.tar", members)))
     image, label = next(samples)
     assert image.getpixel((0, 0)) == (255, 0, 0) and label == 3
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="sample 1 of "):  # which has no class
         next(samples)
-    shard = write_shard(tmp_path / "test.tar", {"7.png": b"no picture", "7.cls": b"0"})
+    shard = str(write_tar(tmp_path / "test.tar", [("7.png", b"no picture"), ("7.cls", b"0")]))
     with pytest.raises(ValueError, match="sample 7 of .*test.tar"):
         next(ClassificationSet([shard], ["cat"], ["a {}"]).samples(to_tensor))

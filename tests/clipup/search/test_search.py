@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, Resize
 import clipup
 import clipup_kernels
 from clipup.cli import main
-from clipup.data import evaluation
+from clipup.data import images
 from clipup.data.image_files import image_files
 from clipup.data.images import load_image
 from clipup.locks import DirectoryInUse
@@ -250,7 +250,7 @@ def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_
         decoded.append(load_image(content, *options))
         return decoded[-1]
 
-    monkeypatch.setattr(evaluation, "load_image", observed)
+    monkeypatch.setattr(images, "load_image", observed)
     records = image_files(tmp_path)
     made = update_index(
         tmp_path / "index", tmp_path, records, ENCODER, Counted(), transform, batch_size=1, show_progress=True

@@ -11,7 +11,7 @@ from PIL import Image
 from same_runs import assert_same_run, without_times
 
 import clipup
-from clipup.data import loaders
+from clipup.data import evaluation
 from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
@@ -100,13 +100,13 @@ def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_
 
 
 def test_validation_data_are_read_by_the_runs_workers(run, csv_data, monkeypatch):
-    asked, plain = [], loaders.DataLoader
+    asked, plain = [], evaluation.each
 
-    def loader(*arguments, **options):
-        asked.append((options["num_workers"], options["batch_size"]))
-        return plain(*arguments, **options)
+    def each(function, batches, workers):
+        asked.append((workers, len(batches[0])))
+        return plain(function, batches, workers)
 
-    monkeypatch.setattr(loaders, "DataLoader", loader)
+    monkeypatch.setattr(evaluation, "each", each)
     result = run(val_data=csv_data, steps=3, workers=1)
 
     assert asked == [(1, 4)]
