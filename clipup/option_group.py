@@ -46,7 +46,7 @@ def option(
     *,
     factory: Any = MISSING,
     least: float | None = None,
-    above: float | None = None,
+    positive: bool = False,
     idle: Mapping[str, Callable[[Any], bool]] | None = None,
     own_rank: bool = False,
 ) -> Any:
@@ -54,11 +54,11 @@ def option(
 
     Args:
         resumed: what a change means for a resumed run. Every option of a training run says so.
-        least, above: smaller (or equal) and infinite values are refused; None is accepted.
+        least, positive: smaller values, or 0 and those below, and infinite ones are refused; None is accepted.
         idle: reasons why the option has no effect, such as "without --fsdp", with a predicate on the group for each.
         own_rank: each rank may have its own value.
     """
-    metadata = {"resumed": resumed, "least": least, "above": above, "idle": idle or {}, "own_rank": own_rank}
+    metadata = {"resumed": resumed, "least": least, "positive": positive, "idle": idle or {}, "own_rank": own_rank}
     return field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -69,11 +69,11 @@ class OptionGroup:
     def check(self) -> None:
         """Raises ValueError, naming the option, for values that are out of range or do not go together."""
         for each in fields(self):
-            value, least, above = getattr(self, each.name), each.metadata.get("least"), each.metadata.get("above")
+            value, least = getattr(self, each.name), each.metadata.get("least")
             if value is not None and least is not None:
                 check(each.name, value, least <= value < math.inf, f"at least {least}, and finite")
-            if value is not None and above is not None:
-                check(each.name, value, above < value < math.inf, f"more than {above}, and finite")
+            if value is not None and each.metadata.get("positive"):
+                check(each.name, value, 0 < value < math.inf, "positive, and finite")
             if isinstance(value, OptionGroup):
                 value.check()
 

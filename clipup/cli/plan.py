@@ -66,15 +66,15 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
 
     gpu: str = "h100"
     """h100, h200, b200, a100-80gb, a100-40gb or l40s: constants of data sheets, each of which an option overrides."""
-    memory_gb: float | None = option(None, above=0)
+    memory_gb: float | None = option(None, positive=True)
     """Memory of a GPU, 10^9 bytes."""
-    tflops: float | None = option(None, above=0)
+    tflops: float | None = option(None, positive=True)
     """Its peak in the run's type of products (bfloat16; float32 for fp32), without sparsity, 10^12 FLOPs per second."""
-    link_gb_s: float | None = option(None, above=0)
+    link_gb_s: float | None = option(None, positive=True)
     """To the GPUs of its node, 10^9 bytes per second and direction."""
-    network_gb_s: float | None = option(None, above=0)
+    network_gb_s: float | None = option(None, positive=True)
     """To other nodes, per GPU and direction."""
-    host_gb_s: float | None = option(None, above=0)
+    host_gb_s: float | None = option(None, positive=True)
     """To the host's memory, per direction."""
     gpus_per_node: int = 8
     """GPUs that share fast links."""

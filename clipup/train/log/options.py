@@ -48,6 +48,6 @@ class RemoteSyncOptions(OptionGroup):
     """Where the run's directory is copied to, under its name: s3://BUCKET/PATH (with the package s3fs), or another URL
     of fsspec. Files that have changed are copied."""
     remote_sync_frequency: float = option(
-        300, Resumed.FREE, above=0, idle={"without --remote-sync": lambda group: group.remote_sync is None}
+        300, Resumed.FREE, positive=True, idle={"without --remote-sync": lambda group: group.remote_sync is None}
     )
     """Seconds between two copies; one more is made at the end."""

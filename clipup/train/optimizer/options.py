@@ -44,7 +44,7 @@ class OptimizationOptions(OptionGroup):
     """Passes over the training data."""
     steps: int | None = option(None, Resumed.FREE, least=1)
     """Optimizer steps after which to stop; overrides epochs."""
-    lr: float = option(5e-4, Resumed.FREE, above=0)
+    lr: float = option(5e-4, Resumed.FREE, positive=True)
     """Peak learning rate."""
     opt: str = option("adamw", Resumed.IDENTITY)
     """Optimizer: adamw, nadamw, or one of timm's as timm/NAME, such as timm/lion."""
@@ -66,12 +66,12 @@ class OptimizationOptions(OptionGroup):
     """Weight decay of matrices; biases, norms and the logit scale are not decayed."""
     wd_exclude: tuple[str, ...] = option((), Resumed.FREE)
     """Patterns of the names of further parameters without weight decay, such as `*positional_embedding`."""
-    image_layer_decay: float | None = option(None, Resumed.FREE, above=0)
+    image_layer_decay: float | None = option(None, Resumed.FREE, positive=True)
     """Factor by which the learning rate falls from a group of the image tower to the one below it; the projection has
     the whole learning rate. The groups are those of --lock-image-unlocked-groups."""
-    text_layer_decay: float | None = option(None, Resumed.FREE, above=0)
+    text_layer_decay: float | None = option(None, Resumed.FREE, positive=True)
     """The same for the text tower."""
-    moe_lr_scale: float = option(1.0, Resumed.FREE, above=0)
+    moe_lr_scale: float = option(1.0, Resumed.FREE, positive=True)
     """Factor of the learning rate of routers and experts."""
     warmup: int | None = option(None, Resumed.FREE, least=0, idle=_UNSCHEDULED)
     """Steps over which the learning rate rises to lr. None: a tenth of the run, at most 10,000."""
@@ -81,11 +81,11 @@ class OptimizationOptions(OptionGroup):
     """Epochs at the end in which const-cooldown lowers the learning rate."""
     lr_cooldown_end: float = option(0.0, Resumed.FREE, least=0, idle=_NO_COOLDOWN)
     """Learning rate at the end of the cooldown."""
-    lr_cooldown_power: float = option(1.0, Resumed.FREE, above=0, idle=_NO_COOLDOWN)
+    lr_cooldown_power: float = option(1.0, Resumed.FREE, positive=True, idle=_NO_COOLDOWN)
     """Power of the cooldown's polynomial; 1 is linear."""
     skip_scheduler: bool = option(False, Resumed.FREE)
     """Use a constant lr without warm-up."""
-    grad_clip_norm: float | None = option(None, Resumed.FREE, above=0)
+    grad_clip_norm: float | None = option(None, Resumed.FREE, positive=True)
     """Largest norm of the gradient; None does not clip."""
     max_nonfinite_steps: int = option(10, Resumed.FREE, least=0)
     """Consecutive steps that may be skipped because their gradient is NaN or infinite; one more ends the run."""

@@ -15,7 +15,7 @@ class ProcessOptions(OptionGroup):
 
     dist_backend: str | None = option(None, Resumed.FREE)
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
-    dist_timeout: float = option(1800.0, Resumed.FREE, above=0)
+    dist_timeout: float = option(1800.0, Resumed.FREE, positive=True)
     """With several ranks: seconds that a rank waits for the others within a step before the run ends. Evaluations and
     checkpoints may take longer."""
 

@@ -7,10 +7,9 @@ from measured_steps import saved_in_forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipup.plan.activations import ForwardPass, activations
-from clipup.plan.memory import bytes_per_logit
 from clipup.precision import autocast
-from clipup.train.objectives.contrastive import ChunkedClipLoss
-from clipup.train.objectives.sigmoid import ChunkedSigLipLoss
+from clipup.train.objectives.contrastive import ContrastiveObjective
+from clipup.train.objectives.sigmoid import SigmoidObjective
 
 MOE = {"dense": None, "sparse": {"padding_aware": False, "capacity_factor": None}}
 
@@ -53,8 +52,8 @@ def test_a_forward_pass_saves_the_counted_bytes(kind, precision, checkpointed):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize(("loss", "scales"), [(ChunkedClipLoss, 1), (ChunkedSigLipLoss, 2)])
-def test_the_loss_saves_the_counted_bytes_for_each_logit(loss, scales, precision):
+@pytest.mark.parametrize(("objective", "scales"), [(ContrastiveObjective, 1), (SigmoidObjective, 2)])
+def test_the_loss_saves_the_counted_bytes_for_each_logit(objective, scales, precision):
     pairs, saved = 128, {}
     inputs = [torch.randn(pairs, 8, requires_grad=True) for _ in range(2)]
     inputs += [torch.ones((), requires_grad=True) for _ in range(scales)]
@@ -67,9 +66,9 @@ def test_the_loss_saves_the_counted_bytes_for_each_logit(loss, scales, precision
         autocast(precision, torch.device("cpu")),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        loss()(*inputs)
+        objective().loss(*inputs)
     large = sum(size for size in (one.nbytes() for one in saved.values()) if size >= pairs**2)
-    assert large == bytes_per_logit(loss is ChunkedSigLipLoss, precision) * pairs**2
+    assert large == objective.bytes_per_logit(precision) * pairs**2
 
 
 def test_copies_of_experts_are_those_of_the_shared_one_too():

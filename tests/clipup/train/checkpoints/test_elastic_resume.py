@@ -39,6 +39,7 @@ def test_the_same_global_batch_continues_within_an_epoch(run, changes):
         ({"train_num_samples": 16}, "train_num_samples None -> 16"),
         ({"seed": 1}, "seed 0 -> 1"),
         ({"cache_data": True}, "cache_data False -> True"),
+        ({"max_image_pixels": 255}, "max_image_pixels 89478485 -> 255"),
         ({"workers": 2}, "workers 0 -> 2"),
     ],
 )

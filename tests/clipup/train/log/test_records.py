@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clipup
 from clipup.clip.flops import count
-from clipup.train import Every, loop, train
+from clipup.train import Every, run, train
 from clipup.train.cards import pairs_per_second_at_peak
 from clipup.train.log import reports
 from clipup.train.log.records import Recorder
@@ -42,7 +42,7 @@ def test_mfu_is_of_three_forward_passes_a_pair_on_the_card_with_the_devices_name
     assert locked == (tflops and pytest.approx(4 * tflops * 1000 / gflops))
     model.visual.requires_grad_(True)
 
-    monkeypatch.setattr(loop, "pairs_per_second_at_peak", lambda *_: at_peak)
+    monkeypatch.setattr(run, "pairs_per_second_at_peak", lambda *_: at_peak)
     (record,) = train(options(logs=None, steps=1), model=model, loader=pairs()).history
     assert record.get("mfu") == (tflops and pytest.approx(record["images_per_second"] / at_peak))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clipup import MoEConfig
+from clipup.option_group import Resumed
 from clipup.train import TrainOptions
 
 
@@ -64,3 +66,13 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
 def test_values_of_other_types_out_of_range_or_that_do_not_go_together_are_refused_by_name(changes, error):
     with pytest.raises(error, match=next(iter(changes))):
         TrainOptions(**changes)
+
+
+def test_every_option_has_one_owner_and_a_rule_for_resumed_runs():
+    owners = {
+        each.name: [group for group in TrainOptions.__mro__ if each.name in vars(group).get("__annotations__", {})]
+        for each in fields(TrainOptions)
+    }
+    assert [name for name, groups in owners.items() if len(groups) != 1] == []
+    assert TrainOptions not in [group for groups in owners.values() for group in groups]
+    assert [each.name for each in fields(TrainOptions) if not isinstance(each.metadata["resumed"], Resumed)] == []
