@@ -8,7 +8,6 @@ from statistics import fmean
 from clipup.inspection.figures import svg
 from clipup.inspection.figures.charts import Series, line_chart
 
-from . import results
 from .results import Result
 from .tables import Tables, label
 
@@ -34,10 +33,10 @@ def models(studies: Sequence[Tables], arms: Mapping[str, str]) -> str:
     """
     series = []
     for arm, name in arms.items():
-        found = [runs for of in studies for runs in [of.shortest(arm)[1]] if runs]
-        found.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
-        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in found]
-        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in found], points=True))
+        groups = [runs for of in studies if (runs := of.shortest(arm))]
+        groups.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
+        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in groups]
+        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in groups], points=True))
     return _drawn(series, "R@1 on styles and names by model", "MFLOP of an image and a text in inference")
 
 
@@ -50,5 +49,5 @@ def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) ->
     """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
     starts = tables.starts_of(groups[0])
     runs = [*([starts] if starts else []), *groups]
-    x = [results.total_gflops(of[0], tables.results) / 1e6 for of in runs]
+    x = [tables.pflop(of[0]) for of in runs]
     return Series(label(arm), x, [fmean(run.mean("R@1") for run in of) for of in runs], points=True)

@@ -37,9 +37,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 RESERVED = frozenset(" ".join((*COLOURS, *RELATIONS)).split())
 """Words that a concept must not contain."""
 
-KINDS = ("colours", "relation", "concept")
-"""How the second, third and fourth scene of a group differ from the first."""
-
 _OPPOSITE = np.array([1, 0, 3, 2])  # of RELATIONS
 _ALONG = 2  # places of an icon in its half
 _ACROSS = SIDE - ICON_SIDE + 1  # places of an icon on the other axis

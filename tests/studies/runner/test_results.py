@@ -45,26 +45,32 @@ def test_a_run_has_the_costs_of_those_before_it_and_stands_beside_those_of_its_b
         make_records("middle", start="base", gflops=5.0),
         make_records("top", start="middle", gflops=2.0, budget=3),
     )
-    assert results.total_gflops(found["top"], found) == 17.0
-    assert set(results.of_start(found, 5)) == {"base", "middle", "top"}
-    assert results.group_of(found["top"]) == ("m", 3, "clip_up") and results.group_of(found["base"])[1] == 5
+    tables = Tables(found)
+    assert tables.pflop(found["top"]) == pytest.approx(17e-6)
+    assert set(tables.of_start(5).results) == {"base", "middle", "top"}
+    assert found["top"].group == ("m", 3, "clip_up") and found["base"].group.budget == 5
 
 
 def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records):
-    pairs = []
-    for seed, score in enumerate((0.52, 0.53, 0.57)):
-        found = write(make_records(f"a{seed}", seed=seed, score=score), make_records("b", "dense", score=0.50))
-        pairs.append((found[f"a{seed}"], found["b"]))
+    scores = enumerate((0.52, 0.53, 0.57))
+    ours = [make_records(f"a{seed}", seed=seed, score=score) for seed, score in scores]
+    theirs = [make_records(f"b{seed}", "dense", seed=seed, score=0.50) for seed in (2, 1, 0, 3)]
+    found = write(*ours, *theirs)
+    ours, theirs = ([run for run in found.values() if run.name[0] == arm] for arm in "ab")
 
-    lead = results.lead(pairs, ["test_styles"], ["text_to_image"])
+    lead = results.lead(ours, theirs, ["test_styles"], ["text_to_image"])
 
     expected = 4.302653 * numpy.std([0.02, 0.03, 0.07], ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert lead == (pytest.approx(0.04), pytest.approx(expected, rel=1e-3), 3) and not lead.sure
-    assert results.lead(pairs[:1], ["test_styles"], ["text_to_image"]) == (pytest.approx(0.02), None, 1)
-    assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1]).sure
-    every = results.lead(pairs)  # a half of it from images to texts, a fifth of both on names
+    assert lead == (pytest.approx(0.04), pytest.approx(expected, rel=1e-3), 3, "R@1")
+    every = results.lead(ours, theirs)  # a half of it from images to texts, a fifth of both on names
     assert every.mean == pytest.approx(0.04 * (1 + 0.5 + 0.2 + 0.1) / 4)
-    assert results.lead(pairs, ["test_names"], ["image_to_text"], "nll").mean == pytest.approx(-0.04 * 0.1)
+    nll = results.lead(ours, theirs, ["test_names"], ["image_to_text"], "nll")
+    assert nll.mean == pytest.approx(-0.04 * 0.1)
+    one_seed = results.lead(ours[:1], theirs)
+    sure = [shown._replace(half_width=abs(shown.mean) / 2) for shown in (lead, nll)]
+    assert [one.verdict for one in (lead, one_seed, *sure)] == ["not decided", "one seed", "better", "better"]
+    assert [str(one) for one in sure] == ["**+4.00 ± 2.00**", "**-0.004 ± 0.002**"]
+    assert results.lead(ours[:1], theirs[3:]) is None
 
 
 def test_a_log_that_breaks_off_is_refused(tmp_path, make_records):
@@ -108,7 +114,7 @@ def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_fl
     narrow = tables("narrow", 0.004, [(0.40, {"clip_up": 0.50}), (0.42, {"clip_up": 0.53}), (0.1, {})])
     wide = tables("wide", 0.016, [(0.48, {"more": 0.60}), (0.49, {"more": 0.59})])
 
-    head, *rows = narrow.beside(wide, ["dense", "more"], ["test_styles"])
+    head, *rows = narrow.leads_over_larger(wide, ["dense", "more"], ["test_styles"])
 
     row, dense = (dict(zip(head, one, strict=True)) for one in rows)
     assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "38.62")
