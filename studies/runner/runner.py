@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
 from clipup.models import factory, tokenizers
-from clipup.moe.layer import moe_layers
 from clipup.precision import check_device
 from clipup.train import Every, TrainOptions, TrainResult, train
 from clipup.upcycling.clusters import initialize_by_clusters
@@ -123,11 +122,12 @@ class _Run:
         test = {
             split: self._measure(result.model, self._samples(split), with_hits=True) for split in (*tests, "validation")
         }
-        evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
+        data = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
+        data["images"] = {split: content["images"] for split, content in self.dataset["splits"].items()}
         return [
-            {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
+            {"kind": "run", **self.config.to_dict(), "data": data, "step0_difference": self.step0},
             *log.training(result.history, result.steps),
-            *evaluations,
+            *({"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations),
             {"kind": "test", **test},
             *self._layers(result),
             self._cost(result),
@@ -138,14 +138,18 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         if config.start is None:
-            model, *_ = _create(config.model, load_weights=False)
-            return (model if config.moe_cfg is None else _sparse_from_scratch(model, config)), None
+            number = 1 if config.moe_cfg is None else config.moe_cfg.num_experts
+            models = [_create(config.model, load_weights=False)[0] for _ in range(number)]
+            return (models[0] if config.moe_cfg is None else upcycle(models, config.moe_cfg)), None
         dense, *_ = _create(str(_model(self.runs, config.start)))
         if config.moe_cfg is None:
             return dense, None
         sparse = upcycle(dense, config.moe_cfg)
         if config.clusters:
-            initialize_by_clusters(sparse, itertools.islice(self._batches(), _CLUSTERED), seed=config.seed)
+            loader = self._loader()
+            loader.set_epoch(0)
+            batches = itertools.islice(getattr(loader, "dataloader", loader), _CLUSTERED)
+            initialize_by_clusters(sparse, batches, seed=config.seed)
         return sparse, step0_difference(dense, sparse)
 
     def _train(self) -> TrainResult:
@@ -187,21 +191,11 @@ class _Run:
         loader.dataloader.seed = config.seed
         return loader
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of the first epoch."""
-        loader = self._loader()
-        loader.set_epoch(0)
-        yield from getattr(loader, "dataloader", loader)
-
     def _samples(self, split: str) -> list[Any]:
         return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
 
     def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
         return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, self.dataset.get("group_size"))
-
-    def _about_data(self) -> dict[str, Any]:
-        images = {split: content["images"] for split, content in self.dataset["splits"].items()}
-        return {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset} | {"images": images}
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""
@@ -242,17 +236,3 @@ def _model(runs_directory: str | Path, name: str) -> Path:
 def _create(model: str, **options: Any) -> tuple[nn.Module, Any, Any]:
     with factory.expecting_random_weights():
         return factory.create_model_and_transforms(model, output_dict=True, **options)
-
-
-def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
-    """A sparse model with independently initialized experts, each with the initialization of the dense model's MLP."""
-    sparse = upcycle(model, config.moe_cfg, inplace=True)
-    layers = moe_layers(sparse)
-    with torch.no_grad():
-        for expert in range(1, config.moe_cfg.num_experts):
-            other = moe_layers(upcycle(_create(config.model, load_weights=False)[0], config.moe_cfg, inplace=True))
-            for name, layer in layers.items():
-                initialized = dict(other[name].named_parameters(recurse=False))
-                for parameter_name, parameter in layer.named_parameters(recurse=False):
-                    parameter[expert].copy_(initialized[parameter_name][expert])
-    return sparse

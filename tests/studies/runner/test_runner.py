@@ -11,6 +11,7 @@ import torch
 from picture_samples import png
 
 from clipup.data import shard_writer
+from clipup.moe.layer import moe_layers
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
 from studies.runner import config, log, measure, runner
@@ -126,7 +127,7 @@ def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale
 
     cosines = measure.expert_cosines(model)
     assert len(cosines) == 2 and all(abs(cosine) < 0.1 for cosine in cosines.values())
-    for name, layer in runner.moe_layers(model).items():
+    for name, layer in moe_layers(model).items():
         for weights in (layer.in_weight, layer.out_weight):
             spread = weights.flatten(1).std(1)
             torch.testing.assert_close(spread, spread[:1].expand(4), rtol=0.2, atol=0, msg=name)
