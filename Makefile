@@ -139,8 +139,10 @@ test-aarch64: $(VENV)/.build-tools
 notebooks: $(call installed,test)
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
 
-# The manual as HTML, from docs/ and the docstrings. A warning is an error, and so is a figure that its program draws otherwise.
+# The manual as HTML, from docs/ and the docstrings, with its tables of measurements filled from benchmarks/results. A warning is an
+# error, and so is a figure that its program draws otherwise.
 docs: $(call installed,docs)
+	$(BIN)/python docs/tables.py
 	$(BIN)/python -m pytest -q tests/docs/test_figures.py
 	$(BIN)/sphinx-build -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo build/docs/index.html
