@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from clipup.evaluate.retrieval import WAYS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "transformers.md")
-COLUMN = "ratio_to_dense_k"
 Rows = Iterator[tuple[str, ...]]
 
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n\|.*\n\|.*\n)((?:\|.*\n)*)")
@@ -67,10 +67,10 @@ def layers(shown: list[list[str]]) -> Rows:
         layer = {"tokens": tokens.replace(",", ""), "d_model": width, "d_hidden": hidden, "experts": "8", "top_k": "2"}
         layer |= {"threads": "2", "routing": "balanced"}
         cells = []
-        for file, impl in (("moe_forward_cpu.csv", "clipup_prepared"), ("moe_training_cpu.csv", "clipup")):
-            for dtype in ("fp32", "bf16"):
-                ours, loop = (ratio_of(COLUMN, file, dtype=dtype, impl=one, **layer) for one in (impl, "loop_unbind"))
-                cells.append(ours and f"{ours} ({loop})")
+        passes = ("moe_forward_cpu.csv", "clipup_prepared"), ("moe_training_cpu.csv", "clipup")
+        for (file, impl), dtype in product(passes, ("fp32", "bf16")):
+            times = (ratio_of("ratio_to_dense_k", file, dtype=dtype, impl=of, **layer) for of in (impl, "loop_unbind"))
+            cells.append("{} ({})".format(*times).removesuffix(" ()"))
         yield case, *cells
 
 
@@ -88,12 +88,12 @@ def training_steps(shown: list[list[str]]) -> Rows:
         yield model, *_speeds(row)
 
 
-def int8_layers(shown: list[list[str]]) -> Rows:
-    for case, *_ in shown:
-        tokens, dtype = case.rsplit(", ", 1)
-        impls = ("clipup_prepared", "clipup_int8", "dense_k_int8", "dense_k_torch_int8")
-        wanted = {"tokens": tokens.replace(",", ""), "dtype": dtype}
-        yield case, *(ratio_of(COLUMN, "moe_forward_int8_cpu.csv", impl=impl, **wanted) for impl in impls)
+def by_implementation(shown: list[list[str]], file: str, first: str, impls: Sequence[str]) -> Rows:
+    """Of layers whose label is the value of the column ``first`` and the type."""
+    for label, *_ in shown:
+        value, dtype = label.rsplit(", ", 1)
+        layer = {first: value.replace(",", ""), "dtype": dtype}
+        yield label, *(ratio_of("ratio_to_dense_k", file, impl=impl, **layer) for impl in impls)
 
 
 def rates(shown: list[list[str]], file: str, columns: int) -> Rows:
@@ -120,19 +120,9 @@ def accuracy(shown: list[list[str]]) -> Rows:
 
 
 def requests(shown: list[list[str]]) -> Rows:
-    both = (measured("latency_cpu.csv", input=what) for what in ("image", "caption"))
-    for rows in zip(*both, strict=True):
-        times = ((f"{float(row[at]):.1f}" for at in ("p50_ms", "p99_ms")) for row in rows)
-        cells = ((*of_row, ratio(row["ratio_to_first"])) for of_row, row in zip(times, rows, strict=True))
-        yield rows[0]["model"], *(cell for of_row in cells for cell in of_row)
-
-
-def few_rows(shown: list[list[str]]) -> Rows:
-    for case, *_ in shown:
-        experts, dtype = case.split(", ")
-        impls = ("clipup", "clipup_prepared", "clipup_int8", "grouped_mm", "loop_unbind")
-        wanted = {"experts": experts, "dtype": dtype}
-        yield case, *(ratio_of(COLUMN, "moe_forward_few_rows_cpu.csv", impl=impl, **wanted) for impl in impls)
+    for image, caption in zip(*(measured("latency_cpu.csv", input=of) for of in ("image", "caption")), strict=True):
+        times = [[f"{float(row[at]):.1f}" for at in ("p50_ms", "p99_ms")] for row in (image, caption)]
+        yield image["model"], *times[0], ratio(image["ratio_to_first"]), *times[1], ratio(caption["ratio_to_first"])
 
 
 def transformers(shown: list[list[str]]) -> Rows:
@@ -152,14 +142,24 @@ TABLES: dict[str, Callable[[list[list[str]]], Rows]] = {
     "layers": layers,
     "models": models,
     "training_steps": training_steps,
-    "int8_layers": int8_layers,
+    "int8_layers": partial(
+        by_implementation,
+        file="moe_forward_int8_cpu.csv",
+        first="tokens",
+        impls=("clipup_prepared", "clipup_int8", "dense_k_int8", "dense_k_torch_int8"),
+    ),
     "int8_models": partial(rates, file="clip_throughput_int8_cpu.csv", columns=5),
     "engines": partial(rates, file="clip_throughput_engines_xeon.csv", columns=4),
     "batches": partial(batches, file="clip_throughput_batches_xeon.csv"),
     "batches_amx": partial(batches, file="clip_throughput_batches_amx.csv"),
     "accuracy": accuracy,
     "requests": requests,
-    "few_rows": few_rows,
+    "few_rows": partial(
+        by_implementation,
+        file="moe_forward_few_rows_cpu.csv",
+        first="experts",
+        impls=("clipup", "clipup_prepared", "clipup_int8", "grouped_mm", "loop_unbind"),
+    ),
     "transformers": transformers,
 }
 
