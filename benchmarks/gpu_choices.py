@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import DTYPES, GpuTable, alternate, gpu_options, print_table
+from harness import DTYPES, ON_GPU, GpuTable, alternate, number, parser, print_table
 
 from clipup_kernels.triton import configs, tune
 from clipup_kernels.triton.configs import Config
@@ -80,9 +80,7 @@ def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = gpu_options(__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="timing of one launch's choices (default 8)")
-    args = parser.parse_args(argv)
+    args = parser(__doc__, ON_GPU | {"--seconds": number(8.0, "timing of one launch's choices")}).parse_args(argv)
     table = GpuTable(args, "{}x{}x{}".format(TOKENS, *LAYER[:2]))
     for launch, prepare in comparisons(LAYER, TOKENS, DTYPES[args.dtype], "cuda", os.cpu_count() or 1):
         table.measure(launch, lambda prepare=prepare: measure(prepare(), args.seconds, "cuda"))

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from grouped_peers import quack_back, quack_in
-from harness import DTYPES, GpuTable, clock, gpu_options, print_table, timing
+from harness import DTYPES, ON_GPU, GpuTable, clock, number, parser, print_table, timing
 
 from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, router_logits, rows, topk_gating
 from clipup_kernels.triton.grouped_linear import project_rows
@@ -53,8 +53,8 @@ class Launch(NamedTuple):
 def _read(buffer, sums, blocks, passes, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for number in range(passes):
-        block = (tl.program_id(0) + number * tl.num_programs(0)) % blocks
+    for step in range(passes):
+        block = (tl.program_id(0) + step * tl.num_programs(0)) % blocks
         total += tl.load(buffer + block * BLOCK + place, cache_modifier=".cg")  # not from the first-level cache
     tl.store(sums + tl.program_id(0) * BLOCK + place, total)
 
@@ -189,10 +189,8 @@ def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = gpu_options(__doc__)
-    gpu_model.add_layer(parser)
-    parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
-    args = parser.parse_args(argv)
+    options = ON_GPU | gpu_model.LAYER | {"--repetitions": number(30, "of each launch")}
+    args = parser(__doc__, options).parse_args(argv)
     layer, dtype = (args.tokens, args.width, args.hidden, args.experts, args.top_k), DTYPES[args.dtype]
     table = GpuTable(args, "{}x{}x{}, {} experts, top {}".format(*layer))
     predicted: dict[str, float] = {}

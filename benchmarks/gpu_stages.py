@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from harness import alternate, built_from, options, run, write_csv
+from harness import alternate, built_from, number, run, write_csv
 
 from clipup_kernels.backends import cpp_cuda
 from clipup_kernels.machine import processor_name
@@ -102,13 +102,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.set_defaults(device="cuda")
-    add = parser.add_argument
-    add("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)")
-    add("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return run(args, measure, "stage tokens experts top_k how triton_us cuda_us ratio", "microseconds a call")
+    options = {
+        "--tokens": {"type": int, "nargs": "+", "default": TOKENS, "metavar": "T", "help": "(default: %(default)s)"},
+        "--seconds": number(0.3, "of each measurement"),
+    }
+    columns = "stage tokens experts top_k how triton_us cuda_us ratio"
+    return run(argv, __doc__, options, measure, columns, "microseconds a call", "cuda")
 
 
 if __name__ == "__main__":

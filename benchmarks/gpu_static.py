@@ -12,12 +12,13 @@ nothing was compiled.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
+
+from harness import parser
 
 import clipup_kernels.triton
 from clipup_kernels.triton import variants
@@ -68,12 +69,11 @@ def checked(variant: Variant, arch: int) -> tuple[object, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument(
-        "--match", nargs="+", default=[""], help="compile the kernels whose name holds one of these (default: all)"
-    )
-    args = parser.parse_args(argv)
+    options = {
+        "--arch": {"type": int, "nargs": "+", "choices": ARCHITECTURES, "default": ARCHITECTURES},
+        "--match": {"nargs": "+", "default": [""], "help": "names hold one of these (default: all kernels)"},
+    }
+    args = parser(__doc__, options).parse_args(argv)
     print(LINE.format(*COLUMNS))
     verdicts = []
     for arch in args.arch:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,29 +34,50 @@ class Timing(NamedTuple):
         return {name: f"{getattr(self, name):.{digits}f}" for name in ("median_ms", "p20_ms", "p80_ms")}
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every program asks for; those that choose neither run on the CPU with torch's threads."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(device="cpu", threads=torch.get_num_threads())
-    parser.add_argument("--csv", help="file to write the rows to")
-    return parser
+Options = dict[str, dict[str, Any]]
+"""What a program asks for: arguments of ``add_argument`` by flag."""
+CSV: Options = {"--csv": {"help": "file to write the rows to"}}
+ON_GPU: Options = CSV | {"--dtype": {"choices": ("bf16", "fp16"), "default": "bf16"}}
+"""Of the programs about Triton's kernels."""
 
 
-def timed_options(description: str | None, threads: int, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """A parser of what every program that times on a CPU or a GPU asks for; the numbers are the defaults."""
-    parser = options(description)
-    add = parser.add_argument
-    add("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    add("--rounds", type=int, default=rounds, help=f"least number of alternating rounds (default: {rounds})")
-    add("--seconds", type=float, default=seconds, help=f"timing budget of each case (default: {seconds:g})")
-    return parser
+def number(default: float, text: str) -> dict[str, Any]:
+    """An option that is a number."""
+    return {"type": type(default), "default": default, "help": f"{text} (default: {default:g})"}
+
+
+def timed(threads: int, rounds: int, seconds: float) -> Options:
+    """The options of the programs that time on a CPU or a GPU, with these defaults."""
+    return {
+        "--threads": number(threads, "CPU threads"),
+        "--device": {"choices": ("cpu", "cuda"), "default": "cpu", "help": "(default: cpu)"},
+        "--rounds": number(rounds, "least number of alternating rounds"),
+        "--seconds": number(float(seconds), "timing budget of each case"),
+    }
+
+
+def parser(description: str | None, options: Options) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, about in options.items():
+        made.add_argument(flag, **about)
+    return made
 
 
 def run(
-    args: argparse.Namespace, measure: Callable[[argparse.Namespace], list[dict]], columns: str, note: str = ""
+    argv: list[str] | None,
+    description: str | None,
+    options: Options,
+    measure: Callable[[argparse.Namespace], list[dict]],
+    columns: str,
+    note: str = "",
+    device: str = "cpu",
 ) -> int:
-    """A program that prints the named columns of what it measures, and writes the rows where a file is asked for."""
+    """A program that prints the named columns of what it measures, and writes the rows where a file is asked for.
+
+    Without options for them, it runs on ``device`` and with torch's threads.
+    """
+    usual = argparse.Namespace(device=device, threads=torch.get_num_threads())
+    args = parser(description, CSV | options).parse_args(argv, usual)
     require_device(args.device)
     torch.set_num_threads(args.threads)
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
@@ -79,13 +100,6 @@ def on_device(args: argparse.Namespace, dtype: str) -> dict[str, object]:
 def built_from() -> dict[str, object]:
     """The last columns of a row."""
     return {"commit": commit(), "torch": torch.__version__, "triton": package_version("triton")}
-
-
-def gpu_options(description: str | None) -> argparse.ArgumentParser:
-    """A parser of what the programs about Triton's kernels ask for."""
-    parser = options(description)
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    return parser
 
 
 class GpuTable:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import options, run
+from harness import number, run
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -118,11 +118,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("models", nargs="+", help="directories of models, or names: CLIP-UP with random weights")
-    parser.add_argument("--data", help="shards or a CSV file for the directories (default: noise)")
-    parser.add_argument("--count", type=int, default=32, help="images and texts of noise (default: 32)")
-    return run(parser.parse_args(argv), measure, FIELDS)
+    options = {
+        "models": {"nargs": "+", "help": "directories of models, or names: CLIP-UP with random weights"},
+        "--data": {"help": "shards or a CSV file for the directories (default: noise)"},
+        "--count": number(32, "images and texts of noise"),
+    }
+    return run(argv, __doc__, options, measure, FIELDS)
 
 
 if __name__ == "__main__":

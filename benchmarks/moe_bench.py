@@ -8,15 +8,18 @@ import traceback
 from itertools import product
 from typing import NamedTuple
 
+import harness
 import torch
 from gemm_peak import GemmPeak
 from harness import (
+    CSV,
     DTYPES,
+    Options,
     alternate,
     built_from,
     commit,
+    number,
     one_line,
-    options,
     peak_megabytes,
     print_table,
     require_device,
@@ -55,30 +58,43 @@ def shape(text: str) -> tuple[int, int, int]:
     return tokens, width, hidden
 
 
-def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
-    parser = options(description)
-    add = parser.add_argument
+def options(training: bool) -> Options:
     shapes = TRAINING_SHAPES if training else FORWARD_SHAPES
-    text = f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, one)) for one in shapes)})"
-    add("--shapes", nargs="+", type=shape, default=shapes, help=text)
-    add("--num-experts", nargs="+", type=int, default=[8], help="experts of the layer (default: 8)")
-    add("--top-k", type=int, default=2, help="choices a token (default: 2)")
-    text = "skewed: one expert takes half of all rows (default: balanced)"
-    add("--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help=text)
-    text = (
-        "default: small shapes; full: adds 4928x512x2048, E = 8, 16, 64 and the "
-        "skewed routing at 6304x768x3072, and one thread"
-    )
-    add("--suite", choices=["default", "full"], default="default", help=text)
-    add("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    add("--impl", nargs="+", choices=list(PEERS), help="(default: the usual ones that can run here)")
-    text = "go on: leave out, by name, what fails or is off; mark dense_k and clipup in off_by where they are off"
-    add("--skip-failing", action="store_true", help=text)
     cores = torch.get_num_threads()
-    add("--threads", nargs="+", type=int, default=None, help=f"CPU threads (default: {cores}; --suite full: 1 too)")
-    add("--device", choices=list(CHECKED_TOKENS), default="cpu", help="(default: cpu)")
-    add("--rounds", type=int, help="least number of alternating rounds (default: 3, --suite full: 5)")
-    add("--seconds", type=float, help="timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)")
+    return CSV | {
+        "--shapes": {
+            "nargs": "+", "type": shape, "default": shapes,
+            "help": f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, one)) for one in shapes)})",
+        },
+        "--num-experts": {"nargs": "+", "type": int, "default": [8], "help": "experts of the layer (default: 8)"},
+        "--top-k": number(2, "choices a token"),
+        "--routing": {
+            "nargs": "+", "choices": ROUTINGS, "default": ["balanced"],
+            "help": "skewed: one expert takes half of all rows (default: balanced)",
+        },
+        "--suite": {
+            "choices": ["default", "full"], "default": "default",
+            "help": "default: small shapes; full: adds 4928x512x2048, E = 8, 16, 64 and the skewed routing at "
+            "6304x768x3072, and one thread",
+        },
+        "--dtype": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"], "help": "(default: fp32 bf16)"},
+        "--impl": {"nargs": "+", "choices": list(PEERS), "help": "(default: the usual ones that can run here)"},
+        "--skip-failing": {
+            "action": "store_true",
+            "help": "go on: leave out, by name, what fails or is off; of dense_k and clipup, fill off_by",
+        },
+        "--threads": {"nargs": "+", "type": int, "help": f"CPU threads (default: {cores}; --suite full: 1 too)"},
+        "--device": {"choices": list(CHECKED_TOKENS), "default": "cpu", "help": "(default: cpu)"},
+        "--rounds": {"type": int, "help": "least number of alternating rounds (default: 3, --suite full: 5)"},
+        "--seconds": {
+            "type": float, "help": "timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)"
+        },
+    }  # fmt: skip
+
+
+def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
+    parser = harness.parser(description, options(training))
+    cores = torch.get_num_threads()
     args = parser.parse_args(argv)
     args.impl = args.impl or usual(training, args.device)
     for impl in args.impl:

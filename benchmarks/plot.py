@@ -8,6 +8,7 @@ One row for each case, one panel for each dtype, one marker for each implementat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import charts
 from charts import Row
@@ -89,9 +90,7 @@ def chart(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, chart, argv)
-
+main = partial(charts.main, __doc__, chart)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 
 import charts
@@ -103,9 +104,7 @@ def chart(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, chart, argv)
-
+main = partial(charts.main, __doc__, chart)
 
 if __name__ == "__main__":
     raise SystemExit(main())

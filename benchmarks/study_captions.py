@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness import options, run
+from harness import run
 
 from clipup.clip.word_tokenizer import WordTokenizer, split_words
 from clipup.data.shard_names import expand_shards
@@ -60,10 +60,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("data", type=Path, help="data set made by `python -m studies icons`")
-    parser.add_argument("--model", default="clipup-icons-w64", help="whose words are known (default: clipup-icons-w64)")
-    return run(parser.parse_args(argv), measure, COLUMNS)
+    options = {
+        "data": {"type": Path, "help": "data set made by `python -m studies icons`"},
+        "--model": {"default": "clipup-icons-w64", "help": "whose words are known (default: %(default)s)"},
+    }
+    return run(argv, __doc__, options, measure, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import DTYPES, alternate, commit, on_device, run, timed_options
+from harness import DTYPES, alternate, commit, number, on_device, run, timed
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -120,19 +120,18 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[d
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, torch.get_num_threads(), rounds=3, seconds=5)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=["olmoe", "qwen3"], help="(default: olmoe qwen3)"
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
-    parser.add_argument(
-        "--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS),
-        help="beside grouped_mm; a training step of eager takes 20 s with 64 experts (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="tokens a batch (default: 64 512)")
-    parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
+    options = timed(torch.get_num_threads(), rounds=3, seconds=5) | {
+        "--models": {"nargs": "+", "choices": MODELS, "default": ["olmoe", "qwen3"], "help": "(default: olmoe qwen3)"},
+        "--dtypes": {"nargs": "+", "choices": DTYPES, "default": ["bf16"], "help": "(default: bf16)"},
+        "--impl": {
+            "nargs": "+", "choices": IMPLEMENTATIONS, "default": list(IMPLEMENTATIONS),
+            "help": "beside grouped_mm; a training step of eager takes 20 s with 64 experts (default: all)",
+        },
+        "--tokens": {"nargs": "+", "type": int, "default": [64, 512], "help": "tokens a batch (default: 64 512)"},
+        "--gather-gb": number(4.0, "most that batched_mm may gather"),
+    }  # fmt: skip
     columns = "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm"
-    return run(parser.parse_args(argv), measure, columns, "ratios are medians of pair-by-pair ratios")
+    return run(argv, __doc__, options, measure, columns, "ratios are medians of pair-by-pair ratios")
 
 
 if __name__ == "__main__":
