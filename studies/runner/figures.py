@@ -20,7 +20,11 @@ def recall(tables: Tables) -> str:
     for group, runs in tables.groups:
         lengths.setdefault(group.arm, []).append(runs)
     several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
-    series = [_over_flops(tables, arm, groups) for arm, groups in several.items()]
+    series = []
+    for arm, groups in several.items():  # the first point is the start of the shortest runs
+        groups = [starts, *groups] if (starts := tables.starts_of(groups[0])) else groups
+        x = [tables.pflop(runs[0]) for runs in groups]
+        series.append(Series(label(arm), x, [fmean(run.mean("R@1") for run in runs) for runs in groups], points=True))
     return _drawn(series, "R@1 on styles and names at the end of a run", "PFLOP of training, start included")
 
 
@@ -43,11 +47,3 @@ def models(studies: Sequence[Tables], arms: Mapping[str, str]) -> str:
 def _drawn(series: Sequence[Series], title: str, x: str) -> str:
     chart = line_chart(series, title, x, "R@1", percent=True, width=_WIDTH, height=_HEIGHT)
     return svg.on_white(chart, _WIDTH, _HEIGHT)
-
-
-def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-    """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
-    starts = tables.starts_of(groups[0])
-    runs = [*([starts] if starts else []), *groups]
-    x = [tables.pflop(of[0]) for of in runs]
-    return Series(label(arm), x, [fmean(run.mean("R@1") for run in of) for of in runs], points=True)

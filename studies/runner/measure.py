@@ -14,7 +14,6 @@ from clipup.evaluate.encode import encode_images, encode_texts
 from clipup.evaluate.retrieval import WAYS, hits_at, merge_equal, nll_both_ways, ranks_both_ways
 from clipup.inspection.expert_similarity import model_similarity
 
-RECALL_AT = (1, 5)
 BATCH = 256
 
 
@@ -48,7 +47,7 @@ def retrieval_numbers(
     nll = nll_both_ways(images, texts, pairs, model.logit_scale.exp().item())
     numbers: dict[str, Any] = {"gallery": len(images), "captions": len(texts)}
     for way, ranks in ranks_both_ways(images, texts, pairs).items():
-        numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {f"{way}_nll": nll[way]}
+        numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in (1, 5)} | {f"{way}_nll": nll[way]}
         if with_hits:
             numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
     if group_size is not None:

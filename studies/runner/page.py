@@ -56,7 +56,8 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         text = io.StringIO()
         head, *_ = next(iter(tables.values()))
         rows = [[value, *row] for value, (_, *rows) in tables.items() for row in rows]
-        csv.writer(text, lineterminator="\n").writerows([[column, *head], *_plain(rows)])
+        plain = [[cell.strip("*").replace(MISSING, "") for cell in row] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows([[column, *head], *plain])
         written[out.with_suffix("") / file] = text.getvalue()
         return f"[`{file}`]({out.stem}/{file})"
 
@@ -78,8 +79,3 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     replace_files({path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in written.items()})
     return list(written)
-
-
-def _plain(rows: Table) -> Table:
-    """Without emphasis, and an empty cell where a table has a dash."""
-    return [[cell.strip("*").replace(MISSING, "") for cell in row] for row in rows]

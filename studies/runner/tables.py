@@ -80,14 +80,13 @@ class Tables:
         tests = [split for split in self.galleries() if split.startswith("test_")]
         written = {"R@1": percent, "R@5": percent, "nll": "{:.3f}".format}
         rows = []
-        for split, (group, runs) in product(tests, self.groups):
-            config = runs[0].config
-            cells = [split, label(group.arm), str(config["steps"]), f"{config['lr']:g}", str(len(runs))]
-            cells.append(f"{self.pflop(runs[0]):.3f}")
-            for way, name in product(WAYS, written):
-                cells.append(_spread([run.test[split][f"{way}_{name}"] for run in runs], written[name]))
-            rows.append(cells)
-        measures = [head for way in WAYS for head in (f"{way}_R@1 %", f"{way}_R@5 %", f"{way}_NLL")]
+        for split, (_, runs) in product(tests, self.groups):
+            cells = (
+                _spread([run.test[split][f"{way}_{name}"] for run in runs], written[name])
+                for way, name in product(WAYS, written)
+            )
+            rows.append([split, *_about(runs), f"{self.pflop(runs[0]):.3f}", *cells])
+        measures = [f"{way}_{name}" for way, name in product(WAYS, ("R@1 %", "R@5 %", "NLL"))]
         return [["split", "arm", "steps", "lr", "seeds", "PFLOP", *measures], *rows]
 
     def lead(
@@ -215,18 +214,14 @@ class Tables:
         of_larger = larger.shortest(rivals[0])[0].cost["gflops_per_pair"]
         rows = []
         for group, runs in self.groups:
-            first, arm = runs[0], group.arm
-            gflops = first.cost["gflops_per_pair"]
-            cells = [label(arm), str(first.config["steps"]), f"{first.config['lr']:g}", str(len(runs))]
-            cells += [
-                f"{gflops:.4f}",
-                percent(gflops / of_larger, 0),
-                f"{self.pflop(first):.3f}",
-                _recall(runs, splits),
-            ]
-            leads = product(rivals, ("R@1", "nll"))
-            rows.append([*cells, *(self.lead(arm, rival, splits, None, what, larger) for rival, what in leads)])
-        heads = [f"minus {label(rival)}{of}" for rival in rivals for of in ("", ", NLL")]
+            gflops = runs[0].cost["gflops_per_pair"]
+            costs = f"{gflops:.4f}", percent(gflops / of_larger, 0), f"{self.pflop(runs[0]):.3f}"
+            leads = (
+                self.lead(group.arm, rival, splits, None, measure, larger)
+                for rival, measure in product(rivals, ("R@1", "nll"))
+            )
+            rows.append([*_about(runs), *costs, _recall(runs, splits), *leads])
+        heads = [f"minus {label(rival)}{of}" for rival, of in product(rivals, ("", ", NLL"))]
         return [["arm", "steps", "lr", "seeds", "GFLOP per pair", "share %", "PFLOP", "R@1 %", *heads], *rows]
 
     def recovery(self, arms: Sequence[str]) -> Table:
@@ -253,26 +248,28 @@ class Tables:
         one; the similarity of its experts and the balance of their load at the end; its cost."""
         chosen = {run.name for _, runs in self.groups for run in runs}
         train = self.data()["images"]["train"]
-        rows = []
-        for run in self.results.values():
-            config, cost = run.config, run.cost
-            rows.append(
-                [
-                    *(run.name, label(config["arm"]), str(config["steps"]), f"{config['lr']:g}", str(run.seed)),
-                    *(percent(run.selection, 2), "yes" if run.name in chosen else "no"),
-                    *_experts(run),
-                    f"{cost['pairs'] / 1e6:.2f}",
-                    f"{cost['pairs'] / train:.1f}",
-                    f"{cost['gflops_per_pair']:.4f}",
-                    f"{cost['train_gflops'] / 1e6:.3f}",
-                    *(f"{cost[count] / 1e6:.2f}" for count in ("params", "active_params")),
-                    *(f"{cost['seconds'] / 3600:.2f}", cost["machine"]["processor"]),
-                ]
-            )
-        head = ["run", "arm", "steps", "lr", "seed", "validation R@1 %", "chosen rate"]
-        head += ["cosine of experts", "load, max / mean", "worst layer", "dropped %", "M pairs", "epochs"]
-        head += ["GFLOP per pair", "PFLOP", "M params", "active", "hours, 1 thread", "machine"]
-        return [head, *rows]
+        columns: dict[str, Callable[[Result], str]] = {
+            "run": lambda run: run.name,
+            "arm": lambda run: label(run.config["arm"]),
+            "steps": lambda run: str(run.config["steps"]),
+            "lr": lambda run: f"{run.config['lr']:g}",
+            "seed": lambda run: str(run.seed),
+            "validation R@1 %": lambda run: percent(run.selection, 2),
+            "chosen rate": lambda run: "yes" if run.name in chosen else "no",
+            "cosine of experts": lambda run: _of_layers(run, "similarity", fmean, "{:.3f}".format),
+            "load, max / mean": lambda run: _of_layers(run, "load", fmean, "{:.2f}".format),
+            "worst layer": lambda run: _of_layers(run, "load", max, "{:.2f}".format),
+            "dropped %": lambda run: _of_layers(run, "dropped", fmean, percent),
+            "M pairs": lambda run: f"{run.cost['pairs'] / 1e6:.2f}",
+            "epochs": lambda run: f"{run.cost['pairs'] / train:.1f}",
+            "GFLOP per pair": lambda run: f"{run.cost['gflops_per_pair']:.4f}",
+            "PFLOP": lambda run: f"{run.cost['train_gflops'] / 1e6:.3f}",
+            "M params": lambda run: f"{run.cost['params'] / 1e6:.2f}",
+            "active": lambda run: f"{run.cost['active_params'] / 1e6:.2f}",
+            "hours, 1 thread": lambda run: f"{run.cost['seconds'] / 3600:.2f}",
+            "machine": lambda run: run.cost["machine"]["processor"],
+        }
+        return [[*columns], *([cell(run) for cell in columns.values()] for run in self.results.values())]
 
     def machines(self) -> str:
         """The machines of the runs with their seeds, for a sentence.
@@ -302,18 +299,20 @@ class Tables:
                 yield group, ours, theirs
 
 
-def _experts(run: Result) -> list[str]:
-    if not run.layers:
-        return [MISSING] * 4
-    similarities, loads, dropped = (
-        [layer[name] for layer in run.layers.values()] for name in ("similarity", "load", "dropped")
-    )
-    return [f"{fmean(similarities):.3f}", f"{fmean(loads):.2f}", f"{max(loads):.2f}", percent(fmean(dropped))]
+def _of_layers(run: Result, name: str, over: Callable[[list[float]], float], written: Callable[[float], str]) -> str:
+    """A number of the sparse layers, such as their mean load."""
+    return written(over([layer[name] for layer in run.layers.values()])) if run.layers else MISSING
 
 
 def label(arm: str) -> str:
     """An arm's name in tables and figures."""
     return arm.replace("_", " ")
+
+
+def _about(runs: Sequence[Result]) -> list[str]:
+    """Arm, steps, learning rate and number of seeds of a group."""
+    config = runs[0].config
+    return [label(config["arm"]), str(config["steps"]), f"{config['lr']:g}", str(len(runs))]
 
 
 def _way(split: str, way: str) -> str:
