@@ -64,17 +64,18 @@ class Icons(_DataSet):
     """Also hold out drawings whose name and set are in the training split; the other held-out splits are unchanged."""
 
     def run(self) -> int:
-        dataset = build(
-            self.out,
-            self.package,
-            self.size,
-            self.seed,
-            self.overwrite,
-            self.processes,
-            sets=Sets.read().without(self.leave_out),
-            test_drawings=self.test_drawings,
+        return self.show(
+            build(
+                self.out,
+                self.package,
+                self.size,
+                self.seed,
+                self.overwrite,
+                self.processes,
+                sets=Sets.read().without(self.leave_out),
+                test_drawings=self.test_drawings,
+            )
         )
-        return self.show(dataset)
 
 
 @dataclass
@@ -85,10 +86,9 @@ class Scenes(_DataSet):
     """
 
     def run(self) -> int:
-        dataset = scenes.build(
-            self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes
+        return self.show(
+            scenes.build(self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes)
         )
-        return self.show(dataset)
 
 
 @dataclass

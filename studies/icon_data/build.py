@@ -130,8 +130,7 @@ def build(
     """
     sets = sets or Sets.read()
     options = {"size": size, "seed": seed, "samples_per_shard": _SAMPLES_PER_SHARD}
-    if test_drawings:
-        options["test_drawings"] = True
+    options |= {"test_drawings": True} if test_drawings else {}
     make = partial(_make, package=Path(package), options=options, sets=sets, processes=processes, progress=progress)
     return data_set.build(out, package, "icons", FORMAT, options, (sets.train, sets.test), overwrite, make)
 

@@ -104,11 +104,8 @@ def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
     Raises:
         ValueError: two rates have no seed in common.
     """
-    best = {}
-    for group, rates in by_rate(results).items():
-        seeds = rates[_best_rate(group, rates)]
-        best[group] = [seeds[seed] for seed in sorted(seeds)]
-    return best
+    groups = by_rate(results)
+    return {group: shared(rates[_best_rate(group, rates)].values())[0] for group, rates in groups.items()}
 
 
 def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
