@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from statistics import median
 
@@ -39,7 +39,6 @@ from harness import (
     one_line,
     run,
     timed,
-    write_csv,
 )
 from torch import Tensor, nn
 
@@ -113,25 +112,21 @@ def training_step(model: nn.Module, images: Tensor, texts: Tensor) -> Callable[[
     return run
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     words = WORDS * (args.words // len(WORDS) + 2)
     starts = [number % len(WORDS) for number in range(args.batch_size)]  # other tokens, so that their experts differ
     captions = [" ".join(words[start : start + args.words]) for start in starts]
     texts = get_tokenizer(BASELINE)(captions).to(args.device)
-    rows: list[dict] = []
     for pass_, dtype in product(args.passes, args.dtype):
-        rows += measure_pass(args, pass_, dtype, texts)
-        if args.csv and rows:
-            write_csv(args.csv, rows)
-    return rows
+        yield from measure_pass(args, pass_, dtype, texts)
 
 
 def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
-    only_inference = (ACCELERATED, INT8, *ENGINES)
-    excluded = {name for name in MODELS if training and name.split()[-1] in only_inference} | left_out(args.models)
-    excluded |= {name for name in MODELS if args.device != "cpu" and name.split()[-1] in only_inference}
+    excluded = left_out(args.models)
+    if training or args.device != "cpu":
+        excluded |= {name for name in MODELS if name.split()[-1] in (ACCELERATED, INT8, *ENGINES)}
     counts: dict[str, TowerCounts] = {}
     timings: dict[str, Timing] = {}
     marks: dict[str, list[tuple[Mark, Mark, Mark]]] = {}

@@ -56,14 +56,9 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def layer_rows(folder: Path) -> list[Row]:
-    """The rows of moe_forward.py and moe_training.py, of all their files."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("ratio_to_dense_k")]
-
-
-def launch_rows(folder: Path) -> list[Row]:
-    """The rows of gpu_kernels.py."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("gflop")]
+def rows_with(folder: Path, column: str) -> list[Row]:
+    """The rows of all files that have a value in this column: ``ratio_to_dense_k`` of layers, ``gflop`` of launches."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get(column)]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -139,14 +134,11 @@ def faster_peers(rows: list[Row]) -> Finding:
 
 def decisions(rows: list[Row], launches: dict[str, float]) -> Iterator[tuple[str, str, str]]:
     """What was decided beforehand in docs/gpu_kernels.md: the question, the measured number and what follows."""
-    names = [(name, f"quack, {name}") for name in QUACK_LAUNCHES]
-    quack = None
-    if all(name in launches for pair in names for name in pair):
-        quack = sum(launches[ours] for ours, _ in names) / sum(launches[theirs] for _, theirs in names)
+    ours, theirs = ([launches.get(of + name) for name in QUACK_LAUNCHES] for of in ("", "quack, "))
+    quack = None if None in (*ours, *theirs) else sum(ours) / sum(theirs)
     training = of_main_case(rows, "fwd_bwd")
-    grouped = None
-    if "clipup" in training and "grouped_mm_fused" in training:
-        grouped = 1 / speed(training["clipup"], training["grouped_mm_fused"])
+    pair = [training[impl] for impl in ("clipup", "grouped_mm_fused") if impl in training]
+    grouped = 1 / speed(*pair) if len(pair) == 2 else None
 
     def row(what: str, value: float | None, bound: float, then: str, otherwise: str) -> tuple[str, str, str]:
         if value is None:
@@ -177,7 +169,7 @@ def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tu
     Args:
         measured: whether the main case was to be measured. unfinished: whether steps are still to come.
     """
-    rows, steps = layer_rows(folder), read(folder / "steps.csv")
+    rows, steps = rows_with(folder, "ratio_to_dense_k"), read(folder / "steps.csv")
     found = list(demands(rows)) if measured else []
     well = (
         not unfinished
@@ -195,7 +187,7 @@ def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tu
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
     if measured:
-        launches = {row["launch"]: float(row["ms"]) for row in launch_rows(folder)}
+        launches = {row["launch"]: float(row["ms"]) for row in rows_with(folder, "gflop")}
         page += [*table(("decided beforehand", "measured", "what follows"), decisions(rows, launches)), ""]
     page += ["the run has not ended"] if unfinished else ["all is well" if well else "not all is well"]
     return "\n".join(page) + "\n", well

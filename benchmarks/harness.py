@@ -6,10 +6,9 @@ import argparse
 import csv
 import functools
 import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -67,12 +66,12 @@ def run(
     argv: list[str] | None,
     description: str | None,
     options: Options,
-    measure: Callable[[argparse.Namespace], list[dict]],
+    measure: Callable[[argparse.Namespace], Iterable[dict]],
     columns: str,
     note: str = "",
     device: str = "cpu",
 ) -> int:
-    """A program that prints the named columns of what it measures, and writes the rows where a file is asked for.
+    """A program that prints the named columns of what it measures, and writes all rows so far after every row.
 
     Without options for them, it runs on ``device`` and with torch's threads.
     """
@@ -81,13 +80,14 @@ def run(
     require_device(args.device)
     torch.set_num_threads(args.threads)
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
-    rows = measure(args)
+    rows: list[dict] = []
+    for row in measure(args):
+        rows.append(row)
+        if args.csv:
+            write_csv(args.csv, rows)
     if not rows:
         raise SystemExit("nothing was timed")
     print_table(rows, columns.split())
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
     return 0
 
 

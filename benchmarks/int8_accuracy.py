@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -98,9 +99,8 @@ def row(
     return values
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     torch.manual_seed(0)
-    rows = []
     for name in args.models:
         model, preprocess = load(name)
         data = args.data if Path(name).is_dir() else None
@@ -110,11 +110,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for outliers in (False, True):
             if outliers:
                 add_outliers(model)
-            rows.append(row(label, outliers, "fp32", features(model, images, texts), exact, pairs))
+            yield row(label, outliers, "fp32", features(model, images, texts), exact, pairs)
             for form, (dtype, weights) in FORMS.items():
                 prepared = clipup.accelerate(copy.deepcopy(model).to(dtype), inplace=True, weights=weights)
-                rows.append(row(label, outliers, form, features(prepared, images, texts), exact, pairs))
-    return rows
+                yield row(label, outliers, form, features(prepared, images, texts), exact, pairs)
 
 
 def main(argv: list[str] | None = None) -> int:

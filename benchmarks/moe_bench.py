@@ -44,10 +44,6 @@ FORWARD_SHAPES = [(197, 768, 3072), *TRAINING_SHAPES]
 FULL = [Case(4928, 512, 2048, 8)]
 FULL += [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
 """What ``--suite full`` adds: large batches, more experts for the same rows, and one expert that takes half of them."""
-FIELDS = (
-    "device dtype threads tokens d_model d_hidden experts top_k routing pass impl median_ms p20_ms p80_ms tflops "
-    "ratio_to_dense_k peak_share saved_mb peak_mb commit torch triton off_by"
-).split()
 SHOWN = (
     "dtype threads tokens d_model d_hidden experts routing impl median_ms tflops ratio_to_dense_k peak_share".split()
 )
@@ -204,17 +200,16 @@ def measure(
     for impl in dict.fromkeys(impl for impl in args.impl if impl in timed):
         num_rows = case.tokens * (1 if impl == "dense_1" else args.top_k)
         flops = num_rows * 2 * 2 * case.d_model * case.d_hidden * (3 if training else 1)
-        values = built_from() | timings[impl].columns(3) | case._asdict()
-        values |= dict(device=processor_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, impl=impl)
-        values |= {
-            "pass": "fwd_bwd" if training else "fwd",
+        rows.append({
+            "device": processor_name(args.device), "dtype": dtype, "threads": threads, "tokens": case.tokens,
+            "d_model": case.d_model, "d_hidden": case.d_hidden, "experts": case.experts, "top_k": args.top_k,
+            "routing": case.routing, "pass": "fwd_bwd" if training else "fwd", "impl": impl,
+            **timings[impl].columns(3),
             "tflops": f"{flops / timings[impl].median_ms / 1e9:.4g}",
-            "ratio_to_dense_k": f"{timings[impl].ratio:.3f}",
-            "saved_mb": f"{saved_megabytes(timed[impl]) if training else 0:.1f}",
-            "peak_mb": peaks[impl],
-            "off_by": f"{wrong[impl].off_by:.1e}" if impl in wrong else "",
-        }
-        rows.append({field: values.get(field, "") for field in FIELDS})
+            "ratio_to_dense_k": f"{timings[impl].ratio:.3f}", "peak_share": "",
+            "saved_mb": f"{saved_megabytes(timed[impl]) if training else 0:.1f}", "peak_mb": peaks[impl],
+            **built_from(), "off_by": f"{wrong[impl].off_by:.1e}" if impl in wrong else "",
+        })  # fmt: skip
     return rows
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -85,11 +85,10 @@ def measure_pairs(model: nn.Module, loader: object, batch: Batch, args: argparse
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     dense, _, preprocess = clipup.create_model_and_transforms(str(START), output_dict=True)
     models = {"dense": dense, "CLIP-UP": clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
     tokenizer = get_tokenizer(str(START))
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             args.data = Path(scratch, "data")
@@ -97,16 +96,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for where, reading in {"in memory": dict(workers=0, cache=True), "shards": dict(workers=args.workers)}.items():
             loader = train_loader(args.data, preprocess, tokenizer, args.batch_size, progress=False, **reading)
             batch = next(iter(loader.dataloader))
-            rows += [
-                {
+            for name, model in models.items():
+                yield {
                     "device": processor_name("cpu"), "threads": args.threads, "model": name, "data": where,
                     "workers": reading["workers"], "batch_size": args.batch_size,
                     **measure_pairs(model, loader, batch, args),
                     "pairs": args.pairs, "steps_of_pair": args.steps_of_pair, **built_from(),
-                }
-                for name, model in models.items()
-            ]  # fmt: skip
-    return rows
+                }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

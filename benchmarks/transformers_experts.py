@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -86,11 +86,12 @@ def check(case: Case, implementations: list[str], precision: str) -> None:
                 raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    return [row for name, dtype in product(args.models, args.dtypes) for row in measure_model(name, dtype, args)]
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    for name, dtype in product(args.models, args.dtypes):
+        yield from measure_model(name, dtype, args)
 
 
-def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[dict]:
+def measure_model(name: str, precision: str, args: argparse.Namespace) -> Iterator[dict]:
     torch.manual_seed(0)
     with torch.device("meta"):
         experts, top_k = MODELS[name]()
@@ -99,7 +100,6 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[d
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    rows = []
     for tokens, training in product(args.tokens, (False, True)):
         case = Case(experts, top_k, tokens, training)
         fits = case.gathered_gb() <= args.gather_gb
@@ -107,16 +107,13 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[d
         print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
         check(case, chosen, precision)
         candidates = {one: partial(case.run, one) for one in chosen}
-        rows += [
-            {
+        for impl, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
+            yield {
                 **on_device(args, precision), "model": name, "tokens": tokens,
-                "pass": "fwd_bwd" if training else "fwd", "impl": one,
+                "pass": "fwd_bwd" if training else "fwd", "impl": impl,
                 **timing.columns(), "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
                 "commit": commit(), "torch": torch.__version__, "transformers": package_version("transformers"),
-            }
-            for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items()
-        ]  # fmt: skip
-    return rows
+            }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ def measured(folder, forward=FWD, training=FWD_BWD, more=(), steps=(("build", "o
 
 
 def verdicts(folder):
-    found = gpu_summary.demands(gpu_summary.layer_rows(folder))
+    found = gpu_summary.demands(gpu_summary.rows_with(folder, "ratio_to_dense_k"))
     return {finding.what: (finding.measured, finding.verdict) for finding in found}
 
 

@@ -104,7 +104,7 @@ def test_latency_has_a_row_for_an_image_a_caption_and_a_token_of_every_model(row
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_another_engine_computes_the_models_features(engine):
-    for name in engines.ENGINES[engine].packages:
+    for name in engines.ENGINES[engine][1]:
         pytest.importorskip(name)
     texts = latency.get_tokenizer(TINY)(["red bird"])
     model, _, image = clip_throughput.build(f"{TINY} {engine}", torch.float32, texts)
