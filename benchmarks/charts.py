@@ -36,10 +36,10 @@ STYLE = {
 
 def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     """The rows of every key, in their order."""
-    found: dict[Any, list[Row]] = defaultdict(list)
+    rows_of_key: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        found[key(row)].append(row)
-    return found
+        rows_of_key[key(row)].append(row)
+    return rows_of_key
 
 
 def figure(width: int, height: int) -> Figure:

@@ -151,7 +151,7 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
             with torch.inference_mode(not training):
                 timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
             timed = marks[name][UNTIMED:]  # B/16 goes on, as the partner of every other model
-            towers[name] = [(between(*one[:2]), between(*one[1:])) for one in timed]
+            towers[name] = [(between(*of_run[:2]), between(*of_run[1:])) for of_run in timed]
         except torch.OutOfMemoryError as failure:
             print(f"left out: {name} in {dtype}, {pass_}: {one_line(failure)}", file=sys.stderr, flush=True)
         else:

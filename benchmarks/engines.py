@@ -1,4 +1,4 @@
-"""The registry of engines: what runs whole dense models beside this project, in inference on a CPU.
+"""The registry of engines: other inference engines that run whole dense models on a CPU, for comparison.
 
 An engine gets a float32 tower and an example of its input, and returns a function of such inputs; a program is made for
 the shapes that it is timed with. Its features are compared with the tower's before it is timed.

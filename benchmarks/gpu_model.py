@@ -153,10 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     for training in (False, True):
         total = 0.0
         for launch in launches(*layer, training):
-            found = predict(launch, args.l2 * 1e12, args.memory * 1e12)
-            total += found.total
-            times = " ".join(f"{ms:7.2f}" for ms in found[:5])
-            print(f"{launch.name:22} {found.blocks or '':6} {found.waves:6.1f} {times}")
+            prediction = predict(launch, args.l2 * 1e12, args.memory * 1e12)
+            total += prediction.total
+            times = " ".join(f"{ms:7.2f}" for ms in prediction[:5])
+            print(f"{launch.name:22} {prediction.blocks or '':6} {prediction.waves:6.1f} {times}")
         peer = dense(args.tokens * args.top_k, *layer[1:3], training, args.cublas * 1e12, args.memory * 1e12)
         what = "forward + backward" if training else "forward"
         print(f"{what:22} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")

@@ -46,15 +46,15 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     """What is off about a compiled variant, in words."""
     if arch == 100:
         return []
-    found = []
+    words = []
     if compiled.stack_bytes > MOST_STACK:
-        found.append(f"{compiled.stack_bytes} bytes of stack")
+        words.append(f"{compiled.stack_bytes} bytes of stack")
     if compiled.shared_bytes > SHARED_BYTES[arch]:
-        found.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
+        words.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
     if variant.most_registers and compiled.registers > variant.most_registers:
-        found.append(f"{compiled.registers} registers, {variant.most_registers} at most")
+        words.append(f"{compiled.registers} registers, {variant.most_registers} at most")
     missing = [name for name in variant.instructions if not variants.count(name, compiled.sass)]
-    return found + [f"no {name}" for name in missing]
+    return words + [f"no {name}" for name in missing]
 
 
 def checked(variant: Variant, arch: int) -> tuple[object, ...]:

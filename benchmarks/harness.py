@@ -143,7 +143,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: str) -> Mark:
-    """The time now; on a GPU that of its queue, for which nobody waits."""
+    """The time now. On a GPU an event in its queue, for which the host does not wait."""
     if device == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -181,7 +181,7 @@ def _sweep(device: str) -> torch.Tensor:
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
-    """MB (10^6 bytes) that one call takes on the current GPU at its most, beside what lies there already."""
+    """Peak memory of a call on the current GPU in MB (10^6 bytes), without what was allocated before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -194,7 +194,7 @@ def alternate(
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
-    and for ``min_rounds`` at least. Two untimed rounds come first: memory that is kept between calls is there then.
+    and for ``min_rounds`` at least. Two untimed rounds come first, so that memory kept between calls is already allocated.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
@@ -211,7 +211,7 @@ def alternate(
 
 
 def timing(seconds: list[float], ratio: float = 1.0) -> Timing:
-    """What repetitions of a call took."""
+    """Median and fifths of the times of repeated calls."""
     fifths = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
     return Timing(median(seconds) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
 

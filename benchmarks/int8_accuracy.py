@@ -87,14 +87,14 @@ def add_outliers(model: nn.Module) -> None:
 
 
 def row(
-    model: str, outliers: bool, form: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
+    model: str, outliers: bool, form: str, actual: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
 ) -> dict:
     values = {"model": model, "outliers": int(outliers), "form": form} | dict.fromkeys(RECALLS, "")
-    for tower, ours, theirs in zip(("image", "text"), found, exact, strict=True):
+    for tower, ours, theirs in zip(("image", "text"), actual, exact, strict=True):
         cosines = (ours * theirs).sum(-1)
         values |= {f"{tower}_cosine_mean": f"{cosines.mean():.5f}", f"{tower}_cosine_min": f"{cosines.min():.5f}"}
     if pairs is not None:
-        recall = retrieval(*found, pairs)
+        recall = retrieval(*actual, pairs)
         values |= {name: f"{recall[name]:.4f}" for name in RECALLS}
     return values
 

@@ -63,7 +63,7 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     prepared = {
         name: clipup.accelerate(sparse, weights=weights) for name, weights in ((ACCELERATED, None), (INT8, INT8))
     }
-    return {"dense MLP": dense, "SparseMoE": sparse} | {f"SparseMoE {name}": one for name, one in prepared.items()}
+    return {"dense MLP": dense, "SparseMoE": sparse} | {f"SparseMoE {name}": layer for name, layer in prepared.items()}
 
 
 def measure(args: argparse.Namespace) -> list[dict]:

@@ -60,7 +60,7 @@ def options(training: bool) -> Options:
     return CSV | {
         "--shapes": {
             "nargs": "+", "type": shape, "default": shapes,
-            "help": f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, one)) for one in shapes)})",
+            "help": f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, size)) for size in shapes)})",
         },
         "--num-experts": {"nargs": "+", "type": int, "default": [8], "help": "experts of the layer (default: 8)"},
         "--top-k": number(2, "choices a token"),
@@ -108,7 +108,7 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
 
 
 class Wrong(NamedTuple):
-    """What the check found about an implementation."""
+    """How an implementation differs from the oracle."""
 
     words: str
     off_by: float | None

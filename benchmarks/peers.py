@@ -1,4 +1,4 @@
-"""The registry of peers: what this project is compared with, one entry each, and its own forms beside them.
+"""The registry of peers: implementations of the layer, those of this project and of others.
 
 Layers: every function takes (x [T, D], weights) and returns y [T, D]; the sparse ones route with the same router:
 softmax over E experts, the best K, gates renormalised, nothing dropped. Other projects' kernels run on CUDA where they
@@ -137,7 +137,7 @@ def megablocks(x: Tensor, w: Weights) -> Tensor:
 
 
 def sonicmoe(x: Tensor, w: Weights) -> Tensor:
-    """The whole layer with its own router, GELU in the tanh form, which is the one it has (arXiv 2512.14080)."""
+    """The whole layer with its own router, GELU in the tanh form, its only one (arXiv 2512.14080)."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_TC_softmax_topk_layer
 
@@ -290,11 +290,11 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
     weights = make_weights(case, top_k, dtype, device)
     x, x_k = (make_x(rows, case.d_model, dtype, device) for rows in (case.tokens, top_k * case.tokens))
     check_loads(case, x, weights)
-    one = first_expert(weights)
+    expert = first_expert(weights)
     made = {}
     for impl in impls:
         peer = PEERS[impl]
-        function, mine = peer.function, one if peer.dense else weights
+        function, mine = peer.function, expert if peer.dense else weights
         if peer.weights == "torch int8":
             function = torch_int8(mine)
         elif peer.weights != "plain":

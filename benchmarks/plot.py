@@ -61,9 +61,9 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
     axes.set(xlim=limits, ylim=(len(cases) - 0.5, -0.5))
     axes.spines[["left", "bottom"]].set_visible(False)
     for impl in reversed(IMPLEMENTATIONS):  # clipup on top
-        found = [row for row in rows if row["impl"] == impl]
-        ratios = [float(row["ratio_to_dense_k"]) for row in found]
-        places = [cases.index(case_of(row)) for row in found]
+        of_impl = [row for row in rows if row["impl"] == impl]
+        ratios = [float(row["ratio_to_dense_k"]) for row in of_impl]
+        places = [cases.index(case_of(row)) for row in of_impl]
         axes.plot(ratios, places, linestyle="none", gid=f"{impl}:{name}", **marker(impl))
 
 

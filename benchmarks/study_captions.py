@@ -37,13 +37,13 @@ def captions(data: Path, split: str) -> list[str]:
 
 def row(split: str, texts: list[str], trained: set[str], tokenizer: WordTokenizer) -> dict[str, str]:
     distinct = sorted(set(texts))
-    known = set(tokenizer.words)
+    vocabulary = set(tokenizer.words)
     alike_in_tokens = Counter(tuple(tokens.tolist()) for tokens in tokenizer(distinct))
     alike_in_words = Counter(map(same_words, distinct))
     shares = {
         "images_trained": share(texts, (text in trained for text in texts)),
         "captions_trained": share(distinct, (text in trained for text in distinct)),
-        "captions_unknown_word": share(distinct, (not known.issuperset(split_words(text)) for text in distinct)),
+        "captions_unknown_word": share(distinct, (not vocabulary.issuperset(split_words(text)) for text in distinct)),
         "captions_same_tokens": share(distinct, (count for count in alike_in_tokens.values() if count > 1)),
         "captions_same_words": share(distinct, (count for count in alike_in_words.values() if count > 1)),
     }

@@ -24,5 +24,5 @@ CASES = [(shape, False) for shape in SHAPES] + [("text_b16_8_captions", True)]
 def test_speed(benchmark, shape, training, dtype, impl):
     (candidate,) = candidates([impl], SHAPES[shape], 2, DTYPES[dtype], "cpu").values()
     with torch.inference_mode(not training):
-        found = benchmark.pedantic(candidate.runner(training), warmup_rounds=2, rounds=10)
-    assert all(tensor.isfinite().all() for tensor in found)
+        tensors = benchmark.pedantic(candidate.runner(training), warmup_rounds=2, rounds=10)
+    assert all(tensor.isfinite().all() for tensor in tensors)

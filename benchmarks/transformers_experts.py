@@ -80,8 +80,8 @@ def check(case: Case, implementations: list[str], precision: str) -> None:
     """Stops the program unless all give what eager gives."""
     expected = case.run("eager")
     for name in implementations:
-        for found, wanted in zip(case.run(name), expected, strict=True):
-            error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        for actual, wanted in zip(case.run(name), expected, strict=True):
+            error = (actual.float() - wanted.float()).norm() / wanted.float().norm()
             if not error <= TOLERANCE[precision]:
                 raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
 
@@ -103,10 +103,10 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> Iterat
     for tokens, training in product(args.tokens, (False, True)):
         case = Case(experts, top_k, tokens, training)
         fits = case.gathered_gb() <= args.gather_gb
-        chosen = [one for one in IMPLEMENTATIONS if one in {*args.impl, BASELINE} and (one != "batched_mm" or fits)]
+        chosen = [impl for impl in IMPLEMENTATIONS if impl in {*args.impl, BASELINE} and (impl != "batched_mm" or fits)]
         print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
         check(case, chosen, precision)
-        candidates = {one: partial(case.run, one) for one in chosen}
+        candidates = {impl: partial(case.run, impl) for impl in chosen}
         for impl, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
             yield {
                 **on_device(args, precision), "model": name, "tokens": tokens,

@@ -60,8 +60,8 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
         of_caption[caption].append((where, of))
     moved = {
         (of, caption)
-        for caption, found in of_caption.items()
-        for where, of in sorted(found)[:-1]
+        for caption, places_of_sets in of_caption.items()
+        for where, of in sorted(places_of_sets)[:-1]
         if where < TEST_DRAWINGS_SHARE
     }
     return [

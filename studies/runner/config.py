@@ -71,7 +71,7 @@ class StudyRun:
         return values | {"moe_cfg": None if self.moe_cfg is None else self.moe_cfg.to_dict()}
 
 
-_NAMES = [one.name for one in dataclasses.fields(StudyRun)]
+_NAMES = [each.name for each in dataclasses.fields(StudyRun)]
 
 
 def read(study: str | Path) -> dict[str, StudyRun]:
@@ -103,6 +103,6 @@ def _expanded(grid: dict[str, Any], arms: dict[str, Any], common: dict[str, Any]
         of_arm = common | arms[cell["arm"]]
         fields: dict[str, Any] = {}
         for layer in (of_arm, cell):  # a string of the grid may name the arm's; one of the arm, a number of the grid
-            known = of_arm | cell | fields
-            fields |= {key: value.format(**known) if isinstance(value, str) else value for key, value in layer.items()}
+            values = of_arm | cell | fields
+            fields |= {key: value.format(**values) if isinstance(value, str) else value for key, value in layer.items()}
         yield fields

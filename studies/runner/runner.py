@@ -127,7 +127,10 @@ class _Run:
         return [
             {"kind": "run", **self.config.to_dict(), "data": data, "step0_difference": self.step0},
             *log.training(result.history, result.steps),
-            *({"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations),
+            *(
+                {"kind": "validation", "step": evaluation["step"], **evaluation["numbers"]}
+                for evaluation in result.evaluations
+            ),
             {"kind": "test", **test},
             *self._layers(result),
             self._cost(result),

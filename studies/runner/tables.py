@@ -20,8 +20,8 @@ Table = list[list[str]]
 class Tables:
     """Tables with rows ordered by budget and arm. A group holds the runs of one arm and budget, at its chosen rate."""
 
-    def __init__(self, found: dict[str, Result]) -> None:
-        self.results = dict(sorted(found.items()))
+    def __init__(self, runs: dict[str, Result]) -> None:
+        self.results = dict(sorted(runs.items()))
 
     @cached_property
     def groups(self) -> list[tuple[Group, list[Result]]]:
@@ -47,7 +47,7 @@ class Tables:
 
     def pflop(self, run: Result) -> float:
         """Training FLOPs of a run and of all runs that it starts from, in 10^15."""
-        return sum(one.cost["train_gflops"] for one in (run, *self.before(run))) / 1e6
+        return sum(part.cost["train_gflops"] for part in (run, *self.before(run))) / 1e6
 
     def of_start(self, steps: int) -> Tables:
         """The tables of the runs from starts of so many steps, and all that those start from in turn."""
@@ -180,20 +180,20 @@ class Tables:
         seed, which have no interval, are left out."""
         fewer, more = others
         steps = sorted({start.config["steps"] for start in self.starts_of(list(self.results.values()))})
-        of_start = {one: self.of_start(one) for one in steps}
+        of_start = {start_steps: self.of_start(start_steps) for start_steps in steps}
         seeds = {
-            one: {run.seed for run in results.shared(*(of.shortest(name) for name in (arm, *others)))[0]}
-            for one, of in of_start.items()
+            start_steps: {run.seed for run in results.shared(*(of.shortest(name) for name in (arm, *others)))[0]}
+            for start_steps, of in of_start.items()
         }
-        compared = {one: of for one, of in of_start.items() if len(seeds[one]) > 1}
-        common = set.intersection(*(seeds[one] for one in compared)) if compared else set()
+        compared = {start_steps: of for start_steps, of in of_start.items() if len(seeds[start_steps]) > 1}
+        common = set.intersection(*(seeds[start_steps] for start_steps in compared)) if compared else set()
         rows = []
-        for one, of in compared.items():
+        for start_steps, of in compared.items():
             leads = [
                 of.lead(more, fewer, ["validation"], common),
                 *(of.lead(arm, name, TESTS, common) for name in others),
             ]
-            rows.append([str(one), str(len(common)), *leads])
+            rows.append([str(start_steps), str(len(common)), *leads])
         gain = f"{label(more)} minus {label(fewer)}, validation"
         return [["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], *rows]
 

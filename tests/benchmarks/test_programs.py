@@ -152,7 +152,7 @@ def test_the_trainers_overhead_has_a_row_for_each_model_and_source_of_data(rows_
         )  # the wait is left out
 
 
-def test_the_baselines_rates_are_of_its_own_stretch(rows_of, monkeypatch):
+def test_rates_of_the_baseline_are_measured_beside_itself_only(rows_of, monkeypatch):
     now, stretches = [0.0], []
 
     def alternate(pair, *others):

@@ -8,7 +8,7 @@ from studies import cli
 from studies.icon_data.build import Sets
 
 
-def test_the_command_builds_it_and_says_what_it_left_out(make_package, tmp_path, monkeypatch, capsys):
+def test_the_command_builds_the_icons_and_reports_what_was_left_out(make_package, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Sets, "read", classmethod(lambda cls: SETS))
     arguments = ["--package", str(make_package()), "--processes", "1", "--test-drawings"]
     assert cli.main(["icons", str(tmp_path / "out"), *arguments]) == 0
