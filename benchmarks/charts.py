@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from harness import parser
@@ -32,14 +30,6 @@ STYLE = {
     "legend.frameon": False,
     "lines.markersize": 8,
 }
-
-
-def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows of every key, in their order."""
-    rows_of_key: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        rows_of_key[key(row)].append(row)
-    return rows_of_key
 
 
 def figure(width: int, height: int) -> Figure:

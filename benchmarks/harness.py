@@ -194,7 +194,7 @@ def alternate(
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
-    and for ``min_rounds`` at least. Two untimed rounds come first, so that memory kept between calls is already allocated.
+    and for ``min_rounds`` at least. Two untimed rounds come first: they allocate the memory that is kept between calls.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}

@@ -71,7 +71,8 @@ def chart(rows: Sequence[Row]) -> Figure:
     """A section for every pass, device and number of threads."""
     rows = [row for row in rows if row["impl"] in COLORS]  # without those of the baseline
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    sections = charts.groups(rows, section_of)
+    titles = dict.fromkeys(map(section_of, rows))
+    sections = {title: [row for row in rows if section_of(row) == title] for title in titles}
     cases = {title: list(dict.fromkeys(map(case_of, of))) for title, of in sections.items()}
     impls = [impl for impl in IMPLEMENTATIONS if any(row["impl"] == impl for row in rows)]
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]

@@ -31,10 +31,6 @@ Point = tuple[str, float, float]
 """Model, FLOPs and time, both over the baseline's."""
 
 
-def panel_of(row: Row) -> tuple[str, str]:
-    return row["pass"], row["dtype"]
-
-
 def relative(rows: Sequence[Row]) -> list[Point]:
     base = next(float(row["gflops_per_pair"]) for row in rows if row["model"] == BASELINE)
     return [(row["model"], float(row["gflops_per_pair"]) / base, 1 / float(row["speed_to_b16"])) for row in rows]
@@ -87,7 +83,8 @@ def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) 
 
 def chart(rows: Sequence[Row]) -> Figure:
     """The panels side by side."""
-    groups = charts.groups(rows, panel_of)
+    panels_of = dict.fromkeys((row["pass"], row["dtype"]) for row in rows)
+    groups = {key: [row for row in rows if (row["pass"], row["dtype"]) == key] for key in panels_of}
     points = {key: relative(group) for key, group in groups.items()}
     values = [1.0, *(value for group in points.values() for _, *pair in group for value in pair)]
     limits = min(values) / 2, max(values) * 1.4  # room for labels
