@@ -75,8 +75,8 @@ def run(
 
     Without options for them, it runs on ``device`` and with torch's threads.
     """
-    usual = argparse.Namespace(device=device, threads=torch.get_num_threads())
-    args = parser(description, CSV | options).parse_args(argv, usual)
+    usual = {"device": device, "threads": torch.get_num_threads()}
+    args = argparse.Namespace(**usual | vars(parser(description, CSV | options).parse_args(argv)))
     require_device(args.device)
     torch.set_num_threads(args.threads)
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
