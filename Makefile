@@ -139,8 +139,10 @@ test-aarch64: $(VENV)/.build-tools
 notebooks: $(call installed,test)
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
 
-# The manual as HTML, from docs/ and the docstrings. A warning is an error, and so is a figure that its program draws otherwise.
+# The manual as HTML, from docs/ and the docstrings, with its tables of measurements filled from benchmarks/results. A warning is an
+# error, and so is a figure that its program draws otherwise.
 docs: $(call installed,docs)
+	$(BIN)/python docs/tables.py
 	$(BIN)/python -m pytest -q tests/docs/test_figures.py
 	$(BIN)/sphinx-build -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo build/docs/index.html
@@ -154,37 +156,37 @@ study: $(call installed,demo)
 	$(BIN)/python -m studies report studies/icons --out docs/study.md
 
 study-runs: $(call installed,all)
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons --data $(ICONS) --runs $(STUDY_RUNS)
 
 # The runs of the second part, which start from converged dense models, under the conditions of their plan
-# (studies/converged/plan.md), and those at a higher rate, which stand apart (with the configs of their starts).
+# (studies/converged/plan.md), and those at a higher rate, which stand apart.
 CONVERGED := runs/converged
 study-converged: $(call installed,all)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged/*.yaml \
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged_rate/*-lr0.008-*.yaml \
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged_rate '*-lr0.008-*' \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
 # The runs of the third part (studies/narrow/plan.md), on the second part's data.
 NARROW := runs/narrow
 study-narrow: $(call installed,all)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow/*.yaml \
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow \
 	  --data $(CONVERGED)/data --runs $(NARROW)/runs
 
 # The runs on scenes (studies/scenes/plan.md), in the same way.
 SCENES := runs/scenes
 study-scenes: $(call installed,all)
 	test -d $(SCENES)/data || $(BIN)/python -m studies scenes $(SCENES)/data --package $(ICONIFY)
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/scenes/*.yaml \
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/scenes \
 	  --data $(SCENES)/data --runs $(SCENES)/runs
 
 # The same study with a model of width 384 on icons of 64 x 64 pixels, on a GPU, from the npm package in ICONIFY.
 W384 := runs/icons-w384
 study-gpu: $(call installed,all)
 	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
-	$(BIN)/python -m studies run studies/icons-w384/*.yaml --device cuda --data $(W384)/data --runs $(W384)/runs
+	$(BIN)/python -m studies run studies/icons-w384 --device cuda --data $(W384)/data --runs $(W384)/runs
 	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
 
 # The study's CLIP-UP that is best on validation, and the dense model that it starts from, as directories for others to take: with
@@ -196,7 +198,7 @@ evaluate = $(BIN)/clipup eval $(MODELS)/$$run --val-data '$(CONVERGED)/data/test
 models: $(call installed,all)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run \
-	  studies/converged/$(DENSE_MODEL).yaml studies/converged/$(SPARSE_MODEL).yaml \
+	  studies/converged $(DENSE_MODEL) $(SPARSE_MODEL) \
 	  --data $(CONVERGED)/data --runs $(MODELS)/runs --logs $(MODELS)/logs
 	for run in $(DENSE_MODEL) $(SPARSE_MODEL); do \
 	  rm -rf $(MODELS)/$$run && cp -r $(MODELS)/runs/$$run/model $(MODELS)/$$run && cp $(CONVERGED)/data/LICENSES.md $(MODELS)/$$run && \
@@ -209,7 +211,7 @@ models: $(call installed,all)
 START := runs/start
 demo-start: $(call installed,all)
 	$(BIN)/python -m studies icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo --data $(START)/data --runs $(START)/runs
 	$(BIN)/python -m studies.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
 lint: $(call installed,lint)

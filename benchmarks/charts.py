@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+from harness import parser
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
@@ -34,14 +32,6 @@ STYLE = {
 }
 
 
-def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows of every key, in their order."""
-    found: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[key(row)].append(row)
-    return found
-
-
 def figure(width: int, height: int) -> Figure:
     """An empty figure of ``width`` x ``height`` points, 72 in an inch."""
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -54,12 +44,13 @@ def log_ticks(axis: Axis, ticks: Sequence[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def main(description: str, chart: Callable[[list[Row]], Figure], argv: list[str] | None) -> int:
+def main(description: str, chart: Callable[[list[Row]], Figure], argv: list[str] | None = None) -> int:
     """The program: writes the chart of the rows of all files as SVG, the same chart for the same rows."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="+", type=Path, help="files written with --csv")
-    parser.add_argument("--out", required=True, type=Path, help="SVG file to write")
-    args = parser.parse_args(argv)
+    options = {
+        "csv": {"nargs": "+", "type": Path, "help": "files written with --csv"},
+        "--out": {"required": True, "type": Path, "help": "SVG file to write"},
+    }
+    args = parser(description, options).parse_args(argv)
     rows = [row for path in args.csv for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):

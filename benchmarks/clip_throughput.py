@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from statistics import median
 
@@ -34,11 +34,11 @@ from harness import (
     between,
     built_from,
     mark,
+    number,
     on_device,
     one_line,
     run,
-    timed_options,
-    write_csv,
+    timed,
 )
 from torch import Tensor, nn
 
@@ -112,25 +112,21 @@ def training_step(model: nn.Module, images: Tensor, texts: Tensor) -> Callable[[
     return run
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     words = WORDS * (args.words // len(WORDS) + 2)
     starts = [number % len(WORDS) for number in range(args.batch_size)]  # other tokens, so that their experts differ
     captions = [" ".join(words[start : start + args.words]) for start in starts]
     texts = get_tokenizer(BASELINE)(captions).to(args.device)
-    rows: list[dict] = []
     for pass_, dtype in product(args.passes, args.dtype):
-        rows += measure_pass(args, pass_, dtype, texts)
-        if args.csv and rows:
-            write_csv(args.csv, rows)
-    return rows
+        yield from measure_pass(args, pass_, dtype, texts)
 
 
 def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
-    only_inference = (ACCELERATED, INT8, *ENGINES)
-    excluded = {name for name in MODELS if training and name.split()[-1] in only_inference} | left_out(args.models)
-    excluded |= {name for name in MODELS if args.device != "cpu" and name.split()[-1] in only_inference}
+    excluded = left_out(args.models)
+    if training or args.device != "cpu":
+        excluded |= {name for name in MODELS if name.split()[-1] in (ACCELERATED, INT8, *ENGINES)}
     counts: dict[str, TowerCounts] = {}
     timings: dict[str, Timing] = {}
     marks: dict[str, list[tuple[Mark, Mark, Mark]]] = {}
@@ -155,50 +151,50 @@ def measure_pass(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor
             with torch.inference_mode(not training):
                 timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
             timed = marks[name][UNTIMED:]  # B/16 goes on, as the partner of every other model
-            towers[name] = [(between(*one[:2]), between(*one[1:])) for one in timed]
+            towers[name] = [(between(*of_run[:2]), between(*of_run[1:])) for of_run in timed]
         except torch.OutOfMemoryError as failure:
             print(f"left out: {name} in {dtype}, {pass_}: {one_line(failure)}", file=sys.stderr, flush=True)
         else:
             print(f"{pass_} {dtype} {name}: {timings[name].median_ms:.0f} ms", file=sys.stderr, flush=True)
+    large = timings[LARGE].ratio if LARGE in timings else None
+    about = {**on_device(args, dtype), "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words}
     return [
-        row(args, pass_, dtype, name, timings, counts[name], towers[name]) for name in timings if name in args.models
+        {**about, "model": name, **row(args.batch_size, timings[name], large, counts[name], towers[name])}
+        for name in timings
+        if name in args.models
     ]
 
 
 def row(
-    args: argparse.Namespace, pass_: str, dtype: str, name: str, timings: dict[str, Timing], counted: TowerCounts,
-    tower_seconds: list[tuple[float, float]],
-) -> dict:  # fmt: skip
-    timing = timings[name]
-    gflops = (counted.image_gflops + counted.text_gflops) * (1 if pass_ == "fwd" else 3)
-    pairs_per_second = args.batch_size / timing.median_ms * 1e3
-    rates = [f"{args.batch_size / median(seconds):.2f}" for seconds in zip(*tower_seconds, strict=True)] or ("", "")
+    batch_size: int, timing: Timing, large: float | None, counted: TowerCounts, towers: list[tuple[float, float]]
+) -> dict:
+    """The numbers of a model; ``towers`` has the seconds of images and texts, in inference."""
+    gflops = (counted.image_gflops + counted.text_gflops) * (1 if towers else 3)
+    rates = [f"{batch_size / median(seconds):.2f}" for seconds in zip(*towers, strict=True)] or ("", "")
     return {
-        **on_device(args, dtype), "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words,
-        "model": name,
-        **timing.columns(),
-        "images_per_s": rates[0], "texts_per_s": rates[1], "pairs_per_s": f"{pairs_per_second:.2f}",
-        "gflops_per_pair": f"{gflops:.4g}",
+        **timing.columns(), "images_per_s": rates[0], "texts_per_s": rates[1],
+        "pairs_per_s": f"{batch_size / timing.median_ms * 1e3:.2f}", "gflops_per_pair": f"{gflops:.4g}",
         "params_m": f"{counted.params / 1e6:.0f}", "active_params_m": f"{counted.active_params / 1e6:.0f}",
         "speed_to_b16": f"{1 / timing.ratio:.3f}",
-        "speed_to_l14": f"{timings[LARGE].ratio / timing.ratio:.3f}" if LARGE in timings else "",
+        "speed_to_l14": f"{large / timing.ratio:.3f}" if large else "",
         **built_from(),
     }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, torch.get_num_threads(), rounds=5, seconds=20)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
-    parser.add_argument(
-        "--pass", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd"], dest="passes",
-        help="fwd: encode images and texts; fwd_bwd: a training step (default: fwd)",
-    )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
-    parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
-    columns = "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair speed_to_b16 "
+    options = timed(torch.get_num_threads(), rounds=5, seconds=20) | {
+        "--models": {"nargs": "+", "choices": MODELS, "default": list(MODELS)},
+        "--dtype": {"nargs": "+", "choices": list(DTYPES), "default": ["bf16"]},
+        "--pass": {
+            "nargs": "+", "choices": ("fwd", "fwd_bwd"), "default": ["fwd"], "dest": "passes",
+            "help": "fwd: encode images and texts; fwd_bwd: a training step (default: fwd)",
+        },
+        "--batch-size": number(16, "pairs a batch"),
+        "--words": number(12, "words a caption"),
+    }  # fmt: skip
+    columns = "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair speed_to_b16 speed_to_l14"
     note = f"ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model"
-    return run(parser.parse_args(argv), measure, columns + "speed_to_l14", note)
+    return run(argv, __doc__, options, measure, columns, note)
 
 
 if __name__ == "__main__":

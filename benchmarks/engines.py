@@ -1,4 +1,4 @@
-"""The registry of engines: what runs whole dense models beside this project, in inference on a CPU.
+"""The registry of engines: other inference engines that run whole dense models on a CPU, for comparison.
 
 An engine gets a float32 tower and an example of its input, and returns a function of such inputs; a program is made for
 the shapes that it is timed with. Its features are compared with the tower's before it is timed.
@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from harness import clock
@@ -79,21 +78,12 @@ def _shuffled(example: Tensor, seed: int) -> Tensor:
     return example[torch.randperm(len(example), generator=generator)]
 
 
-class Engine(NamedTuple):
-    """How a tower is made for an engine."""
-
-    make: Callable[[Tower, Tensor, int], Run]
-    packages: tuple[str, ...]
-    """What has to be installed."""
-
-
-_OPENVINO = ("openvino", "nncf")
 ENGINES = {
-    "onnxruntime": Engine(onnxruntime_int8, ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": Engine(partial(openvino, quantize=False), _OPENVINO),
-    "openvino-int8": Engine(partial(openvino, quantize=True), _OPENVINO),
+    "onnxruntime": (onnxruntime_int8, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": (partial(openvino, quantize=False), ("openvino", "nncf")),
+    "openvino-int8": (partial(openvino, quantize=True), ("openvino", "nncf")),
 }
-"""By the last word of the names of models on it."""
+"""How a tower is made for an engine and what has to be installed, by the last word of the names of models on it."""
 
 
 def engine_of(name: str) -> str | None:
@@ -103,7 +93,7 @@ def engine_of(name: str) -> str | None:
 
 def left_out(names: Iterable[str]) -> set[str]:
     """The models whose engine is not installed, after saying what it lacks."""
-    lacking = {name: missing(ENGINES[engine].packages) for name in names if (engine := engine_of(name)) is not None}
+    lacking = {name: missing(ENGINES[engine][1]) for name in names if (engine := engine_of(name)) is not None}
     lacking = {name: packages for name, packages in lacking.items() if packages}
     for name, packages in lacking.items():
         print(f"left out {name}: pip install {' '.join(packages)}", file=sys.stderr)
@@ -128,7 +118,7 @@ class OnEngine:
 
 @torch.no_grad()
 def _checked(engine: str, tower: Tower, example: Tensor, threads: int) -> Run:
-    run = ENGINES[engine].make(tower, example, threads)
+    run = ENGINES[engine][0](tower, example, threads)
     cosine = torch.cosine_similarity(run(example), tower(example)).min()
     if not cosine > 0.99:
         raise SystemExit(f"{engine}'s {tower.method} is not the model's: cosine {cosine:.3f}")

@@ -1,4 +1,4 @@
-"""The fastest matrix product that the machine has shown: what a layer's rate is a share of."""
+"""The fastest matrix product measured on this machine; a layer's rate is given as a share of it."""
 
 from __future__ import annotations
 

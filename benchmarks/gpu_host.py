@@ -8,7 +8,6 @@ What is missing is the driver itself, and torch's allocator of GPU memory instea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from gpu_kernels import layer_tensors
-from harness import clock, print_table
+from harness import clock, number, parser, print_table
 from triton.backends.compiler import GPUTarget
 
 from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, router_logits, topk_gating
@@ -54,9 +53,7 @@ def passes(tokens: int, width: int, hidden: int, experts: int, top_k: int) -> di
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=1000, help="(default 1000)")
-    calls = parser.parse_args(argv).calls
+    calls = parser(__doc__, {"--calls": number(1000, "of each pass")}).parse_args(argv).calls
     launched: list = []
     triton.runtime.driver.set_active(driver_without_a_gpu(launched))
     rows = []
@@ -64,9 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         run()
         launched.clear()
         run()
-        number = len(launched)
+        launches = len(launched)
         us = 1e6 * median(clock(run, "cpu") for _ in range(calls))
-        rows.append({"pass": name, "launches": number, "us": f"{us:.0f}", "us_per_launch": f"{us / number:.1f}"})
+        rows.append({"pass": name, "launches": launches, "us": f"{us:.0f}", "us_per_launch": f"{us / launches:.1f}"})
     print_table(rows, list(rows[0]))
 
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from grouped_peers import quack_back, quack_in
-from harness import DTYPES, GpuTable, clock, gpu_options, print_table, timing
+from harness import DTYPES, ON_GPU, GpuTable, clock, number, parser, print_table, timing
 
 from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, router_logits, rows, topk_gating
 from clipup_kernels.triton.grouped_linear import project_rows
@@ -53,8 +53,8 @@ class Launch(NamedTuple):
 def _read(buffer, sums, blocks, passes, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for number in range(passes):
-        block = (tl.program_id(0) + number * tl.num_programs(0)) % blocks
+    for step in range(passes):
+        block = (tl.program_id(0) + step * tl.num_programs(0)) % blocks
         total += tl.load(buffer + block * BLOCK + place, cache_modifier=".cg")  # not from the first-level cache
     tl.store(sums + tl.program_id(0) * BLOCK + place, total)
 
@@ -163,12 +163,12 @@ def launches(
 
 def modelled_launches(*layer: int) -> dict[str, gpu_model.Launch]:
     """What gpu_model.py says of every launch of both passes."""
-    return {one.name: one for training in (False, True) for one in gpu_model.launches(*layer, training)}
+    return {launch.name: launch for training in (False, True) for launch in gpu_model.launches(*layer, training)}
 
 
 def predictions(*layer: int, l2: float, dram: float = gpu_model.DRAM_BYTES) -> dict[str, float]:
     """Milliseconds by launch."""
-    return {name: gpu_model.predict(one, l2, dram).total for name, one in modelled_launches(*layer).items()}
+    return {name: gpu_model.predict(launch, l2, dram).total for name, launch in modelled_launches(*layer).items()}
 
 
 def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, float]) -> dict[str, str]:
@@ -177,10 +177,10 @@ def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, floa
     warm = time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < warm:
         clock(launch.run, device)
-    found = timing([clock(launch.run, device) for _ in range(repetitions)])
-    ms, expected = found.median_ms, predicted.get(launch.name)
+    times = timing([clock(launch.run, device) for _ in range(repetitions)])
+    ms, expected = times.median_ms, predicted.get(launch.name)
     return {
-        "ms": f"{ms:.4f}", "p20_ms": f"{found.p20_ms:.4f}", "p80_ms": f"{found.p80_ms:.4f}",
+        "ms": f"{ms:.4f}", "p20_ms": f"{times.p20_ms:.4f}", "p80_ms": f"{times.p80_ms:.4f}",
         "gflop": f"{launch.flops / 1e9:.0f}", "tflops": f"{launch.flops / ms / 1e9:.0f}",
         "mbyte": f"{launch.bytes / 1e6:.0f}", "gbytes_per_s": f"{launch.bytes / ms / 1e6:.0f}",
         "predicted_ms": f"{expected:.4f}" if expected else "",
@@ -189,10 +189,8 @@ def row(launch: Launch, device: str, repetitions: int, predicted: dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = gpu_options(__doc__)
-    gpu_model.add_layer(parser)
-    parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
-    args = parser.parse_args(argv)
+    options = ON_GPU | gpu_model.LAYER | {"--repetitions": number(30, "of each launch")}
+    args = parser(__doc__, options).parse_args(argv)
     layer, dtype = (args.tokens, args.width, args.hidden, args.experts, args.top_k), DTYPES[args.dtype]
     table = GpuTable(args, "{}x{}x{}, {} experts, top {}".format(*layer))
     predicted: dict[str, float] = {}
@@ -203,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for ceiling in ceilings("cuda", dtype):
         measure(ceiling)
-    rates = {found["launch"]: float(found["gbytes_per_s"]) * 1e9 for found in table.rows}
+    rates = {row["launch"]: float(row["gbytes_per_s"]) * 1e9 for row in table.rows}
     card = torch.cuda.get_device_properties(0)
     if {"copy", "L2 read"} <= rates.keys() and (card.major, card.multi_processor_count) == (
         9,

@@ -13,9 +13,10 @@ barriers, the clock under load and the host.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from harness import number, parser
 
 from clipup_kernels.triton import configs
 
@@ -130,28 +131,32 @@ def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: fl
     return 1e3 * (flops / cublas_flops + passes / dram_bytes)
 
 
-def add_layer(parser: argparse.ArgumentParser) -> None:
-    """The options that name a layer, the main case by default."""
-    for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
+LAYER = {
+    "--tokens": number(50_000, "T"),
+    "--width": number(768, "D"),
+    "--hidden": number(3072, "H"),
+    "--experts": number(8, "E"),
+    "--top-k": number(2, "K"),
+}
+"""The options that name a layer, the main case by default."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_layer(parser)
-    parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
-    parser.add_argument("--memory", type=float, default=2.6, help="TB/s of memory (default 2.6; an H200 has 3.8)")
-    parser.add_argument("--cublas", type=float, default=720, help="TFLOP/s of dense_k's products (default 720)")
-    args = parser.parse_args(argv)
+    options = LAYER | {
+        "--l2": number(7.5, "TB/s of the second-level cache"),
+        "--memory": number(2.6, "TB/s of memory; an H200 has 3.8"),
+        "--cublas": number(720.0, "TFLOP/s of dense_k's products"),
+    }
+    args = parser(__doc__, options).parse_args(argv)
     layer = args.tokens, args.width, args.hidden, args.experts, args.top_k
     print(f"{'launch':22} {'blocks':>6} {'waves':>6} {'tensor':>7} {'shared':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
     for training in (False, True):
         total = 0.0
         for launch in launches(*layer, training):
-            found = predict(launch, args.l2 * 1e12, args.memory * 1e12)
-            total += found.total
-            times = " ".join(f"{ms:7.2f}" for ms in found[:5])
-            print(f"{launch.name:22} {found.blocks or '':6} {found.waves:6.1f} {times}")
+            prediction = predict(launch, args.l2 * 1e12, args.memory * 1e12)
+            total += prediction.total
+            times = " ".join(f"{ms:7.2f}" for ms in prediction[:5])
+            print(f"{launch.name:22} {prediction.blocks or '':6} {prediction.waves:6.1f} {times}")
         peer = dense(args.tokens * args.top_k, *layer[1:3], training, args.cublas * 1e12, args.memory * 1e12)
         what = "forward + backward" if training else "forward"
         print(f"{what:22} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from harness import alternate, built_from, options, run, write_csv
+from harness import alternate, built_from, number, run
 
 from clipup_kernels.backends import cpp_cuda
 from clipup_kernels.machine import processor_name
@@ -83,32 +83,26 @@ WAYS: dict[str, tuple[Callable[[Call], Call], str, int]] = {
 """How a call is run, the clock, and how many calls that are."""
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    rows = []
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     for tokens, (num_experts, k) in product(args.tokens, SIZES):
         for name, theirs, ours in stages(tokens, num_experts, k):
             torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))
             for how, (wrap, clock, calls) in WAYS.items():
                 times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", args.seconds, clock)
-                rows.append({
+                us = {f"{of}_us": f"{timing.median_ms * 1e3 / calls:.1f}" for of, timing in times.items()}
+                yield {
                     "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts,
-                    "top_k": k, "how": how, "triton_us": f"{times['triton'].median_ms * 1e3 / calls:.1f}",
-                    "cuda_us": f"{times['cuda'].median_ms * 1e3 / calls:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
-                    **built_from(),
-                })  # fmt: skip
-        if args.csv:
-            write_csv(args.csv, rows)
-    return rows
+                    "top_k": k, "how": how, **us, "ratio": f"{times['cuda'].ratio:.3f}", **built_from(),
+                }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.set_defaults(device="cuda")
-    add = parser.add_argument
-    add("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)")
-    add("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return run(args, measure, "stage tokens experts top_k how triton_us cuda_us ratio", "microseconds a call")
+    options = {
+        "--tokens": {"type": int, "nargs": "+", "default": TOKENS, "metavar": "T", "help": "(default: %(default)s)"},
+        "--seconds": number(0.3, "of each measurement"),
+    }
+    columns = "stage tokens experts top_k how triton_us cuda_us ratio"
+    return run(argv, __doc__, options, measure, columns, "microseconds a call", "cuda")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ nothing was compiled.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
+
+from harness import parser
 
 import clipup_kernels.triton
 from clipup_kernels.triton import variants
@@ -45,15 +46,15 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     """What is off about a compiled variant, in words."""
     if arch == 100:
         return []
-    found = []
+    words = []
     if compiled.stack_bytes > MOST_STACK:
-        found.append(f"{compiled.stack_bytes} bytes of stack")
+        words.append(f"{compiled.stack_bytes} bytes of stack")
     if compiled.shared_bytes > SHARED_BYTES[arch]:
-        found.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
+        words.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
     if variant.most_registers and compiled.registers > variant.most_registers:
-        found.append(f"{compiled.registers} registers, {variant.most_registers} at most")
+        words.append(f"{compiled.registers} registers, {variant.most_registers} at most")
     missing = [name for name in variant.instructions if not variants.count(name, compiled.sass)]
-    return found + [f"no {name}" for name in missing]
+    return words + [f"no {name}" for name in missing]
 
 
 def checked(variant: Variant, arch: int) -> tuple[object, ...]:
@@ -68,12 +69,11 @@ def checked(variant: Variant, arch: int) -> tuple[object, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument(
-        "--match", nargs="+", default=[""], help="compile the kernels whose name holds one of these (default: all)"
-    )
-    args = parser.parse_args(argv)
+    options = {
+        "--arch": {"type": int, "nargs": "+", "choices": ARCHITECTURES, "default": ARCHITECTURES},
+        "--match": {"nargs": "+", "default": [""], "help": "names hold one of these (default: all kernels)"},
+    }
+    args = parser(__doc__, options).parse_args(argv)
     print(LINE.format(*COLUMNS))
     verdicts = []
     for arch in args.arch:

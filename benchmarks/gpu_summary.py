@@ -1,4 +1,4 @@
-"""What ``gpu_suite.sh`` found: its steps, and pass or fail against every number that the GPU kernels have to show.
+"""The results of ``gpu_suite.sh``: its steps, and pass or fail against every number that the GPU kernels have to show.
 
     python benchmarks/gpu_summary.py OUTDIR
     python benchmarks/gpu_summary.py OUTDIR --windows tests     # what was not to be measured is not missing
@@ -6,7 +6,7 @@
 Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints its end, where
 the verdict is. The exit status is 0 when every step ended well or was skipped for want of a tool, and every demand was
 measured and met. Peers that are faster are told and do not count, but without the strong peers there is no verdict.
-Last comes what follows from the measurements, as docs/gpu_kernels.md has decided beforehand.
+The last table applies the decisions that docs/gpu_kernels.md made before the measurements.
 """
 
 from __future__ import annotations
@@ -56,14 +56,9 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def layer_rows(folder: Path) -> list[Row]:
-    """The rows of moe_forward.py and moe_training.py, of all their files."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("ratio_to_dense_k")]
-
-
-def launch_rows(folder: Path) -> list[Row]:
-    """The rows of gpu_kernels.py."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get("gflop")]
+def rows_with(folder: Path, column: str) -> list[Row]:
+    """The rows of all files that have a value in this column: ``ratio_to_dense_k`` of layers, ``gflop`` of launches."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path) if row.get(column)]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -92,11 +87,11 @@ def judged(what: str, sign: str, bound: float, value: float | None) -> Finding:
 def demands(rows: list[Row]) -> Iterator[Finding]:
     """Every number that has to be shown, of bf16 at 50,000 tokens and 768/3072."""
     for pass_, most in MOST_RATIO.items():
-        found = of_main_case(rows, pass_)
-        ours = found.get("clipup")
+        of_impl = of_main_case(rows, pass_)
+        ours = of_impl.get("clipup")
         yield judged(f"{pass_}: ratio_to_dense_k", "<=", most, ours and float(ours["ratio_to_dense_k"]))
         for name, (impls, least) in LEAST_SPEED.items():
-            speeds = [speed(ours, found[impl]) for impl in impls if ours and impl in found]
+            speeds = [speed(ours, of_impl[impl]) for impl in impls if ours and impl in of_impl]
             yield judged(f"{pass_}: times as fast as {name}", ">=", least, min(speeds, default=None))
     off = [f"{row['impl']} by {row['off_by']} ({' '.join(case_of(row))})" for row in rows if row.get("off_by")]
     verdict = ("FAIL" if off else "pass") if rows else "not measured"
@@ -139,14 +134,11 @@ def faster_peers(rows: list[Row]) -> Finding:
 
 def decisions(rows: list[Row], launches: dict[str, float]) -> Iterator[tuple[str, str, str]]:
     """What was decided beforehand in docs/gpu_kernels.md: the question, the measured number and what follows."""
-    names = [(name, f"quack, {name}") for name in QUACK_LAUNCHES]
-    quack = None
-    if all(name in launches for pair in names for name in pair):
-        quack = sum(launches[ours] for ours, _ in names) / sum(launches[theirs] for _, theirs in names)
+    ours, theirs = ([launches.get(of + name) for name in QUACK_LAUNCHES] for of in ("", "quack, "))
+    quack = None if None in (*ours, *theirs) else sum(ours) / sum(theirs)
     training = of_main_case(rows, "fwd_bwd")
-    grouped = None
-    if "clipup" in training and "grouped_mm_fused" in training:
-        grouped = 1 / speed(training["clipup"], training["grouped_mm_fused"])
+    pair = [training[impl] for impl in ("clipup", "grouped_mm_fused") if impl in training]
+    grouped = 1 / speed(*pair) if len(pair) == 2 else None
 
     def row(what: str, value: float | None, bound: float, then: str, otherwise: str) -> tuple[str, str, str]:
         if value is None:
@@ -177,12 +169,12 @@ def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tu
     Args:
         measured: whether the main case was to be measured. unfinished: whether steps are still to come.
     """
-    rows, steps = layer_rows(folder), read(folder / "steps.csv")
-    found = list(demands(rows)) if measured else []
+    rows, steps = rows_with(folder, "ratio_to_dense_k"), read(folder / "steps.csv")
+    findings = list(demands(rows)) if measured else []
     well = (
         not unfinished
         and all(step["status"] in WELL for step in steps)
-        and not any(finding.verdict in ("FAIL", "not measured") for finding in found)
+        and not any(finding.verdict in ("FAIL", "not measured") for finding in findings)
     )
     where = "{device}, torch {torch}, triton {triton}, commit {commit}".format(**rows[0]) if rows else "no layer"
     page = ["# GPU suite", "", where, ""]
@@ -193,9 +185,9 @@ def summary(folder: Path, measured: bool = True, unfinished: bool = False) -> tu
     told = [line for log in logs for line in log.splitlines() if line.startswith("left out: ")]
     page += [line for words in dict.fromkeys(told) for line in (words, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
-    page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
+    page += [*table(("it must show", "wanted", "measured", "verdict"), findings), ""]
     if measured:
-        launches = {row["launch"]: float(row["ms"]) for row in launch_rows(folder)}
+        launches = {row["launch"]: float(row["ms"]) for row in rows_with(folder, "gflop")}
         page += [*table(("decided beforehand", "measured", "what follows"), decisions(rows, launches)), ""]
     page += ["the run has not ended"] if unfinished else ["all is well" if well else "not all is well"]
     return "\n".join(page) + "\n", well

@@ -6,13 +6,12 @@ import argparse
 import csv
 import functools
 import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,39 +33,61 @@ class Timing(NamedTuple):
         return {name: f"{getattr(self, name):.{digits}f}" for name in ("median_ms", "p20_ms", "p80_ms")}
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every program asks for; those that choose neither run on the CPU with torch's threads."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(device="cpu", threads=torch.get_num_threads())
-    parser.add_argument("--csv", help="file to write the rows to")
-    return parser
+Options = dict[str, dict[str, Any]]
+"""What a program asks for: arguments of ``add_argument`` by flag."""
+CSV: Options = {"--csv": {"help": "file to write the rows to"}}
+ON_GPU: Options = CSV | {"--dtype": {"choices": ("bf16", "fp16"), "default": "bf16"}}
+"""Of the programs about Triton's kernels."""
 
 
-def timed_options(description: str | None, threads: int, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """A parser of what every program that times on a CPU or a GPU asks for; the numbers are the defaults."""
-    parser = options(description)
-    add = parser.add_argument
-    add("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    add("--rounds", type=int, default=rounds, help=f"least number of alternating rounds (default: {rounds})")
-    add("--seconds", type=float, default=seconds, help=f"timing budget of each case (default: {seconds:g})")
-    return parser
+def number(default: float, text: str) -> dict[str, Any]:
+    """An option that is a number."""
+    return {"type": type(default), "default": default, "help": f"{text} (default: {default:g})"}
+
+
+def timed(threads: int, rounds: int, seconds: float) -> Options:
+    """The options of the programs that time on a CPU or a GPU, with these defaults."""
+    return {
+        "--threads": number(threads, "CPU threads"),
+        "--device": {"choices": ("cpu", "cuda"), "default": "cpu", "help": "(default: cpu)"},
+        "--rounds": number(rounds, "least number of alternating rounds"),
+        "--seconds": number(float(seconds), "timing budget of each case"),
+    }
+
+
+def parser(description: str | None, options: Options) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, about in options.items():
+        made.add_argument(flag, **about)
+    return made
 
 
 def run(
-    args: argparse.Namespace, measure: Callable[[argparse.Namespace], list[dict]], columns: str, note: str = ""
+    argv: list[str] | None,
+    description: str | None,
+    options: Options,
+    measure: Callable[[argparse.Namespace], Iterable[dict]],
+    columns: str,
+    note: str = "",
+    device: str = "cpu",
 ) -> int:
-    """A program that prints the named columns of what it measures, and writes the rows where a file is asked for."""
+    """A program that prints the named columns of what it measures, and writes all rows so far after every row.
+
+    Without options for them, it runs on ``device`` and with torch's threads.
+    """
+    usual = {"device": device, "threads": torch.get_num_threads()}
+    args = argparse.Namespace(**usual | vars(parser(description, CSV | options).parse_args(argv)))
     require_device(args.device)
     torch.set_num_threads(args.threads)
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; {note}\n")
-    rows = measure(args)
+    rows: list[dict] = []
+    for row in measure(args):
+        rows.append(row)
+        if args.csv:
+            write_csv(args.csv, rows)
     if not rows:
         raise SystemExit("nothing was timed")
     print_table(rows, columns.split())
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
     return 0
 
 
@@ -79,13 +100,6 @@ def on_device(args: argparse.Namespace, dtype: str) -> dict[str, object]:
 def built_from() -> dict[str, object]:
     """The last columns of a row."""
     return {"commit": commit(), "torch": torch.__version__, "triton": package_version("triton")}
-
-
-def gpu_options(description: str | None) -> argparse.ArgumentParser:
-    """A parser of what the programs about Triton's kernels ask for."""
-    parser = options(description)
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    return parser
 
 
 class GpuTable:
@@ -129,7 +143,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: str) -> Mark:
-    """The time now; on a GPU that of its queue, for which nobody waits."""
+    """The time now. On a GPU an event in its queue, for which the host does not wait."""
     if device == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -167,7 +181,7 @@ def _sweep(device: str) -> torch.Tensor:
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
-    """MB (10^6 bytes) that one call takes on the current GPU at its most, beside what lies there already."""
+    """Peak memory of a call on the current GPU in MB (10^6 bytes), without what was allocated before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -180,7 +194,7 @@ def alternate(
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
-    and for ``min_rounds`` at least. Two untimed rounds come first: memory that is kept between calls is there then.
+    and for ``min_rounds`` at least. Two untimed rounds come first: they allocate the memory that is kept between calls.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
@@ -197,7 +211,7 @@ def alternate(
 
 
 def timing(seconds: list[float], ratio: float = 1.0) -> Timing:
-    """What repetitions of a call took."""
+    """Median and fifths of the times of repeated calls."""
     fifths = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
     return Timing(median(seconds) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import options, run
+from harness import number, run
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -86,21 +87,20 @@ def add_outliers(model: nn.Module) -> None:
 
 
 def row(
-    model: str, outliers: bool, form: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
+    model: str, outliers: bool, form: str, actual: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
 ) -> dict:
     values = {"model": model, "outliers": int(outliers), "form": form} | dict.fromkeys(RECALLS, "")
-    for tower, ours, theirs in zip(("image", "text"), found, exact, strict=True):
+    for tower, ours, theirs in zip(("image", "text"), actual, exact, strict=True):
         cosines = (ours * theirs).sum(-1)
         values |= {f"{tower}_cosine_mean": f"{cosines.mean():.5f}", f"{tower}_cosine_min": f"{cosines.min():.5f}"}
     if pairs is not None:
-        recall = retrieval(*found, pairs)
+        recall = retrieval(*actual, pairs)
         values |= {name: f"{recall[name]:.4f}" for name in RECALLS}
     return values
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     torch.manual_seed(0)
-    rows = []
     for name in args.models:
         model, preprocess = load(name)
         data = args.data if Path(name).is_dir() else None
@@ -110,19 +110,19 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for outliers in (False, True):
             if outliers:
                 add_outliers(model)
-            rows.append(row(label, outliers, "fp32", features(model, images, texts), exact, pairs))
+            yield row(label, outliers, "fp32", features(model, images, texts), exact, pairs)
             for form, (dtype, weights) in FORMS.items():
                 prepared = clipup.accelerate(copy.deepcopy(model).to(dtype), inplace=True, weights=weights)
-                rows.append(row(label, outliers, form, features(prepared, images, texts), exact, pairs))
-    return rows
+                yield row(label, outliers, form, features(prepared, images, texts), exact, pairs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("models", nargs="+", help="directories of models, or names: CLIP-UP with random weights")
-    parser.add_argument("--data", help="shards or a CSV file for the directories (default: noise)")
-    parser.add_argument("--count", type=int, default=32, help="images and texts of noise (default: 32)")
-    return run(parser.parse_args(argv), measure, FIELDS)
+    options = {
+        "models": {"nargs": "+", "help": "directories of models, or names: CLIP-UP with random weights"},
+        "--data": {"help": "shards or a CSV file for the directories (default: noise)"},
+        "--count": number(32, "images and texts of noise"),
+    }
+    return run(argv, __doc__, options, measure, FIELDS)
 
 
 if __name__ == "__main__":

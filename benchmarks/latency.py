@@ -19,7 +19,7 @@ from statistics import median, quantiles
 import torch
 from clip_throughput import ACCELERATED, BASELINE, INT8, LARGE, WORDS, build
 from engines import ENGINES, left_out
-from harness import DTYPES, clock, commit, on_device, options, run
+from harness import DTYPES, clock, commit, number, on_device, run
 from torch import nn
 
 import clipup
@@ -63,7 +63,7 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     prepared = {
         name: clipup.accelerate(sparse, weights=weights) for name, weights in ((ACCELERATED, None), (INT8, INT8))
     }
-    return {"dense MLP": dense, "SparseMoE": sparse} | {f"SparseMoE {name}": one for name, one in prepared.items()}
+    return {"dense MLP": dense, "SparseMoE": sparse} | {f"SparseMoE {name}": layer for name, layer in prepared.items()}
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -86,18 +86,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    add = parser.add_argument
-    add("--models", nargs="*", choices=MODELS, default=list(MODELS), help="(default: all)")
-    add("--dtype", choices=list(DTYPES), default="bf16", help="(default: bf16)")
-    add("--rounds", type=int, default=100, help="timed calls of every model (default: 100)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    return run(
-        parser.parse_args(argv),
-        measure,
-        "input model p50_ms p99_ms ratio_to_first",
-        "models take turns, one call each a round",
-    )
+    options = {
+        "--models": {"nargs": "*", "choices": MODELS, "default": list(MODELS), "help": "(default: all)"},
+        "--dtype": {"choices": list(DTYPES), "default": "bf16", "help": "(default: bf16)"},
+        "--rounds": number(100, "timed calls of every model"),
+        "--threads": number(torch.get_num_threads(), "CPU threads"),
+    }
+    note = "models take turns, one call each a round"
+    return run(argv, __doc__, options, measure, "input model p50_ms p99_ms ratio_to_first", note)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ import traceback
 from itertools import product
 from typing import NamedTuple
 
+import harness
 import torch
 from gemm_peak import GemmPeak
 from harness import (
+    CSV,
     DTYPES,
+    Options,
     alternate,
     built_from,
     commit,
+    number,
     one_line,
-    options,
     peak_megabytes,
     print_table,
     require_device,
@@ -41,10 +44,6 @@ FORWARD_SHAPES = [(197, 768, 3072), *TRAINING_SHAPES]
 FULL = [Case(4928, 512, 2048, 8)]
 FULL += [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
 """What ``--suite full`` adds: large batches, more experts for the same rows, and one expert that takes half of them."""
-FIELDS = (
-    "device dtype threads tokens d_model d_hidden experts top_k routing pass impl median_ms p20_ms p80_ms tflops "
-    "ratio_to_dense_k peak_share saved_mb peak_mb commit torch triton off_by"
-).split()
 SHOWN = (
     "dtype threads tokens d_model d_hidden experts routing impl median_ms tflops ratio_to_dense_k peak_share".split()
 )
@@ -55,30 +54,43 @@ def shape(text: str) -> tuple[int, int, int]:
     return tokens, width, hidden
 
 
-def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
-    parser = options(description)
-    add = parser.add_argument
+def options(training: bool) -> Options:
     shapes = TRAINING_SHAPES if training else FORWARD_SHAPES
-    text = f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, one)) for one in shapes)})"
-    add("--shapes", nargs="+", type=shape, default=shapes, help=text)
-    add("--num-experts", nargs="+", type=int, default=[8], help="experts of the layer (default: 8)")
-    add("--top-k", type=int, default=2, help="choices a token (default: 2)")
-    text = "skewed: one expert takes half of all rows (default: balanced)"
-    add("--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help=text)
-    text = (
-        "default: small shapes; full: adds 4928x512x2048, E = 8, 16, 64 and the "
-        "skewed routing at 6304x768x3072, and one thread"
-    )
-    add("--suite", choices=["default", "full"], default="default", help=text)
-    add("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    add("--impl", nargs="+", choices=list(PEERS), help="(default: the usual ones that can run here)")
-    text = "go on: leave out, by name, what fails or is off; mark dense_k and clipup in off_by where they are off"
-    add("--skip-failing", action="store_true", help=text)
     cores = torch.get_num_threads()
-    add("--threads", nargs="+", type=int, default=None, help=f"CPU threads (default: {cores}; --suite full: 1 too)")
-    add("--device", choices=list(CHECKED_TOKENS), default="cpu", help="(default: cpu)")
-    add("--rounds", type=int, help="least number of alternating rounds (default: 3, --suite full: 5)")
-    add("--seconds", type=float, help="timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)")
+    return CSV | {
+        "--shapes": {
+            "nargs": "+", "type": shape, "default": shapes,
+            "help": f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join('x'.join(map(str, size)) for size in shapes)})",
+        },
+        "--num-experts": {"nargs": "+", "type": int, "default": [8], "help": "experts of the layer (default: 8)"},
+        "--top-k": number(2, "choices a token"),
+        "--routing": {
+            "nargs": "+", "choices": ROUTINGS, "default": ["balanced"],
+            "help": "skewed: one expert takes half of all rows (default: balanced)",
+        },
+        "--suite": {
+            "choices": ["default", "full"], "default": "default",
+            "help": "default: small shapes; full: adds 4928x512x2048, E = 8, 16, 64 and the skewed routing at "
+            "6304x768x3072, and one thread",
+        },
+        "--dtype": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"], "help": "(default: fp32 bf16)"},
+        "--impl": {"nargs": "+", "choices": list(PEERS), "help": "(default: the usual ones that can run here)"},
+        "--skip-failing": {
+            "action": "store_true",
+            "help": "go on: leave out, by name, what fails or is off; of dense_k and clipup, fill off_by",
+        },
+        "--threads": {"nargs": "+", "type": int, "help": f"CPU threads (default: {cores}; --suite full: 1 too)"},
+        "--device": {"choices": list(CHECKED_TOKENS), "default": "cpu", "help": "(default: cpu)"},
+        "--rounds": {"type": int, "help": "least number of alternating rounds (default: 3, --suite full: 5)"},
+        "--seconds": {
+            "type": float, "help": "timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)"
+        },
+    }  # fmt: skip
+
+
+def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
+    parser = harness.parser(description, options(training))
+    cores = torch.get_num_threads()
     args = parser.parse_args(argv)
     args.impl = args.impl or usual(training, args.device)
     for impl in args.impl:
@@ -96,7 +108,7 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
 
 
 class Wrong(NamedTuple):
-    """What the check found about an implementation."""
+    """How an implementation differs from the oracle."""
 
     words: str
     off_by: float | None
@@ -188,17 +200,16 @@ def measure(
     for impl in dict.fromkeys(impl for impl in args.impl if impl in timed):
         num_rows = case.tokens * (1 if impl == "dense_1" else args.top_k)
         flops = num_rows * 2 * 2 * case.d_model * case.d_hidden * (3 if training else 1)
-        values = built_from() | timings[impl].columns(3) | case._asdict()
-        values |= dict(device=processor_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, impl=impl)
-        values |= {
-            "pass": "fwd_bwd" if training else "fwd",
+        rows.append({
+            "device": processor_name(args.device), "dtype": dtype, "threads": threads, "tokens": case.tokens,
+            "d_model": case.d_model, "d_hidden": case.d_hidden, "experts": case.experts, "top_k": args.top_k,
+            "routing": case.routing, "pass": "fwd_bwd" if training else "fwd", "impl": impl,
+            **timings[impl].columns(3),
             "tflops": f"{flops / timings[impl].median_ms / 1e9:.4g}",
-            "ratio_to_dense_k": f"{timings[impl].ratio:.3f}",
-            "saved_mb": f"{saved_megabytes(timed[impl]) if training else 0:.1f}",
-            "peak_mb": peaks[impl],
-            "off_by": f"{wrong[impl].off_by:.1e}" if impl in wrong else "",
-        }
-        rows.append({field: values.get(field, "") for field in FIELDS})
+            "ratio_to_dense_k": f"{timings[impl].ratio:.3f}", "peak_share": "",
+            "saved_mb": f"{saved_megabytes(timed[impl]) if training else 0:.1f}", "peak_mb": peaks[impl],
+            **built_from(), "off_by": f"{wrong[impl].off_by:.1e}" if impl in wrong else "",
+        })  # fmt: skip
     return rows
 
 

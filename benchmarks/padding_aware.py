@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, built_from, on_device, run, timed_options
+from harness import DTYPES, alternate, built_from, number, on_device, run, timed
 from torch import Tensor, nn
 
 import clipup
@@ -92,14 +92,15 @@ def measure_one(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, torch.get_num_threads(), rounds=5, seconds=30)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"default: {' '.join(MODELS)}")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--batch-size", type=int, default=64, help="texts a batch (default: 64)")
-    parser.add_argument("--captions", help="text file, a caption a line (default: captions of the pictograms data)")
+    options = timed(torch.get_num_threads(), rounds=5, seconds=30) | {
+        "--models": {"nargs": "+", "default": list(MODELS), "help": f"default: {' '.join(MODELS)}"},
+        "--dtype": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"]},
+        "--batch-size": number(64, "texts a batch"),
+        "--captions": {"help": "text file, a caption a line (default: captions of the pictograms data)"},
+    }
     columns = "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens"
     note = f"ratios are medians of pair-by-pair ratios of time, each over {BASELINE}"
-    return run(parser.parse_args(argv), measure, columns, note)
+    return run(argv, __doc__, options, measure, columns, note)
 
 
 if __name__ == "__main__":

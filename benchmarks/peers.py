@@ -1,4 +1,4 @@
-"""The registry of peers: what this project is compared with, one entry each, and its own forms beside them.
+"""The registry of peers: implementations of the layer, those of this project and of others.
 
 Layers: every function takes (x [T, D], weights) and returns y [T, D]; the sparse ones route with the same router:
 softmax over E experts, the best K, gates renormalised, nothing dropped. Other projects' kernels run on CUDA where they
@@ -11,6 +11,7 @@ Whole models on other engines: ``engines.py``.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,18 +85,9 @@ def grouped_mm(x: Tensor, w: Weights) -> Tensor:
     return torch.zeros_like(x).index_add(0, token, out * gates.flatten()[order, None].to(x.dtype))
 
 
-def grouped_mm_fused(x: Tensor, w: Weights) -> Tensor:
-    """``grouped_mm`` as a careful user writes it: bias and GELU in one launch, this project's routing and sums."""
-    from grouped_peers import grouped_mm_fused
-
-    return grouped_mm_fused(x, w)
-
-
-def quack(x: Tensor, w: Weights) -> Tensor:
-    """QuACK's products with GELU in their epilogues, and this project's routing and sums."""
-    from grouped_peers import quack
-
-    return quack(x, w)
+def on_a_gpu(name: str) -> Callable[[Tensor, Weights], Tensor]:
+    """A function of ``grouped_peers.py``, which needs Triton."""
+    return lambda x, w: getattr(importlib.import_module("grouped_peers"), name)(x, w)
 
 
 def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
@@ -145,7 +137,7 @@ def megablocks(x: Tensor, w: Weights) -> Tensor:
 
 
 def sonicmoe(x: Tensor, w: Weights) -> Tensor:
-    """The whole layer with its own router, GELU in the tanh form, which is the one it has (arXiv 2512.14080)."""
+    """The whole layer with its own router, GELU in the tanh form, its only one (arXiv 2512.14080)."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_TC_softmax_topk_layer
 
@@ -226,8 +218,8 @@ PEERS = {
     "loop_unbind": Peer(loop_unbind),
     "loop_sorted": Peer(loop_sorted, usual_on=("cuda",)),
     "grouped_mm": Peer(grouped_mm),
-    "grouped_mm_fused": Peer(grouped_mm_fused, packages=("triton",), only_on="cuda"),
-    "quack": Peer(quack, packages=("triton", "quack"), only_on="cuda"),
+    "grouped_mm_fused": Peer(on_a_gpu("grouped_mm_fused"), packages=("triton",), only_on="cuda"),
+    "quack": Peer(on_a_gpu("quack"), packages=("triton", "quack"), only_on="cuda"),
     "hf_grouped_mm": Peer(hf_grouped_mm, packages=("transformers.integrations.moe",)),
     "clipup": Peer(clipup),
     "clipup_prepared": Peer(clipup, only_on="cpu", weights="packed", derivative=False),
@@ -298,11 +290,11 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
     weights = make_weights(case, top_k, dtype, device)
     x, x_k = (make_x(rows, case.d_model, dtype, device) for rows in (case.tokens, top_k * case.tokens))
     check_loads(case, x, weights)
-    one = first_expert(weights)
+    expert = first_expert(weights)
     made = {}
     for impl in impls:
         peer = PEERS[impl]
-        function, mine = peer.function, one if peer.dense else weights
+        function, mine = peer.function, expert if peer.dense else weights
         if peer.weights == "torch int8":
             function = torch_int8(mine)
         elif peer.weights != "plain":

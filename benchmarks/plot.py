@@ -8,6 +8,7 @@ One row for each case, one panel for each dtype, one marker for each implementat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import charts
 from charts import Row
@@ -60,9 +61,9 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
     axes.set(xlim=limits, ylim=(len(cases) - 0.5, -0.5))
     axes.spines[["left", "bottom"]].set_visible(False)
     for impl in reversed(IMPLEMENTATIONS):  # clipup on top
-        found = [row for row in rows if row["impl"] == impl]
-        ratios = [float(row["ratio_to_dense_k"]) for row in found]
-        places = [cases.index(case_of(row)) for row in found]
+        of_impl = [row for row in rows if row["impl"] == impl]
+        ratios = [float(row["ratio_to_dense_k"]) for row in of_impl]
+        places = [cases.index(case_of(row)) for row in of_impl]
         axes.plot(ratios, places, linestyle="none", gid=f"{impl}:{name}", **marker(impl))
 
 
@@ -70,7 +71,8 @@ def chart(rows: Sequence[Row]) -> Figure:
     """A section for every pass, device and number of threads."""
     rows = [row for row in rows if row["impl"] in COLORS]  # without those of the baseline
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    sections = charts.groups(rows, section_of)
+    titles = dict.fromkeys(map(section_of, rows))
+    sections = {title: [row for row in rows if section_of(row) == title] for title in titles}
     cases = {title: list(dict.fromkeys(map(case_of, of))) for title, of in sections.items()}
     impls = [impl for impl in IMPLEMENTATIONS if any(row["impl"] == impl for row in rows)]
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]
@@ -89,9 +91,7 @@ def chart(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, chart, argv)
-
+main = partial(charts.main, __doc__, chart)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 
 import charts
@@ -28,10 +29,6 @@ TITLE = "Measured time against counted FLOPs, both relative to dense ViT-B-16"
 
 Point = tuple[str, float, float]
 """Model, FLOPs and time, both over the baseline's."""
-
-
-def panel_of(row: Row) -> tuple[str, str]:
-    return row["pass"], row["dtype"]
 
 
 def relative(rows: Sequence[Row]) -> list[Point]:
@@ -86,7 +83,8 @@ def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) 
 
 def chart(rows: Sequence[Row]) -> Figure:
     """The panels side by side."""
-    groups = charts.groups(rows, panel_of)
+    panels_of = dict.fromkeys((row["pass"], row["dtype"]) for row in rows)
+    groups = {key: [row for row in rows if (row["pass"], row["dtype"]) == key] for key in panels_of}
     points = {key: relative(group) for key, group in groups.items()}
     values = [1.0, *(value for group in points.values() for _, *pair in group for value in pair)]
     limits = min(values) / 2, max(values) * 1.4  # room for labels
@@ -103,9 +101,7 @@ def chart(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    return charts.main(__doc__, chart, argv)
-
+main = partial(charts.main, __doc__, chart)
 
 if __name__ == "__main__":
     raise SystemExit(main())

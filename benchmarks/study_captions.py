@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness import options, run
+from harness import run
 
 from clipup.clip.word_tokenizer import WordTokenizer, split_words
 from clipup.data.shard_names import expand_shards
@@ -37,13 +37,13 @@ def captions(data: Path, split: str) -> list[str]:
 
 def row(split: str, texts: list[str], trained: set[str], tokenizer: WordTokenizer) -> dict[str, str]:
     distinct = sorted(set(texts))
-    known = set(tokenizer.words)
+    vocabulary = set(tokenizer.words)
     alike_in_tokens = Counter(tuple(tokens.tolist()) for tokens in tokenizer(distinct))
     alike_in_words = Counter(map(same_words, distinct))
     shares = {
         "images_trained": share(texts, (text in trained for text in texts)),
         "captions_trained": share(distinct, (text in trained for text in distinct)),
-        "captions_unknown_word": share(distinct, (not known.issuperset(split_words(text)) for text in distinct)),
+        "captions_unknown_word": share(distinct, (not vocabulary.issuperset(split_words(text)) for text in distinct)),
         "captions_same_tokens": share(distinct, (count for count in alike_in_tokens.values() if count > 1)),
         "captions_same_words": share(distinct, (count for count in alike_in_words.values() if count > 1)),
     }
@@ -60,10 +60,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("data", type=Path, help="data set made by `python -m studies icons`")
-    parser.add_argument("--model", default="clipup-icons-w64", help="whose words are known (default: clipup-icons-w64)")
-    return run(parser.parse_args(argv), measure, COLUMNS)
+    options = {
+        "data": {"type": Path, "help": "data set made by `python -m studies icons`"},
+        "--model": {"default": "clipup-icons-w64", "help": "whose words are known (default: %(default)s)"},
+    }
+    return run(argv, __doc__, options, measure, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
-from harness import built_from, clock, options, run
+from harness import built_from, clock, number, run
 from open_clip.loss import ClipLoss
 from torch import nn
 
@@ -85,11 +85,10 @@ def measure_pairs(model: nn.Module, loader: object, batch: Batch, args: argparse
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     dense, _, preprocess = clipup.create_model_and_transforms(str(START), output_dict=True)
     models = {"dense": dense, "CLIP-UP": clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
     tokenizer = get_tokenizer(str(START))
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             args.data = Path(scratch, "data")
@@ -97,28 +96,26 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for where, reading in {"in memory": dict(workers=0, cache=True), "shards": dict(workers=args.workers)}.items():
             loader = train_loader(args.data, preprocess, tokenizer, args.batch_size, progress=False, **reading)
             batch = next(iter(loader.dataloader))
-            rows += [
-                {
+            for name, model in models.items():
+                yield {
                     "device": processor_name("cpu"), "threads": args.threads, "model": name, "data": where,
                     "workers": reading["workers"], "batch_size": args.batch_size,
                     **measure_pairs(model, loader, batch, args),
                     "pairs": args.pairs, "steps_of_pair": args.steps_of_pair, **built_from(),
-                }
-                for name, model in models.items()
-            ]  # fmt: skip
-    return rows
+                }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("--data", help="directory written by `clipup data` (default: the demo's pictograms, built)")
-    parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: 0.0002)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the training process (default: 1)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read shards (default: 1)")
-    parser.add_argument("--pairs", type=int, default=20, help="counted pairs of measurements a row (default: 20)")
-    parser.add_argument("--steps-of-pair", type=int, default=10, help="steps of each side of a pair (default: 10)")
-    return run(parser.parse_args(argv), measure, "model data batch_ms bare_step_ms data_share overhead")
+    options = {
+        "--data": {"help": "directory written by `clipup data` (default: the demo's pictograms, built)"},
+        "--batch-size": number(256, "pairs a batch"),
+        "--lr": number(2e-4, "peak learning rate"),
+        "--threads": number(1, "threads of the training process"),
+        "--workers": number(1, "processes that read shards"),
+        "--pairs": number(20, "counted pairs of measurements a row"),
+        "--steps-of-pair": number(10, "steps of each side of a pair"),
+    }
+    return run(argv, __doc__, options, measure, "model data batch_ms bare_step_ms data_share overhead")
 
 
 if __name__ == "__main__":

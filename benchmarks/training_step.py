@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from harness import alternate, built_from, run, timed_options
+from harness import alternate, built_from, number, run, timed
 
 import clipup
 from clipup.clip.flops import count
@@ -90,13 +90,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, threads=1, rounds=5, seconds=30)
-    parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
-    parser.add_argument("--data", help="shards to take the batch from, such as icons/validation-*.tar (default: noise)")
-    parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
-    parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
+    options = timed(threads=1, rounds=5, seconds=30) | {
+        "--model": {"default": "clipup-icons-w64", "help": "(default: %(default)s)"},
+        "--data": {"help": "shards to take the batch from, such as icons/validation-*.tar (default: noise)"},
+        "--precision": {"choices": get_args(Precision), "default": "amp_bf16", "help": "(default: %(default)s)"},
+        "--batch-size": number(256, "pairs a batch"),
+    }
     columns = "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio"
-    return run(parser.parse_args(argv), measure, columns, "seconds_ratio is the median of pair-by-pair ratios")
+    return run(argv, __doc__, options, measure, columns, "seconds_ratio is the median of pair-by-pair ratios")
 
 
 if __name__ == "__main__":

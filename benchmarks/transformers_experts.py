@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import transformers
-from harness import DTYPES, alternate, commit, on_device, run, timed_options
+from harness import DTYPES, alternate, commit, number, on_device, run, timed
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -80,17 +80,18 @@ def check(case: Case, implementations: list[str], precision: str) -> None:
     """Stops the program unless all give what eager gives."""
     expected = case.run("eager")
     for name in implementations:
-        for found, wanted in zip(case.run(name), expected, strict=True):
-            error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        for actual, wanted in zip(case.run(name), expected, strict=True):
+            error = (actual.float() - wanted.float()).norm() / wanted.float().norm()
             if not error <= TOLERANCE[precision]:
                 raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    return [row for name, dtype in product(args.models, args.dtypes) for row in measure_model(name, dtype, args)]
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    for name, dtype in product(args.models, args.dtypes):
+        yield from measure_model(name, dtype, args)
 
 
-def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[dict]:
+def measure_model(name: str, precision: str, args: argparse.Namespace) -> Iterator[dict]:
     torch.manual_seed(0)
     with torch.device("meta"):
         experts, top_k = MODELS[name]()
@@ -99,40 +100,35 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> list[d
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    rows = []
     for tokens, training in product(args.tokens, (False, True)):
         case = Case(experts, top_k, tokens, training)
         fits = case.gathered_gb() <= args.gather_gb
-        chosen = [one for one in IMPLEMENTATIONS if one in {*args.impl, BASELINE} and (one != "batched_mm" or fits)]
+        chosen = [impl for impl in IMPLEMENTATIONS if impl in {*args.impl, BASELINE} and (impl != "batched_mm" or fits)]
         print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
         check(case, chosen, precision)
-        candidates = {one: partial(case.run, one) for one in chosen}
-        rows += [
-            {
+        candidates = {impl: partial(case.run, impl) for impl in chosen}
+        for impl, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
+            yield {
                 **on_device(args, precision), "model": name, "tokens": tokens,
-                "pass": "fwd_bwd" if training else "fwd", "impl": one,
+                "pass": "fwd_bwd" if training else "fwd", "impl": impl,
                 **timing.columns(), "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
                 "commit": commit(), "torch": torch.__version__, "transformers": package_version("transformers"),
-            }
-            for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items()
-        ]  # fmt: skip
-    return rows
+            }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = timed_options(__doc__, torch.get_num_threads(), rounds=3, seconds=5)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=["olmoe", "qwen3"], help="(default: olmoe qwen3)"
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
-    parser.add_argument(
-        "--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS),
-        help="beside grouped_mm; a training step of eager takes 20 s with 64 experts (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="tokens a batch (default: 64 512)")
-    parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
+    options = timed(torch.get_num_threads(), rounds=3, seconds=5) | {
+        "--models": {"nargs": "+", "choices": MODELS, "default": ["olmoe", "qwen3"], "help": "(default: olmoe qwen3)"},
+        "--dtypes": {"nargs": "+", "choices": DTYPES, "default": ["bf16"], "help": "(default: bf16)"},
+        "--impl": {
+            "nargs": "+", "choices": IMPLEMENTATIONS, "default": list(IMPLEMENTATIONS),
+            "help": "beside grouped_mm; a training step of eager takes 20 s with 64 experts (default: all)",
+        },
+        "--tokens": {"nargs": "+", "type": int, "default": [64, 512], "help": "tokens a batch (default: 64 512)"},
+        "--gather-gb": number(4.0, "most that batched_mm may gather"),
+    }  # fmt: skip
     columns = "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm"
-    return run(parser.parse_args(argv), measure, columns, "ratios are medians of pair-by-pair ratios")
+    return run(argv, __doc__, options, measure, columns, "ratios are medians of pair-by-pair ratios")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""``python -m studies``: builds the icons data set, runs a study's configs, and writes the page from their logs."""
+"""``python -m studies``: builds the icons data set, runs a study, and writes the page from its logs."""
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import sys
 from dataclasses import dataclass
@@ -63,17 +64,18 @@ class Icons(_DataSet):
     """Also hold out drawings whose name and set are in the training split; the other held-out splits are unchanged."""
 
     def run(self) -> int:
-        dataset = build(
-            self.out,
-            self.package,
-            self.size,
-            self.seed,
-            self.overwrite,
-            self.processes,
-            sets=Sets.read().without(self.leave_out),
-            test_drawings=self.test_drawings,
+        return self.show(
+            build(
+                self.out,
+                self.package,
+                self.size,
+                self.seed,
+                self.overwrite,
+                self.processes,
+                sets=Sets.read().without(self.leave_out),
+                test_drawings=self.test_drawings,
+            )
         )
-        return self.show(dataset)
 
 
 @dataclass
@@ -84,10 +86,9 @@ class Scenes(_DataSet):
     """
 
     def run(self) -> int:
-        dataset = scenes.build(
-            self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes
+        return self.show(
+            scenes.build(self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes)
         )
-        return self.show(dataset)
 
 
 @dataclass
@@ -97,25 +98,32 @@ class Run:
     Uses one CPU thread unless --device says otherwise. A stopped run resumes from its last checkpoint; on the CPU, the
     result is bitwise that of an uninterrupted run.
 
-    Example: python -m studies run studies/icons/clip_up-2500-lr0.004-s0.yaml --data data/icons --runs runs/icons
+    Example: python -m studies run studies/icons clip_up-2500-lr0.004-s0 --data data/icons --runs runs/icons
     """
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    """Config files, one per run."""
+    study: tyro.conf.Positional[Path]
+    """Directory of the study, with study.yaml."""
     data: Path
     """Directory of the data set (`python -m studies icons`)."""
     runs: Path
     """Directory of checkpoints and models; may be deleted once the logs exist."""
+    names: tyro.conf.Positional[tuple[str, ...]] = ("*",)
+    """Names of runs, or patterns such as '*-lr0.008-*'."""
     logs: Path | None = None
-    """Directory of the logs. None: `logs` beside the config file."""
+    """Directory of the logs. None: `logs` in STUDY."""
     device: str = "cpu"
     """Where to train and evaluate; `cuda` for models too large for one CPU thread."""
 
     def run(self) -> int:
-        files = sorted(self.files, key=lambda file: (config.read(file).steps, file.name))
-        for number, file in enumerate(files, 1):
-            print(f"[{number}/{len(files)}] {file.stem}", flush=True)
-            print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
+        runs, names, logs = config.read(self.study), set(), self.logs or self.study / "logs"
+        for pattern in self.names:
+            matching = fnmatch.filter(runs, pattern)
+            if not matching:
+                raise ValueError(f"{self.study / config.FILE} has no run {pattern}")
+            names.update(matching)
+        for number, name in enumerate(sorted(names, key=lambda name: (runs[name].steps, name)), 1):
+            print(f"[{number}/{len(names)}] {name}", flush=True)
+            print(f"      {runner.run(runs, name, self.data, self.runs, logs, self.device)}", flush=True)
         return 0
 
 

@@ -75,7 +75,7 @@ def figure(demo: Path) -> str:
     drawings = [draw(shapes) for shapes in DRAWINGS.values()]
     seen = inspect_experts(sparse, drawings, preprocess=preprocess)
     rows: list[tuple[str, Sequence[str]]] = [
-        ("Drawing", [svg.element("image", href=data_uri(one), width=SIDE, height=SIDE) for one in drawings])
+        ("Drawing", [svg.element("image", href=data_uri(drawing), width=SIDE, height=SIDE) for drawing in drawings])
     ]
     for name, layer in seen.of_tower("image").items():
         maps = [routing_map(*pair, width=SIDE) for pair in zip(drawings, layer.maps(), strict=True)]

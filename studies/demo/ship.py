@@ -1,7 +1,7 @@
 """Installs a trained dense model as the start of the demonstration, in float16.
 
 python -m studies icons runs/start/data --package package --leave-out openmoji twemoji ph
-python -m studies run studies/demo/*.yaml --data runs/start/data --runs runs/start/runs
+python -m studies run studies/demo --data runs/start/data --runs runs/start/runs
 python -m studies.demo.ship runs/start/runs/start-5000-lr0.002-s0/model
 """
 

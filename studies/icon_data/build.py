@@ -88,7 +88,7 @@ class Sets:
             raise ValueError(
                 f"leave_out: {', '.join(unknown)}: not a set of this data set; expected prefixes such as mdi"
             )
-        return Sets(*(tuple(one for one in sets if one not in left_out) for sets in (self.train, self.test)))
+        return Sets(*(tuple(prefix for prefix in sets if prefix not in left_out) for sets in (self.train, self.test)))
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def build(
     """
     sets = sets or Sets.read()
     options = {"size": size, "seed": seed, "samples_per_shard": _SAMPLES_PER_SHARD}
-    if test_drawings:
-        options["test_drawings"] = True
+    options |= {"test_drawings": True} if test_drawings else {}
     make = partial(_make, package=Path(package), options=options, sets=sets, processes=processes, progress=progress)
     return data_set.build(out, package, "icons", FORMAT, options, (sets.train, sets.test), overwrite, make)
 
@@ -147,12 +146,12 @@ def _make(
     ]
     samples, pictures, skipped = _render(icons, texts, assigned, options["size"], processes, progress)
     if test_drawings:  # an icon that cannot be drawn does not count as a set's training drawing of a caption
-        columns = zip(*((one.split, one.icon.set, one.caption) for one in samples), strict=True)
+        columns = zip(*((sample.split, sample.icon.set, sample.caption) for sample in samples), strict=True)
         moved = splits.hold_out_drawings(*columns, seed)
-        samples = [replace(one, split=split) for one, split in zip(samples, moved, strict=True)]
+        samples = [replace(sample, split=split) for sample, split in zip(samples, moved, strict=True)]
     names = (*splits.SPLITS, splits.TEST_DRAWINGS) if test_drawings else splits.SPLITS
     apart_from = {name: others for name, others in splits.APART_FROM.items() if name in names}
-    kept, duplicates = near_duplicates.keep_apart([one.split for one in samples], pictures, apart_from, progress)
+    kept, duplicates = near_duplicates.keep_apart([sample.split for sample in samples], pictures, apart_from, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}

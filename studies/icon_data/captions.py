@@ -45,18 +45,18 @@ def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]
                     cut[end][part[place]] += 1
                     part = part[:-1] if place == -1 else part[1:]
             parts[row] = part
-    found = {end: dict(sorted(counts.items())) for end, counts in cut.items() if counts}
-    return [" ".join(part) for part in parts], found
+    removed = {end: dict(sorted(counts.items())) for end, counts in cut.items() if counts}
+    return [" ".join(part) for part in parts], removed
 
 
 def of_icons(icons: Sequence[Icon]) -> tuple[list[str], dict[str, dict]]:
     """One caption per icon of several sets, one after the other, and the words removed by set."""
     texts, cut = [], {}
     for prefix, of_set in groupby(icons, key=lambda icon: icon.set):
-        found, cut_here = captions([icon.name for icon in of_set])
-        texts += found
+        of_names, cut_here = captions([icon.name for icon in of_set])
+        texts += of_names
         if cut_here:
-            cut[prefix] = {"names": len(found), **cut_here}
+            cut[prefix] = {"names": len(of_names), **cut_here}
     return texts, cut
 
 

@@ -1,5 +1,5 @@
-"""What the data sets of icons and of scenes have in common: a directory that is written once, with the makers of the
-drawings and their licences."""
+"""Common to the data sets of icons and scenes: a directory that is written once, with makers and licences of the
+drawings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LICENCE = "| {set} | {gives} | {made_by} | {licence} | {images} | {url} |\n"
 
 
 class Made(NamedTuple):
-    """What a data set's builder has written."""
+    """The result of a data set's builder."""
 
     content: dict
     """For ``dataset.json``."""
@@ -76,7 +76,7 @@ def build(
             shards = [shard for split in made.content["splits"].values() for shard in split["shards"]]
             shard_writer.write_sizes(directory, [shard for shard in shards if shard["samples"]])
             images = Counter(made.used)
-            makers = [{**asdict(one), "images": images[one.set]} for one in made.sets if images[one.set]]
+            makers = [{**asdict(of), "images": images[of.set]} for of in made.sets if images[of.set]]
             rows = "".join(_LICENCE.format(**maker) for maker in makers)
             (directory / "LICENSES.md").write_text(_LICENCES.format(**source) + rows, "utf-8")
             about = {"name": name, "format": rule, "fingerprint": fingerprint, "options": options}

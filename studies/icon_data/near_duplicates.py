@@ -56,8 +56,8 @@ def find_duplicates(pictures: np.ndarray, others: np.ndarray, progress: bool = F
 
     Returns two bool arrays [N]: has an identical image, and has only a near-duplicate.
     """
-    known = {other.tobytes() for other in others}
-    same = np.array([picture.tobytes() in known for picture in pictures], bool)
+    theirs_as_bytes = {other.tobytes() for other in others}
+    same = np.array([picture.tobytes() in theirs_as_bytes for picture in pictures], bool)
     near = np.zeros(len(pictures), bool)
     ours, theirs = hashes(pictures), hashes(others)
     for start in shown(range(0, len(pictures), _ROWS), "comparing drawings", f"blocks of {_ROWS}", show=progress):

@@ -38,7 +38,7 @@ def split_of(caption: str, test_set: bool, seed: int) -> str:
     """The split of an icon, from its caption and whether its set is held out."""
     if test_set:
         return "test_styles"
-    where = _hash(f"{seed}:split", " ".join(same_words(caption)))
+    where = place(_PURPOSE, f"{seed}:split", " ".join(same_words(caption)))
     if where < VALIDATION_SHARE:
         return "validation"
     return "test_names" if where < VALIDATION_SHARE + TEST_NAMES_SHARE else "train"
@@ -54,14 +54,14 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
         splits, sets, captions: of each drawing: the result of ``split_of``, the set's prefix, and the caption.
     """
     trained = [pair for split, *pair in zip(splits, sets, captions, strict=True) if split == "train"]
-    places = {(of, caption): _hash(f"{seed}:drawings", f"{of}/{caption}") for of, caption in trained}
+    places = {(of, caption): place(_PURPOSE, f"{seed}:drawings", f"{of}/{caption}") for of, caption in trained}
     of_caption: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for (of, caption), where in places.items():
         of_caption[caption].append((where, of))
     moved = {
         (of, caption)
-        for caption, found in of_caption.items()
-        for where, of in sorted(found)[:-1]
+        for caption, places_of_sets in of_caption.items()
+        for where, of in sorted(places_of_sets)[:-1]
         if where < TEST_DRAWINGS_SHARE
     }
     return [
@@ -72,8 +72,4 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
 
 def order(keys: Sequence[str], seed: int) -> list[int]:
     """Indices of the keys in a pseudo-random order that depends on the seed only."""
-    return sorted(range(len(keys)), key=lambda i: _hash(f"{seed}:order", keys[i]))
-
-
-def _hash(purpose: str, key: str) -> float:
-    return place(_PURPOSE, purpose, key)
+    return sorted(range(len(keys)), key=lambda i: place(_PURPOSE, f"{seed}:order", keys[i]))

@@ -1,9 +1,20 @@
-"""``StudyRun``: the config file of one run, which is named after the file."""
+"""``StudyRun``: one run of a study. The file ``study.yaml`` in a study's directory holds them as grids:
+
+    model: clipup-icons-w64     # any field of ``StudyRun``, for all runs
+    arms:                       # the fields of each arm
+      clip_up: {moe: {}, start: "dense-5000-lr0.002-s{seed}", steps: 2500, why: CLIP-UP with its preset.}
+    runs:                       # a list of arms, steps, rates or seeds stands for one run each
+    - {arm: [clip_up], lr: [0.002, 0.004], seed: [0, 1, 2]}
+
+A grid's fields replace those of the arm. Strings may name other fields of the run in braces.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +22,9 @@ import yaml
 
 from clipup.moe.config import MoEConfig
 
-SUFFIX = ".yaml"
+FILE = "study.yaml"
+_AXES = ("arm", "steps", "lr", "seed")
+_NAME = "{arm}-{steps}-lr{lr}-s{seed}"
 
 
 @dataclass(frozen=True)
@@ -34,14 +47,8 @@ class StudyRun:
     """Steps of the CLIP-UP run whose FLOPs or seconds this run matches. None: its own steps."""
     moe: dict[str, Any] | None = None
     """Overrides of ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
-    others: tuple[str, ...] = ()
-    """Dense runs beside ``start`` whose MLPs become experts too: expert e is from run e modulo their number."""
     clusters: bool = False
     """Whether experts and router are initialized from clusters of what the dense model's MLPs see."""
-    teacher: str | None = None
-    """The run whose model's similarities are a second target."""
-    moe_lr_scale: float = 1.0
-    """Factor of the learning rate of routers and experts."""
     why: str = ""
     """Purpose of the run, in one sentence."""
     batch_size: int = 256
@@ -53,42 +60,49 @@ class StudyRun:
     """The config of the sparse layers, from ``moe``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "others", tuple(self.others))
-        if (self.others or self.clusters) and (self.start is None or self.moe is None):
-            raise ValueError("others and clusters make a dense start sparse: set start and moe, or leave them out")
+        if self.clusters and (self.start is None or self.moe is None):
+            raise ValueError("clusters make a dense start sparse: set start and moe, or leave clusters out")
         if self.moe is not None:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """The runs that must be done before this one."""
-        return tuple(dict.fromkeys(name for name in (self.start, *self.others, self.teacher) if name is not None))
-
     def to_dict(self) -> dict[str, Any]:
-        """Everything the run depends on, for its log; fields of rare arms are left out where they say nothing."""
-        values = {
-            one.name: getattr(self, one.name)
-            for one in dataclasses.fields(self)
-            if one.name not in _RARE or getattr(self, one.name) != one.default
-        }
+        """Everything the run depends on, for its log; ``clusters`` only where it is set."""
+        values = {name: getattr(self, name) for name in _NAMES if name != "clusters" or self.clusters}
         return values | {"moe_cfg": None if self.moe_cfg is None else self.moe_cfg.to_dict()}
 
 
-_RARE = ("others", "clusters", "teacher", "moe_lr_scale")
+_NAMES = [each.name for each in dataclasses.fields(StudyRun)]
 
 
-def read(file: str | Path) -> StudyRun:
-    """
+def read(study: str | Path) -> dict[str, StudyRun]:
+    """The runs of a study's directory by name.
+
     Raises:
-        FileNotFoundError, ValueError, TypeError, yaml.YAMLError: no such file, or an unknown, missing or invalid field.
+        FileNotFoundError, ValueError, yaml.YAMLError: no ``study.yaml``; an unknown, missing or invalid field; two runs
+            of one name.
     """
-    path = Path(file)
+    path = Path(study) / FILE
+    common = yaml.safe_load(path.read_text(encoding="utf-8"))
+    runs: dict[str, StudyRun] = {}
     try:
-        return StudyRun(path.stem, **yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        arms, grids = common.pop("arms"), common.pop("runs")
+        for fields in (fields for grid in grids for fields in _expanded(grid, arms, common)):
+            if fields["name"] in runs:
+                raise ValueError(f"two runs are named {fields['name']}")
+            runs[fields["name"]] = StudyRun(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error!r}") from error
+    return runs
 
 
-def beside(file: str | Path, name: str) -> Path:
-    """The config file of another run of the same study."""
-    return Path(file).with_name(f"{name}{SUFFIX}")
+def _expanded(grid: dict[str, Any], arms: dict[str, Any], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The fields of each run of a grid."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in grid.items() if name in _AXES}
+    for values in product(*lists.values()):
+        cell = {"name": _NAME} | grid | dict(zip(lists, values, strict=True))
+        of_arm = common | arms[cell["arm"]]
+        fields: dict[str, Any] = {}
+        for layer in (of_arm, cell):  # a string of the grid may name the arm's; one of the arm, a number of the grid
+            values = of_arm | cell | fields
+            fields |= {key: value.format(**values) if isinstance(value, str) else value for key, value in layer.items()}
+        yield fields

@@ -8,7 +8,6 @@ from statistics import fmean
 from clipup.inspection.figures import svg
 from clipup.inspection.figures.charts import Series, line_chart
 
-from . import results
 from .results import Result
 from .tables import Tables, label
 
@@ -21,7 +20,11 @@ def recall(tables: Tables) -> str:
     for group, runs in tables.groups:
         lengths.setdefault(group.arm, []).append(runs)
     several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
-    series = [_over_flops(tables, arm, groups) for arm, groups in several.items()]
+    series = []
+    for arm, groups in several.items():  # the first point is the start of the shortest runs
+        groups = [starts, *groups] if (starts := tables.starts_of(groups[0])) else groups
+        x = [tables.pflop(runs[0]) for runs in groups]
+        series.append(Series(label(arm), x, [fmean(run.mean("R@1") for run in runs) for runs in groups], points=True))
     return _drawn(series, "R@1 on styles and names at the end of a run", "PFLOP of training, start included")
 
 
@@ -34,21 +37,13 @@ def models(studies: Sequence[Tables], arms: Mapping[str, str]) -> str:
     """
     series = []
     for arm, name in arms.items():
-        found = [runs for of in studies for runs in [of.shortest(arm)[1]] if runs]
-        found.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
-        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in found]
-        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in found], points=True))
+        groups = [runs for of in studies if (runs := of.shortest(arm))]
+        groups.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
+        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in groups]
+        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in groups], points=True))
     return _drawn(series, "R@1 on styles and names by model", "MFLOP of an image and a text in inference")
 
 
 def _drawn(series: Sequence[Series], title: str, x: str) -> str:
     chart = line_chart(series, title, x, "R@1", percent=True, width=_WIDTH, height=_HEIGHT)
     return svg.on_white(chart, _WIDTH, _HEIGHT)
-
-
-def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-    """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
-    starts = tables.starts_of(groups[0])
-    runs = [*([starts] if starts else []), *groups]
-    x = [results.total_gflops(of[0], tables.results) / 1e6 for of in runs]
-    return Series(label(arm), x, [fmean(run.mean("R@1") for run in of) for of in runs], points=True)

@@ -44,7 +44,7 @@ def read(path: str | Path) -> list[Record]:
 
 def reproducible(records: Sequence[Record]) -> list[Record]:
     """The records without the fields that vary between repetitions."""
-    return [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "machine")} for record in records]
 
 
 def training(history: Sequence[Record], steps: int) -> Iterator[Record]:
@@ -74,5 +74,5 @@ def _window(records: list[Record]) -> Record:
 
 def _mean(values: list[float | None]) -> float | None:
     """The mean without skipped steps, whose loss may be None; None without other steps."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    applied = [value for value in values if value is not None]
+    return sum(applied) / len(applied) if applied else None

@@ -14,7 +14,6 @@ from clipup.evaluate.encode import encode_images, encode_texts
 from clipup.evaluate.retrieval import WAYS, hits_at, merge_equal, nll_both_ways, ranks_both_ways
 from clipup.inspection.expert_similarity import model_similarity
 
-RECALL_AT = (1, 5)
 BATCH = 256
 
 
@@ -31,9 +30,9 @@ def retrieval_numbers(
         samples: (image, captions, metadata) triples, from ``clipup.data.loaders.eval_samples``.
         with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
             of the samples) as base64 of packed bits, for paired statistics.
-        group_size: so many samples in order make a group, each with one caption; adds the recall at rank 1 among a
-            group's own texts and images, ``group``, and ``pairs``: for every scene of a group after the first, how
-            often the two of that scene and the first one prefer their own (half for a tie).
+        group_size: number of consecutive samples in a group, each with one caption. Adds ``group``, the recall at
+            rank 1 among the texts and images of a group, and ``pairs``: for every scene of a group after the first,
+            how often that scene and the first prefer their own text or image over each other's (half for a tie).
 
     Returns:
         For each of the ``WAYS``, such as ``text_to_image``: ``text_to_image_R@1``, ``text_to_image_R@5``,
@@ -48,7 +47,7 @@ def retrieval_numbers(
     nll = nll_both_ways(images, texts, pairs, model.logit_scale.exp().item())
     numbers: dict[str, Any] = {"gallery": len(images), "captions": len(texts)}
     for way, ranks in ranks_both_ways(images, texts, pairs).items():
-        numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {f"{way}_nll": nll[way]}
+        numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in (1, 5)} | {f"{way}_nll": nll[way]}
         if with_hits:
             numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
     if group_size is not None:

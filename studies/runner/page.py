@@ -3,7 +3,7 @@
 The template (``studies/icons/page.md.j2``) calls the methods of ``Tables`` for its numbers. It also has:
 
 * ``study(NAME)``: the tables of a study whose directory is beside this one;
-* ``pending(NAME)``: the names of its runs that have a config and no log; default: those of this study;
+* ``pending(NAME)``: the names of its runs without a log; default: those of this study;
 * ``by(COLUMN, FILE, NAME)``: the rows of a CSV file of its directory by the values of a column; default: of this study;
 * ``saved(FILE, COLUMN, TABLES)``: a link to a CSV file in a directory beside the page, which holds several tables, told
   apart by the first column;
@@ -25,8 +25,7 @@ import jinja2
 from clipup.atomic_files import replace_files
 from clipup.inspection.figures.format import MISSING
 
-from . import figures, results
-from .config import SUFFIX
+from . import config, figures, results
 from .tables import Table, Tables
 
 TEMPLATE = "page.md.j2"
@@ -47,8 +46,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         return Tables(results.read(study.with_name(name) / "logs"))
 
     def pending(name: str = study.name) -> list[str]:
-        configs = sorted(path.stem for path in study.with_name(name).glob(f"*{SUFFIX}"))
-        return [run for run in configs if run not in tables_of(name).results]
+        return [run for run in config.read(study.with_name(name)) if run not in tables_of(name).results]
 
     def by(column: str, file: str, name: str = study.name) -> dict[str, dict[str, str]]:
         with (study.with_name(name) / file).open(encoding="utf-8", newline="") as opened:
@@ -58,7 +56,8 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         text = io.StringIO()
         head, *_ = next(iter(tables.values()))
         rows = [[value, *row] for value, (_, *rows) in tables.items() for row in rows]
-        csv.writer(text, lineterminator="\n").writerows([[column, *head], *_plain(rows)])
+        plain = [[cell.strip("*").replace(MISSING, "") for cell in row] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows([[column, *head], *plain])
         written[out.with_suffix("") / file] = text.getvalue()
         return f"[`{file}`]({out.stem}/{file})"
 
@@ -80,8 +79,3 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     replace_files({path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in written.items()})
     return list(written)
-
-
-def _plain(rows: Table) -> Table:
-    """Without emphasis, and an empty cell where a table has a dash."""
-    return [[cell.strip("*").replace(MISSING, "") for cell in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Results from the logs of a study: selection of learning rates, and differences between runs with intervals."""
+"""Results from the logs of a study: selection of learning rates, and leads between arms with intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ class Result:
     """One log. ``config`` is the run's, ``test`` is by split, ``layers`` is empty for a dense model."""
 
     config: dict[str, Any]
-    training: list[log.Record]
     validations: list[log.Record]
     test: dict[str, dict[str, Any]]
     layers: dict[str, dict[str, float]]
@@ -40,9 +39,14 @@ class Result:
         return self.config["name"]
 
     @property
-    def budget(self) -> int:
-        """Steps of the CLIP-UP run whose budget this run has."""
-        return self.config.get("budget") or self.config["steps"]
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def group(self) -> Group:
+        """Its budget is the steps of the CLIP-UP run whose FLOPs or seconds this run matches."""
+        config = self.config
+        return Group(config["model"], config.get("budget") or config["steps"], config["arm"])
 
     @property
     def selection(self) -> float:
@@ -52,10 +56,6 @@ class Result:
     def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
         """``R@1``, ``R@5`` or ``nll`` at the end, mean over splits and directions."""
         return fmean(self.test[split][f"{way}_{measure}"] for split in splits for way in ways)
-
-    @property
-    def similarity(self) -> float | None:
-        return fmean(layer["similarity"] for layer in self.layers.values()) if self.layers else None
 
 
 def read(directory: str | Path) -> dict[str, Result]:
@@ -77,12 +77,7 @@ def _result(records: Sequence[log.Record]) -> Result:
         of_kind.setdefault(record["kind"], []).append({key: record[key] for key in record if key != "kind"})
     (config,), (test,), (cost,) = of_kind["run"], of_kind["test"], of_kind["cost"]
     layers = of_kind.get("layers", [{"layers": {}}])[0]["layers"]
-    return Result(config, of_kind["train"], of_kind.get("validation", []), test, layers, cost)
-
-
-def group_of(result: Result) -> Group:
-    """The group of a run."""
-    return Group(result.config["model"], result.budget, result.config["arm"])
+    return Result(config, of_kind.get("validation", []), test, layers, cost)
 
 
 def by_rate(results: Iterable[Result]) -> dict[Group, dict[float, dict[int, Result]]]:
@@ -93,8 +88,8 @@ def by_rate(results: Iterable[Result]) -> dict[Group, dict[float, dict[int, Resu
     """
     groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
-        of_seed = groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], {})
-        other = of_seed.setdefault(result.config["seed"], result)
+        of_seed = groups.setdefault(result.group, {}).setdefault(result.config["lr"], {})
+        other = of_seed.setdefault(result.seed, result)
         if other is not result:
             raise ValueError(f"{other.name} and {result.name} are of one arm, budget, learning rate and seed")
     return groups
@@ -109,22 +104,18 @@ def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
     Raises:
         ValueError: two rates have no seed in common.
     """
-    best = {}
-    for group, rates in by_rate(results).items():
-        seeds = rates[_best_rate(group, rates)]
-        best[group] = [seeds[seed] for seed in sorted(seeds)]
-    return best
+    groups = by_rate(results)
+    return {group: shared(rates[_best_rate(group, rates)].values())[0] for group, rates in groups.items()}
 
 
 def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
     def beats(rate: float, other: float) -> bool:
-        common = by_rate[rate].keys() & by_rate[other].keys()
-        if not common:
+        ours, theirs = shared(by_rate[rate].values(), by_rate[other].values())
+        if not ours:
             raise ValueError(
                 f"learning rates {rate:g} and {other:g} of {tuple(group)} have no seed in common, so none can be chosen"
             )
-        mean, mean_of_other = (fmean(by_rate[one][seed].selection for seed in sorted(common)) for one in (rate, other))
-        return mean > mean_of_other
+        return fmean(run.selection for run in ours) > fmean(run.selection for run in theirs)
 
     def strength(rate: float) -> tuple[int, int]:
         return sum(beats(rate, other) for other in by_rate if other != rate), len(by_rate[rate])
@@ -132,39 +123,11 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
     return max(sorted(by_rate), key=strength)
 
 
-def before(result: Result, results: dict[str, Result]) -> list[Result]:
-    """The run that a run starts from, the one that this starts from, and so on.
-
-    Raises:
-        KeyError: one of them has no log.
-    """
-    name = result.config["start"]
-    return [] if name is None else [results[name], *before(results[name], results)]
-
-
-def start_steps(result: Result, results: dict[str, Result]) -> int | None:
-    """The steps of the run that a run starts from."""
-    return next((start.config["steps"] for start in before(result, results)), None)
-
-
-def of_start(results: dict[str, Result], steps: int) -> dict[str, Result]:
-    """The runs from starts of so many steps, and all that those start from in turn."""
-    found = [result for result in results.values() if start_steps(result, results) == steps]
-    starts = [start for result in found for start in before(result, results)]
-    return {result.name: result for result in (*starts, *found)}
-
-
-def total_gflops(result: Result, results: dict[str, Result]) -> float:
-    """Training FLOPs of a run and of all runs that it starts from, in 10^9."""
-    return sum(one.cost["train_gflops"] for one in (result, *before(result, results)))
-
-
-def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float, float]:
-    """R@1 of ``a`` minus that of ``b`` on the same queries, and half the width of its 95 % interval (normal)."""
-    count = a.test[split]["captions" if way == "text_to_image" else "gallery"]
-    hits = [measure.unpack(one.test[split][f"{way}_hits"], count).astype(float) for one in (a, b)]
-    differences = hits[0] - hits[1]
-    return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count)
+def shared(*arms: Iterable[Result]) -> list[list[Result]]:
+    """The runs of each arm with the seeds that all arms have, ordered by seed."""
+    of_seed = [{run.seed: run for run in runs} for runs in arms]
+    seeds = sorted(set.intersection(*map(set, of_seed)))
+    return [[runs[seed] for seed in seeds] for runs in of_seed]
 
 
 _T_95 = (
@@ -175,27 +138,55 @@ _T_95 = (
 
 
 class Lead(NamedTuple):
-    """Mean difference over seeds of two arms' R@1 (a fraction of 1) or NLL (nats)."""
+    """Mean difference of two arms in R@1 or R@5 (a fraction of 1) or in NLL (nats)."""
 
     mean: float
     half_width: float | None
-    """Half of the 95 % interval of the mean over seeds (Student's t); None for one seed."""
+    """Half of the 95 % interval of the mean; None for one seed."""
     seeds: int
+    measure: str = "R@1"
+
+    @property
+    def verdict(self) -> str:
+        """For the first arm, in the same words whether it wins or loses."""
+        if not self.sure:
+            return "one seed" if self.half_width is None else "not decided"
+        return "better" if (self.mean > 0) != (self.measure == "nll") else "worse"
 
     @property
     def sure(self) -> bool:
         """Whether the interval excludes 0."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
+    def __str__(self) -> str:
+        """In points or nats, with the interval; bold if it excludes 0."""
+        scale, decimals = (1, 3) if self.measure == "nll" else (100, 2)
+        text = f"{scale * self.mean:+.{decimals}f}"
+        text += "" if self.half_width is None else f" ± {scale * self.half_width:.{decimals}f}"
+        return f"**{text}**" if self.sure else text
+
 
 def lead(
-    pairs: Sequence[tuple[Result, Result]],
+    ours: Iterable[Result],
+    theirs: Iterable[Result],
     splits: Sequence[str] = TESTS,
     ways: Sequence[str] = WAYS,
     measure: str = "R@1",
-) -> Lead:
-    """The lead of the first of each pair over the second, one pair per seed; mean over splits and directions."""
-    differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]
+) -> Lead | None:
+    """The lead of an arm over another one, mean over splits, directions and shared seeds, whose interval is Student's.
+    None without a shared seed."""
+    differences = [
+        our.mean(measure, splits, ways) - their.mean(measure, splits, ways)
+        for our, their in zip(*shared(ours, theirs), strict=True)
+    ]
     count = len(differences)
     half = _T_95[count - 2] * stdev(differences) / math.sqrt(count) if count > 1 else None
-    return Lead(fmean(differences), half, count)
+    return Lead(fmean(differences), half, count, measure) if differences else None
+
+
+def lead_over_captions(our: Result, their: Result, split: str) -> Lead:
+    """The lead in R@1 of texts to images of one run over another on the same captions, whose interval is normal."""
+    way, count = WAYS[0], our.test[split]["captions"]
+    hits = [measure.unpack(run.test[split][f"{way}_hits"], count).astype(float) for run in (our, their)]
+    differences = hits[0] - hits[1]
+    return Lead(float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count), 1)

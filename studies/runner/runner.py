@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
 from clipup.models import factory, tokenizers
-from clipup.moe.layer import moe_layers
 from clipup.precision import check_device
 from clipup.train import Every, TrainOptions, TrainResult, train
 from clipup.upcycling.clusters import initialize_by_clusters
@@ -29,7 +28,7 @@ from clipup_kernels.machine import describe_machine
 from studies.scene_data.stream import SceneStream
 
 from . import log, measure
-from .config import StudyRun, beside, read
+from .config import StudyRun
 
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
 _EVALUATIONS = 10
@@ -40,15 +39,15 @@ _BACKWARD = 2  # FLOPs of the backward pass over those of the forward pass
 
 
 def run(
-    file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None, device: str = "cpu"
+    runs: Mapping[str, StudyRun], name: str, data: str | Path, runs_directory: str | Path, logs: str | Path, device: str
 ) -> Path:
-    """Runs a config file, after the runs that it starts from unless they are done.
+    """Runs one run of a study unless it has a log; before it, the run that it starts from unless that has a model.
 
     Args:
-        file: the config (``StudyRun``); those of the runs it starts from are beside it.
+        runs: those of the study (``config.read``).
         data: directory of the icons or of the scenes: training data, and the splits validation and test... .
         runs_directory: for checkpoints and models, one directory per run.
-        logs: directory of the logs; default: ``logs`` beside the config. A run with a log is done.
+        logs: directory of the logs.
         device: where to train and evaluate; on the CPU with one thread.
 
     Returns:
@@ -59,25 +58,30 @@ def run(
         TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP; the same call resumes.
     """
     check_device(device)
-    config = read(file)
-    logs = Path(file).parent / "logs" if logs is None else Path(logs)
-    path = logs / f"{config.name}{log.SUFFIX}"
-    if path.is_file():
-        return path
-    for one in _in_order(config, file, runs_directory):
-        _keep_config(one, runs_directory)
-        records = _Run(one, data, runs_directory, device, part=_generation(one, file)).records()
-        path = logs / f"{one.name}{log.SUFFIX}"
+
+    def log_of(name: str) -> Path:
+        return Path(logs) / f"{name}{log.SUFFIX}"
+
+    def make(name: str) -> None:
+        config = runs[name]
+        if config.start is not None and not _model(runs_directory, config.start).is_dir():
+            make(config.start)
+        _keep_config(config, runs_directory)
+        records = _Run(config, data, runs_directory, device, _generation(runs, name)).records()
+        path = log_of(name)
         if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
             log.write(path, records)  # an equal log is kept, with the cost of the first time
-    return path
+
+    if not log_of(name).is_file():
+        make(name)
+    return log_of(name)
 
 
 def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
-    """Notes the config of a run before its first step.
+    """Saves the config of a run before its first step.
 
     Raises:
-        ValueError: it has begun with another one, so that its log would describe a run that was never made.
+        ValueError: the run was begun with another one, so its log would describe a run that was never made.
     """
     path = Path(runs_directory) / f"{config.name}{_BEGAN_WITH}"
     text = json.dumps({key: value for key, value in config.to_dict().items() if key != "why"}, indent=1) + "\n"
@@ -90,23 +94,10 @@ def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _generation(config: StudyRun, file: str | Path) -> int:
-    """How many runs come before a run, one after the other."""
-    return max((1 + _generation(read(beside(file, name)), file) for name in config.needed), default=0)
-
-
-def _in_order(config: StudyRun, file: str | Path, runs_directory: str | Path) -> list[StudyRun]:
-    """The runs that a run needs and that have no model yet, and then itself."""
-    found: dict[str, StudyRun] = {}
-
-    def add(one: StudyRun) -> None:
-        for name in one.needed:
-            if name not in found and not _model(runs_directory, name).is_dir():
-                add(read(beside(file, name)))
-        found[one.name] = one
-
-    add(config)
-    return list(found.values())
+def _generation(runs: Mapping[str, StudyRun], name: str) -> int:
+    """The number of runs before this one, each starting from the last."""
+    start = runs[name].start
+    return 0 if start is None else 1 + _generation(runs, start)
 
 
 class _Run:
@@ -131,11 +122,15 @@ class _Run:
         test = {
             split: self._measure(result.model, self._samples(split), with_hits=True) for split in (*tests, "validation")
         }
-        evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
+        data = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
+        data["images"] = {split: content["images"] for split, content in self.dataset["splits"].items()}
         return [
-            {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
+            {"kind": "run", **self.config.to_dict(), "data": data, "step0_difference": self.step0},
             *log.training(result.history, result.steps),
-            *evaluations,
+            *(
+                {"kind": "validation", "step": evaluation["step"], **evaluation["numbers"]}
+                for evaluation in result.evaluations
+            ),
             {"kind": "test", **test},
             *self._layers(result),
             self._cost(result),
@@ -146,15 +141,18 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         if config.start is None:
-            model, *_ = _create(config.model, load_weights=False)
-            return (model if config.moe_cfg is None else _sparse_from_scratch(model, config)), None
+            number = 1 if config.moe_cfg is None else config.moe_cfg.num_experts
+            models = [_create(config.model, load_weights=False)[0] for _ in range(number)]
+            return (models[0] if config.moe_cfg is None else upcycle(models, config.moe_cfg)), None
         dense, *_ = _create(str(_model(self.runs, config.start)))
         if config.moe_cfg is None:
             return dense, None
-        others = [_create(str(_model(self.runs, name)))[0] for name in config.others]
-        sparse = upcycle([dense, *others], config.moe_cfg)
+        sparse = upcycle(dense, config.moe_cfg)
         if config.clusters:
-            initialize_by_clusters(sparse, itertools.islice(self._batches(), _CLUSTERED), seed=config.seed)
+            loader = self._loader()
+            loader.set_epoch(0)
+            batches = itertools.islice(getattr(loader, "dataloader", loader), _CLUSTERED)
+            initialize_by_clusters(sparse, batches, seed=config.seed)
         return sparse, step0_difference(dense, sparse)
 
     def _train(self) -> TrainResult:
@@ -169,8 +167,6 @@ class _Run:
             wd=config.wd,
             warmup=config.warmup,
             grad_clip_norm=config.grad_clip_norm,
-            moe_lr_scale=config.moe_lr_scale,
-            distill_model=None if config.teacher is None else str(_model(self.runs, config.teacher)),
             batch_size=config.batch_size,
             precision=config.precision,
             multi_positive=True,
@@ -198,21 +194,11 @@ class _Run:
         loader.dataloader.seed = config.seed
         return loader
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of the first epoch."""
-        loader = self._loader()
-        loader.set_epoch(0)
-        yield from getattr(loader, "dataloader", loader)
-
     def _samples(self, split: str) -> list[Any]:
         return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
 
     def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
         return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, self.dataset.get("group_size"))
-
-    def _about_data(self) -> dict[str, Any]:
-        images = {split: content["images"] for split, content in self.dataset["splits"].items()}
-        return {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset} | {"images": images}
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""
@@ -253,17 +239,3 @@ def _model(runs_directory: str | Path, name: str) -> Path:
 def _create(model: str, **options: Any) -> tuple[nn.Module, Any, Any]:
     with factory.expecting_random_weights():
         return factory.create_model_and_transforms(model, output_dict=True, **options)
-
-
-def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
-    """A sparse model with independently initialized experts, each with the initialization of the dense model's MLP."""
-    sparse = upcycle(model, config.moe_cfg, inplace=True)
-    layers = moe_layers(sparse)
-    with torch.no_grad():
-        for expert in range(1, config.moe_cfg.num_experts):
-            other = moe_layers(upcycle(_create(config.model, load_weights=False)[0], config.moe_cfg, inplace=True))
-            for name, layer in layers.items():
-                initialized = dict(other[name].named_parameters(recurse=False))
-                for parameter_name, parameter in layer.named_parameters(recurse=False):
-                    parameter[expert].copy_(initialized[parameter_name][expert])
-    return sparse

@@ -107,11 +107,11 @@ def _make(
     counts = {
         split: {
             "images": GROUP * groups.get(split, 0),
-            "drawings": len(found.masks),
-            "concepts": len(found.names),
+            "drawings": len(of_split.masks),
+            "concepts": len(of_split.names),
             "shards": written[split],
         }
-        for split, found in ((one, drawings[_DRAWN_FROM.get(one, one)]) for one in written)
+        for split, of_split in ((name, drawings[_DRAWN_FROM.get(name, name)]) for name in written)
     }
     content = {
         "splits": counts,
@@ -131,7 +131,7 @@ def _drawings(
 ) -> tuple[list[iconify.IconSet], list[str], dict[str, Drawings], dict[str, dict[str, int]]]:
     """The sets, the set of every drawing, the drawings by split, and how many twins were left out."""
     train_sets, test_sets = (
-        [one for one in listed if iconify.is_monochrome(package, one)] for listed in (sets.train, sets.test)
+        [prefix for prefix in listed if iconify.is_monochrome(package, prefix)] for listed in (sets.train, sets.test)
     )
     of_set = concepts.split_of_sets(train_sets, test_sets, seed)
     described, icons = iconify.read_sets(package, tuple(of_set), progress)
@@ -143,7 +143,7 @@ def _drawings(
 
     drawn = each(_draw, [icons[row].svg for row in rows], processes)
     bar = shown(drawn, "drawing icons", "icons", total=len(rows), show=progress)
-    seen = [(row, *found) for row, found in zip(rows, bar, strict=True) if found is not None]
+    seen = [(row, *drawing) for row, drawing in zip(rows, bar, strict=True) if drawing is not None]
     pictures_seen = np.stack([picture for *_, picture in seen])
     kept, left_out = near_duplicates.keep_apart([splits[row] for row, *_ in seen], pictures_seen, concepts.APART_FROM)
     masks = {row: mask for (row, mask, _), keep in zip(seen, kept, strict=True) if keep}

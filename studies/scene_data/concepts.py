@@ -1,4 +1,4 @@
-"""Which icons are the drawings of which concept of the scenes, and in which split.
+"""Assigns icons to the concepts of the scenes and to splits.
 
 A concept is a caption of one or two words. Drawings of whole sets are held out: the data set's test sets, and
 VALIDATION_SETS of its training sets. Sets in colours of their own are not used.
@@ -22,7 +22,7 @@ _PURPOSE = "clipup scenes"
 
 def split_of_sets(train: Sequence[str], test: Sequence[str], seed: int) -> dict[str, str]:
     """The split of every set: VALIDATION_SETS of the training sets are held out for tuning."""
-    held_out = sorted(train, key=lambda one: place(_PURPOSE, f"{seed}:validation", one))[:VALIDATION_SETS]
+    held_out = sorted(train, key=lambda prefix: place(_PURPOSE, f"{seed}:validation", prefix))[:VALIDATION_SETS]
     return dict.fromkeys(train, "train") | dict.fromkeys(held_out, "validation") | dict.fromkeys(test, "test")
 
 

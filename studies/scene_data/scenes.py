@@ -37,9 +37,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 RESERVED = frozenset(" ".join((*COLOURS, *RELATIONS)).split())
 """Words that a concept must not contain."""
 
-KINDS = ("colours", "relation", "concept")
-"""How the second, third and fourth scene of a group differ from the first."""
-
 _OPPOSITE = np.array([1, 0, 3, 2])  # of RELATIONS
 _ALONG = 2  # places of an icon in its half
 _ACROSS = SIDE - ICON_SIDE + 1  # places of an icon on the other axis
@@ -114,13 +111,13 @@ def pictures(scenes: Scenes, masks: np.ndarray) -> np.ndarray:
 
 def _distinct(draw: np.random.Generator, below: int, count: int, size: int) -> list[np.ndarray]:
     """``count`` arrays [size] of numbers below ``below`` that differ in every place."""
-    found: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
     for number in range(count):
         value = draw.integers(below - number, size=size)
-        for before in np.sort(np.stack(found), 0) if found else ():
+        for before in np.sort(np.stack(columns), 0) if columns else ():
             value = value + (value >= before)
-        found.append(value)
-    return found
+        columns.append(value)
+    return columns
 
 
 def _places(draw: np.random.Generator, relations: np.ndarray) -> np.ndarray:

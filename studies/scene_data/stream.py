@@ -20,8 +20,8 @@ RULE = 1
 """Incremented when the same seed and step give other scenes."""
 _STEPS = 1000
 _TRAINING = 1
-"""The last word of the generators' seeds, which is not 0: numpy takes no notice of zeros at the end. Scenes for
-evaluation have another one."""
+"""The last word of the generators' seeds, different from that of scenes for evaluation. Not 0, because numpy ignores
+zeros at the end."""
 
 
 class SceneStream:
@@ -88,7 +88,7 @@ def read_drawings(data: str | Path) -> tuple[Drawings, str]:
         FileNotFoundError, ValueError: it is not such a directory.
     """
     path, dataset = Path(data) / DRAWINGS_FILE, describe(data)
-    if [one["sha256"] for one in dataset["splits"]["train"]["shards"]] != [sha256(path)]:
+    if [shard["sha256"] for shard in dataset["splits"]["train"]["shards"]] != [sha256(path)]:
         raise ValueError(f"{path} is not the file that {DATASET_FILE} describes: build the scenes again")
     with np.load(path, allow_pickle=False) as content:
         drawings = Drawings(content["masks"], content["counts"], dataset["concepts"])

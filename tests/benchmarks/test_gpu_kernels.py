@@ -20,10 +20,10 @@ LAYER = (24, 16, 32, 2, 2)
 
 @pytest.mark.interpreter
 def test_every_launch_of_both_passes_is_there_runs_and_has_a_prediction():
-    found = list(launches(*LAYER, torch.float16, "cpu"))
-    assert {launch.name for launch in found} == {*predictions(*LAYER, l2=7.5e12), "torch, in", "torch, out"}
-    assert sum(launch.flops for launch in found) == 9 * 2 * 48 * 16 * 32
-    for launch in (*ceilings("cpu", torch.float16, size=16, copied=1 << 16), *found):
+    every = list(launches(*LAYER, torch.float16, "cpu"))
+    assert {launch.name for launch in every} == {*predictions(*LAYER, l2=7.5e12), "torch, in", "torch, out"}
+    assert sum(launch.flops for launch in every) == 9 * 2 * 48 * 16 * 32
+    for launch in (*ceilings("cpu", torch.float16, size=16, copied=1 << 16), *every):
         launch.run()
         assert launch.bytes > 0
 
@@ -53,8 +53,8 @@ def test_a_launch_that_fails_is_named_and_what_is_measured_is_written_at_once(a_
         yield Launch("project_back", 1e9, 1e6, fails)
 
     monkeypatch.setattr(gpu_kernels, "clock", lambda run, device: run() or 1e-3)
-    found = [Launch(name, 0, 1e9, lambda: None) for name in ("copy", "L2 read")]
-    monkeypatch.setattr(gpu_kernels, "ceilings", lambda *which: found)
+    rates = [Launch(name, 0, 1e9, lambda: None) for name in ("copy", "L2 read")]
+    monkeypatch.setattr(gpu_kernels, "ceilings", lambda *which: rates)
     monkeypatch.setattr(gpu_kernels, "launches", launches)
     assert gpu_kernels.main(["--csv", str(written)]) == 1
     assert "left out: project_back: RuntimeError: no such instruction\n" in capsys.readouterr().out
@@ -75,34 +75,36 @@ def test_choices_that_cannot_run_or_fail_are_named_and_the_others_measured(a_car
     written = tmp_path / "choices.csv"
     assert gpu_choices.main(["--csv", str(written)]) == 1
     assert "left out: project_back: RuntimeError: no such instruction\n" in capsys.readouterr().out
-    found = [(launch, choice, ms == "left out") for launch, choice, ms in first_columns(written, 3)]
-    assert found == [("project_in", USUAL, False), ("project_in", "128x256", True), ("project_rows", USUAL, False)]
+    rows = [(launch, choice, ms == "left out") for launch, choice, ms in first_columns(written, 3)]
+    assert rows == [("project_in", USUAL, False), ("project_in", "128x256", True), ("project_rows", USUAL, False)]
 
 
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_every_choice_is_compared_with_the_usual_one_and_runs():
     every = gpu_choices.comparisons((16, 32, 2, 1), 24, torch.float16, "cpu", 1)
-    found = {launch: prepare() for launch, prepare in every}
+    prepared = {launch: prepare() for launch, prepare in every}
     kernels = ["project_in", "project_rows", "project_back", "project_rows_transposed", "expert_gradients"]
-    assert list(found) == kernels
-    for launch, runs in found.items():
+    assert list(prepared) == kernels
+    for launch, runs in prepared.items():
         assert list(runs)[0] == USUAL and None not in runs.values(), launch  # each has run once, to be compared
-    found["expert_gradients"]["a launch for each weight"]()
-    assert all("weights by descriptors" in found[launch] for launch in kernels[:4])
+    prepared["expert_gradients"]["a launch for each weight"]()
+    assert all("weights by descriptors" in prepared[launch] for launch in kernels[:4])
 
 
 @pytest.mark.parametrize(("training", "number"), [(False, 2), (True, 6)])
 def test_a_launch_takes_at_least_as_long_as_what_bounds_it_and_products_do_the_flops_of_the_layer(training, number):
     every = list(gpu_model.launches(50_000, 768, 3072, 8, 2, training))
-    found = [gpu_model.predict(launch, 7.5e12) for launch in every]
+    predicted = [gpu_model.predict(launch, 7.5e12) for launch in every]
     few = {launch.name: launch.tile for launch in gpu_model.launches(1024, 768, 3072, 8, 2, training)}
-    assert few["project_rows"].block_n < next(one.tile.block_n for one in every if one.name == "project_rows")
-    assert all(one.total > max(one.tensor, one.shared, one.l2, one.dram) > 0 for one in found)
-    in_one_step = next(one for launch, one in zip(every, found, strict=True) if launch.name.startswith("project_in"))
+    assert few["project_rows"].block_n < next(launch.tile.block_n for launch in every if launch.name == "project_rows")
+    assert all(time.total > max(time.tensor, time.shared, time.l2, time.dram) > 0 for time in predicted)
+    in_one_step = next(
+        time for launch, time in zip(every, predicted, strict=True) if launch.name.startswith("project_in")
+    )
     assert in_one_step.shared / in_one_step.tensor == pytest.approx(640 / 512)  # 80 KB at 128 bytes a cycle
     flops_per_ms = gpu_model.TENSOR_FLOPS * gpu_model.MULTIPROCESSORS * gpu_model.CLOCK / 1e3
-    for flops in (sum(launch.flops for launch in every), sum(one.tensor for one in found) * flops_per_ms):
+    for flops in (sum(launch.flops for launch in every), sum(time.tensor for time in predicted) * flops_per_ms):
         assert flops == pytest.approx(number * 2 * 100_000 * 768 * 3072, rel=0.01)
 
 

@@ -78,7 +78,7 @@ def whole(tmp_path_factory):
     return suite, *suite()
 
 
-def test_a_step_that_fails_is_recorded_the_others_run_and_what_is_not_installed_is_skipped_by_name(whole):
+def test_a_failed_step_is_recorded_and_the_next_runs_and_missing_tools_are_skipped_by_name(whole):
     suite, result, steps = whole
     assert result.returncode == 1 and (suite.out / "summary.md").read_text() in result.stdout
     unwell = {name: row["status"] for name, row in steps.items() if row["status"] != "ok"}
@@ -89,7 +89,7 @@ def test_a_step_that_fails_is_recorded_the_others_run_and_what_is_not_installed_
     assert steps["clip_training"]["words"] == "needs open_clip"
 
 
-def test_what_matters_most_comes_first_with_options_of_the_programs(whole):
+def test_steps_run_in_order_of_importance_with_options_that_the_programs_accept(whole):
     suite, _, steps = whole
     order = ["device", "self_check", "kernels", "forward", "training", "smoke", "choices", "build", "cuda_tests"]
     assert list(steps)[: len(order)] == order

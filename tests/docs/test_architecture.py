@@ -12,8 +12,8 @@ FILE = re.compile(r"[\w./-]+\.(?:py|h|cpp|cu|md|toml|txt|yml|yaml|cff)")
 
 
 def rows(first_column: str) -> list[list[str]]:
-    (found,) = (table for table in tables(PAGE) if table[0][0] == first_column)
-    return found[1:]
+    (rows,) = (rows for rows in tables(PAGE) if rows[0][0] == first_column)
+    return rows[1:]
 
 
 def code(cell: str) -> list[str]:

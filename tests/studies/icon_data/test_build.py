@@ -106,7 +106,7 @@ def test_held_out_drawings_with_a_twin_in_training_are_left_out_and_counted(buil
     assert dataset["left_out_twins"]["test_styles"] == {"same": 1, "near": 1}
 
 
-def test_what_cannot_be_drawn_shows_nothing_or_is_of_a_set_left_out_is_counted(build, read):
+def test_unreadable_and_blank_icons_are_counted_and_sets_can_be_left_out(build, read):
     def spoil(sets):
         icons_ = sets["mdi"]["icons"]
         icons_["bell-left"]["body"] = "<path"

@@ -101,7 +101,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def found(write, make_records):
+def small_study(write, make_records):
     """A dense start, dense and sparse continuations at two rates, and a second seed of the sparse one."""
     return write(
         make_records("base", "dense", score=0.4, gflops=2e6),

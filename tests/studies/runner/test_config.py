@@ -1,4 +1,4 @@
-"""Config files of runs: what they may say, and what the studies' own files say."""
+"""The file of a study: which runs its grids stand for, and what the studies' own files say."""
 
 from pathlib import Path
 
@@ -11,51 +11,62 @@ from clipup.upcycling.upcycle import upcycle
 from studies.runner import config
 
 STUDIES = Path(__file__).parents[3] / "studies"
-COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
+GRID = """
+model: clipup-icons-w64
+arms:
+  dense: {steps: 20}
+  equal: {start: "dense-20-lr0.1-s{seed}", why: "As {budget:,} steps"}
+  clip_up: {start: "dense-20-lr0.1-s{seed}", steps: 10, moe: {num_experts: 4, blocks: [1]}}
+runs:
+- {arm: dense, lr: 0.1, seed: 0}
+- {arm: [clip_up], lr: [0.1, 0.05], seed: [0, 1]}
+- {name: "{arm}-again-s{seed}", arm: equal, budget: 1000, steps: 13, lr: 0.1, seed: 2, why: "{why}, again."}
+"""
 
 
 @pytest.fixture
 def read(tmp_path):
-    def read(text: str) -> config.StudyRun:
-        (tmp_path / "a-run.yaml").write_text(text)
-        return config.read(tmp_path / "a-run.yaml")
+    def read(text: str) -> dict[str, config.StudyRun]:
+        (tmp_path / config.FILE).write_text(text)
+        return config.read(tmp_path)
 
     return read
 
 
-def test_a_config_names_its_run_by_its_file_and_changes_the_preset(read):
-    run = read(COMPLETE + "moe: {num_experts: 4, blocks: [1]}\nstart: dense\n")
-    assert (run.name, run.steps, run.lr, run.start) == ("a-run", 10, 0.001, "dense")
-    assert run.moe_cfg == MoEConfig.clip_up(num_experts=4, blocks=(1,), towers=("image", "text"))
-    assert read(COMPLETE + "moe: {}\n").moe_cfg == MoEConfig.clip_up(towers=("image", "text"))
-    assert read(COMPLETE).moe_cfg is None
+def test_a_grid_is_a_run_per_arm_rate_and_seed(read):
+    runs = read(GRID)
+    rates = [f"clip_up-10-lr{lr}-s{seed}" for lr in (0.1, 0.05) for seed in (0, 1)]
+    assert list(runs) == ["dense-20-lr0.1-s0", *rates, "equal-again-s2"]
+    dense, sparse, again = runs["dense-20-lr0.1-s0"], runs["clip_up-10-lr0.05-s1"], runs["equal-again-s2"]
+    assert (sparse.name, sparse.steps, sparse.lr, sparse.seed) == ("clip_up-10-lr0.05-s1", 10, 0.05, 1)
+    assert sparse.start == "dense-20-lr0.1-s1" and dense.start is None and dense.moe_cfg is None
+    assert sparse.moe_cfg == MoEConfig.clip_up(num_experts=4, blocks=(1,), towers=("image", "text"))
+    assert (again.budget, again.why) == (1000, "As 1,000 steps, again.")
 
 
 @pytest.mark.parametrize(
-    "text, names",
+    "before, after, names",
     [
-        (COMPLETE + "learning_rate: 1\n", "learning_rate"),
-        ("arm: dense\nsteps: 10\n", "'model' and 'lr'"),
-        (COMPLETE + "moe: {num_experts: 0}\n", "num_experts"),
-        (COMPLETE + "others: [a]\nmoe: {}\n", "others and clusters"),
-        (COMPLETE + "clusters: true\nstart: a\n", "others and clusters"),
+        ("steps: 20", "steps: 20, learning_rate: 1", "learning_rate"),
+        ("steps: 20", "", "steps"),
+        ("num_experts: 4", "num_experts: 0", "num_experts"),
+        ("steps: 20", "steps: 20, clusters: true", "clusters"),
+        ("arm: equal", "arm: equals", "equals"),
+        ("again-s{seed}", "10-lr0.05-s1", "two runs are named"),
     ],
 )
-def test_what_a_config_gets_wrong_is_named(read, text, names):
-    with pytest.raises((ValueError, TypeError), match=rf"a-run\.yaml: .*{names}"):
+def test_an_invalid_file_is_refused_by_the_name_of_its_fault(read, before, after, names):
+    text = GRID.replace(before, after).replace("{arm}-10", "clip_up-10")
+    with pytest.raises(ValueError, match=rf"study\.yaml: .*{names}"):
         read(text)
 
 
-@pytest.mark.parametrize("study", ["icons", "icons-w384", "converged", "converged_rate", "scenes"])
-def test_runs_of_a_study_are_called_what_they_are_and_cost_what_their_arm_says(study):
-    runs = [config.read(path) for path in (STUDIES / study).glob("*.yaml")]
-    (model,) = {run.model for run in runs}
+@pytest.mark.parametrize("study", ["icons", "icons-w384", "converged", "converged_rate", "narrow", "scenes"])
+def test_dense_runs_at_equal_flops_cost_what_their_arm_says_and_every_start_is_a_run(study):
+    runs = config.read(STUDIES / study)
+    (model,) = {run.model for run in runs.values()}
     dense = factory.create_on_meta(model)
     costs = [sum(flops.count(one)[:2]) for one in (dense, upcycle(dense, MoEConfig.clip_up()))]
-    equal = [run for run in runs if run.arm == "dense_equal_flops"]
+    equal = [run for run in runs.values() if run.arm == "dense_equal_flops"]
     assert equal and all(run.steps == round(run.budget * costs[1] / costs[0]) for run in equal)
-    names = {run.name for run in runs}
-    for run in runs:
-        assert set(run.needed) <= names
-        assert run.name.startswith(f"{run.arm}-{run.steps}-lr{run.lr:g}-")
-        assert run.name.endswith(f"-s{run.seed}") and run.why
+    assert all(run.why and (run.start is None or run.start in runs) for run in runs.values())

@@ -9,32 +9,32 @@ from studies.runner import measure
 
 def numbers(monkeypatch, images, texts, group_size):
     """Of samples whose captions are their rows; no network."""
-    monkeypatch.setattr(measure, "encode_images", lambda model, found, batch: torch.stack(list(found)))
-    monkeypatch.setattr(measure, "encode_texts", lambda model, found, *rest: texts[[int(one) for one in found]])
+    monkeypatch.setattr(measure, "encode_images", lambda model, images, batch: torch.stack(list(images)))
+    monkeypatch.setattr(measure, "encode_texts", lambda model, captions, *rest: texts[[int(row) for row in captions]])
     model = SimpleNamespace(logit_scale=torch.tensor(0.0))
     samples = [(image, [str(row)], {}) for row, image in enumerate(images)]
     return measure.retrieval_numbers(model, samples, None, group_size=group_size)
 
 
-def test_only_texts_and_images_of_the_own_group_compete(monkeypatch):
+def test_group_recall_counts_texts_and_images_of_the_same_group_only(monkeypatch):
     images = torch.eye(4)[[0, 1, 0, 1]]  # the second group looks like the first
-    found = numbers(monkeypatch, images, torch.eye(4)[[0, 1, 0, 1]], 2)
-    assert found["text_to_image_R@1"] < 1 and found["text_to_image_group"] == found["image_to_text_group"] == 1
+    result = numbers(monkeypatch, images, torch.eye(4)[[0, 1, 0, 1]], 2)
+    assert result["text_to_image_R@1"] < 1 and result["text_to_image_group"] == result["image_to_text_group"] == 1
 
 
-def test_both_directions_are_told_apart(monkeypatch):
+def test_group_recall_differs_by_direction(monkeypatch):
     scores = torch.tensor([[2.0, 3.0], [0.0, 4.0]])  # both rows have their largest value in the second column
     for texts, shares in ((scores, (0.5, 1.0)), (scores.T, (1.0, 0.5))):
-        found = numbers(monkeypatch, torch.eye(2), texts, 2)
-        assert (found["text_to_image_group"], found["image_to_text_group"]) == shares
+        result = numbers(monkeypatch, torch.eye(2), texts, 2)
+        assert (result["text_to_image_group"], result["image_to_text_group"]) == shares
 
 
-def test_pairs_tell_in_what_a_model_of_words_alone_fails(monkeypatch):
+def test_pair_accuracy_is_chance_where_a_bag_of_words_cannot_decide(monkeypatch):
     # words, colours bound to things, relation, concept: a model that knows words and concepts only
-    known = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1)
-    found = numbers(monkeypatch, known, known, 4)
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1)
+    result = numbers(monkeypatch, features, features, 4)
     for way in ("text_to_image", "image_to_text"):
-        assert found[f"{way}_pairs"] == [0.5, 0.5, 1.0]
+        assert result[f"{way}_pairs"] == [0.5, 0.5, 1.0]
     whole = numbers(monkeypatch, torch.eye(8), torch.eye(8), 4)
     assert whole["image_to_text_pairs"] == whole["text_to_image_pairs"] == [1, 1, 1]
     assert numbers(monkeypatch, torch.eye(8), torch.eye(8).flip(0), 8)["image_to_text_pairs"] == [0.5] * 6 + [0.0]

@@ -19,10 +19,10 @@ def test_the_committed_page_and_tables_are_those_of_the_committed_logs(tmp_path)
     assert {path.relative_to(ROOT / "docs") for path in committed} == written
 
 
-def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(found, tmp_path, capsys):
+def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(small_study, tmp_path, capsys):
     shutil.copy(ROOT / "studies" / "icons-w384" / study_page.TEMPLATE, tmp_path)
-    (tmp_path / "sparse-a.yaml").touch()
-    (tmp_path / "to-come.yaml").touch()
+    arms = "arms: {a: {model: m, steps: 5, lr: 0.1}}"
+    (tmp_path / "study.yaml").write_text(f"{arms}\nruns: [{{arm: a, name: sparse-a}}, {{arm: a, name: to-come}}]\n")
 
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs" / "study.md")]) == 0
 

@@ -1,4 +1,4 @@
-"""What is read out of logs: chosen learning rates, costs along a chain of runs, spread and paired differences."""
+"""Results of logs: chosen learning rates, costs along a chain of runs, spread and paired differences."""
 
 import math
 
@@ -31,43 +31,49 @@ def test_an_arm_takes_the_rate_that_is_best_on_validation_over_the_seeds_of_both
         for lr, of_rate in rates.items()
         for seed, score in of_rate.items()
     ]
-    found = write(*logs, make_records("other", arm="dense", score=0.9))
+    runs = write(*logs, make_records("other", arm="dense", score=0.9))
 
-    chosen = results.chosen(found.values())
+    chosen = results.chosen(runs.values())
 
     assert [one.name for one in chosen["m", 5, "clip_up"]] == [f"{best}-{seed}" for seed in sorted(rates[best])]
     assert [one.name for one in chosen["m", 5, "dense"]] == ["other"]
 
 
-def test_a_run_has_the_costs_of_those_before_it_and_stands_beside_those_of_its_budget(write, make_records):
-    found = write(
+def test_a_run_includes_the_cost_of_its_starts_and_is_grouped_by_budget(write, make_records):
+    runs = write(
         make_records("base", gflops=10.0),
         make_records("middle", start="base", gflops=5.0),
         make_records("top", start="middle", gflops=2.0, budget=3),
     )
-    assert results.total_gflops(found["top"], found) == 17.0
-    assert set(results.of_start(found, 5)) == {"base", "middle", "top"}
-    assert results.group_of(found["top"]) == ("m", 3, "clip_up") and results.group_of(found["base"])[1] == 5
+    tables = Tables(runs)
+    assert tables.pflop(runs["top"]) == pytest.approx(17e-6)
+    assert set(tables.of_start(5).results) == {"base", "middle", "top"}
+    assert runs["top"].group == ("m", 3, "clip_up") and runs["base"].group.budget == 5
 
 
 def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records):
-    pairs = []
-    for seed, score in enumerate((0.52, 0.53, 0.57)):
-        found = write(make_records(f"a{seed}", seed=seed, score=score), make_records("b", "dense", score=0.50))
-        pairs.append((found[f"a{seed}"], found["b"]))
+    scores = enumerate((0.52, 0.53, 0.57))
+    ours = [make_records(f"a{seed}", seed=seed, score=score) for seed, score in scores]
+    theirs = [make_records(f"b{seed}", "dense", seed=seed, score=0.50) for seed in (2, 1, 0, 3)]
+    runs = write(*ours, *theirs)
+    ours, theirs = ([run for run in runs.values() if run.name[0] == arm] for arm in "ab")
 
-    lead = results.lead(pairs, ["test_styles"], ["text_to_image"])
+    lead = results.lead(ours, theirs, ["test_styles"], ["text_to_image"])
 
     expected = 4.302653 * numpy.std([0.02, 0.03, 0.07], ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert lead == (pytest.approx(0.04), pytest.approx(expected, rel=1e-3), 3) and not lead.sure
-    assert results.lead(pairs[:1], ["test_styles"], ["text_to_image"]) == (pytest.approx(0.02), None, 1)
-    assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1]).sure
-    every = results.lead(pairs)  # a half of it from images to texts, a fifth of both on names
+    assert lead == (pytest.approx(0.04), pytest.approx(expected, rel=1e-3), 3, "R@1")
+    every = results.lead(ours, theirs)  # a half of it from images to texts, a fifth of both on names
     assert every.mean == pytest.approx(0.04 * (1 + 0.5 + 0.2 + 0.1) / 4)
-    assert results.lead(pairs, ["test_names"], ["image_to_text"], "nll").mean == pytest.approx(-0.04 * 0.1)
+    nll = results.lead(ours, theirs, ["test_names"], ["image_to_text"], "nll")
+    assert nll.mean == pytest.approx(-0.04 * 0.1)
+    one_seed = results.lead(ours[:1], theirs)
+    sure = [shown._replace(half_width=abs(shown.mean) / 2) for shown in (lead, nll)]
+    assert [one.verdict for one in (lead, one_seed, *sure)] == ["not decided", "one seed", "better", "better"]
+    assert [str(one) for one in sure] == ["**+4.00 ± 2.00**", "**-0.004 ± 0.002**"]
+    assert results.lead(ours[:1], theirs[3:]) is None
 
 
-def test_a_log_that_breaks_off_is_refused(tmp_path, make_records):
+def test_a_truncated_log_is_refused(tmp_path, make_records):
     log.write(tmp_path / "a.jsonl", make_records("a")[:-1])
     with pytest.raises(ValueError, match=r"a\.jsonl"):
         results.read(tmp_path)
@@ -79,20 +85,20 @@ def test_steps_that_were_not_applied_are_left_out_of_a_logs_means():
     assert [line["loss"] for line in log.training(records[1:2], steps=150)] == [None]
 
 
-def test_rates_have_a_seed_in_common_a_seed_is_of_one_machine_and_all_logs_of_one_data_set(write, make_records):
+def test_logs_that_cannot_be_compared_are_refused(write, make_records):
     logs = [make_records("a", lr=0.1, seed=0), make_records("b", lr=0.2, seed=1), make_records("c", "dense", seed=1)]
     logs[1][-1]["machine"] = {"processor": "a new CPU"}
     logs[2][0]["data"] = {**logs[2][0]["data"], "fingerprint": "g"}
-    found = write(*logs)
+    runs = write(*logs)
     with pytest.raises(ValueError, match="no seed in common"):
-        results.chosen(found.values())
+        results.chosen(runs.values())
     with pytest.raises(ValueError, match="seed 1"):
-        Tables(found).machines()
+        Tables(runs).machines()
     with pytest.raises(ValueError, match="2 different data sets"):
-        Tables(found).data()
+        Tables(runs).data()
 
 
-def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_flops(write, make_records):
+def test_leads_over_a_larger_model_are_paired_by_seed_and_costs_are_shares_of_its_flops(write, make_records):
     def tables(width, gflops, scores):
         logs = []
         for seed, (start, arms) in enumerate(scores):
@@ -102,13 +108,13 @@ def test_arms_stand_beside_a_larger_dense_model_by_seed_at_their_share_of_its_fl
                 logs.append(make_records(f"{arm}-{base}", arm, seed=seed, start=base, score=score, gflops=1e6))
         for one in logs:
             one[0]["model"], one[-1]["gflops_per_pair"] = width, gflops
-        found = write(*logs)
-        return Tables({name: run for name, run in found.items() if run.config["model"] == width})
+        runs = write(*logs)
+        return Tables({name: run for name, run in runs.items() if run.config["model"] == width})
 
     narrow = tables("narrow", 0.004, [(0.40, {"clip_up": 0.50}), (0.42, {"clip_up": 0.53}), (0.1, {})])
     wide = tables("wide", 0.016, [(0.48, {"more": 0.60}), (0.49, {"more": 0.59})])
 
-    head, *rows = narrow.beside(wide, ["dense", "more"], ["test_styles"])
+    head, *rows = narrow.leads_over_larger(wide, ["dense", "more"], ["test_styles"])
 
     row, dense = (dict(zip(head, one, strict=True)) for one in rows)
     assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "38.62")

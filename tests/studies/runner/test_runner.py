@@ -11,6 +11,7 @@ import torch
 from picture_samples import png
 
 from clipup.data import shard_writer
+from clipup.moe.layer import moe_layers
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
 from studies.runner import config, log, measure, runner
@@ -22,27 +23,26 @@ MODEL_CFG = {
     "vision_cfg": VISION,
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-COMMON = "lr: 0.001\nwarmup: 2\nbatch_size: 8\n"
-DENSE = COMMON + "model: tiny\narm: dense\nsteps: 6\n"
-SPARSE = COMMON + "model: tiny\narm: clip_up\nsteps: 12\nstart: dense\nmoe: {num_experts: 4}\n"
+COMMON = {"model": "tiny", "lr": 0.001, "warmup": 2, "batch_size": 8}
+DENSE = COMMON | {"arm": "dense", "steps": 6}
+SPARSE = COMMON | {"arm": "clip_up", "steps": 12, "start": "dense", "moe": {"num_experts": 4}}
 SPLITS = {"train": 40, "validation": 12, "test_styles": 16, "test_names": 12, "test_drawings": 12}
 
 
 class Study:
-    """A directory of configs, and their runs."""
+    """Runs by name, and the directory of their logs and models."""
 
-    def __init__(self, directory: Path, data: Path, **configs: str) -> None:
+    def __init__(self, directory: Path, data: Path, **fields: dict) -> None:
         self.directory, self.data = directory, data
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in configs.items():
-            (directory / f"{name}.yaml").write_text(text)
+        self.configs = {name: config.StudyRun(name, **of_run) for name, of_run in fields.items()}
 
     def run(self, name: str) -> list[log.Record]:
-        return log.read(runner.run(self.directory / f"{name}.yaml", self.data, self.directory / "runs"))
+        directories = self.data, self.directory / "runs", self.directory / "logs"
+        return log.read(runner.run(self.configs, name, *directories, "cpu"))
 
     def model(self, name: str) -> torch.nn.Module:
         """Before its first step."""
-        return runner._Run(config.read(self.directory / f"{name}.yaml"), self.data, self.directory / "runs").model
+        return runner._Run(self.configs[name], self.data, self.directory / "runs").model
 
 
 def kinds(records, kind):
@@ -91,7 +91,7 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
     records = whole.run("sparse")
     head, cost = records[0], records[-1]
     assert head["start"] == "dense" and head["moe_cfg"]["num_experts"] == 4 and head["data"]["images"]["train"] == 40
-    assert head["step0_difference"] < 1e-5 and not {"others", "clusters", "teacher", "moe_lr_scale"} & head.keys()
+    assert head["step0_difference"] < 1e-5 and "clusters" not in head
     assert [line["step"] for line in kinds(records, "train")] == list(range(1, 13))
     assert all(line["load"] >= 1 and line["balance"] > 0 for line in kinds(records, "train"))
     similarities = [line["similarity"] for line in kinds(records, "validation")]
@@ -109,7 +109,7 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
 
 @pytest.mark.slow
 def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data, tmp_path):
-    study = Study(tmp_path, data, dense=DENSE, other=DENSE + "seed: 1\n", sparse=SPARSE)
+    study = Study(tmp_path, data, dense=DENSE, other=DENSE | {"seed": 1}, sparse=SPARSE)
     study.run("other")  # a run does not depend on those of its process before
     study.run("dense")
     before = (study.directory / "logs" / "dense.jsonl").read_bytes()
@@ -123,28 +123,19 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data
 
 
 def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale(data, tmp_path):
-    scratch = SPARSE.replace("start: dense\n", "").replace("clip_up", "sparse_scratch")
-    model = Study(tmp_path, data, scratch=scratch).model("scratch")
+    model = Study(tmp_path, data, scratch=SPARSE | {"start": None}).model("scratch")
 
     cosines = measure.expert_cosines(model)
     assert len(cosines) == 2 and all(abs(cosine) < 0.1 for cosine in cosines.values())
-    for name, layer in runner.moe_layers(model).items():
+    for name, layer in moe_layers(model).items():
         for weights in (layer.in_weight, layer.out_weight):
             spread = weights.flatten(1).std(1)
             torch.testing.assert_close(spread, spread[:1].expand(4), rtol=0.2, atol=0, msg=name)
 
 
-def test_experts_may_be_of_several_runs_or_of_clusters_with_a_teacher_and_a_rate_of_their_own(whole):
-    others = SPARSE + "others: [second]\nteacher: dense\nmoe_lr_scale: 2.0\n"
-    configs = {"second": DENSE + "seed: 1\n", "several": others, "apart": SPARSE + "clusters: true\n"}
-    study = Study(whole.directory, whole.data, **configs)
-    several, apart = study.run("several"), study.model("apart")
-
-    assert several[0]["others"] == ["second"] and several[0]["moe_lr_scale"] == 2.0
-    assert (study.directory / "logs" / "second.jsonl").is_file()  # the runs that it needs came first
-    assert several[0]["step0_difference"] > 1e-3  # experts of two models are no dense model's function
-    assert all(line["loss"] > line["contrastive"] + line["aux"] for line in kinds(several, "train"))  # the teacher's
-    assert all(cosine < 0.99 for cosine in measure.expert_cosines(apart).values())
+def test_experts_from_clusters_differ_before_the_first_step(whole):
+    study = Study(whole.directory, whole.data, clusters=SPARSE | {"clusters": True})
+    assert all(cosine < 0.99 for cosine in measure.expert_cosines(study.model("clusters")).values())
 
 
 @pytest.mark.parametrize("steps", [2500, 3287, 7])
@@ -159,7 +150,7 @@ def test_a_log_has_as_many_windows_whatever_the_number_of_steps(steps):
 
 
 def test_a_run_on_scenes_draws_new_ones_and_is_resumed_to_the_bit(scenes_data, tmp_path, monkeypatch):
-    configs = {"dense": DENSE.replace("tiny", "wide"), "sparse": SPARSE.replace("tiny", "wide")}
+    configs = {"dense": DENSE | {"model": "wide"}, "sparse": SPARSE | {"model": "wide"}}
     whole, stopped = (Study(tmp_path / name, scenes_data, **configs) for name in ("whole", "stopped"))
     batch, seen, parts = SceneStream.batch, [], set()
 
@@ -185,8 +176,7 @@ def test_a_run_on_scenes_draws_new_ones_and_is_resumed_to_the_bit(scenes_data, t
 
 def test_a_run_that_was_begun_with_another_config_is_not_continued(data, tmp_path):
     study = Study(tmp_path, data, dense=DENSE)
-    runner._keep_config(config.read(tmp_path / "dense.yaml"), tmp_path / "runs")
+    runner._keep_config(study.configs["dense"], tmp_path / "runs")
     (tmp_path / "runs" / "dense").mkdir()
-    Study(tmp_path, data, dense=DENSE.replace("0.001", "0.01"))
     with pytest.raises(ValueError, match="dense was begun with another config"):
-        study.run("dense")
+        Study(tmp_path, data, dense=DENSE | {"lr": 0.01}).run("dense")

@@ -48,8 +48,8 @@ def test_the_four_of_a_group_differ_in_colours_relation_or_one_concept_only():
 
 
 def test_a_picture_shows_what_its_caption_says():
-    found = scenes()
-    for caption, picture in zip(captions(found, NAMES), pictures(found, drawings().masks), strict=True):
+    drawn = scenes()
+    for caption, picture in zip(captions(drawn, NAMES), pictures(drawn, drawings().masks), strict=True):
         first_colour, _, relation, second_colour, _ = parts(caption)
         first, second = (np.argwhere((picture == COLOURS[name]).all(-1)) for name in (first_colour, second_colour))
         assert len(first) == len(second) == ICON_SIDE**2
@@ -62,16 +62,16 @@ def test_a_picture_shows_what_its_caption_says():
 
 
 def test_a_concept_is_drawn_by_all_of_its_own_drawings_and_no_other():
-    found = scenes()
+    drawn = scenes()
     owner = np.repeat(np.arange(len(NAMES)), COUNTS)
-    assert (owner[found.drawings] == found.concepts).all()
-    assert len(np.unique(found.drawings)) == COUNTS.sum()
+    assert (owner[drawn.drawings] == drawn.concepts).all()
+    assert len(np.unique(drawn.drawings)) == COUNTS.sum()
 
 
 def test_half_covered_pixels_are_between_the_colour_and_white():
     half = drawings()._replace(masks=np.full((COUNTS.sum(), ICON_SIDE, ICON_SIDE), 128, np.uint8))
-    found = scenes(groups=1)
-    picture = pictures(found, half.masks)[0]
-    row, column = found.places[0, 0]
-    colour = np.array(list(COLOURS.values()))[found.colours[0, 0]]
+    drawn = scenes(groups=1)
+    picture = pictures(drawn, half.masks)[0]
+    row, column = drawn.places[0, 0]
+    colour = np.array(list(COLOURS.values()))[drawn.colours[0, 0]]
     assert np.abs(picture[row, column] - (255 - (255 - colour) * 128 / 255)).max() <= 0.5
