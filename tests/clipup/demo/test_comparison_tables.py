@@ -7,8 +7,8 @@ def rows(text, name):
     return [line.removeprefix(name).split() for line in text.splitlines() if line.startswith(f"{name}  ")]
 
 
-def test_the_terminal_table_is_ascii_of_100_columns_with_every_number(make):
-    text = comparison_table(make.report())
+def test_the_terminal_table_is_ascii_of_100_columns_with_every_number(make_report):
+    text = comparison_table(make_report())
     assert text.isascii() and max(map(len, text.splitlines())) <= 100
     assert "gallery of 1,012 images and 3,988 captions, chance R@1 0.099 %" in text.splitlines()[0]
     assert "emoji, gallery 402" in text and "concepts, gallery 894" in text
@@ -21,8 +21,8 @@ def test_the_terminal_table_is_ascii_of_100_columns_with_every_number(make):
 
 
 @pytest.mark.parametrize("difference, said", [(2.98e-7, "at most 3.0e-07"), (3e-3, "more than rounding")])
-def test_the_difference_at_step_zero_is_judged(make, difference, said):
-    report = make.report(0.2, 0.2)
+def test_the_difference_at_step_zero_is_judged(make_report, difference, said):
+    report = make_report(0.2, 0.2)
     report["upcycled_step0"]["max_feature_difference"] = difference
     text = " ".join(comparison_table(report).split())
     assert said in text and "behind continued dense training" in text

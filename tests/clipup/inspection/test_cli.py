@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tm
     assert "epoch_1.pt, because a checkpoint cannot be used" in capsys.readouterr().err
 
 
-def test_shards_bring_their_captions(model, tmp_path):
+def test_shards_bring_their_captions_and_incomplete_samples_are_counted_and_named(model, tmp_path, capsys):
     files = tmp_path / "files"
     files.mkdir()
     for index, picture in enumerate(pictures(3)):
@@ -106,21 +106,10 @@ def test_shards_bring_their_captions(model, tmp_path):
     with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
         for path in sorted(files.iterdir()):
             shard.add(path, path.name)
+        shard.add(files / "0.png", "b <i>.png")
     text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
-    assert "run on 3 images and 3 captions" in text and "zebra" not in text
-    assert "2 · picture number 2" in text
-
-
-def test_incomplete_samples_of_shards_are_left_out_counted_and_named(model, tmp_path, capsys):
-    picture = tmp_path / "a.png"
-    pictures(1)[0].save(picture)
-    (tmp_path / "a.txt").write_text("a picture")
-    with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
-        for name in ("a.png", "a.txt"):
-            shard.add(tmp_path / name, name)
-        shard.add(picture, "b <i>.png")
-    text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
-    assert "1 images and 1 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
+    assert "run on 3 images and 3 captions" in text and "zebra" not in text and "2 · picture number 2" in text
+    assert "3 images and 3 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
     assert "1 image could not be read and was skipped" in text and "b <i> in " in text
 
 

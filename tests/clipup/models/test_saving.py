@@ -5,7 +5,7 @@ import signal
 import open_clip
 import pytest
 import torch
-from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_clip import CONFIGS, save_with_words, tiny_clip, tiny_config
 from tiny_hugging_face import tiny_hugging_face
 
 import clipup
@@ -103,30 +103,16 @@ def test_file_size_limit_leaves_the_previous_model_unchanged(saved):
     assert contents(saved) == before
 
 
-WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
-
-
-@pytest.fixture
-def with_words(tmp_path):
-    """A directory whose model has three words of its own, the model, and its config."""
-    config = tiny_config()
-    config["text_cfg"] |= WORDS
-    model, directory = tiny_clip(text_cfg=WORDS), tmp_path / "own"
-    directory.mkdir()
-    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
-    save_pretrained(model, directory, config, tokenizer_directory=f"local-dir:{directory}")
-    return directory, model, config
-
-
-def test_a_vocabulary_of_another_size_than_the_models_is_not_saved(with_words, tmp_path):
-    _, model, config = with_words
+def test_a_vocabulary_of_another_size_than_the_models_is_not_saved(tmp_path):
+    model, config = save_with_words(tmp_path / "own")
     with pytest.raises(ValueError, match="vocabulary words:icons has 6139 tokens, but the model has vocab_size=7"):
         save_pretrained(model, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tokenizer_in_a_directory_is_kept(with_words, tmp_path):
-    directory, model, config = with_words
+def test_the_tokenizer_in_a_directory_is_kept(tmp_path):
+    directory = tmp_path / "own"
+    model, config = save_with_words(directory)
     named = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": "org/words"}}
     save_pretrained(model, tmp_path / "plain", named)
     for name in ("tokenizer_config.json", "vocab.txt"):

@@ -303,14 +303,28 @@ def test_bad_inputs_are_refused_by_name(x, mask, error, message):
         make_layer()(x, mask)
 
 
+NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"top_k": 5}, ValueError),
         ({"activation": "tanh"}, ValueError),
         ({"norm": "rms"}, ValueError),
+        ({"bias": None}, TypeError),
+        ({"gated": 1}, TypeError),
+        ({"shared_expert": "yes"}, TypeError),
+        ({"dtype": torch.int64}, TypeError),
+        ({"norm_eps": 0}, ValueError),
         ({"dropout": 1.0}, ValueError),
+        ({"dropout": True}, TypeError),
+        ({"entropy_threshold": -5}, ValueError),
+        ({"capacity_factor": math.inf}, ValueError),
+        *(({name: "x"}, TypeError) for name in NUMBERS),
+        *(({name: math.nan}, ValueError) for name in NUMBERS),
         ({"d_model": 0}, ValueError),
+        ({"d_model": None}, ValueError),
         ({"d_hidden": 2.5}, ValueError),
         ({"config": 8}, TypeError),
         ({"num_expert": 8}, TypeError),

@@ -70,17 +70,6 @@ def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch
     assert configs.architecture(torch.device("cuda:0")) == arch
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
-def test_tuning_tries_tiles_with_and_without_descriptors(arch, kernel):
-    for kind in ("half", "tf32", "ieee"):
-        tiles = list(tune.candidates(arch, kernel, kind, 768, 3072))
-        assert 5 <= len(tiles) <= 32 and len(set(tiles)) == len(tiles)
-    descriptors = {tile.descriptors for tile in tune.candidates(arch, kernel, "half", 768, 3072)}
-    assert descriptors == ({False, True} if arch >= 90 and kernel not in configs.GRADIENTS else {False})
-    assert not any(tile.descriptors for tile in tune.candidates(arch, kernel, "half", 750, 3072))
-
-
 def test_tuning_leaves_out_tiles_without_room_and_names_those_that_fail_or_are_wrong(capsys):
     first, exact, close, wrong, infinite, absent, large, fails, *_ = tune.candidates(90, "project_in", "half", 64, 512)
     right = torch.randn(8, 8)
