@@ -146,7 +146,7 @@ def test_experts_are_close_to_those_with_plain_weights(shape, gated):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_gives_nan_in_its_row_and_channel_alone(value):
+def test_nan_and_infinity_stay_in_their_row_and_channel(value):
     x, weight, bias = randn(20, 40, seed=1), randn(1, 33, 40), randn(1, 33)
     clean = linear(x, weight, bias)
     x[7, 39] = value

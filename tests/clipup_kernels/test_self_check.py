@@ -67,7 +67,7 @@ def test_the_backend_that_takes_the_place_of_a_wrong_one_is_checked_too(monkeypa
     assert registry.choose("grouped_linear", torch.float32, "cpu").backend.name == "torch_eager"
 
 
-def test_without_memory_for_the_check_nothing_is_said_about_the_ops(monkeypatch):
+def test_a_check_without_memory_fails_no_op(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("2 GiB")
 

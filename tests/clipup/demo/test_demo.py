@@ -30,7 +30,7 @@ def demonstration(data, tmp_path_factory):
     return out, arguments
 
 
-def test_the_report_holds_what_is_promised(demonstration):
+def test_the_report_has_the_recalls_costs_and_differences_of_every_model(demonstration):
     out, _ = demonstration
     report = json.loads((out / "report.json").read_text())
     assert set(report["data"]) == {"name", "train_pairs", "test_images", "test_captions"}

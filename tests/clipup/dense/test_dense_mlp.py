@@ -46,7 +46,7 @@ def test_parts_that_do_not_fit_are_refused_before_a_layer_is_made(changes, messa
         DenseMLP(**{"activation": "gelu", **parts(gated=True), **changes})
 
 
-def test_what_is_no_known_mlp_is_told_the_way():
+def test_unknown_mlps_are_refused_with_what_to_pass():
     with pytest.raises(TypeError, match="cannot read .*Linear as an MLP; .*takes the tensors as a DenseMLP"):
         clipup.SparseMoE.from_dense(nn.Linear(4, 4))
     with pytest.raises(TypeError, match="cannot read nothing as an MLP"):

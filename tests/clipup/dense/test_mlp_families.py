@@ -209,7 +209,7 @@ def hooked_mlp():
         (timm.layers.GluMlp(D, 2 * H, use_conv=True), "projection is a torch.nn.modules.conv.Conv2d"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(mlp, message):
+def test_unsupported_mlps_are_refused_by_name(mlp, message):
     with pytest.raises(TypeError, match=message):
         read_mlp(mlp)
 

@@ -89,7 +89,7 @@ def test_attention_with_other_parts_is_left_as_it_is(other):
 @with_weights
 @in_both_types
 @pytest.mark.parametrize("length", [7, 520])
-def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length, weights):
+def test_a_fully_masked_query_gives_the_bias_of_the_output(dtype, length, weights):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(32, 2, batch_first=True).to(dtype).eval()
     nn.init.normal_(plain.out_proj.bias)

@@ -69,7 +69,7 @@ def calls(monkeypatch):
 
 
 @needs_packing
-def test_a_forward_pass_is_one_op_whose_routing_can_be_looked_at(calls):
+def test_a_prepared_layer_runs_one_op_and_keeps_its_routing(calls):
     plain, x, mask = layer("shared expert, fine-grained"), tokens(), torch.arange(50) % 3 > 0
     prepared = clipup.accelerate(plain)
     with torch.no_grad():
@@ -100,7 +100,7 @@ CHANGES = {
 
 @needs_packing
 @pytest.mark.parametrize(("options", "change"), CHANGES.values(), ids=CHANGES)
-def test_what_the_one_op_lacks_is_computed_by_the_parts(options, change, calls):
+def test_layers_that_the_fused_op_does_not_cover_run_the_single_ops(options, change, calls):
     plain, x = layer(eval_capacity_factor=0.5, **options), tokens()
     prepared = clipup.accelerate(plain)
     change(plain), change(prepared)
@@ -120,7 +120,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_plain_layer_computes_with_the_weights_that_it_has_now(write):
+def test_a_layer_follows_writes_to_its_weights_and_its_prepared_copy_does_not(write):
     plain, x = layer(), tokens()
     prepared = clipup.accelerate(plain)
     with torch.no_grad():

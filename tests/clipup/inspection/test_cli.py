@@ -57,7 +57,7 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     assert "to the dense MLP" not in text and "0.png" in text and "more/3.JPG" in text and "trained" not in text
 
 
-def test_of_a_finished_run_the_page_has_the_steps(model, captions, tmp_path):
+def test_the_page_of_a_finished_run_shows_its_steps(model, captions, tmp_path):
     shutil.copytree(model, tmp_path / "run" / "model")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 30}\n')
     for path in (tmp_path / "run", tmp_path / "run" / "model"):
@@ -76,7 +76,7 @@ def test_photos_stand_upright(model, tmp_path, monkeypatch):
     assert [image.size for image in inspected.call_args.args[1]] == [(32, 64)]
 
 
-def test_the_dense_model_is_compared_with(model, images, tmp_path):
+def test_experts_are_compared_with_the_dense_model(model, images, tmp_path):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     text = Page(made(tmp_path / "r.html", model, "--images", images, "--dense", tmp_path / "dense")).text
     assert "to the dense MLP" in text and "to dense: 0." in text
@@ -113,9 +113,7 @@ def test_shards_bring_their_captions_and_incomplete_samples_are_counted_and_name
     assert "1 image could not be read and was skipped" in text and "b <i> in " in text
 
 
-def test_no_more_are_looked_at_than_asked_for_and_what_cannot_be_read_is_skipped_counted_and_named(
-    model, images, captions, tmp_path, capsys
-):
+def test_max_images_is_kept_and_unreadable_images_are_counted_and_named(model, images, captions, tmp_path, capsys):
     (images / "0.png").write_bytes((images / "0.png").read_bytes()[:60])
     arguments = ["--images", images, "--captions", captions, "--max-images", 3, "--shown", 1]
     html = made(tmp_path / "r.html", model, *arguments)

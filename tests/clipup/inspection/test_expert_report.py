@@ -39,7 +39,7 @@ def cells(report):
     }
 
 
-def test_every_number_of_the_table_is_the_models(models, seen):
+def test_the_table_shows_the_numbers_of_the_model(models, seen):
     model, dense = models
     with torch.no_grad():
         model.encode_image(torch.stack([transform()(picture) for picture in pictures(9)]))
@@ -98,7 +98,7 @@ def test_cards_have_the_surest_patches_and_the_words(seen):
     assert "cat" in seen.cards(TEXT_LAYER, most=30) and "⟨start⟩" in seen.cards(TEXT_LAYER, most=30)
 
 
-def test_text_may_hold_anything(models):
+def test_markup_and_surrogates_in_names_and_captions_are_escaped(models):
     evil = inspect_experts(
         models[0], pictures(1), [EVIL, "\ud83d \x00"], preprocess=transform(), tokenizer=tokenizer(), name=EVIL
     )

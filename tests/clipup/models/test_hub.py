@@ -48,7 +48,7 @@ def tokens(name):
     return clipup.get_tokenizer(str(name))(["blue red"]).tolist()
 
 
-def test_what_is_made_of_a_model_of_the_hub_keeps_its_tokenizer(own_words, tmp_path):
+def test_models_made_of_a_model_of_the_hub_keep_its_tokenizer(own_words, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
     (tmp_path / "data.csv").write_text("filepath\ttitle\n" + f"{tmp_path / 'image.png'}\tred\n" * 4)
     train = ["train", "--model", "hf-hub:org/own", "--train-data", str(tmp_path / "data.csv"), "--steps", "1"]

@@ -34,7 +34,7 @@ def test_a_step_moves_the_bias_by_the_rate_times_the_step_of_the_load(kind):
     torch.testing.assert_close(layer.router.selection_bias.double(), 0.125 * step)
 
 
-def test_only_forwards_that_train_count_and_each_once():
+def test_selection_bias_counts_each_training_forward_once():
     x = torch.randn(T, D)
     expected = make_layer("z_score")
     expected(x)

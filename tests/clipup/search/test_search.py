@@ -165,7 +165,7 @@ def test_the_page_has_the_query_the_command_pictures_and_names_below_the_directo
     index = updated(tmp_path / "index", photos, Counted())
     found = find(index, index.features[:1], 7)[0]
     (photos / "holiday" / "3.png").unlink()
-    found.append(Result(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"), 0.1))  # a name of an old disk
+    found.append(Result(photos / "caf\udce9.png", 0.1))  # Latin-1 of an old disk, as Python has it
     page = results_page(index, [("a <i>red</i> bicycle", found)], "clipup search index '<u>'")
     assert "<title>a &lt;i&gt;red&lt;/i&gt; bicycle – images of photos</title>" in page
     assert "clipup search index &#39;&lt;u&gt;&#39;</pre>" in page
@@ -226,11 +226,9 @@ def test_int8_is_indexed_and_searched_on_the_cpu_of_a_machine_with_a_gpu(tmp_pat
     assert capsys.readouterr().out.count(".png") == 6
 
 
-def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(clipup.progress, "_FIRST_PAUSES", (0.0,))
+def test_an_index_reads_large_jpegs_almost_as_the_transform_does(tmp_path, monkeypatch):
     transform = Compose([Resize(8), to_tensor])
     picture(1).resize((301, 203), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=90)
-    (tmp_path / "b.jpg").write_bytes(b"no picture")
     expected = Counted()(transform(Image.open(tmp_path / "a.jpg"))[None])
     decoded = []
 
@@ -240,16 +238,13 @@ def test_an_index_shows_its_speed_and_reads_large_jpegs_almost_as_the_transform_
 
     monkeypatch.setattr(samples, "load_image", observed)
     records = image_files(tmp_path)
-    made = update_index(
-        tmp_path / "index", tmp_path, records, ENCODER, Counted(), transform, batch_size=1, show_progress=True
-    )
+    made = update_index(tmp_path / "index", tmp_path, records, ENCODER, Counted(), transform)
     assert [image.size for image in decoded] == [(11, 8)]
     assert torch.allclose(made.features, expected, atol=0.005)
-    assert re.search(r"^encoding: 1 of 2 images, [\d.e+]+ images/s, [\d:]+ left$", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize("damage, error", [(b"{}", ValueError), (None, FileNotFoundError)])
-def test_what_is_no_whole_index_is_refused(tmp_path, damage, error):
+def test_an_incomplete_index_is_refused(tmp_path, damage, error):
     if damage is not None:
         (tmp_path / "index.safetensors").write_bytes(damage)
     with pytest.raises(error, match="clipup index IMAGES OUT"):

@@ -27,16 +27,16 @@ def run(run):
     return partial(run, sparse=clipup.MoEConfig(num_experts=2), workers=0, batch_size=4)
 
 
+def breaking(pictures):
+    """A callback after which none of them can be read."""
+    return lambda model: [path.write_bytes(b"no picture") for path in pictures] and None
+
+
 def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, pictures, tmp_path):
     whole = run(name="whole", val_data=csv_data)
     contents = {path: path.read_bytes() for path in pictures}
-
-    def break_pictures(model):
-        for path in pictures:
-            path.write_bytes(b"no picture")
-
     with pytest.raises(ValueError, match="max_skipped"):
-        run(callbacks=[Every(5, break_pictures)], val_data=csv_data, delete_previous_checkpoint=True)
+        run(callbacks=[Every(5, breaking(pictures))], val_data=csv_data, delete_previous_checkpoint=True)
     folder = tmp_path / "logs" / "run" / "checkpoints"
     saved = load(folder / "epoch_2.pt")
     assert (saved["epoch"], saved["step"], saved["step_of_epoch"]) == (2, 6, 0)
@@ -54,12 +54,8 @@ def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, picture
 
 
 def test_a_run_that_ends_within_an_epoch_saves_its_steps_before_the_last_evaluation(run, csv_data, pictures, tmp_path):
-    def break_pictures(model):
-        for path in pictures:
-            path.write_bytes(b"no picture")
-
     with pytest.raises(ValueError, match="max_skipped"):
-        run(callbacks=[Every(2, break_pictures)], steps=2, val_data=csv_data)
+        run(callbacks=[Every(2, breaking(pictures))], steps=2, val_data=csv_data)
     assert load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"] == 2
 
 

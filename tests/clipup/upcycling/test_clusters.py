@@ -41,7 +41,7 @@ def test_a_reduced_matrix_is_the_best_one_of_its_rank_on_its_inputs():
     assert lost <= 0.1 * sizes.square().sum() < sizes[rank - 1 :].square().sum()
 
 
-def test_all_of_the_energy_keeps_the_matrices():
+def test_full_energy_keeps_the_dense_function():
     dense = tiny_clip("gelu")
     sparse = upcycle(dense, CONFIG)
     initialize_by_clusters(sparse, batches(sparse), energy=1)
@@ -117,7 +117,7 @@ def test_clusters_are_those_of_the_dense_function_whatever_the_routing(options):
         (lambda: upcycle(tiny_hugging_face("CLIPModel")), {}, TypeError, "model is one of transformers"),
     ],
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(make, arguments, error, message):
+def test_invalid_arguments_are_refused_and_change_nothing(make, arguments, error, message):
     model = upcycle(tiny_clip("gelu"), CONFIG) if make is None else make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=message):

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clipup
 from clipup.clip.flops import count
-from clipup.train import Every, loop, reports, train
+from clipup.train import Every, loop, train
 from clipup.train.cards import pairs_per_second_at_peak
 from clipup.train.log.records import Recorder
 
@@ -158,12 +158,3 @@ def test_a_full_disk_under_the_log_prints_no_traceback(tmp_path, capsys):
     with pytest.raises(OSError, match="No space left"):
         recorder.close()
     assert capsys.readouterr().err == ""
-
-
-def test_a_rate_below_ten_is_shown_with_a_decimal(make_model, pairs, options, monkeypatch):
-    console, metrics = io.StringIO(), reports.Reports.metrics
-    monkeypatch.setattr(sys, "stderr", console)
-    slow = lambda self, record: metrics(self, {**record, "images_per_second": 0.42})  # noqa: E731
-    monkeypatch.setattr(reports.Reports, "metrics", slow)
-    train(options(steps=6), model=make_model(), loader=pairs())
-    assert ", 0.4 images/s" in console.getvalue()
