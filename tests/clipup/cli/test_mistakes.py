@@ -12,12 +12,11 @@ import open_clip
 import pytest
 from PIL import Image
 from platforms import linux_only
-from tiny_clip import tiny_clip, tiny_config
+from tiny_clip import tiny_config
 
 import clipup
 from clipup import MoEConfig, save_pretrained, upcycle
 from clipup.cli import main
-from clipup.train import TrainOptions, train
 
 ROOT = Path(__file__).parents[3]
 
@@ -178,12 +177,6 @@ def test_user_error_is_one_line_that_names_what_to_change(refused, place, line, 
 )
 def test_flag_without_effect_is_refused(refused, line, flags):
     assert re.match(f"{flags} ha(s|ve) no effect ", refused(line))
-
-
-def test_moe_options_of_a_dense_run_are_refused_in_python(tmp_path):
-    options = TrainOptions(moe_cfg=MoEConfig(num_experts=4), steps=1, logs=None, device="cpu")
-    with pytest.raises(ValueError, match="moe_cfg has no effect without moe=True"):
-        train(options, model=tiny_clip(), loader=[])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -10,14 +10,12 @@ import torchvision
 import transformers
 from timm.models.vision_transformer import Block
 from timm.models.vitamin import GeGluMlp
-from tiny_clip import CONFIGS, tiny_clip
 from tiny_families import HAS_MODERN_TEXT, draw_biases_and_norms
 from torch import nn
 from transformers.models.modernbert import modeling_modernbert
 from transformers.models.mt5 import modeling_mt5
 
 from clipup import MoEConfig, SparseMoE
-from clipup.clip.towers import tower_blocks
 from clipup.dense.mlp_families import find_mlp, read_mlp
 from clipup_kernels.reference import activate
 
@@ -130,15 +128,6 @@ def test_mlp_read_computes_what_the_module_does(mlp):
     x = torch.randn(9, D)
     layer = SparseMoE.from_dense(mlp, MoEConfig(num_experts=3))
     torch.testing.assert_close(layer(x), mlp(x))
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_every_block_of_the_supported_towers_is_read(kind, tower):
-    blocks = tower_blocks(tiny_clip(kind), tower)
-    expected = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}.get(kind, "gelu")
-    assert {find_mlp(block).dense.activation for block in blocks.values()} == {expected}
-    assert all(find_mlp(block).dense.in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
 
 
 def test_an_mlp_in_two_modules_is_read_from_both():

@@ -332,16 +332,12 @@ def test_weights_of_another_order_are_computed(path):
 # ---------------------------------------------------------------- all or nothing
 
 
-def share_in_second_block(model, path):
-    first, second = model.visual.transformer.resblocks[:2]
-    second.set_submodule(path, first.get_submodule(path))
-
-
 @with_weights
 @pytest.mark.parametrize("path", ["mlp", "mlp.c_fc", "attn"])
 def test_a_module_that_blocks_share_is_prepared_in_place_for_all(path, weights):
     model = tiny_clip()
-    share_in_second_block(model, path)
+    first, second = model.visual.transformer.resblocks[:2]
+    second.set_submodule(path, first.get_submodule(path))
     theirs = features(model.eval())
     fast = clipup.accelerate(model, inplace=True, weights=weights)
     first, second = fast.visual.transformer.resblocks[:2]

@@ -294,6 +294,10 @@ def test_a_layer_takes_a_config_and_fields_in_place_of_its_own():
         (torch.zeros(3, D + 1), None, ValueError, "x must be"),
         (torch.zeros(()), None, ValueError, "x must be"),
         (torch.zeros(3, D, dtype=torch.bfloat16), None, TypeError, "x is torch.bfloat16"),
+        *(
+            (torch.nested.nested_tensor([torch.zeros(3, D)], layout=layout), None, TypeError, "x is a nested tensor")
+            for layout in (torch.strided, torch.jagged)
+        ),
         (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be"),
         (torch.zeros(2, 3, D), torch.ones(6, dtype=torch.bool), ValueError, "mask must have"),
     ],
@@ -349,10 +353,3 @@ def test_every_form_of_the_layer_returns_its_routing():
         found, same = other(x, return_routing=True)
         torch.testing.assert_close(found, y)
         assert torch.equal(same.experts, routing.experts) and torch.equal(same.kept, routing.kept)
-
-
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_tensor_is_refused(layout):
-    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
-    with pytest.raises(TypeError, match="x is a nested tensor"):
-        SparseMoE(8, 16, num_experts=4)(x)

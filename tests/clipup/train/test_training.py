@@ -145,6 +145,7 @@ def test_callbacks_see_the_model_at_their_steps_and_at_the_end_and_do_not_change
     "changes, message",
     [
         ({}, "train_data is missing"),
+        ({"moe_cfg": BIASED, "train_data": "nowhere.csv"}, "moe_cfg has no effect without moe=True"),
         ({"train_data": "nowhere.csv"}, "nowhere.csv"),
         ({"siglip": True, "train_data": "nowhere.csv"}, "logit_bias"),
         ({"device": "mps", "train_data": "nowhere.csv"}, "device"),
