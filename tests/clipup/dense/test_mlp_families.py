@@ -40,10 +40,6 @@ def mt5_mlp(feed_forward):
     return modeling_mt5.MT5LayerFF(config).DenseReluDense
 
 
-def modern_bert_mlp():
-    return modeling_modernbert.ModernBertMLP(transformers.ModernBertConfig(hidden_size=D, intermediate_size=H))
-
-
 def hugging_face_mlp(model, name, config, **options):
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     options = {"hidden_size": D, "intermediate_size": H, **options}
@@ -111,7 +107,7 @@ def test_activation_is_read_as_what_it_computes(module, name):
         mt5_mlp("relu"),
         mt5_mlp("gated-gelu"),
         mt5_mlp("gated-silu"),
-        modern_bert_mlp(),
+        modeling_modernbert.ModernBertMLP(transformers.ModernBertConfig(hidden_size=D, intermediate_size=H)),
         *([open_clip.transformer.SwiGLU(D, H)] if HAS_MODERN_TEXT else []),
         *([open_clip.transformer.SwiGLU(D, H, bias=False)] if HAS_MODERN_TEXT else []),
         nn.Sequential(OrderedDict(c_fc=nn.Linear(D, H), act=nn.GELU(), c_proj=nn.Linear(H, D))),
@@ -157,12 +153,6 @@ class WithoutMlp(nn.Module):
     """A block of some other kind."""
 
 
-def mlp_of_other_linears():
-    mlp = open_clip_mlp()
-    mlp.c_proj = nn.LazyLinear(D)
-    return mlp
-
-
 def hooked_mlp():
     mlp = open_clip_mlp()
     mlp.c_fc.register_forward_hook(lambda *_: None)
@@ -191,7 +181,10 @@ def hooked_mlp():
             timm.layers.Mlp(D, H, drop=0.1),
             r"drop2=Dropout\(p=0.1, .*after its projections: experts have no dropout",
         ),
-        (mlp_of_other_linears(), "Linear, GELU, LazyLinear"),
+        (
+            nn.Sequential(OrderedDict(c_fc=nn.Linear(D, H), gelu=nn.GELU(), c_proj=nn.LazyLinear(D))),
+            "Linear, GELU, LazyLinear",
+        ),
         (hooked_mlp(), "with hooks or a forward of its own on c_fc"),
         (timm.layers.Mlp(D, H, D + 1), "out_weight .* experts end as wide as they start"),
         (timm.layers.GluMlp(D, 2 * H), r"activation 'torch\.nn\.modules\.activation\.Sigmoid'"),

@@ -34,11 +34,6 @@ def tokens(count=50, dtype=torch.float32):
     return torch.randn(count, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
@@ -51,7 +46,7 @@ def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
 
 
 def test_a_prepared_mlp_gives_the_mlps_output_to_rounding():
-    plain = mlp()
+    plain = nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
     prepared = clipup.accelerate(plain)
     assert type(prepared) is PreparedMLP and (prepared(tokens()) - plain(tokens())).abs().max() < 1e-5
     with pytest.raises(TypeError, match="prepared in torch.float32"):
@@ -85,12 +80,8 @@ class Steep(Router):
         return 10 * super().logits(x, mask)
 
 
-def double_gates(router, inputs, routing):
-    return routing._replace(gates=2 * routing.gates)
-
-
 CHANGES = {
-    "hooked": ({}, lambda made: made.router.register_forward_hook(double_gates)),
+    "hooked": ({}, lambda made: made.router.register_forward_hook(lambda *of: of[2]._replace(gates=2 * of[2].gates))),
     "another router": ({}, lambda made: setattr(made.router, "__class__", Steep)),
     "sigmoid": ({"score_function": "sigmoid"}, lambda made: None),
     "after_drop": ({"normalize_gates": "after_drop"}, lambda made: None),

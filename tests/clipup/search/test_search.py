@@ -13,7 +13,8 @@ import pytest
 import torch
 from benchmark_layouts import picture
 from PIL import Image
-from tiny_clip import save_with_words, tiny_clip, tiny_config
+from sparse_clip import sparse_clip, sparse_config
+from tiny_clip import save_with_words
 from torchvision.transforms import Compose, Resize
 
 import clipup
@@ -42,11 +43,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    vocabulary = {"vocab_size": 49408}  # open_clip's tokenizer
-    sparse = clipup.upcycle(tiny_clip(text_cfg=vocabulary).eval(), clipup.MoEConfig.clip_up(num_experts=4))
-    config = tiny_config()
-    config["text_cfg"] |= vocabulary
-    clipup.save_pretrained(sparse, tmp_path / "model", config)
+    clipup.save_pretrained(sparse_clip(), tmp_path / "model", sparse_config())
     return str(tmp_path / "model")
 
 

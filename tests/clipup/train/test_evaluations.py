@@ -11,7 +11,6 @@ from PIL import Image
 from same_runs import assert_same_run, without_times
 
 import clipup
-from clipup.data import loaders
 from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
@@ -93,21 +92,6 @@ def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_
     top1 = result.evaluations[-1]["imagenet_v2"]["top1"]
     assert "val: 10 images, 4 classes | zero-shot top-1" in card
     assert f"v2: 7 images, 4 classes | zero-shot top-1 | {100 * top1:.2f} |" in card
-
-
-def test_validation_data_are_read_by_the_runs_workers(run, csv_data, monkeypatch):
-    asked, plain = [], loaders.DataLoader
-
-    def loader(*arguments, **options):
-        asked.append((options["num_workers"], options["batch_size"]))
-        return plain(*arguments, **options)
-
-    monkeypatch.setattr(loaders, "DataLoader", loader)
-    result = run(val_data=csv_data, steps=3, workers=1)
-
-    assert asked == [(1, 4)]
-    alone = run(name="alone", val_data=csv_data, steps=3)
-    assert without_times(result.evaluations) == without_times(alone.evaluations)
 
 
 def test_training_data_are_augmented_and_validation_data_are_not(make_model, options, csv_data):
