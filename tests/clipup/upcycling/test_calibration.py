@@ -82,7 +82,7 @@ def test_only_experts_change_and_they_stay_different():
         (lambda dense, sparse: {"dense": tiny_clip("custom_text")}, ValueError, "dense"),
         (lambda dense, sparse: {"model": sparse.requires_grad_(False)}, ValueError, "model"),
         (
-            lambda dense, sparse: {"model": upcycle(tiny_hugging_face("CLIPModel"), CONFIG)},
+            lambda dense, sparse: {"model": upcycle(other := tiny_hugging_face("CLIPModel"), CONFIG), "dense": other},
             TypeError,
             "model is one of transformers",
         ),

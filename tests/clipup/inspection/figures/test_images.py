@@ -11,7 +11,6 @@ from clipup.inspection import data_uri, routing_map
 from clipup.inspection.figures.palette import EXPERTS
 
 SVG = "{http://www.w3.org/2000/svg}"
-RED = Image.new("RGB", (32, 32), "red")
 
 
 def noise(side, mode="RGB"):
