@@ -70,6 +70,7 @@ def test_a_callback_may_return_numbers_of_torch_and_numpy(run):
 def test_the_times_of_the_records_add_up_to_those_of_the_run_also_with_checkpoints_between(run):
     history = run(steps=9, log_every_n_steps=4, save_every_n_steps=3).history
     steps = np.diff([0, *(record["step"] for record in history)])
+    assert steps.tolist() == [4, 4, 1]
     assert sum(steps * [record["batch_time"] for record in history]) == pytest.approx(history[-1]["seconds"])
 
 
