@@ -11,34 +11,7 @@ from torch import nn
 import clipup
 from clipup import MoEConfig, SparseMoE, aux_loss, calibrate, moe_layers, moe_metrics, step0_difference, upcycle
 
-D = 12
 RATES = ((math.nan, ValueError), (0, ValueError), ("x", TypeError))
-NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")
-
-
-def make_layer(**options):
-    return SparseMoE(**{"d_model": D, "d_hidden": 16, "num_experts": 4, **options})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("bias", None, TypeError),
-        ("gated", 1, TypeError),
-        ("shared_expert", "yes", TypeError),
-        ("dtype", torch.int64, TypeError),
-        ("norm_eps", 0, ValueError),
-        ("dropout", 1.0, ValueError),
-        ("dropout", True, TypeError),
-        ("entropy_threshold", -5, ValueError),
-        ("d_model", None, ValueError),
-        ("capacity_factor", math.inf, ValueError),
-        *[(name, value, error) for name in NUMBERS for value, error in (("x", TypeError), (math.nan, ValueError))],
-    ],
-)
-def test_invalid_layer_option_is_named_in_the_error(name, value, error):
-    with pytest.raises(error, match=f"{name} must be"):
-        make_layer(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +19,7 @@ def test_invalid_layer_option_is_named_in_the_error(name, value, error):
     [
         (lambda dense: step0_difference(dense, dense, images=[1]), TypeError, "images must be a tensor"),
         (lambda dense: upcycle(dense, {"num_experts": 4}), TypeError, "config must be a clipup.MoEConfig"),
-        (lambda dense: setattr(make_layer(), "config", {}), TypeError, "config must be a clipup.MoEConfig"),
+        (lambda dense: setattr(SparseMoE(8, 16), "config", {}), TypeError, "config must be a clipup.MoEConfig"),
         *((lambda dense, lr=lr: calibrate(dense, dense, [], lr=lr), error, "lr must be") for lr, error in RATES),
     ],
 )

@@ -95,13 +95,3 @@ def test_only_one_of_many_concurrent_threads_holds_the_lock(tmp_path):
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(acquire, range(120)))
     assert set(counts) == {0, 1}
-
-
-def test_directories_created_for_the_lock_are_removed_if_empty(tmp_path):
-    with lock(tmp_path / "a" / "b"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-    with lock(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "kept").touch()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import clipup.progress
-from clipup.progress import Progress, progress
+from clipup.progress import Progress
 
 
 @pytest.fixture
@@ -32,24 +32,6 @@ def test_lines_are_printed_after_growing_pauses_and_then_every_30_seconds(clock,
             task.update()
             found += [second] if capsys.readouterr().err else []
     assert found == times
-
-
-def test_last_line_shows_the_final_count_and_a_short_task_prints_nothing(clock, capsys):
-    for _ in progress(iter(range(40)), "sorting", "letters"):
-        clock.now += 0.25
-    assert capsys.readouterr().err.splitlines() == [
-        "sorting: 20 letters, 4 letters/s",
-        "sorting: 40 letters, 4 letters/s",
-    ]
-    assert list(progress("letters", "sorting", "letters")) == list("letters")
-    assert capsys.readouterr().err == ""
-
-
-def test_resumed_task_says_its_speed_and_the_remaining_time(clock, capsys):
-    with Progress("sorting", "letters", total=100, done=90, line_at_once=True) as task:
-        clock.now += 10
-        task.update(5, detail="at q")
-    assert capsys.readouterr().err == "sorting: 95 of 100 letters, at q, 00:10 left\n"
 
 
 def test_terminal_shows_a_bar_and_other_lines_above_it(monkeypatch):

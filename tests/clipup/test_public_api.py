@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import clipup
-import clipup_kernels
 from clipup.moe.config import MoEOptions
 
 SOURCE = Path(clipup.__file__)
@@ -56,17 +55,6 @@ def test_type_checkers_see_every_lazy_name_in_its_module():
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert set(imports) <= set(clipup.__all__) <= eager | set(imports)
-
-
-def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'clipup' has no attribute 'nothing'"):
-        clipup.nothing  # noqa: B018
-
-
-@pytest.mark.parametrize("package", [clipup, clipup_kernels])
-def test_packages_have_a_version_and_type_information(package):
-    assert package.__version__ == clipup_kernels._version.__version__
-    assert Path(package.__file__).with_name("py.typed").is_file()
 
 
 CALLS = """

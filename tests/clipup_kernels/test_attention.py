@@ -71,7 +71,7 @@ def test_int8_attention_stays_close(size, dtype):
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_what_all_tokens_share_costs_int8_attention_no_accuracy(part):
+def test_a_common_part_of_keys_or_values_costs_int8_attention_no_accuracy(part):
     """Keys and values of trained models have a large common part; it is subtracted before they are quantized."""
     qkv, heads, _ = qkv_and_mask("image")
     common = torch.zeros(3, qkv.shape[2] // 3)
@@ -118,7 +118,7 @@ def test_a_wrong_argument_is_named(changes, error, name):
         ck.self_attention(**{"qkv": torch.zeros(2, 5, 12), "heads": 2} | changes)
 
 
-def test_it_is_an_op_of_torch_without_a_derivative():
+def test_self_attention_is_an_op_of_torch_without_a_derivative():
     qkv, heads, mask = qkv_and_mask("text", mask="causal")
     compiled = torch.compile(ck.self_attention, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(qkv, heads, mask), ck.self_attention(qkv, heads, mask))

@@ -52,12 +52,6 @@ def test_slots_are_given_by_the_rule(tokens, experts, k, factor, prioritised, ma
         assert plan.row_of_choice.flatten().tolist() == row_of_choice
 
 
-def test_nan_priority_goes_last_and_decides_who_is_dropped():
-    experts = torch.zeros(4, 1, dtype=torch.int32)
-    plan = ck.dispatch(experts, 1, capacity_factor=0.5, priority=torch.tensor([torch.nan, 0.1, -5.0, 0.1]))
-    assert plan.choice_of_row.tolist() == [1, 3, -1, -1]
-
-
 @pytest.mark.parametrize("factor", [None, 0.8])
 def test_minus_one_stands_for_a_masked_token(factor):
     arguments = plan_case(30, 4, 2, factor, masked=0.4).arguments

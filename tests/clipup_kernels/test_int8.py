@@ -28,9 +28,9 @@ def oracle(x, in_weight, in_bias, out_weight, out_bias, activation, gate_weight=
     def linear(rows, weight, bias):
         return fake_quantized(rows) @ fake_quantized(weight).T + bias.double()
 
-    act = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}[activation]
     hidden = linear(x, in_weight, in_bias)
-    hidden = act(hidden) if gate_weight is None else act(linear(x, gate_weight, gate_bias)) * hidden
+    gate = hidden if gate_weight is None else linear(x, gate_weight, gate_bias)
+    hidden = ck.reference.activate(gate, activation) * (1 if gate_weight is None else hidden)
     return linear(hidden.float(), out_weight, out_bias)
 
 
@@ -117,16 +117,6 @@ def test_tiers_agree_and_read_each_others_weights():
                 linear(x, foreign, bias)
 
 
-@pytest.mark.parametrize("activation", ck.ACTIVATIONS)
-def test_activations_are_within_1e_4(activation):
-    """One input and one hidden unit: both are the largest of their row, so that quantization changes nothing."""
-    z = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, 1e4, -90.0, 88.0])])[:, None]
-    one = torch.ones(1, 1)
-    y = ck.dense_mlp(z, ck.pack_weight(one, "int8"), None, ck.pack_weight(one, "int8"), None, activation)
-    exact = ck.dense_mlp(z.double(), one.double(), None, one.double(), None, activation)
-    assert ((y.double() - exact).abs() <= 1.5e-4 * exact.abs().clamp(min=1)).all()
-
-
 def test_an_input_scale_balances_inputs_and_weights():
     x, weight, scale = randn(20, 64, seed=1), randn(1, 48, 64), torch.ones(64)
     x[:, :2] *= 100
@@ -139,7 +129,7 @@ def test_an_input_scale_balances_inputs_and_weights():
     assert (back - weight).abs().max() <= weight.abs().max() / 127
 
 
-@pytest.mark.parametrize("case", pairwise(dtype=DTYPES, activation=("gelu", "silu"), gated=(False, True)))
+@pytest.mark.parametrize("case", pairwise(dtype=DTYPES, activation=ck.ACTIVATIONS, gated=(False, True)))
 def test_an_mlp_follows_the_oracle(case):
     experts = experts_case("odd", "dropless", **case).arguments
     one = {name: value[0] if torch.is_tensor(value) else value for name, value in experts.items()}
@@ -156,7 +146,7 @@ def test_experts_are_close_to_those_with_plain_weights(shape, gated):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_gives_nan_in_its_row_and_channel_alone(value):
+def test_nan_and_infinity_stay_in_their_row_and_channel(value):
     x, weight, bias = randn(20, 40, seed=1), randn(1, 33, 40), randn(1, 33)
     clean = linear(x, weight, bias)
     x[7, 39] = value

@@ -253,7 +253,7 @@ def test_saved_for_backward_are_arguments_and_z_alone(gated):
     assert extra_elements("full") == 0
 
 
-def test_one_mlp_refuses_to_be_differentiated():
+def test_dense_mlp_refuses_to_be_differentiated():
     case = dense_case()
     case.arguments["in_weight"].requires_grad_()
     with pytest.raises(NotImplementedError, match="dense_mlp"):

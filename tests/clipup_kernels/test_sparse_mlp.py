@@ -51,7 +51,7 @@ class Layer:
     ids=lambda options: "-".join(options),
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_every_option_means_what_it_means_in_the_single_ops(gated, options):
+def test_every_option_of_the_fused_layer_gives_the_bits_of_the_single_ops(gated, options):
     layer = Layer(gated=gated, bias=not gated)
     wanted = layer.single_ops(**options)
     if "mask" in options:
@@ -60,7 +60,7 @@ def test_every_option_means_what_it_means_in_the_single_ops(gated, options):
 
 
 @pytest.mark.parametrize("case", pairwise(dtype=DTYPES, quantize=(None, "int8"), shape=SHAPES))
-def test_it_gives_the_bits_of_the_single_ops(case):
+def test_the_fused_layer_gives_the_bits_of_the_single_ops(case):
     layer = Layer(**case)
     if not is_one_op(layer.experts.in_weight):
         pytest.skip("this CPU multiplies experts of this type in AMX tiles, by single ops")
@@ -92,7 +92,7 @@ def test_wrong_arguments_are_refused(name, change):
         packed_sparse_mlp(**arguments | {name: change(arguments.get(name))})
 
 
-def test_it_has_no_derivative_and_its_flops_are_those_of_the_single_ops():
+def test_the_fused_layer_has_no_derivative_and_the_flops_of_the_single_ops():
     layer, counts = Layer(), []
     for run in (layer.one_op, layer.single_ops):
         with FlopCounterMode(display=False) as counter:

@@ -204,9 +204,10 @@ def gating_case(tokens, experts, k, renormalize=True, masked=None, biased=0.0, s
 
 
 def plan_case(tokens, experts, k, factor=None, prioritised=False, masked=None, seed=0) -> Case:
-    """Coarse priorities, so that ties are common."""
+    """Coarse priorities, so that ties are common; NaN goes last, and zeros of both signs tie."""
     chosen = torch.rand(tokens, experts, generator=seeded(seed)).argsort(1)[:, : min(k, experts)].int()
-    priority = (torch.rand(tokens, generator=seeded(seed)) * 5).round() if prioritised else None
+    coarse = torch.tensor([0.0, -0.0, 2.0, 3.0, 4.0, torch.nan])
+    priority = coarse[(torch.rand(tokens, generator=seeded(seed)) * 5).round().long()] if prioritised else None
     arguments = dict(expert_indices=chosen, num_experts=experts, capacity_factor=factor, priority=priority)
     return Case("dispatch", arguments | {"mask": masked_out(tokens, masked)})
 

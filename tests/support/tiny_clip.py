@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import open_clip
 import torch
 from torch import Tensor, nn
+
+from clipup import save_pretrained
 
 _VISION = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
 _TEXT = {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 4}
@@ -53,6 +56,17 @@ def tiny_clip(kind: str = "gelu", seed: int = 0, text_cfg: dict | None = None) -
     config = tiny_config(kind)
     config["text_cfg"].update(text_cfg or {})
     return build(config, seed)
+
+
+def save_with_words(directory: Path) -> tuple[nn.Module, dict]:
+    """A model with a vocabulary of three words, and its config; saved with the words red, green and blue."""
+    config, words = tiny_config(), {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+    config["text_cfg"] |= words
+    model = tiny_clip(text_cfg=words)
+    directory.mkdir()
+    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    save_pretrained(model, directory, config, tokenizer_directory=f"local-dir:{directory}")
+    return model, config
 
 
 def coca_cfg(context_length: int = 10) -> dict:

@@ -24,14 +24,20 @@ def dense(tmp_path):
     return directory
 
 
-def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path, capsys):
-    out = tmp_path / "sparse"
-    assert main(["upcycle", str(dense), str(out), "--num-experts", "3", "--blocks", "0", "2"]) == 0
-    report = capsys.readouterr().out
-    assert "largest difference of normalized features at step 0: " in report
-    assert float(report.split("at step 0: ")[1].split()[0]) <= 1e-6
-    sparse, *_ = clipup.create_model_and_transforms(str(out))
-    assert sparse.moe_config == MoEConfig.clip_up(num_experts=3, blocks=(0, 2), towers=("image", "text"))
+def test_upcycle_takes_every_option_as_a_flag_and_reports_the_step_zero_check(dense, tmp_path, capsys):
+    def difference(name, *flags):
+        assert main(["upcycle", str(dense), str(tmp_path / name), *flags]) == 0
+        return float(capsys.readouterr().out.split("normalized features at step 0: ")[1].split()[0])
+
+    flags = ["--blocks", "every", "--last-blocks", "3", "--num-experts", "16", "--top-k", "8", "--granularity", "4"]
+    flags += ["--shared-expert", "--score-function", "sigmoid"]
+    flags += ["--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
+    assert difference("out", *flags) <= 1e-6 and difference("reinitialized", "--reinit-ratio", "0.5") > 1e-3
+    sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
+    assert sparse.moe_config == MoEConfig.clip_up(
+        blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True,
+        score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, towers=("image", "text"),
+    )  # fmt: skip
     original, *_ = clipup.create_model_and_transforms(str(dense))
     assert step0_difference(original, sparse) <= 1e-6
 
@@ -126,22 +132,6 @@ def test_flops_prints_the_counts_of_a_dense_model_and_of_what_it_becomes(capsys)
     assert flops(capsys, "ViT-B-16")["params"] == pytest.approx(150e6, rel=0.01)
 
 
-def test_upcycle_accepts_every_option_as_a_flag(dense, tmp_path, capsys):
-    def difference(name, *flags):
-        assert main(["upcycle", str(dense), str(tmp_path / name), *flags]) == 0
-        return float(capsys.readouterr().out.split("at step 0: ")[1].split()[0])
-
-    flags = ["--blocks", "every", "--last-blocks", "3", "--num-experts", "16", "--top-k", "8", "--granularity", "4"]
-    flags += ["--shared-expert", "--score-function", "sigmoid"]
-    flags += ["--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
-    assert difference("out", *flags) <= 1e-6 and difference("reinitialized", "--reinit-ratio", "0.5") > 1e-3
-    sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
-    assert sparse.moe_config == MoEConfig.clip_up(
-        blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True,
-        score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, towers=("image", "text"),
-    )  # fmt: skip
-
-
 def test_flops_of_a_sparse_directory(tmp_path, capsys):
     sparse = upcycle(tiny_clip(), MoEConfig(num_experts=2))
     save_pretrained(sparse, tmp_path, tiny_config())
@@ -152,7 +142,7 @@ def test_flops_of_a_sparse_directory(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["upcycle clipup-tiny-32 out", "eval clipup-tiny-32 --val-data x.csv --device cpu"])
-def test_the_weights_may_be_a_directory(command, tmp_path, monkeypatch, capsys):
+def test_pretrained_may_be_a_directory(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("cat.png")
     Path("x.csv").write_text("filepath\ttitle\ncat.png\tred apple\n")

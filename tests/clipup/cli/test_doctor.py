@@ -11,17 +11,11 @@ from clipup.cli import main
 from clipup.upcycling.diagnose import diagnose
 from clipup_kernels.backends import cpp, extension, registry
 
-RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
-
-
-def saved(model, cfg, directory):
-    save_pretrained(model, directory, cfg)
-    return str(directory)
-
 
 @pytest.fixture
 def dense(tmp_path):
-    return saved(tiny_clip(), tiny_config(), tmp_path / "dense")
+    save_pretrained(tiny_clip(), tmp_path / "dense", tiny_config())
+    return str(tmp_path / "dense")
 
 
 def findings(capsys, *arguments):
@@ -50,19 +44,23 @@ def test_moe_options_are_those_of_upcycle(dense, capsys):
 
 
 def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
-    cfg = {**tiny_config(), "vision_cfg": RESNET, "custom_text": False}
-    directory = saved(build(cfg), cfg, tmp_path / "resnet")
-    found = findings(capsys, directory)
+    cfg = {
+        **tiny_config(),
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8},
+        "custom_text": False,
+    }
+    save_pretrained(build(cfg), tmp_path, cfg)
+    found = findings(capsys, str(tmp_path))
     assert not found["upcycles"] and found["suggestion"] == "--towers text"
     assert found["towers"][0]["blocks"] == [] and found["towers"][1]["refused"] is None
-    fixed = findings(capsys, directory, "--towers", "text")
+    fixed = findings(capsys, str(tmp_path), "--towers", "text")
     assert fixed["upcycles"] and fixed["towers"][0]["refused"] is None
     assert fixed["sparse_params"] == found["sparse_params"]
 
 
 def test_sparse_model_is_reported_as_already_sparse(tmp_path, capsys):
-    directory = saved(upcycle(tiny_clip(), MoEConfig(num_experts=2)), tiny_config(), tmp_path)
-    found = findings(capsys, directory)
+    save_pretrained(upcycle(tiny_clip(), MoEConfig(num_experts=2)), tmp_path, tiny_config())
+    found = findings(capsys, str(tmp_path))
     assert [block["status"] for block in found["towers"][0]["blocks"]] == ["dense", "already sparse"] * 2
     assert not found["upcycles"] and found["sparse_params"] == found["active_params"] == found["params"]
 

@@ -14,31 +14,15 @@ from clipup.clip.inputs import random_inputs
 TABLE = {"ViT-B-32": (8.82, 5.96, 19.6), "ViT-B-16": (35.13, 5.96, 54.2), "ViT-L-14": (162.03, 13.30, 231.5)}
 
 
-def counts_of(name):
-    with torch.device("meta"):
-        dense, *_ = create_model_and_transforms(name, device="meta")
-    return count(dense), count(upcycle(dense, MoEConfig.clip_up()))
-
-
-@pytest.fixture(scope="module")
-def published():
-    return {name: counts_of(name) for name in TABLE}
-
-
 @pytest.mark.parametrize("name", TABLE)
-def test_flops_of_models_match_published_numbers(published, name):
-    dense, sparse = published[name]
+def test_flops_of_models_match_published_numbers(name):
+    with torch.device("meta"):
+        model, *_ = create_model_and_transforms(name, device="meta")
+    dense, sparse = count(model), count(upcycle(model, MoEConfig.clip_up()))
     image, text, sparse_both = TABLE[name]
     assert dense.image_gflops == pytest.approx(image, rel=0.01)
     assert dense.text_gflops == pytest.approx(text, rel=0.01)
     assert sparse.image_gflops + sparse.text_gflops == pytest.approx(sparse_both, rel=0.01)
-
-
-def test_parameters_of_b16_match_published_numbers(published):
-    dense, sparse = published["ViT-B-16"]
-    assert dense.params == dense.active_params == pytest.approx(150e6, rel=0.01)
-    assert sparse.params == pytest.approx(436e6, rel=0.01)
-    assert sparse.active_params == pytest.approx(191e6, rel=0.01)
 
 
 @pytest.mark.parametrize(

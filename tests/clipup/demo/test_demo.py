@@ -1,13 +1,15 @@
 import json
 
 import pytest
-from html_page import assert_stands_alone
+from html_page import Page, assert_stands_alone
 from huggingface_hub import ModelCard
 
 import clipup
 from clipup.cli import main
+from clipup.demo import comparison_tables
 from clipup.demo.options import START
 from clipup.demo.pictograms.build import build
+from clipup.demo.verdict import verdict
 from clipup.models import tokenizers
 from clipup.models.model_directory import WEIGHTS_NAME
 
@@ -28,7 +30,7 @@ def demonstration(data, tmp_path_factory):
     return out, arguments
 
 
-def test_the_report_holds_what_is_promised(demonstration):
+def test_the_report_has_the_recalls_costs_and_differences_of_every_model(demonstration):
     out, _ = demonstration
     report = json.loads((out / "report.json").read_text())
     assert set(report["data"]) == {"name", "train_pairs", "test_images", "test_captions"}
@@ -43,7 +45,12 @@ def test_the_report_holds_what_is_promised(demonstration):
     assert report["upcycled_step0"]["max_feature_difference"] <= 1e-4
     assert arms[1]["text_to_image_R@10"] == pytest.approx(arms[0]["text_to_image_R@10"], abs=1e-3)
     assert arms[3]["params"] > arms[3]["active_params"] > arms[0]["params"] == arms[2]["params"]
-    assert_stands_alone((out / "report.html").read_text())
+    html = (out / "report.html").read_text()
+    assert_stands_alone(html)
+    page = Page(html)
+    shown = [make(report) for make in (comparison_tables.overview, comparison_tables.splits)]
+    assert {cell for table in shown for one in table.columns for cell in one.cells} - {""} <= set(page.words)
+    assert verdict(report).sentence.replace("\u00a0", " ") in page.text.replace("\u00a0", " ")
 
 
 def test_the_model_that_it_starts_from_is_small_and_dense_and_loads(caplog):

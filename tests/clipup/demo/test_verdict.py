@@ -18,20 +18,14 @@ DENSE_TO_IMAGE, DENSE_TO_TEXT = 0.231, 0.239
         (0.0, -0.06, "is behind THEM in one direction and level in the other ("),
     ],
 )
-def test_the_verdict_says_which_way_it_fell(make, lead_to_image, lead_to_text, standing):
-    found = verdict(make.report(DENSE_TO_IMAGE + lead_to_image, DENSE_TO_TEXT + lead_to_text))
+def test_the_verdict_says_which_way_it_fell(make_report, lead_to_image, lead_to_text, standing):
+    found = verdict(make_report(DENSE_TO_IMAGE + lead_to_image, DENSE_TO_TEXT + lead_to_text))
     assert f"CLIP-UP {standing.replace('THEM', 'continued dense training')}" in found.sentence
 
 
 @pytest.mark.parametrize(("test_images", "standing"), [(200, "is ahead of"), (192, "level within sampling error")])
-def test_a_lead_counts_from_two_standard_errors_on(make, test_images, standing):
-    report = make.report(0.5, DENSE_TO_TEXT)
+def test_a_lead_counts_from_two_standard_errors_on(make_report, test_images, standing):
+    report = make_report(0.5, DENSE_TO_TEXT)
     report["dense_continued"]["text_to_image_R@1"] = 0.4  # 2 sqrt((.24 + .25) / 196) = 0.1
     report["data"]["test_images"] = test_images
     assert standing in verdict(report).sentence
-
-
-def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of(make):
-    sentence = verdict(make.report(0.2191, 0.2461)).sentence.replace("\u00a0", " ")
-    assert "R@1 text → image 21.9 against 23.1 % (−1.2 points)" in sentence
-    assert "R@1 image → text 24.6 against 23.9 % (+0.7 points)" in sentence

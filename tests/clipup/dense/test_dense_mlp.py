@@ -9,12 +9,8 @@ from torch import nn
 import clipup
 from clipup.dense.dense_mlp import DenseMLP
 
-
-def parts(gated=False, hidden=6, width=4):
-    found = {"in_weight": (hidden, width), "out_weight": (width, hidden), "in_bias": (hidden,), "out_bias": (width,)}
-    if gated:
-        found |= {"gate_weight": (hidden, width), "gate_bias": (hidden,)}
-    return {name: torch.randn(shape) for name, shape in found.items()}
+PARTS = {"in_weight": (6, 4), "out_weight": (4, 6), "gate_weight": (6, 4)}
+PARTS |= {"in_bias": (6,), "out_bias": (4,), "gate_bias": (6,)}
 
 
 def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
@@ -43,10 +39,10 @@ def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
 )
 def test_parts_that_do_not_fit_are_refused_before_a_layer_is_made(changes, message):
     with pytest.raises(TypeError, match=message):
-        DenseMLP(**{"activation": "gelu", **parts(gated=True), **changes})
+        DenseMLP(**{"activation": "gelu", **{name: torch.randn(size) for name, size in PARTS.items()}, **changes})
 
 
-def test_what_is_no_known_mlp_is_told_the_way():
+def test_unknown_mlps_are_refused_with_what_to_pass():
     with pytest.raises(TypeError, match="cannot read .*Linear as an MLP; .*takes the tensors as a DenseMLP"):
         clipup.SparseMoE.from_dense(nn.Linear(4, 4))
     with pytest.raises(TypeError, match="cannot read nothing as an MLP"):

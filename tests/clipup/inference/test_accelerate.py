@@ -96,7 +96,7 @@ def test_a_model_in_channels_last_keeps_its_state_dict():
 
 @needs_kernels
 @pytest.mark.parametrize("part", ["attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_fc.weight", "mlp.c_proj"])
-def test_a_part_that_a_prepared_layer_does_not_read_cannot_be_set(part):
+def test_setting_a_part_of_a_prepared_layer_is_refused(part):
     layer, _, name = f"visual.transformer.resblocks.0.{part}".rpartition(".")
     plain, fast = map(operator.attrgetter(layer), (tiny_clip(), clipup.accelerate(tiny_clip())))
     with pytest.raises(AttributeError, match="cannot be set|can't set"):
@@ -289,7 +289,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp", "mlp.fc1"])
-def test_what_is_not_as_its_class_says_is_left_as_it_is(path, change):
+def test_modules_with_hooks_buffers_or_forwards_of_their_own_are_not_prepared(path, change):
     model = timm_model("Block/Mlp").eval()
     CHANGES[change](model.blocks[0].get_submodule(path))
     theirs, state = features(model), model.state_dict()
@@ -332,16 +332,12 @@ def test_weights_of_another_order_are_computed(path):
 # ---------------------------------------------------------------- all or nothing
 
 
-def share_in_second_block(model, path):
-    first, second = model.visual.transformer.resblocks[:2]
-    second.set_submodule(path, first.get_submodule(path))
-
-
 @with_weights
 @pytest.mark.parametrize("path", ["mlp", "mlp.c_fc", "attn"])
 def test_a_module_that_blocks_share_is_prepared_in_place_for_all(path, weights):
     model = tiny_clip()
-    share_in_second_block(model, path)
+    first, second = model.visual.transformer.resblocks[:2]
+    second.set_submodule(path, first.get_submodule(path))
     theirs = features(model.eval())
     fast = clipup.accelerate(model, inplace=True, weights=weights)
     first, second = fast.visual.transformer.resblocks[:2]

@@ -89,7 +89,7 @@ def test_attention_with_other_parts_is_left_as_it_is(other):
 @with_weights
 @in_both_types
 @pytest.mark.parametrize("length", [7, 520])
-def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length, weights):
+def test_a_fully_masked_query_gives_the_bias_of_the_output(dtype, length, weights):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(32, 2, batch_first=True).to(dtype).eval()
     nn.init.normal_(plain.out_proj.bias)
@@ -166,19 +166,6 @@ def test_an_outlier_costs_the_other_outputs_nothing(outlier, factor):
         without = clipup_kernels.grouped_linear(x, plain, None, offsets)[:, 1:]
         found = PreparedLinear(linear, "int8")(x)[:, 1:]
     assert (found - exact).norm() <= 1.1 * (without - exact).norm()
-
-
-def test_large_inputs_that_small_weights_make_up_for_cost_little():
-    torch.manual_seed(0)
-    linear, x = nn.Linear(512, 256, bias=False), torch.randn(32, 512)
-    with torch.no_grad():
-        x[:, :5] *= 30
-        linear.weight[:, :5] /= 30
-        exact = F.linear(x.double(), linear.weight.double())
-        plain = clipup_kernels.pack_weight(linear.weight[None], "int8")
-        without = clipup_kernels.grouped_linear(x, plain, None, torch.tensor([0, 32], dtype=torch.int32))
-        found = PreparedLinear(linear, "int8")(x)
-    assert (found - exact).norm() < 0.5 * (without - exact).norm()
 
 
 @in_both_types

@@ -34,11 +34,6 @@ def tokens(count=50, dtype=torch.float32):
     return torch.randn(count, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
@@ -51,7 +46,7 @@ def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
 
 
 def test_a_prepared_mlp_gives_the_mlps_output_to_rounding():
-    plain = mlp()
+    plain = nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
     prepared = clipup.accelerate(plain)
     assert type(prepared) is PreparedMLP and (prepared(tokens()) - plain(tokens())).abs().max() < 1e-5
     with pytest.raises(TypeError, match="prepared in torch.float32"):
@@ -69,7 +64,7 @@ def calls(monkeypatch):
 
 
 @needs_packing
-def test_a_forward_pass_is_one_op_whose_routing_can_be_looked_at(calls):
+def test_a_prepared_layer_runs_one_op_and_keeps_its_routing(calls):
     plain, x, mask = layer("shared expert, fine-grained"), tokens(), torch.arange(50) % 3 > 0
     prepared = clipup.accelerate(plain)
     with torch.no_grad():
@@ -85,12 +80,8 @@ class Steep(Router):
         return 10 * super().logits(x, mask)
 
 
-def double_gates(router, inputs, routing):
-    return routing._replace(gates=2 * routing.gates)
-
-
 CHANGES = {
-    "hooked": ({}, lambda made: made.router.register_forward_hook(double_gates)),
+    "hooked": ({}, lambda made: made.router.register_forward_hook(lambda *of: of[2]._replace(gates=2 * of[2].gates))),
     "another router": ({}, lambda made: setattr(made.router, "__class__", Steep)),
     "sigmoid": ({"score_function": "sigmoid"}, lambda made: None),
     "after_drop": ({"normalize_gates": "after_drop"}, lambda made: None),
@@ -100,7 +91,7 @@ CHANGES = {
 
 @needs_packing
 @pytest.mark.parametrize(("options", "change"), CHANGES.values(), ids=CHANGES)
-def test_what_the_one_op_lacks_is_computed_by_the_parts(options, change, calls):
+def test_layers_that_the_fused_op_does_not_cover_run_the_single_ops(options, change, calls):
     plain, x = layer(eval_capacity_factor=0.5, **options), tokens()
     prepared = clipup.accelerate(plain)
     change(plain), change(prepared)
@@ -120,7 +111,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_plain_layer_computes_with_the_weights_that_it_has_now(write):
+def test_a_layer_follows_writes_to_its_weights_and_its_prepared_copy_does_not(write):
     plain, x = layer(), tokens()
     prepared = clipup.accelerate(plain)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     assert "to the dense MLP" not in text and "0.png" in text and "more/3.JPG" in text and "trained" not in text
 
 
-def test_of_a_finished_run_the_page_has_the_steps(model, captions, tmp_path):
+def test_the_page_of_a_finished_run_shows_its_steps(model, captions, tmp_path):
     shutil.copytree(model, tmp_path / "run" / "model")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 30}\n')
     for path in (tmp_path / "run", tmp_path / "run" / "model"):
@@ -76,7 +76,7 @@ def test_photos_stand_upright(model, tmp_path, monkeypatch):
     assert [image.size for image in inspected.call_args.args[1]] == [(32, 64)]
 
 
-def test_the_dense_model_is_compared_with(model, images, tmp_path):
+def test_experts_are_compared_with_the_dense_model(model, images, tmp_path):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     text = Page(made(tmp_path / "r.html", model, "--images", images, "--dense", tmp_path / "dense")).text
     assert "to the dense MLP" in text and "to dense: 0." in text
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tm
     assert "epoch_1.pt, because a checkpoint cannot be used" in capsys.readouterr().err
 
 
-def test_shards_bring_their_captions(model, tmp_path):
+def test_shards_bring_their_captions_and_incomplete_samples_are_counted_and_named(model, tmp_path, capsys):
     files = tmp_path / "files"
     files.mkdir()
     for index, picture in enumerate(pictures(3)):
@@ -106,27 +106,14 @@ def test_shards_bring_their_captions(model, tmp_path):
     with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
         for path in sorted(files.iterdir()):
             shard.add(path, path.name)
+        shard.add(files / "0.png", "b <i>.png")
     text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
-    assert "run on 3 images and 3 captions" in text and "zebra" not in text
-    assert "2 · picture number 2" in text
-
-
-def test_incomplete_samples_of_shards_are_left_out_counted_and_named(model, tmp_path, capsys):
-    picture = tmp_path / "a.png"
-    pictures(1)[0].save(picture)
-    (tmp_path / "a.txt").write_text("a picture")
-    with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
-        for name in ("a.png", "a.txt"):
-            shard.add(tmp_path / name, name)
-        shard.add(picture, "b <i>.png")
-    text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
-    assert "1 images and 1 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
+    assert "run on 3 images and 3 captions" in text and "zebra" not in text and "2 · picture number 2" in text
+    assert "3 images and 3 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
     assert "1 image could not be read and was skipped" in text and "b <i> in " in text
 
 
-def test_no_more_are_looked_at_than_asked_for_and_what_cannot_be_read_is_skipped_counted_and_named(
-    model, images, captions, tmp_path, capsys
-):
+def test_max_images_is_kept_and_unreadable_images_are_counted_and_named(model, images, captions, tmp_path, capsys):
     (images / "0.png").write_bytes((images / "0.png").read_bytes()[:60])
     arguments = ["--images", images, "--captions", captions, "--max-images", 3, "--shown", 1]
     html = made(tmp_path / "r.html", model, *arguments)

@@ -13,7 +13,6 @@ from tiny_families import build, coca_cfg, timm_model
 
 from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.inspection import inspect_experts
-from clipup.inspection.expert_report import statements
 
 IMAGE_LAYER, TEXT_LAYER = "visual.transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -40,7 +39,7 @@ def cells(report):
     }
 
 
-def test_every_number_of_the_table_is_the_models(models, seen):
+def test_the_table_shows_the_numbers_of_the_model(models, seen):
     model, dense = models
     with torch.no_grad():
         model.encode_image(torch.stack([transform()(picture) for picture in pictures(9)]))
@@ -78,14 +77,6 @@ def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
     assert without.count("None are shown.") == 2 and "tower is dense" not in without
 
 
-def test_experts_that_are_still_copies_are_said_in_one_line():
-    model = upcycle(dense_clip(), MoEConfig(num_experts=3))
-    report = inspect_experts(model, pictures(1), preprocess=transform())
-    page = Page(report.page())
-    assert page.text.count("the 3 experts are equal, still copies of one dense MLP.") == 4
-    assert "mean of all pairs" not in page.text
-
-
 def test_maps_and_captions_show_the_first_choices(seen):
     numbers = re.findall(r"<text[^>]*>(\d+)</text>", seen.routing(2))
     expected = [layer.maps()[2].flatten() for layer in seen.of_tower("image").values()]
@@ -107,7 +98,7 @@ def test_cards_have_the_surest_patches_and_the_words(seen):
     assert "cat" in seen.cards(TEXT_LAYER, most=30) and "⟨start⟩" in seen.cards(TEXT_LAYER, most=30)
 
 
-def test_text_may_hold_anything(models):
+def test_markup_and_surrogates_in_names_and_captions_are_escaped(models):
     evil = inspect_experts(
         models[0], pictures(1), [EVIL, "\ud83d \x00"], preprocess=transform(), tokenizer=tokenizer(), name=EVIL
     )
@@ -116,15 +107,6 @@ def test_text_may_hold_anything(models):
     assert not [tag for tag, attributes in page.elements if tag == "script" or "onerror" in attributes]
     assert page.text.count("<script>alert('x')</script>") >= 3
     html.encode("utf-8")
-
-
-def test_the_sentences_say_whether_all_experts_are_used(seen):
-    busiest = max(layer.load.max() * EXPERTS for layer in seen.layers.values())
-    assert f"the busiest received {busiest:.2f} times the uniform share" in statements(seen)[2]
-    layer = seen.layers[IMAGE_LAYER]
-    one_for_all = dataclasses.replace(layer, expert_indices=np.zeros_like(layer.expert_indices))
-    collapsed = dataclasses.replace(seen, layers={IMAGE_LAYER: one_for_all})
-    assert statements(collapsed)[2].startswith("3 experts received no tokens; the busiest received 4.00 times")
 
 
 @pytest.mark.parametrize("towers", [("image", "text"), ("image",), ("text",)])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from sparse_clip import dense_clip, sparse_clip
 from tiny_clip import tiny_clip
-from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_families import TIMM, build, coca_cfg, timm_model
 
 from clipup import MoEConfig, SparseMoE, moe_layers, upcycle
 from clipup.inspection.expert_similarity import expert_similarity, mean_cosine, model_similarity
@@ -26,36 +26,17 @@ def test_cosines_are_those_of_the_matrices_as_vectors(gated):
     assert found.first_to_dense is None and found.second_to_dense is None
 
 
-def of_every_family(name, tmp_path):
-    if name in TIMM:
-        return timm_model(name), ("image",)
-    if name == "CoCa":
-        return build(coca_cfg()), ("image", "text", "decoder")
-    return build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)), ("image", "text")
-
-
-@pytest.mark.parametrize("name", [*list(TIMM)[::3], *list(HUGGING_FACE)[:2], "CoCa"])
-def test_upcycled_experts_are_equal_and_equal_the_dense_mlp(name, tmp_path):
-    dense, towers = of_every_family(name, tmp_path)
+@pytest.mark.parametrize("name", [*list(TIMM)[::3], "CoCa"])
+def test_upcycled_experts_are_equal_and_equal_the_dense_mlp(name):
+    dense, towers = (
+        (build(coca_cfg()), ("image", "text", "decoder")) if name == "CoCa" else (timm_model(name), ("image",))
+    )
     sparse = upcycle(dense, MoEConfig(num_experts=3, towers=towers))
     found = model_similarity(sparse, dense)
     assert found.keys() == moe_layers(sparse).keys()
     for similarity in found.values():
         for cosines in similarity[:4]:
             torch.testing.assert_close(cosines, torch.ones_like(cosines))
-
-
-def test_what_parts_the_experts_shows_in_all_cosines():
-    dense, sparse = dense_clip(), sparse_clip(noise=0.1)
-    for name, similarity in model_similarity(sparse, dense).items():
-        layer, mlp = moe_layers(sparse)[name], dense.get_submodule(name)
-        assert similarity.first_mean < 0.99 and similarity.second_mean < 0.99
-        for found, experts, linear in (
-            (similarity.first_to_dense, layer.in_weight, mlp.c_fc),
-            (similarity.second_to_dense, layer.out_weight, mlp.c_proj),
-        ):
-            expected = torch.tensor([cosine(expert, linear.weight) for expert in experts])
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_a_model_that_the_sparse_one_cannot_come_from_is_refused():

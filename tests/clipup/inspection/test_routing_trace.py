@@ -59,7 +59,7 @@ def test_a_model_that_gives_nan_is_refused(broken):
         route_images(model, images(2))
 
 
-def test_tokens_behind_the_end_of_a_text_take_no_part(model):
+def test_padding_of_texts_is_not_traced(model):
     texts = tokenizer()(list(CAPTIONS))
     for layer in route_texts(model, texts, batch_size=2).values():
         assert layer.tower == "text" and layer.grid is None
@@ -77,7 +77,7 @@ def test_numbers_of_a_layer_that_can_be_counted_by_hand():
     assert sure.token_entropy == 0 and sure.mean_entropy == pytest.approx(math.log(2))
 
 
-def test_the_model_stays_as_it_was(model):
+def test_tracing_leaves_the_model_unchanged(model):
     model.train()
     model.visual.transformer.eval()
     model.encode_image(images(3))
@@ -122,7 +122,7 @@ def test_patches_are_found_in_every_family_of_image_towers(name):
     assert all(layer.maps().shape == (2, *layer.grid) for layer in routed.values())
 
 
-def test_strongest_tokens_are_the_surest_one_an_image():
+def test_strongest_gives_the_most_probable_token_of_each_image():
     layer = routing(
         [[[0], [1], [1]], [[1], [0], [0]], [[1], [1], [1]]],
         [[[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]], [[0, 1], [0.6, 0.4], [0.8, 0.2]], [[0.1, 0.9], [0.2, 0.8], [0.5, 0.5]]],

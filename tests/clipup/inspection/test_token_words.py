@@ -97,7 +97,7 @@ def test_words_are_ranked_by_what_an_expert_takes_beyond_its_share():
     assert expert_words(layer, captions, 1)[0] == [WordShare("cat", 3, 3)]
 
 
-def test_padding_and_tokens_that_took_no_part_count_for_nobody():
+def test_padding_and_tokens_without_expert_count_for_no_expert():
     captions = [caption("cat", "red", ""), caption("cat", "red", "sun")]
     assert expert_words(routed([[0, -1, 1], [0, -1, 1]], 2), captions, 5) == [
         [WordShare("cat", 2, 2)],

@@ -49,7 +49,7 @@ def saved_checkpoint(path, model, config, moe_cfg=None, **more):
     return str(path)
 
 
-def test_sizes_of_a_checkpoint_are_asked_for_and_others_can_be_forced(tmp_path):
+def test_a_checkpoint_of_another_image_size_loads_with_force_image_size_alone(tmp_path):
     model, *_ = clipup.create_model_and_transforms(NAME, force_image_size=64)
     config = changed(clipup.get_model_config(NAME), vision_cfg__image_size=64)
     path = saved_checkpoint(tmp_path / "epoch_1.pt", model, config)
@@ -61,7 +61,7 @@ def test_sizes_of_a_checkpoint_are_asked_for_and_others_can_be_forced(tmp_path):
     assert clipup.create_model_and_transforms(NAME, path, force_image_size=48)[0].visual.image_size == (48, 48)
 
 
-def test_what_makes_no_other_function_makes_no_other_config():
+def test_configs_of_one_function_do_not_differ():
     config = clipup.get_model_config(NAME)
     explicit = changed(clipup.get_model_config(NAME), quick_gelu=False, text_cfg__pool_type="argmax")
     explicit = changed(explicit, vision_cfg__image_size=[32, 32], vision_cfg__patch_dropout=0.5, init_logit_bias=-10)

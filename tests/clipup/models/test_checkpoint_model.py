@@ -37,7 +37,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_its_images_are_transformed_as_in_training(checkpoint, sparse):
+def test_a_checkpoint_brings_the_image_transform_of_its_training(checkpoint, sparse):
     path, model = checkpoint(sparse)
 
     loaded, _, transform = clipup.create_model_and_transforms(NAME, str(path))
@@ -46,7 +46,7 @@ def test_its_images_are_transformed_as_in_training(checkpoint, sparse):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_another_activation_than_that_of_the_name_is_refused(checkpoint, sparse, tmp_path):
+def test_a_checkpoint_with_another_activation_than_the_named_model_is_refused(checkpoint, sparse, tmp_path):
     path, model = checkpoint(sparse, quick_gelu=True)
 
     with pytest.raises(
@@ -59,7 +59,7 @@ def test_another_activation_than_that_of_the_name_is_refused(checkpoint, sparse,
     assert step0_difference(model, clipup.create_model_and_transforms(str(tmp_path / "out"))[0]) == 0
 
 
-def test_what_is_made_of_a_checkpoint_with_a_logit_bias_can_be_loaded(checkpoint, tmp_path):
+def test_models_made_of_a_checkpoint_with_a_logit_bias_load(checkpoint, tmp_path):
     path, model = checkpoint(init_logit_bias=-7.5)
     bare = tmp_path / "open_clip.pt"
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, bare)

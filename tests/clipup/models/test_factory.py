@@ -29,15 +29,16 @@ def test_the_directory_of_a_finished_run_stands_for_its_model(tmp_path):
     assert clipup.get_tokenizer(str(tmp_path / "run")) is not None
 
 
-def test_a_file_of_weights_is_not_a_models_name(tmp_path):
-    (tmp_path / "epoch_1.pt").touch()
-    with pytest.raises(ValueError, match="pass it as pretrained"):
-        clipup.create_model_and_transforms(str(tmp_path / "epoch_1.pt"))
-
-
-def test_unknown_weights_are_refused_with_the_known_tags():
-    with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
-        clipup.create_model_and_transforms("ViT-B-32", "laion")
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-32", "laion", "pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"),
+        (__file__, None, "pass it as pretrained"),
+    ],
+)
+def test_unknown_weights_and_a_file_as_the_name_are_refused(name, pretrained, message):
+    with pytest.raises(ValueError, match=message):
+        clipup.create_model_and_transforms(name, pretrained)
 
 
 @pytest.mark.parametrize(

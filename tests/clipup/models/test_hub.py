@@ -1,38 +1,21 @@
 """Models on the Hugging Face hub, from a local cache without a network."""
 
-import shutil
-
 import huggingface_hub
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import tiny_clip, tiny_config
+from tiny_clip import save_with_words, tiny_clip, tiny_config
 
 import clipup
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image", "text"))
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def publish(tmp_path):
-    """Copies a directory into a cache, as if it had been downloaded as org/NAME."""
-
-    def put(directory, name):
-        repository = tmp_path / "cache" / f"models--org--{name}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        shutil.copytree(directory, repository / "snapshots" / COMMIT)
-        return {"cache_dir": str(tmp_path / "cache")}
-
-    return put
 
 
 @pytest.fixture
@@ -56,12 +39,7 @@ def test_a_sparse_model_of_the_hub_loads_without_a_network(sparse, tmp_path, pub
 @pytest.fixture
 def own_words(tmp_path, publish, monkeypatch):
     """The directory of a model with a vocabulary of its own, which is on the hub too."""
-    config = tiny_config()
-    words = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
-    config["text_cfg"] |= words
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "vocabulary.txt").write_text("red\ngreen\nblue\n")
-    save_pretrained(tiny_clip(text_cfg=words), tmp_path / "own", config, tokenizer_directory=tmp_path / "own")
+    save_with_words(tmp_path / "own")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", publish(tmp_path / "own", "own")["cache_dir"])
     return tmp_path / "own"
 
@@ -70,7 +48,7 @@ def tokens(name):
     return clipup.get_tokenizer(str(name))(["blue red"]).tolist()
 
 
-def test_what_is_made_of_a_model_of_the_hub_keeps_its_tokenizer(own_words, tmp_path):
+def test_models_made_of_a_model_of_the_hub_keep_its_tokenizer(own_words, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
     (tmp_path / "data.csv").write_text("filepath\ttitle\n" + f"{tmp_path / 'image.png'}\tred\n" * 4)
     train = ["train", "--model", "hf-hub:org/own", "--train-data", str(tmp_path / "data.csv"), "--steps", "1"]

@@ -1,11 +1,9 @@
 import json
-import resource
-import signal
 
 import open_clip
 import pytest
 import torch
-from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_clip import CONFIGS, save_with_words, tiny_clip, tiny_config
 from tiny_hugging_face import tiny_hugging_face
 
 import clipup
@@ -89,44 +87,28 @@ def test_a_config_of_other_sizes_than_the_weights_says_what_it_resizes(kind, tmp
     assert str(tmp_path) in line and "[5, 32] to [17, 32]" in line and "[10, 32] to [20, 32]" in line
 
 
-def test_file_size_limit_leaves_the_previous_model_unchanged(saved):
+def test_a_full_disk_leaves_the_previous_model_unchanged(saved, monkeypatch):
+    def write_half(tensors, path, **metadata):
+        path.write_bytes(bytes(50_000))
+        raise OSError(28, "No space left on device")
+
     before = contents(saved)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        with pytest.raises(OSError, match="open_clip_model.safetensors could not be written"):
-            save_pretrained(make_sparse(), saved, tiny_config())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    monkeypatch.setattr("safetensors.torch.save_file", write_half)
+    with pytest.raises(OSError, match="open_clip_model.safetensors could not be written"):
+        save_pretrained(make_sparse(), saved, tiny_config())
     assert contents(saved) == before
 
 
-WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
-
-
-@pytest.fixture
-def with_words(tmp_path):
-    """A directory whose model has three words of its own, the model, and its config."""
-    config = tiny_config()
-    config["text_cfg"] |= WORDS
-    model, directory = tiny_clip(text_cfg=WORDS), tmp_path / "own"
-    directory.mkdir()
-    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
-    save_pretrained(model, directory, config, tokenizer_directory=f"local-dir:{directory}")
-    return directory, model, config
-
-
-def test_a_vocabulary_of_another_size_than_the_models_is_not_saved(with_words, tmp_path):
-    _, model, config = with_words
+def test_a_vocabulary_of_another_size_than_the_models_is_not_saved(tmp_path):
+    model, config = save_with_words(tmp_path / "own")
     with pytest.raises(ValueError, match="vocabulary words:icons has 6139 tokens, but the model has vocab_size=7"):
         save_pretrained(model, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tokenizer_in_a_directory_is_kept(with_words, tmp_path):
-    directory, model, config = with_words
+def test_the_tokenizer_in_a_directory_is_kept(tmp_path):
+    directory = tmp_path / "own"
+    model, config = save_with_words(directory)
     named = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": "org/words"}}
     save_pretrained(model, tmp_path / "plain", named)
     for name in ("tokenizer_config.json", "vocab.txt"):
@@ -177,7 +159,7 @@ def test_incomplete_directories_are_refused_by_the_name_of_the_file(saved, file,
             clipup.create_model_and_transforms(str(saved), "openai")
 
 
-def test_what_the_layers_do_is_what_is_saved(tmp_path):
+def test_changed_configs_of_layers_are_saved(tmp_path):
     sparse = make_sparse()
     changes = {"top_k": 1, "normalize_gates": "none", "capacity_factor": 1.5, "z_weight": 0.25, "router_noise": 0.5}
     for layer in moe_layers(sparse).values():

@@ -89,25 +89,6 @@ def test_load_checkpoint_loads_weights_or_leaves_the_model_unchanged(sparse, den
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
-@pytest.fixture
-def malicious(tmp_path):
-    """A file with code that creates another file when it is loaded unsafely."""
-    path, trace = tmp_path / "stranger.pt", tmp_path / "executed"
-    torch.save({"state_dict": tiny_clip().state_dict(), "epoch": MakesFile(trace)}, path)
-    return path
-
-
-def test_directory_whose_weights_contain_code_is_refused_without_running_it(malicious, tmp_path):
-    save_pretrained(tiny_clip(), tmp_path / "model", tiny_config())
-    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
-    malicious.rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
-
-    with pytest.raises(pickle.UnpicklingError):
-        clipup.create_model_and_transforms(str(tmp_path / "model"))
-
-    assert not (tmp_path / "executed").exists()
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_training_checkpoints_load_with_their_config(request, tmp_path, wrapped, kind):
@@ -119,7 +100,9 @@ def test_training_checkpoints_load_with_their_config(request, tmp_path, wrapped,
     assert getattr(loaded, "moe_config", None) == (CONFIG if more else None)
 
 
-def test_file_with_code_is_refused_without_running_it(malicious):
+def test_file_with_code_is_refused_without_running_it(tmp_path):
+    malicious, trace = tmp_path / "stranger.pt", tmp_path / "executed"
+    torch.save({"state_dict": tiny_clip().state_dict(), "epoch": MakesFile(trace)}, malicious)
     for read in (
         read_weights,
         lambda path: clipup.create_model_and_transforms(NAME, str(path)),
@@ -128,7 +111,12 @@ def test_file_with_code_is_refused_without_running_it(malicious):
     ):
         with pytest.raises(ValueError, match="stranger.pt|weights_only"):
             read(malicious)
-    assert not (malicious.parent / "executed").exists()
+    save_pretrained(tiny_clip(), tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    malicious.rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        clipup.create_model_and_transforms(str(tmp_path / "model"))
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """timm models, dense and sparse, saved and loaded."""
 
 import json
-import shutil
 
 import huggingface_hub
 import pytest
@@ -13,7 +12,6 @@ from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upc
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image",))
 NAMES = ["test_vit", "test_convnext"]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make(name, **options):
@@ -77,16 +75,12 @@ def test_dense_timm_model_loads_in_timm(tmp_path):
     assert_equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), dense)
 
 
-def test_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
+def test_sparse_timm_model_loads_from_the_hub(tmp_path, publish, monkeypatch):
     sparse = sparse_of(make("test_vit"))
     save_pretrained(sparse, tmp_path / "model")
-    repository = tmp_path / "cache" / "models--org--vit"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(tmp_path / "model", repository / "snapshots" / COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
+    assert_equal(clipup.create_timm_model("hf-hub:org/vit", **publish(tmp_path / "model", "vit")), sparse)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_backward_without_the_losses_warns_that_they_are_lost(x, recwarn):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_taking_losses_of_a_forward_that_recorded_gradients_in_evaluation_mode_warns_once(x, compiled, recwarn):
+def test_aux_loss_warns_once_of_a_forward_in_evaluation_mode(x, compiled, recwarn):
     layer = make_layer().eval()
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_taking_losses_of_a_forward_that_recorded_gradients_in_evaluation_mode_w
     assert aux_loss(layer) == 0 and not recwarn.list
 
 
-def test_losses_of_a_block_warn_of_evaluation_mode_inside_it_alone(x, recwarn):
+def test_collect_aux_losses_warns_of_evaluation_mode_inside_its_block_alone(x, recwarn):
     model = model_of().eval()
     model(x)
     with collect_aux_losses(model):
@@ -88,7 +88,7 @@ def test_losses_of_a_block_warn_of_evaluation_mode_inside_it_alone(x, recwarn):
             model(x)
 
 
-def test_loss_goes_when_only_the_forward_of_an_earlier_step_was_trained_on(x):
+def test_backward_of_an_earlier_forward_keeps_the_loss_of_the_last_one(x):
     layer = make_layer()
     first, second = layer(x), layer(2 * x)
     expected = metrics_loss(layer)
@@ -105,7 +105,7 @@ def gradients(model, run):
 
 
 @pytest.mark.parametrize("config", [{"z_weight": 0.1}, {"selection_bias": "sign"}], ids=["losses", "selection bias"])
-def test_a_training_forward_that_can_store_nothing_warns_and_leaves_nothing(x, config):
+def test_reentrant_checkpointing_warns_and_leaves_no_losses(x, config):
     layer = SparseMoE(D, 16, MoEConfig(num_experts=4, **config))
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         y = checkpoint(layer, x, use_reentrant=True)
@@ -157,7 +157,7 @@ def model_of():
     return nn.Sequential(make_layer(), nn.Linear(D, D), make_layer())
 
 
-def test_losses_of_a_block_are_by_layer_those_of_aux_loss_and_earlier_ones_do_not_count(x):
+def test_collect_aux_losses_gives_the_losses_of_its_block_by_layer(x):
     model = model_of()
     model(x)
     expected = aux_loss(model)
@@ -175,10 +175,6 @@ def test_losses_of_a_block_are_by_layer_those_of_aux_loss_and_earlier_ones_do_no
     assert len(outputs) == 3 and aux_loss(model) == 0
     losses.total.backward()
     assert all(layer.router.weight.grad.abs().sum() > 0 for layer in (model[0], model[2]))
-
-
-def test_after_an_error_nothing_is_left(x):
-    model = model_of()
     with pytest.raises(ZeroDivisionError), collect_aux_losses(model) as losses:
         model(x)
         raise ZeroDivisionError

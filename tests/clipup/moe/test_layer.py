@@ -294,6 +294,10 @@ def test_a_layer_takes_a_config_and_fields_in_place_of_its_own():
         (torch.zeros(3, D + 1), None, ValueError, "x must be"),
         (torch.zeros(()), None, ValueError, "x must be"),
         (torch.zeros(3, D, dtype=torch.bfloat16), None, TypeError, "x is torch.bfloat16"),
+        *(
+            (torch.nested.nested_tensor([torch.zeros(3, D)], layout=layout), None, TypeError, "x is a nested tensor")
+            for layout in (torch.strided, torch.jagged)
+        ),
         (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be"),
         (torch.zeros(2, 3, D), torch.ones(6, dtype=torch.bool), ValueError, "mask must have"),
     ],
@@ -303,14 +307,28 @@ def test_bad_inputs_are_refused_by_name(x, mask, error, message):
         make_layer()(x, mask)
 
 
+NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"top_k": 5}, ValueError),
         ({"activation": "tanh"}, ValueError),
         ({"norm": "rms"}, ValueError),
+        ({"bias": None}, TypeError),
+        ({"gated": 1}, TypeError),
+        ({"shared_expert": "yes"}, TypeError),
+        ({"dtype": torch.int64}, TypeError),
+        ({"norm_eps": 0}, ValueError),
         ({"dropout": 1.0}, ValueError),
+        ({"dropout": True}, TypeError),
+        ({"entropy_threshold": -5}, ValueError),
+        ({"capacity_factor": math.inf}, ValueError),
+        *(({name: "x"}, TypeError) for name in NUMBERS),
+        *(({name: math.nan}, ValueError) for name in NUMBERS),
         ({"d_model": 0}, ValueError),
+        ({"d_model": None}, ValueError),
         ({"d_hidden": 2.5}, ValueError),
         ({"config": 8}, TypeError),
         ({"num_expert": 8}, TypeError),
@@ -335,10 +353,3 @@ def test_every_form_of_the_layer_returns_its_routing():
         found, same = other(x, return_routing=True)
         torch.testing.assert_close(found, y)
         assert torch.equal(same.experts, routing.experts) and torch.equal(same.kept, routing.kept)
-
-
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_tensor_is_refused(layout):
-    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
-    with pytest.raises(TypeError, match="x is a nested tensor"):
-        SparseMoE(8, 16, num_experts=4)(x)

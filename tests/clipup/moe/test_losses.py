@@ -26,19 +26,6 @@ def test_load_estimates_how_often_an_expert_wins_when_its_noise_is_drawn_again()
     torch.testing.assert_close(losses.load(*masked, std, 2, torch.arange(6) < 4), losses.load(logits, noisy, std, 2))
 
 
-def test_the_first_choices_of_fine_grained_experts_are_as_many_as_make_up_an_mlp():
-    mean_probs, counts = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([[8, 0, 2, 0], [0, 8, 0, 2], [2, 2, 4, 2]])
-    for granularity, f in ((1, [0.8, 0, 0.2, 0]), (2, [0.4, 0.4, 0.1, 0.1])):
-        expected = 4 * (torch.tensor(f) * mean_probs).sum()
-        torch.testing.assert_close(losses.load_balance(mean_probs, counts, "top2", granularity), expected)
-
-
-def test_global_entropy_charges_only_what_is_missing_to_the_threshold():
-    half = torch.tensor([0.5, 0.5, 0, 0])
-    assert losses.global_entropy(half, math.log(4)).item() == pytest.approx(math.log(2))
-    assert losses.global_entropy(half, 0.5).item() == 0
-
-
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_losses_and_gradients_are_zero_when_no_token_takes_part(tokens):
     logits = torch.randn(tokens, E, requires_grad=True)

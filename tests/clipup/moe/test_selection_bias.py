@@ -17,24 +17,18 @@ def make_layer(kind="sign", rate=0.02, **options):
     return SparseMoE(D, 8, num_experts=E, top_k=K, selection_bias=kind, selection_bias_rate=rate, **options)
 
 
-def load(layer, x):
-    with torch.no_grad():
-        layer(x)
-    return layer.state.last_routing.tokens_per_expert.sum(0).double()
-
-
 @pytest.mark.parametrize("kind", ["sign", "z_score"])
 def test_a_step_moves_the_bias_by_the_rate_times_the_step_of_the_load(kind):
     layer = make_layer(kind, rate=0.125)
-    counts = load(layer, x := torch.randn(T, D))
-    layer(x)
+    layer(torch.randn(T, D))
+    counts = layer.state.last_routing.tokens_per_expert.sum(0).double()
     update(layer)
     missing = counts.mean() - counts
     step = {"sign": missing.sign(), "z_score": missing / counts.std(correction=0)}[kind]
     torch.testing.assert_close(layer.router.selection_bias.double(), 0.125 * step)
 
 
-def test_only_forwards_that_train_count_and_each_once():
+def test_selection_bias_counts_each_training_forward_once():
     x = torch.randn(T, D)
     expected = make_layer("z_score")
     expected(x)

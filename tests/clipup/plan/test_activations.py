@@ -19,17 +19,6 @@ def model(kind, precision):
     return made.bfloat16() if precision == "bf16" else made
 
 
-def batch(pairs, precision):
-    images = torch.randn(pairs, 3, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else None)
-    return images, torch.randint(1, 64, (pairs, 8))
-
-
-def really_saved(clip, precision, pairs, checkpointed):
-    clip.set_grad_checkpointing(checkpointed)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), autocast(precision, torch.device("cpu")):
-        return saved_in_forward(clip, batch(pairs, precision))
-
-
 @pytest.mark.parametrize(
     ("kind", "precision", "checkpointed"),
     [
@@ -42,7 +31,10 @@ def really_saved(clip, precision, pairs, checkpointed):
 )
 def test_a_forward_pass_saves_the_counted_bytes(kind, precision, checkpointed):
     clip = model(kind, precision)
-    real = really_saved(clip, precision, 40, checkpointed)
+    clip.set_grad_checkpointing(checkpointed)
+    images = torch.randn(40, 3, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else None)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), autocast(precision, torch.device("cpu")):
+        real = saved_in_forward(clip, (images, torch.randint(1, 64, (40, 8))))
     assert ForwardPass(clip, precision, "cpu", 40, checkpointed).saved == pytest.approx(real, rel=0.02)
     found = activations(clip, precision, "cpu")
     per_pair = found.checkpointed_per_pair if checkpointed else found.per_pair

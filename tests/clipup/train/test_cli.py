@@ -108,21 +108,3 @@ def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
     moe_cfg = clipup.MoEConfig.clip_up(num_experts=4)
     assert taken[0] == TrainOptions()
     assert taken[1] == TrainOptions(lr=0.25, moe=True, moe_cfg=moe_cfg, aug_cfg={"scale": (0.5, 1.0), "a": "b"})
-
-
-@pytest.mark.parametrize(
-    "arguments, flag",
-    [
-        (["--fsdp-replicas", "2"], "--fsdp-replicas"),
-        (["--torchcompile-mode", "default"], "--torchcompile-mode"),
-        (["--epochs-cooldown", "2"], "--epochs-cooldown"),
-        (["--momentum", "0.9"], "--momentum"),
-        (["--opt", "nadamw", "--fused", "True"], "--fused"),
-        (["--distill-pretrained", "openai"], "--distill-pretrained"),
-        (["--siglip", "--no-local-loss"], "--no-local-loss"),
-        (["--name", "b", "--force", "--resume", "latest"], "--force"),
-    ],
-)
-def test_flags_without_effect_are_refused(capsys, arguments, flag):
-    assert main(["train", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"clipup train: {flag} has no effect")

@@ -11,7 +11,6 @@ from PIL import Image
 from same_runs import assert_same_run, without_times
 
 import clipup
-from clipup.data import evaluation
 from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
@@ -27,16 +26,16 @@ def run(run):
     return partial(run, sparse=clipup.MoEConfig(num_experts=2), workers=0, batch_size=4)
 
 
+def breaking(pictures):
+    """A callback after which none of them can be read."""
+    return lambda model: [path.write_bytes(b"no picture") for path in pictures] and None
+
+
 def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, pictures, tmp_path):
     whole = run(name="whole", val_data=csv_data)
     contents = {path: path.read_bytes() for path in pictures}
-
-    def break_pictures(model):
-        for path in pictures:
-            path.write_bytes(b"no picture")
-
     with pytest.raises(ValueError, match="max_skipped"):
-        run(callbacks=[Every(5, break_pictures)], val_data=csv_data, delete_previous_checkpoint=True)
+        run(callbacks=[Every(5, breaking(pictures))], val_data=csv_data, delete_previous_checkpoint=True)
     folder = tmp_path / "logs" / "run" / "checkpoints"
     saved = load(folder / "epoch_2.pt")
     assert (saved["epoch"], saved["step"], saved["step_of_epoch"]) == (2, 6, 0)
@@ -54,12 +53,8 @@ def test_validation_data_that_break_do_not_cost_the_epoch(run, csv_data, picture
 
 
 def test_a_run_that_ends_within_an_epoch_saves_its_steps_before_the_last_evaluation(run, csv_data, pictures, tmp_path):
-    def break_pictures(model):
-        for path in pictures:
-            path.write_bytes(b"no picture")
-
     with pytest.raises(ValueError, match="max_skipped"):
-        run(callbacks=[Every(2, break_pictures)], steps=2, val_data=csv_data)
+        run(callbacks=[Every(2, breaking(pictures))], steps=2, val_data=csv_data)
     assert load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"] == 2
 
 
@@ -97,21 +92,6 @@ def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_
     top1 = result.evaluations[-1]["imagenet_v2"]["top1"]
     assert "val: 10 images, 4 classes | zero-shot top-1" in card
     assert f"v2: 7 images, 4 classes | zero-shot top-1 | {100 * top1:.2f} |" in card
-
-
-def test_validation_data_are_read_by_the_runs_workers(run, csv_data, monkeypatch):
-    asked, plain = [], evaluation.each
-
-    def each(function, batches, workers):
-        asked.append((workers, len(batches[0])))
-        return plain(function, batches, workers)
-
-    monkeypatch.setattr(evaluation, "each", each)
-    result = run(val_data=csv_data, steps=3, workers=1)
-
-    assert asked == [(1, 4)]
-    alone = run(name="alone", val_data=csv_data, steps=3)
-    assert without_times(result.evaluations) == without_times(alone.evaluations)
 
 
 def test_training_data_are_augmented_and_validation_data_are_not(make_model, options, csv_data):

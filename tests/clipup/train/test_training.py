@@ -50,32 +50,28 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
     assert "step 6" in (result.directory / "out.log").read_text()
 
 
+def saved_by(result):
+    return torch.load(result.directory / "checkpoints" / "epoch_latest.pt", weights_only=True)
+
+
 def test_a_model_with_a_layer_that_was_put_in_by_hand_is_trained_and_its_checkpoints_kept(make_model, pairs, options):
     model = make_model(None)
     block = model.visual.transformer.resblocks[1]
     block.mlp = clipup.SparseMoE.from_dense(block.mlp, clipup.MoEConfig(num_experts=2))
-    result = train(options(), model=model, loader=pairs())
-    (latest,) = (result.directory / "checkpoints").glob("epoch_latest.pt")
-    saved = torch.load(latest, weights_only=True)["state_dict"]
+    saved = saved_by(train(options(), model=model, loader=pairs()))["state_dict"]
     assert torch.equal(saved["visual.transformer.resblocks.1.mlp.in_weight"], block.mlp.in_weight)
 
 
-def test_checkpoints_hold_what_the_layers_do(make_model, pairs, options):
+def test_checkpoints_hold_what_the_layers_do_and_layers_that_differ_are_refused(make_model, pairs, options):
     model = make_model(clipup.MoEConfig.clip_up(num_experts=4))
-    for layer in clipup.moe_layers(model).values():
-        layer.config = layer.config.replace(top_k=3, balance_weight=0.5)
-    result = train(options(), model=model, loader=pairs())
-    (latest,) = (result.directory / "checkpoints").glob("epoch_latest.pt")
-    saved = torch.load(latest, weights_only=True)["moe_cfg"]
-    assert clipup.MoEConfig.from_dict(saved) == model.moe_config.replace(top_k=3, balance_weight=0.5)
-
-
-def test_a_layer_with_another_config_than_the_others_is_refused_before_the_run(make_model, pairs, options):
-    model = make_model(clipup.MoEConfig.clip_up(num_experts=4))
-    layer = next(iter(clipup.moe_layers(model).values()))
-    layer.config = layer.config.replace(top_k=3)
+    layers = list(clipup.moe_layers(model).values())
+    layers[0].config = layers[0].config.replace(top_k=3)
     with pytest.raises(ValueError, match=r"config differs from .*config \(top_k\)"):
         train(options(logs=None), model=model, loader=pairs())
+    for layer in layers:
+        layer.config = layer.config.replace(top_k=3, balance_weight=0.5)
+    saved = saved_by(train(options(), model=model, loader=pairs()))["moe_cfg"]
+    assert clipup.MoEConfig.from_dict(saved) == model.moe_config.replace(top_k=3, balance_weight=0.5)
 
 
 def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(make_model, pairs, options):
@@ -149,6 +145,7 @@ def test_callbacks_see_the_model_at_their_steps_and_at_the_end_and_do_not_change
     "changes, message",
     [
         ({}, "train_data is missing"),
+        ({"moe_cfg": BIASED, "train_data": "nowhere.csv"}, "moe_cfg has no effect without moe=True"),
         ({"train_data": "nowhere.csv"}, "nowhere.csv"),
         ({"siglip": True, "train_data": "nowhere.csv"}, "logit_bias"),
         ({"device": "mps", "train_data": "nowhere.csv"}, "device"),

@@ -2,11 +2,11 @@
 
 import copy
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import tiny_clip, tiny_config
+from sparse_clip import dense_clip, sparse_config
+from tiny_clip import tiny_clip
 from tiny_hugging_face import tiny_hugging_face
 
 from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference, upcycle
@@ -74,11 +74,6 @@ def test_only_experts_change_and_they_stay_different():
     assert (layer.in_weight[0] - layer.in_weight[1]).abs().mean() > 0.01
 
 
-def of_transformers():
-    dense = tiny_hugging_face("CLIPModel")
-    return {"model": upcycle(dense, CONFIG), "dense": dense}
-
-
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
@@ -86,7 +81,11 @@ def of_transformers():
         (lambda dense, sparse: {"batches": []}, ValueError, "batches"),
         (lambda dense, sparse: {"dense": tiny_clip("custom_text")}, ValueError, "dense"),
         (lambda dense, sparse: {"model": sparse.requires_grad_(False)}, ValueError, "model"),
-        (lambda dense, sparse: of_transformers(), TypeError, "model is one of transformers"),
+        (
+            lambda dense, sparse: {"model": upcycle(other := tiny_hugging_face("CLIPModel"), CONFIG), "dense": other},
+            TypeError,
+            "model is one of transformers",
+        ),
         (lambda dense, sparse: {"lr": 1e30}, FloatingPointError, "lr"),
     ],
 )
@@ -98,9 +97,7 @@ def test_unsupported_arguments_are_refused(change, error, named):
 
 
 def test_command_line_calibrates_and_prints_the_errors(tmp_path, capsys):
-    cfg = tiny_config()
-    cfg["text_cfg"] |= {"vocab_size": 49408}
-    save_pretrained(open_clip.CLIP(**cfg), tmp_path / "dense", cfg)
+    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     (tmp_path / "data.csv").write_text("filepath,title\n" + f"{tmp_path / 'red.png'},a red square\n" * 12)
     command = ["upcycle", *map(str, (tmp_path / "dense", tmp_path / "out", "--calibrate-data", tmp_path / "data.csv"))]

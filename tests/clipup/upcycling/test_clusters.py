@@ -11,7 +11,7 @@ from tiny_hugging_face import tiny_hugging_face
 import clipup
 from clipup import MoEConfig, initialize_by_clusters, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
-from clipup.dense.expert_clusters import reduced_matrix, spherical_k_means
+from clipup.dense.expert_clusters import spherical_k_means
 
 CONFIG = MoEConfig.clip_up(num_experts=4)
 
@@ -26,22 +26,7 @@ def test_no_cluster_is_empty(rows):
     assert centers.isfinite().all() and owner.bincount(minlength=4).min() >= 1
 
 
-def test_a_reduced_matrix_is_the_best_one_of_its_rank_on_its_inputs():
-    torch.manual_seed(0)
-    weight, inputs = (
-        torch.randn(12, 9, dtype=torch.float64),
-        torch.randn(50, 9, dtype=torch.float64) * torch.logspace(0, -3, 9),
-    )
-    reduced, rank = reduced_matrix(weight, inputs, 0.9)
-    outputs = weight @ inputs.T
-    sizes = torch.linalg.svdvals(outputs)
-    assert rank < 9 and torch.linalg.matrix_rank(reduced) == rank
-    lost = (outputs - reduced @ inputs.T).square().sum()
-    torch.testing.assert_close(lost, sizes[rank:].square().sum())  # Eckart-Young
-    assert lost <= 0.1 * sizes.square().sum() < sizes[rank - 1 :].square().sum()
-
-
-def test_all_of_the_energy_keeps_the_matrices():
+def test_full_energy_keeps_the_dense_function():
     dense = tiny_clip("gelu")
     sparse = upcycle(dense, CONFIG)
     initialize_by_clusters(sparse, batches(sparse), energy=1)
@@ -117,7 +102,7 @@ def test_clusters_are_those_of_the_dense_function_whatever_the_routing(options):
         (lambda: upcycle(tiny_hugging_face("CLIPModel")), {}, TypeError, "model is one of transformers"),
     ],
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(make, arguments, error, message):
+def test_invalid_arguments_are_refused_and_change_nothing(make, arguments, error, message):
     model = upcycle(tiny_clip("gelu"), CONFIG) if make is None else make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=message):

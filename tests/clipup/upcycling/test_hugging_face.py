@@ -106,7 +106,7 @@ def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
-def test_what_the_layers_do_is_what_is_saved(name, tmp_path):
+def test_changed_configs_of_layers_are_saved(name, tmp_path):
     sparse = upcycle(tiny_hugging_face(name))
     layers = list(moe_layers(sparse).values())
     changes = {"top_k": 1, "normalize_gates": "none", "eval_capacity_factor": 0.5, "capacity_factor": 2.0}

@@ -86,12 +86,6 @@ def test_a_dual_encoder_of_sparse_models_is_saved_and_loaded(vision, tmp_path):
     assert saved["text_config"]["model_type"] == "clipup_bert"  # which transformers alone does not know
 
 
-def test_an_encoder_decoder_is_made_of_sparse_configs():
-    make = transformers.EncoderDecoderConfig.from_encoder_decoder_configs
-    config = make(tiny_sparse("BertModel").config, tiny_sparse("BertModel").config)
-    assert len(moe_layers(transformers.EncoderDecoderModel(config))) == 4
-
-
 @pytest.mark.parametrize("method", ["PromptTuning", "PrefixTuning", "Lora"])
 def test_adapters_with_their_defaults_are_those_of_the_dense_model(method):
     peft = pytest.importorskip("peft")

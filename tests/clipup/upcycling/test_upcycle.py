@@ -2,11 +2,10 @@ import copy
 import itertools
 import math
 
-import open_clip
 import pytest
 import timm
 import torch
-from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from tiny_clip import CONFIGS, build, tiny_clip, tiny_config
 from tiny_families import timm_model
 from torch import nn
 
@@ -117,21 +116,16 @@ def test_block_zero_can_be_sparse_in_every_dtype(dtype):
     assert step0_difference(dense, sparse) <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
 
 
-def resnet_clip():
-    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
-    return open_clip.CLIP(**{**tiny_config(), "vision_cfg": vision})
-
-
-def one_block_clip():
-    config = tiny_config()
-    config["text_cfg"]["layers"] = 1
-    return open_clip.CLIP(**config)
-
-
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
 NORMED = CONFIG.replace(granularity=2, towers=("image",))
 REFUSED = [
-    (resnet_clip, CONFIG, TypeError, "the image tower .* has no list of transformer blocks; .*--towers text"),
-    (one_block_clip, CONFIG, ValueError, "blocks='every_other' selects none"),
+    (
+        lambda: build({**tiny_config(), "vision_cfg": RESNET}),
+        CONFIG,
+        TypeError,
+        "the image tower .* has no list of transformer blocks; .*--towers text",
+    ),
+    (lambda: tiny_clip(text_cfg={"layers": 1}), CONFIG, ValueError, "blocks='every_other' selects none"),
     (tiny_clip, CONFIG.replace(blocks=(1, 4)), ValueError, r"blocks names \[4\]"),
     (tiny_clip, CONFIG.replace(blocks=(3, -1)), ValueError, "blocks=.* twice"),
     (tiny_clip, CONFIG.replace(last_blocks=3), ValueError, "last_blocks is 3"),

@@ -1,6 +1,5 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
-import itertools
 import json
 
 import pytest
@@ -44,7 +43,7 @@ def test_the_grid_covers_every_way_to_part_rows_among_experts():
     assert max_tiles(9 + 9 * 16, 8, 16) == 18  # nine groups of a full tile and one row
 
 
-def test_what_was_measured_is_used_and_nothing_else_changes(table):
+def test_measured_tiles_are_used_for_their_sizes_alone(table):
     usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
     measured = Config(64, 128, 32, 8, 2, True)
     assert measured != usual
@@ -64,23 +63,6 @@ def test_a_table_that_was_named_must_exist(table):
         configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
 
 
-@pytest.mark.parametrize(("capability", "arch"), [((8, 6), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)])
-def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert configs.architecture(torch.device("cuda:0")) == arch
-
-
-@pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
-def test_tuning_tries_tiles_with_and_without_descriptors(arch, kernel):
-    for kind in ("half", "tf32", "ieee"):
-        tiles = list(tune.candidates(arch, kernel, kind, 768, 3072))
-        assert 5 <= len(tiles) <= 32 and len(set(tiles)) == len(tiles)
-    descriptors = {tile.descriptors for tile in tune.candidates(arch, kernel, "half", 768, 3072)}
-    assert descriptors == ({False, True} if arch >= 90 and kernel not in configs.GRADIENTS else {False})
-    assert not any(tile.descriptors for tile in tune.candidates(arch, kernel, "half", 750, 3072))
-
-
 def test_tuning_leaves_out_tiles_without_room_and_names_those_that_fail_or_are_wrong(capsys):
     first, exact, close, wrong, infinite, absent, large, fails, *_ = tune.candidates(90, "project_in", "half", 64, 512)
     right = torch.randn(8, 8)
@@ -98,16 +80,3 @@ def test_tuning_leaves_out_tiles_without_room_and_names_those_that_fail_or_are_w
     assert tune.usable(product, tiles, "half", threads=1) == [first, exact, close]
     told = capsys.readouterr().out
     assert all(str(tile) in told for tile in (wrong, infinite, absent, fails)) and str(large) not in told
-
-
-def test_tuning_a_layer_stores_the_fastest_tile_of_every_product_for_each_class_of_rows(monkeypatch, table):
-    """``usable`` compares the two tiles of each product."""
-    fast = Config(32, 32, 32, 4, 2)
-    monkeypatch.setattr(tune, "candidates", lambda *which: [fast])
-    turns = itertools.cycle([2.0, 1.0])  # the usual tile, which is that of both classes, and the other
-    tune.tune_layer((24, 64, 2, 1), {"few": 20, "some": 150}, torch.float16, CPU, True, lambda run: next(turns), 1)
-    stored = json.loads(table.read_text())
-    for bucket in ("few", "some"):
-        names = [name for name in stored if f" {bucket} " in name]
-        assert len(names) == 7 and {name.split()[1] for name in names} == {*configs.KERNELS} - {"project_in"}
-    assert all(config == list(fast) for config in stored.values())

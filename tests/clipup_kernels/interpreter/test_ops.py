@@ -87,12 +87,6 @@ def test_plans_of_many_blocks_and_many_experts_are_the_oracles(monkeypatch, toke
     assert_follows_oracle(plan_case(tokens, experts, 2, 0.9, True))
 
 
-def test_nan_priority_goes_last_and_signed_zeros_tie():
-    priority = torch.tensor([torch.nan, -0.0, 0.0, 0.1, -5.0])
-    plan = ck.dispatch(torch.zeros(5, 1, dtype=torch.int32), 1, None, priority)
-    assert plan.choice_of_row.tolist() == [3, 1, 2, 4, 0]
-
-
 def test_an_expert_that_does_not_exist_gets_no_row_and_adds_nothing_to_the_capacity():
     experts = torch.tensor([[2, 2]] * 4 + [[0, 9]] + [[0, 0]] * 3, dtype=torch.int32)
     plan = ck.dispatch(experts, 2, 0.5)

@@ -37,7 +37,7 @@ def test_at_an_epochs_end_the_batch_size_may_change_and_the_epochs_are_those_ask
     assert [record["epoch"] for record in halved.history] == [0] * 3 + [1] * 6
     state = load(checkpoint(halved))
     assert (state["epoch"], state["samples_seen"]) == (2, 2 * 24)
-    assert "batch_size 64 -> 4" in log(halved)
+    assert "batch_size 64 -> 4" in log(halved) and "from step 3 to step 9" in log(halved)
     assert run(loader=pairs(batch_size=4), **{**changes, "epochs": 3}).steps == 3 + 2 * 6
 
 
@@ -82,7 +82,13 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"), [({"seed": 1}, "seed 0 -> 1"), ({"siglip": True}, "siglip"), ({"moe": True}, "moe False")]
+    ("changes", "text"),
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"siglip": True}, "siglip"),
+        ({"moe": True}, "moe False"),
+        ({"opt": "nadamw"}, "opt 'adamw' -> 'nadamw'"),
+    ],
 )
 def test_options_that_identify_a_run_change_only_with_an_explicit_flag(run, changes, text):
     run(steps=3)

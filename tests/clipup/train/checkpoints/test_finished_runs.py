@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from same_runs import Killed, assert_same_run, killed
+from same_runs import Killed, assert_same_run, contents, killed
 
 import clipup
 from clipup.cli.runs import model_of, trained_steps
@@ -20,11 +20,6 @@ NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
 def run(run, named_model):
     """A sparse run, three steps an epoch."""
     return partial(run, sparse=NOISY, model=named_model, lr_scheduler="const")
-
-
-def contents(directory):
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def test_resuming_a_finished_run_changes_nothing_and_it_can_still_be_extended_exactly(run):

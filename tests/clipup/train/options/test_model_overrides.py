@@ -60,6 +60,7 @@ def test_a_run_with_another_architecture_and_loss_is_saved_as_what_it_is(
         assert isinstance(loaded, open_clip.CustomTextCLIP) and texts.shape == (1, 12)
         assert loaded.visual.patch_dropout.prob == 0.5 and "QuickGELU" in str(loaded)
         assert loaded.logit_bias.item() == model.logit_bias.item() == pytest.approx(-10, abs=0.01)
+        assert loaded.logit_scale.exp().item() == pytest.approx(10, abs=0.1)
         again = {**settings, "model": str(run / "model"), "moe": False, "name": "again"}
         again = train(options(**again, siglip=True, force_patch_dropout=0.0)).model
         assert isinstance(again.visual.patch_dropout, torch.nn.Identity)

@@ -27,6 +27,7 @@ def test_there_are_no_more_workers_than_cores_that_the_process_may_use(monkeypat
         ({"force_image_size": np.int64(16)}, {"force_image_size": 16}),
         ({"image_std": [1, 2, 3]}, {"image_std": (1, 2, 3)}),
         ({"lr": np.float32(0.25)}, {"lr": 0.25}),
+        ({"aug_cfg": {"scale": np.array([0.5, 1.0])}}, {"aug_cfg": {"scale": [0.5, 1.0]}}),
         ({"train_data": Path("a") / "b.csv", "logs": Path("x")}, {"train_data": "a/b.csv", "logs": "x"}),
         ({"precision": "amp_bfloat16"}, {"precision": "amp_bf16"}),
     ],
