@@ -35,7 +35,7 @@ def test_an_earlier_checkpoint_is_refused_to_its_run_and_another_run_begins_from
     assert_same_weights(once, resumed)
     assert contents(once.directory) == before
     assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
-    finished = str(open_clip_format.newest(once.directory / "checkpoints").path)
+    finished = str(kept.newest(once.directory / "checkpoints").path)
     assert not run(fsdp_checkpoint=kind, resume=finished, name="third").already_finished
 
 
