@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from .. import checks
 from ..dense.dense_mlp import DenseMLP, FirstLinear
-from ..dense.expert_init import experts_of, reinitialize_hidden_units
+from ..dense.expert_init import experts_of
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 from .config import OF_BLOCKS, LayerOptions, MoEConfig, layer_config
@@ -135,9 +135,7 @@ class SparseMoE(Experts):
             )
         config = config if config is not None else MoEConfig()
         d_hidden, d_model = dense.in_weight.shape
-        experts = experts_of(dense, config.num_experts, config.granularity)
-        if config.reinit_ratio > 0:
-            reinitialize_hidden_units(experts, config.reinit_ratio)
+        experts = experts_of(dense, config.num_experts, config.granularity, config.reinit_ratio)
         layer = cls(
             d_model,
             d_hidden // config.granularity,
