@@ -68,6 +68,11 @@ def positive_number(name: str, value: Any) -> None:
     check(name, value, value > 0, "positive")
 
 
+def not_negative(name: str, value: Any) -> None:
+    number(name, value)
+    check(name, value, value >= 0, "0 or more")
+
+
 def width(name: str, value: Any) -> None:
     check(name, value, is_int(value) and value >= 1, "a positive int")
 
