@@ -105,7 +105,7 @@ def read_json(path: Path, argument: str = "") -> Any:
 
 
 def plain_weights(name: str, model: Any) -> None:
-    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are no parameters."""
+    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are not parameters."""
     if any(getattr(type(module), "is_prepared", False) for module in model.modules()):
         raise ValueError(f"{name} was prepared by clipup.accelerate, for inference; pass the plain model")
 

@@ -48,8 +48,8 @@ def with_towers(config: MoEConfig, model: nn.Module) -> MoEConfig:
     """The config, naming the towers that become sparse: where it names none, image and text, as far as there are."""
     if config.towers is not None:
         return config
-    has = towers(model)
-    return config.replace(towers=tuple(tower for tower in DEFAULT_TOWERS if tower in has))
+    available = towers(model)
+    return config.replace(towers=tuple(tower for tower in DEFAULT_TOWERS if tower in available))
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -114,13 +114,13 @@ def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:
     listed = dict(module.named_modules()).get(name)
     if not isinstance(listed, nn.ModuleList | nn.Sequential):
         return {}
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
     for index, item in listed.named_children():
         stage = getattr(item, "blocks", None)
         if isinstance(stage, nn.ModuleList | nn.Sequential):
-            found |= {f"{name}.{index}.blocks.{i}": block for i, block in stage.named_children()}
+            blocks |= {f"{name}.{index}.blocks.{i}": block for i, block in stage.named_children()}
         else:
-            found[f"{name}.{index}"] = item
+            blocks[f"{name}.{index}"] = item
         if isinstance(module, MultimodalTransformer):
-            found[f"cross_attn.{index}"] = module.cross_attn.get_submodule(index)
-    return found
+            blocks[f"cross_attn.{index}"] = module.cross_attn.get_submodule(index)
+    return blocks

@@ -1,5 +1,4 @@
-"""Resolves model names: open_clip models, directories, and repositories on the Hugging Face hub; where the weights of a
-model come from."""
+"""Resolves the names of models (open_clip's, directories, repositories on the hub), and where weights come from."""
 
 from __future__ import annotations
 
