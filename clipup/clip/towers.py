@@ -70,11 +70,11 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
     if is_hugging_face(model):
         return hugging_face_blocks(model)[tower]
     path, module = tower_module(model, tower)
-    if isinstance(module, HFTextEncoder):
-        path, module, names = f"{path}.transformer", module.transformer, _HUGGING_FACE_LISTS
-    else:
-        path, module = _trunk(path, module)
-        names = _LISTS
+    names = _HUGGING_FACE_LISTS if isinstance(module, HFTextEncoder) else _LISTS
+    if isinstance(module, TimmModel):
+        path, module = f"{path}.trunk", module.trunk
+    elif isinstance(module, HFTextEncoder | VisionTransformer | TextTransformer | open_clip.CLIP):
+        path, module = f"{path}.transformer", module.transformer
     for name in names:
         blocks = _blocks(module, name)
         if blocks:
@@ -98,15 +98,6 @@ def leave_dense(model: nn.Module, tower: str) -> str:
     other = "text" if tower == "image" else "image"
     ways = f'; towers=("{other}",), or --towers {other} of a command, leave the {tower} tower dense'
     return ways if other in towers(model) else ""
-
-
-def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """Full name and module of the part of a tower that contains its blocks."""
-    if isinstance(module, TimmModel):
-        return f"{path}.trunk", module.trunk
-    if isinstance(module, VisionTransformer | TextTransformer | open_clip.CLIP):
-        return f"{path}.transformer", module.transformer
-    return path, module
 
 
 def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:

@@ -59,7 +59,9 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if shard_files.is_sharded(path):
-        return _read_sharded(path)
+        index = shard_files.read_index(path)
+        shard_files.check_files(path, index, index.files)
+        return Weights(shard_files.read_tensors(path, shard_files.MODEL), index.configs)
     if not path.is_file():
         what = f"{path} is a directory without weights" if path.is_dir() else f"there is no file {path}"
         raise FileNotFoundError(f"{what}; expected safetensors or a checkpoint (checkpoints/epoch_K of a run)")
@@ -79,12 +81,6 @@ def _configs_beside(path: Path) -> dict[str, Any]:
     beside = path.parent / _CONFIG_BESIDE.get(path.name, "")
     config = read_json(beside) if beside.is_file() else {}
     return {key: config[key] for key in _CONFIGS if key in config} if "moe_cfg" in config else {}
-
-
-def _read_sharded(directory: Path) -> Weights:
-    index = shard_files.read_index(directory)
-    shard_files.check_files(directory, index, index.files)
-    return Weights(shard_files.read_tensors(directory, shard_files.MODEL), index.configs)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -115,7 +115,8 @@ def line_chart(
 
     def paint(axes: Axes) -> None:
         for row, line in enumerate(series):
-            color, dash = (expert_color(row), _expert_dash(row)) if line.color is None else (line.color, None)
+            dash = "5 3" if line.color is None and is_second_eight(row) else None
+            color = expert_color(row) if line.color is None else line.color
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(line.dash or dash), "clip_on": False}
             x, y = np.array(line.x, dtype=float), np.array(line.y, dtype=float)
             axes.plot(x, y, marker="o" if line.points else "", label=line.label, **look)
@@ -217,7 +218,3 @@ def _mean(values: np.ndarray) -> float:
 
 def _dashes(lengths: str | None) -> Any:
     return (0, tuple(map(float, lengths.split()))) if lengths else "solid"
-
-
-def _expert_dash(expert: int) -> str | None:
-    return "5 3" if is_second_eight(expert) else None
