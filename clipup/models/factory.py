@@ -21,11 +21,11 @@ from ..data.images import to_rgb
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
-from . import architecture, hub, model_directory, tokenizers
+from . import architecture, model_directory, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
-from .known_models import LOCAL_PREFIX
-from .model_directory import CONFIG_NAME, WEIGHTS_NAME, moe_config_in
-from .model_names import check_known, directory_of, get_model_config, hub_access
+from .known_models import HUB_PREFIX, LOCAL_PREFIX
+from .model_directory import WEIGHTS_NAME, moe_config_in
+from .model_names import check_known, directory_of, get_model_config, hub_access, sparse_directory_on_hub
 from .state_dicts import (
     Weights,
     assign_weights,
@@ -125,7 +125,8 @@ def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
 ) -> tuple[CLIP, Any, Any]:
     check_known(model_name, pretrained)
-    directory = directory_of(model_name) or _hub_directory(model_name, kwargs)
+    load_weights, cache_dir = kwargs.get("load_weights", True), kwargs.get("cache_dir")
+    directory = directory_of(model_name) or sparse_directory_on_hub(model_name, load_weights, cache_dir)
     if directory is None:
         source = _source_by_name(model_name, pretrained, moe_cfg, kwargs)
     else:
@@ -162,12 +163,12 @@ def _source_by_name(
 
 def _create_by_open_clip(source: _Source) -> Any:
     """A dense model, whose weights open_clip finds and loads."""
-    required = source.name.startswith((LOCAL_PREFIX, hub.HUB_PREFIX)) and source.kwargs.get("load_weights", True)
+    required = source.name.startswith((LOCAL_PREFIX, HUB_PREFIX)) and source.kwargs.get("load_weights", True)
     kwargs = {"require_pretrained": required, **source.kwargs}
     with _clear_errors(source.name):
-        created = open_clip.create_model_and_transforms(source.name, source.pretrained, **kwargs)
-    _log_resized(created[0], source.weights, source.label)
-    return created
+        model, *transforms = open_clip.create_model_and_transforms(source.name, source.pretrained, **kwargs)
+    _log_resized(model, source.weights, source.label)
+    return model, *transforms
 
 
 def _create_and_load(source: _Source) -> Any:
@@ -176,8 +177,7 @@ def _create_and_load(source: _Source) -> Any:
     kwargs = {**source.kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
     initialization = without_random_numbers() if source.weights else nullcontext()
     with _clear_errors(source.name), expecting_random_weights(), initialization:
-        created = open_clip.create_model_and_transforms(source.name, **kwargs)
-    model = created[0]
+        model, *transforms = open_clip.create_model_and_transforms(source.name, **kwargs)
     if source.weights:
         if source.model_cfg is not None:
             architecture.resize_tower(model, source.model_cfg, source.weights)
@@ -190,7 +190,7 @@ def _create_and_load(source: _Source) -> Any:
         assign_weights(model, fitting, kwargs.get("device", "cpu"))
     if kwargs.get("force_image_size") is not None and source.model_cfg is not None:
         architecture.resize_tower(model, architecture.overridden(source.model_cfg, kwargs), {})
-    return created
+    return model, *transforms
 
 
 def name_and_weights(
@@ -303,17 +303,6 @@ def _log_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     ]
     if resized:
         LOG.warning("the weights in %s are of other sizes than the model; resized %s", source, ", ".join(resized))
-
-
-def _hub_directory(model_name: str, kwargs: dict[str, Any]) -> Path | None:
-    """The local directory of a sparse model on the hub; None for other models, which open_clip loads."""
-    if not model_name.startswith(hub.HUB_PREFIX):
-        return None
-    files, cache_dir = [CONFIG_NAME, WEIGHTS_NAME], kwargs.get("cache_dir")
-    config = model_directory.read_config(hub.cached(model_name, CONFIG_NAME, cache_dir=cache_dir))
-    if moe_config_in(config) is None:
-        return None
-    return hub.cached(model_name, *files[: 1 + kwargs.get("load_weights", True)], cache_dir=cache_dir)
 
 
 def _file_of_weights(model_name: str, pretrained: str | None) -> Weights:
