@@ -40,4 +40,4 @@ class DemoOptions(OptionGroup):
     def check(self) -> None:
         self.at_least(1, "continue_steps", "batch_size", "eval_every")
         if not Path(self.start).is_dir():
-            raise ValueError(f"start: {self.start} is not a directory; expected that of the dense model to start from")
+            raise ValueError(f"start: {self.start} is no directory, and the dense model to start from is in one")
