@@ -68,6 +68,11 @@ def positive_number(name: str, value: Any) -> None:
     check(name, value, value > 0, "positive")
 
 
+def not_negative(name: str, value: Any) -> None:
+    number(name, value)
+    check(name, value, value >= 0, "0 or more")
+
+
 def width(name: str, value: Any) -> None:
     check(name, value, is_int(value) and value >= 1, "a positive int")
 
@@ -106,7 +111,7 @@ def read_json(path: Path, argument: str = "") -> Any:
 
 
 def plain_weights(name: str, model: Any) -> None:
-    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are no parameters."""
+    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are not parameters."""
     if any(getattr(type(module), "is_prepared", False) for module in model.modules()):
         raise ValueError(f"{name} was prepared by clipup.accelerate, for inference; pass the plain model")
 

@@ -49,7 +49,7 @@ class Finding:
 
     op: str
     dtype: str
-    """Of the tokens, for example "bfloat16"."""
+    """Type of the tokens, for example "bfloat16"."""
     chosen_by: str
     """The type by which the registry chooses: that of the op's first argument."""
     backend: str
@@ -91,8 +91,8 @@ def self_check(
         for dtype in _checked_types(dtypes):
             cases = cases_of_ops(dtype, SIZES[device.type])
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
-                for found in pool.map(lambda key: _check_op(key[0], cases[key], dtype, device, each), cases):  # noqa: B023
-                    findings += found
+                for of_op in pool.map(lambda key: _check_op(key[0], cases[key], dtype, device, each), cases):  # noqa: B023
+                    findings += of_op
     for finding in findings:
         chosen_by = getattr(torch, finding.chosen_by)
         registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
@@ -102,12 +102,12 @@ def self_check(
 @contextlib.contextmanager
 def _filled_memory() -> Iterator[None]:
     """Inside, new tensors hold NaN or the largest integer, so that what an op does not write shows."""
-    before = torch.get_deterministic_debug_mode()
+    mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        torch.set_deterministic_debug_mode(mode)
 
 
 def _check_op(
@@ -154,11 +154,9 @@ def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
     path = cache_file(device)
     with _lock, one_process(path):
         findings = _read(path)
-        known = {finding.dtype for finding in findings}
-        missing = [dtype for dtype in types if type_name(dtype) not in known]
-        if missing:
-            found = self_check(device, missing)
-            findings += found
+        checked = {finding.dtype for finding in findings}
+        if missing := [dtype for dtype in types if type_name(dtype) not in checked]:
+            findings += self_check(device, missing)
             _keep(path, findings)
     findings = [finding for finding in findings if finding.dtype in map(type_name, types)]
     for finding in findings:
@@ -217,7 +215,7 @@ def _installation() -> list[tuple[str, int, int]]:
 
 
 def _read(path: Path) -> list[Finding]:
-    """Empty if there is no result or it cannot be read: then the check runs again."""
+    """The stored findings; none if the file is missing or unreadable, so that the check runs again."""
     try:
         return [Finding(**finding) for finding in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
@@ -266,7 +264,7 @@ def _error(op: str, backend: registry.Backend, arguments: tuple, device: torch.d
     on_device = map_tensors(lambda t: t.to(device, copy=True), arguments)
     results = _as_tuple(registry.implementation(backend, op)(*on_device))
     pairs = [pair for pair in zip(arguments, on_device, strict=True) if isinstance(pair[0], Tensor)]
-    changed = any(not torch.equal(before, after.cpu()) for before, after in pairs)
+    changed = any(not torch.equal(argument, copy.cpu()) for argument, copy in pairs)
     if changed or [result.dtype for result in results] != types:
         return torch.inf
     errors = [_distance(result.cpu(), oracle) for result, oracle in zip(results, wanted, strict=True)]

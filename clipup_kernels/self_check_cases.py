@@ -50,7 +50,7 @@ def wide(arguments: tuple) -> list[Any]:
 
 
 def map_tensors(change: Any, arguments: tuple) -> list[Any]:
-    return [change(one) if isinstance(one, Tensor) else one for one in arguments]
+    return [change(item) if isinstance(item, Tensor) else item for item in arguments]
 
 
 def cases_of_ops(dtype: torch.dtype, all_sizes: Iterable[Size]) -> dict[tuple[str, torch.dtype], list[tuple]]:

@@ -1,5 +1,5 @@
-// The Python module clipup_kernels._C. Addresses are integers (0: a null pointer), every call releases the GIL,
-// std::invalid_argument becomes ValueError. The functions are documented in moe.h.
+// The Python module clipup_kernels._C. Addresses are integers (0: a null pointer), every call releases the
+// GIL, std::invalid_argument becomes ValueError. The functions are documented in moe.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -179,8 +179,9 @@ py::tuple packed_layout(int dtype, int packed_type) {
   return py::make_tuple(layout.panel, layout.per_word);
 }
 
-// A block of the pool, for packed weights and for outputs that are allocated at every step: fresh memory costs page
-// faults. The block returns to the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
+// A block of the pool, for packed weights and for outputs that are allocated at every step: fresh memory
+// costs page faults. The block returns to the pool when the object, whose buffer torch.frombuffer() wraps, is
+// destroyed.
 class Block {
  public:
   Block(Size bytes, bool lasting) : bytes_(bytes), memory_(clipup::acquire_memory(bytes, lasting)) {}

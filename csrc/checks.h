@@ -13,7 +13,8 @@ inline void check(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// The same with message(), which is composed only if it is needed: strings take longer than the work on a few tokens.
+// The same with message(), which is composed only if it is needed: strings take longer than the work on a few
+// tokens.
 template <class Message>
 auto check(bool holds, const Message& message) -> decltype(std::string(message()), void()) {
   if (!holds) throw std::invalid_argument(message());

@@ -1,12 +1,13 @@
 // The native interface of clipup_kernels: the ops of Mixture-of-Experts layers on the CPU.
 //
 // Plain pointers and sizes; every array is dense and row-major. Axes, as everywhere in the project:
-//   T tokens, E experts, K choices per token, D model width, H hidden width, R = T*K rows, one per (token, choice)
-//   pair.
+//   T tokens, E experts, K choices per token, D model width, H hidden width, R = T*K rows, one per (token,
+//   choice) pair.
 //
-// A stage checks its arguments before it writes: std::invalid_argument names the argument, what was expected and what
-// was given. Every element of an output is written. Sizes may be zero; an array without elements may be null. Every
-// result is bitwise the same from run to run and for every number of threads, if all threads treat denormals alike.
+// A stage checks its arguments before it writes: std::invalid_argument names the argument, what was expected
+// and what was given. Every element of an output is written. Sizes may be zero; an array without elements may
+// be null. Every result is bitwise the same from run to run and for every number of threads, if all threads
+// treat denormals alike.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,8 @@ namespace clipup {
 // Storage type of the elements of rows. Sums are in float for every storage type.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// The activations of experts: X(type in cpu/activations.h, name in Python). Enumerators, names and tables of kernels
-// follow from this list; clipup_kernels/types.py has the same names in the same order.
+// The activations of experts: X(type in cpu/activations.h, name in Python). Enumerators, names and tables of
+// kernels follow from this list; clipup_kernels/types.py has the same names in the same order.
 #define CLIPUP_ACTIVATIONS(X)                             \
   X(Gelu, "gelu")            /* z Phi(z), by erf */       \
   X(GeluTanh, "gelu_tanh")   /* its tanh approximation */ \
@@ -39,8 +40,8 @@ constexpr const char* kActivationNames[] = {
 };
 constexpr int kActivations = sizeof kActivationNames / sizeof kActivationNames[0];
 
-// The router's logits in float, from tokens in their storage type: logits[t,e] = <x[t], weight[e]>. The logits of a
-// token do not depend on the others.
+// The router's logits in float, from tokens in their storage type: logits[t,e] = <x[t], weight[e]>. The
+// logits of a token do not depend on the others.
 //
 //   x[T,D]               of type `dtype`
 //   mask[T]              0: the token is masked: it is not read, its logits are 0; null: none is masked
@@ -61,15 +62,16 @@ void router_logits_backward(const float* d_logits, const void* x, DType dtype, c
 // Softmax over the experts, the K best experts of every token, and the statistics that the losses need.
 //
 //   logits[T,E]          router logits; a NaN leads to NaN gates, never to an index outside [0, E)
-//   mask[T]              0: the token is masked: gates 0, expert indices -1, top_prob 0, not in any statistic; null:
-//                        none is masked
+//   mask[T]              0: the token is masked: gates 0, expert indices -1, top_prob 0, not in any
+//                        statistic; null: none is masked
 //   selection_bias[E]    added to the probabilities for the choice only, gates stay unbiased; null: none
 //
 // Choices are ordered by their scores, highest first: logits, or probabilities plus selection bias if given.
 // Ties go to the lowest expert, a NaN ranks as minus infinity.
 //
-//   gates[T,K]           probability of the choice; `renormalize`: divided by the sum over the token's choices, computed
-//                        from the logits so that they sum to 1 even where the probabilities underflow
+//   gates[T,K]           probability of the choice; `renormalize`: divided by the sum over the token's
+//                        choices, computed from the logits so that they sum to 1 even where the probabilities
+//                        underflow
 //   expert_indices[T,K]  expert of the choice, distinct within a token
 //   top_prob[T]          largest probability of the token
 //   mean_probs[E]        mean probability over the unmasked tokens, 0 if there are none
@@ -92,15 +94,16 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits);
 
-// The plan: which row holds which (token, choice) pair. Rows of an expert are contiguous, experts ascend: a stable
-// counting sort. No token moves.
+// The plan: which row holds which (token, choice) pair. Rows of an expert are contiguous, experts ascend: a
+// stable counting sort. No token moves.
 //
 //   expert_indices[T,K]  expert of the choice, -1 where there is none
 //   mask[T]              0: the token is masked and gets no rows; null: none is masked
-//   priority[T]          tokens are served in descending order, ties by position, NaN like minus infinity; null: by
-//                        position
-//   capacity_factor      f > 0: an expert takes at most ceil(f*K*N/E) rows, N the unmasked tokens that have a choice,
-//                        computed in double, from left to right; f < 0: no limit; 0 and NaN are refused
+//   priority[T]          tokens are served in descending order, ties by position, NaN like minus infinity;
+//                        null: by position
+//   capacity_factor      f > 0: an expert takes at most ceil(f*K*N/E) rows, N the unmasked tokens that have a
+//                        choice, computed in double, from left to right; f < 0: no limit; 0 and NaN are
+//                        refused
 //
 // Inside an expert all first choices come before any second choice, and so on; inside a choice tokens come in
 // the order of `priority`. Pairs beyond the capacity are dropped from the end of that order.
@@ -149,10 +152,10 @@ struct Routing {
 };
 
 // What a packed weight (`pack_weight`) holds: the weight's elements, or int8, quantized by output channel:
-// q = round(w * 127 / max|w|), scale = max|w| / 127 over the inputs of a channel. The rows that an int8 weight is multiplied
-// with are quantized in the same way, each by itself, at every call; sums are exact integers. A row with a NaN or an
-// infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant, arXiv 2211.10438): what is quantized is w / f and
-// x * f.
+// q = round(w * 127 / max|w|), scale = max|w| / 127 over the inputs of a channel. The rows that an int8
+// weight is multiplied with are quantized in the same way, each by itself, at every call; sums are exact
+// integers. A row with a NaN or an infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant,
+// arXiv 2211.10438): what is quantized is w / f and x * f.
 enum class PackedType : int { kExact = 0, kInt8 = 1 };
 
 // E MLPs of one shape. In the forward pass, a packed matrix from `pack_weight` replaces the matrix.
@@ -165,19 +168,21 @@ struct Experts {
   const void *gate_weight, *gate_bias;  // [E,H,D] for gated experts, else null; [E,H] or null
   const void *packed_in, *packed_out,
       *packed_gate;  // or null; if given, the matrix itself is not read and may be null
-  // Elements from an expert's W_in, and W_gate, to the next one's, also in their gradients: 0 for H*D, or 2*H*D where
-  // both lie in one matrix.
+  // Elements from an expert's W_in, and W_gate, to the next one's, also in their gradients: 0 for H*D, or
+  // 2*H*D where both lie in one matrix.
   std::int64_t in_stride;
   PackedType packed_type;  // of the packed matrices: all or none are given if it is kInt8
 
   bool gated() const { return gate_weight != nullptr || packed_gate != nullptr; }
 };
 
-// y[t] = sum over the choices k of gates[t,k] * (W_out a + b_out), a = act(z), z = W_in x[t] + b_in, of the choice's
-// expert. Gated: a = act(W_gate x + b_gate) * z. k ascending, sums in float; z is rounded to `dtype`.
+// y[t] = sum over the choices k of gates[t,k] * (W_out a + b_out), a = act(z), z = W_in x[t] + b_in, of the
+// choice's expert. Gated: a = act(W_gate x + b_gate) * z. k ascending, sums in float; z is rounded to
+// `dtype`.
 //
 //   x[T,D], y[T,D]       a token without rows gets 0
-//   z[R,H]               gated: [2,R,H], z and then the gate's pre-activation; 0 past offsets[E]; null: not kept
+//   z[R,H]               gated: [2,R,H], z and then the gate's pre-activation; 0 past offsets[E]; null: not
+//                        kept
 void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z);
 
 // How a sparse layer routes: the arguments of `router_logits`, `topk_gating` and `dispatch`.
@@ -191,12 +196,12 @@ struct Router {
   float gate_scale;  // y is the sum weighted by gate_scale * gates
 };
 
-// A sparse layer in one call: `router_logits`, `topk_gating`, `dispatch` and `expert_mlp_forward`, with their results bit
-// by bit. For few tokens the calls themselves take most of the time.
+// A sparse layer in one call: `router_logits`, `topk_gating`, `dispatch` and `expert_mlp_forward`, with their
+// results bit by bit. For few tokens the calls themselves take most of the time.
 //
-//   floats, ints         written: what the routing stages write, one after the other: logits, gates, top_prob,
-//                        mean_probs and z_loss; expert_indices, tokens_per_expert, offsets, choice_of_row and
-//                        row_of_choice
+//   floats, ints         written: what the routing stages write, one after the other: logits, gates,
+//                        top_prob, mean_probs and z_loss; expert_indices, tokens_per_expert, offsets,
+//                        choice_of_row and row_of_choice
 void sparse_mlp_forward(const Experts& experts, const Router& router, const std::uint8_t* mask,
                         std::int64_t T, const void* x, void* y, float* floats, std::int32_t* ints);
 
@@ -227,16 +232,18 @@ void grouped_linear(DType dtype, const void* rows, const void* weight, const voi
                     std::int64_t I, void* out, const void* packed = nullptr,
                     PackedType packed_type = PackedType::kExact);
 
-// Gradients of `grouped_linear`; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets 0.
+// Gradients of `grouped_linear`; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets
+// 0.
 void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, const void* weight,
                              const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                              std::int64_t I, void* d_rows, void* d_weight, void* d_bias);
 
-// Softmax attention of every head of B sequences of L tokens to themselves: out = softmax(q k^T / sqrt(d) + mask) v.
+// Softmax attention of every head of B sequences of L tokens to themselves: out = softmax(q k^T / sqrt(d) +
+// mask) v.
 //
 //   qkv[B,L,3,heads,d]   of type `dtype`: queries, keys and values
-//   mask[L,L]            added to the scores: that of a head is mask + b * mask_batch_stride + head * mask_head_stride;
-//                        or null. A query whose keys all have -infinity gives 0
+//   mask[L,L]            added to the scores: that of a head is mask + b * mask_batch_stride + head *
+//                        mask_head_stride; or null. A query whose keys all have -infinity gives 0
 //   out[B,L,heads,d]     of type `dtype`
 //   type                 of the products; results of int8 ones depend on the sequence as a whole
 void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_t mask_batch_stride,
@@ -253,10 +260,10 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, st
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed, PackedType type = PackedType::kExact, const float* input_scale = nullptr);
 
-// The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word holds one
-// element as a float, or two neighbouring bfloat16, or four int8, the first in its lowest bits. Padding is zero. After the
-// words of int8 weights follow [E, ceil(O / panel) * panel] scales in float, as many sums of int8 by output channel in
-// 32-bit integers, and [E, ceil(I / 32) * 32] input scales in float.
+// The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word
+// holds one element as a float, or two neighbouring bfloat16, or four int8, the first in its lowest bits.
+// Padding is zero. After the words of int8 weights follow [E, ceil(O / panel) * panel] scales in float, as
+// many sums of int8 by output channel in 32-bit integers, and [E, ceil(I / 32) * 32] input scales in float.
 struct PackedLayout {
   std::int64_t panel, per_word;
 };
@@ -269,8 +276,9 @@ const char* instruction_tier();
 // Whether this process may use AMX tiles for bfloat16, which the tier in use may not do.
 bool has_matrix_tiles();
 
-// Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back. A block may
-// be up to twice as large as asked for, one that is `lasting`, for longer than a call, by an eighth.
+// Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back. A
+// block may be up to twice as large as asked for, one that is `lasting`, for longer than a call, by an
+// eighth.
 void* acquire_memory(std::size_t bytes, bool lasting = false);
 void return_memory(void* block);
 

@@ -6,11 +6,11 @@
 //     a CUDA graph;
 //   - sizes are checked, values on the device are not: an index outside its range counts as -1;
 //   - a failed launch throws std::runtime_error;
-//   - a stage takes its temporary memory as `workspace`, uninitialized and aligned to 16 bytes; a function returns
-//     its size in bytes;
+//   - a stage takes its temporary memory as `workspace`, uninitialized and aligned to 16 bytes; a function
+//     returns its size in bytes;
 //   - there are at most kMostExperts experts.
-// `dispatch` gives bitwise the CPU's results. `topk_gating` and its gradient agree up to the rounding of exponentials
-// and of sums, whose order depends only on T, E and K.
+// `dispatch` gives bitwise the CPU's results. `topk_gating` and its gradient agree up to the rounding of
+// exponentials and of sums, whose order depends only on T, E and K.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 
 // Two launches.
 //
-//   order[T]             a permutation: the tokens in the order in which they are served; null: by position. A token
-//                        missing from it gets no row, and its row_of_choice is not written
+//   order[T]             a permutation: the tokens in the order in which they are served; null: by position.
+//                        A token missing from it gets no row, and its row_of_choice is not written
 std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t E);
 void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const std::int64_t* order,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,

@@ -45,8 +45,8 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for user errors, 130 after Ctrl-C, 141 for a closed pipe."""
     argv = sys.argv[1:] if argv is None else argv
-    known = bool(argv) and argv[0] in COMMANDS
-    return reporting_errors(f"clipup {argv[0]}" if known else "clipup", lambda: _run(argv))
+    is_command = bool(argv) and argv[0] in COMMANDS
+    return reporting_errors(f"clipup {argv[0]}" if is_command else "clipup", lambda: _run(argv))
 
 
 def _run(argv: list[str]) -> int:
@@ -74,13 +74,13 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
         program: prefix of the line.
     """
     try:
-        return _all_written(program, _code_of(program, function))
+        return _flushed(program, _exit_code(program, function))
     except SystemExit as stop:  # argparse's, after its help or its error
-        stop.code = _all_written(program, stop.code)
+        stop.code = _flushed(program, stop.code)
         raise
 
 
-def _code_of(program: str, function: Callable[[], int]) -> int:
+def _exit_code(program: str, function: Callable[[], int]) -> int:
     try:
         return function()
     except BrokenPipeError:  # the reader of the output has exited
@@ -96,8 +96,8 @@ def _code_of(program: str, function: Callable[[], int]) -> int:
         return _INTERRUPTED
 
 
-def _all_written(program: str, code: Any) -> Any:
-    """The exit code of a program that prints no more: another one than 0 if stdout does not take what it printed."""
+def _flushed(program: str, code: Any) -> Any:
+    """The exit code of a program that has printed everything: not 0 if stdout could not take it."""
     try:
         print(end="", flush=True)
     except OSError as error:
@@ -115,7 +115,7 @@ def _report(program: str, message: str) -> int:
 
 
 def say(text: str) -> None:
-    """Prints to stderr, if it takes anything: the exit code says what happened too."""
+    """Prints to stderr. If stderr cannot be written to, the exit code alone reports what happened."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -131,7 +131,9 @@ def run_subcommand(commands: Mapping[str, type], program: str, kind: str, argv: 
         ValueError: no such subcommand.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage(program, {name: one.__doc__.strip().splitlines()[0] for name, one in commands.items()}, kind))
+        print(
+            usage(program, {name: options.__doc__.strip().splitlines()[0] for name, options in commands.items()}, kind)
+        )
         return 0 if argv else _BAD_INPUT
     if argv[0] not in commands:
         raise ValueError(_unknown(kind, argv[0], commands))
@@ -140,10 +142,10 @@ def run_subcommand(commands: Mapping[str, type], program: str, kind: str, argv: 
     return parse(commands[argv[0]], argv[1:], f"{program} {argv[0]}").run()
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? {kind.capitalize()}s" if close else f"{kind}s"
-    return f"there is no {kind} {name!r}; {hint} are {', '.join(known)}"
+    return f"there is no {kind} {name!r}; {hint} are {', '.join(names)}"
 
 
 def usage(program: str, commands: Mapping[str, str], kind: str = "command") -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _RETRIEVAL = ("coco", "flickr30k", "csv", "webdataset")
 _CLASSIFICATION = ("imagenet", "imagenet-v2", "webdataset")  # the task of a webdataset is only known from its files
 _WITH_ANNOTATIONS = ("coco", "flickr30k")
-_OF_ANY_DATA = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
+_NAMED_BY_ROOT = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
 _DATASET = {"with --dataset": lambda group: group.dataset is not None}
 _NO_DATASET = {"without --dataset": lambda group: group.dataset is None}
 _NO_RETRIEVAL = {
@@ -50,8 +50,8 @@ class Options(EncodingOptions):
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. Of a run, its
-    model, or the newest checkpoint of one that goes on."""
+    """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. A run stands for
+    its model or, while it goes on, for its newest checkpoint."""
     pretrained: str | None = None
     """Tag, file of weights, or directory of a model or a finished run, for a model given by name; a training checkpoint
     may be sparse."""
@@ -164,7 +164,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     if options.device.startswith("cuda"):
         check_once(options.device, [token_dtype(options.precision)])
-    found = _find(options)
+    data_set = _benchmark(options)
     samples = None
     if options.val_data is not None:  # found before the model is loaded, which brings the transform
         samples = load_eval_samples(options.val_data, None, options.source, "val_data")
@@ -179,7 +179,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "random_weights": options.random_weights or None,
         "precision": f"{options.precision}, int8 weights" if options.int8 else options.precision,
         "dataset": options.dataset,
-        "root": options.root if options.dataset in _OF_ANY_DATA else None,
+        "root": options.root if options.dataset in _NAMED_BY_ROOT else None,
         "split": None if options.dataset is None or options.is_one_split else options.split,
         "captions_per_image": options.captions_per_image,
         "val_data": options.val_data,
@@ -187,8 +187,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         **{name: None if path is None else str(path) for name, path in paths.items()},
     }
     results: dict[str, Any] = {name: value for name, value in measured.items() if value is not None}
-    if isinstance(found, RetrievalSet):
-        samples = found.samples(preprocess, options.source.max_image_pixels)
+    if isinstance(data_set, RetrievalSet):
+        samples = data_set.samples(preprocess, options.source.max_image_pixels)
     if samples is not None:
         samples.preprocess = preprocess
         samples.read_at_once, samples.workers = options.batch_size, options.workers
@@ -204,23 +204,23 @@ def evaluate(options: Options) -> dict[str, Any]:
                 printable(f"clipup eval: skipped {samples.skipped} unreadable, such as {samples.skips.first}"),
                 file=sys.stderr,
             )
-    if isinstance(found, ClassificationSet):
-        images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
-        results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
+    if isinstance(data_set, ClassificationSet):
+        images = data_set.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
+        results["zero_shot"] = zero_shot(model, images, data_set.classes, tokenizer, None, data_set.templates, **common)
     return results
 
 
-def _find(options: Options) -> DataSet | None:
+def _benchmark(options: Options) -> DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
     from ..evaluate import datasets, image_folder, read_lines
     from ..evaluate.zero_shot import TEMPLATES
 
     templates = [] if options.templates is None else read_lines(options.templates)
-    found: DataSet
+    data_set: DataSet
     if options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
-        found = datasets.ClassificationSet(images, names, TEMPLATES)
+        data_set = datasets.ClassificationSet(images, names, TEMPLATES)
         if isinstance(images[0], tuple):  # names, numbers or the order may have decided
             pairs = [f"{path.relative_to(options.images).parts[0]} is {names[label]!r}" for path, label in images]
             print(printable(f"clipup eval: in --images, {pairs[0]}, ..., {pairs[-1]}"), file=sys.stderr)
@@ -234,13 +234,13 @@ def _find(options: Options) -> DataSet | None:
             "webdataset": lambda: datasets.webdataset(root, split, templates),
             "csv": lambda: datasets.csv(root, split, options.source),
         }
-        found = readers[options.dataset]()
+        data_set = readers[options.dataset]()
     else:
         return None
-    if isinstance(found, datasets.ClassificationSet):
-        return replace(found, templates=templates or found.templates)
+    if isinstance(data_set, datasets.ClassificationSet):
+        return replace(data_set, templates=templates or data_set.templates)
     kept = slice(options.captions_per_image)
-    return replace(found, records=[replace(record, captions=record.captions[kept]) for record in found.records])
+    return replace(data_set, records=[replace(record, captions=record.captions[kept]) for record in data_set.records])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -249,10 +249,10 @@ def table(results: dict[str, Any]) -> str:
 
     lines = []
     if "retrieval" in results:
-        found = results["retrieval"]
+        recall = results["retrieval"]
         heads = "".join(f"{f'R@{k}':>10}" for k in RECALL_AT)
         lines.append(f"{'retrieval (%)':<16}{'images':>8}  {'':<13}{heads}{'chance':>10}")
-        for name, row in {"all": found, **found.get("splits", {})}.items():
+        for name, row in {"all": recall, **recall.get("splits", {})}.items():
             for way in WAYS:
                 cells = "".join(f"{100 * row[f'{way}_R@{k}']:>10.2f}" for k in RECALL_AT)
                 lines.append(f"{printable(name):<16}{row['gallery']:>8}  {way}{cells}{100 * row['chance_R@1']:>10.2f}")

@@ -40,9 +40,11 @@ def main(argv: list[str]) -> int:
 
     model_names.refuse_random_weights("pretrained", options.model, options.pretrained)
     check_directory("out", options.out)
-    there = sorted(path.name for path in options.out.glob(f"*{SUFFIX}"))
-    if there and not options.overwrite:
-        raise FileExistsError(f"{options.out} holds {', '.join(there)}; pass --overwrite, or choose another directory")
+    existing = sorted(path.name for path in options.out.glob(f"*{SUFFIX}"))
+    if existing and not options.overwrite:
+        raise FileExistsError(
+            f"{options.out} holds {', '.join(existing)}; pass --overwrite, or choose another directory"
+        )
     model, *_ = create_model_and_transforms(options.model, options.pretrained)
     for path in save_encoders(model, options.out, options.aot).values():
         print(f"wrote {path}")

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     pretrained = options.pretrained
     if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
-    made = update_index(
+    index = update_index(
         options.out,
         options.images,
         records,
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     )
     if others := passed_over(options.images):
         print(f"clipup index: passed over {others}", file=sys.stderr)
-    for name in made.skipped:
+    for name in index.skipped:
         print(f"clipup index: skipped {printable(name)}", file=sys.stderr)
-    print(f"{len(made.entries)} images, {len(made.skipped)} skipped: {options.out}")
+    print(f"{len(index.entries)} images, {len(index.skipped)} skipped: {options.out}")
     return 0

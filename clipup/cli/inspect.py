@@ -35,8 +35,8 @@ class Options(DeviceOptions):
     """
 
     run_or_model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """A directory with a sparse model, or that of a training run: its model, or the newest checkpoint of one that goes
-    on."""
+    """A directory with a sparse model, or that of a training run: its model or, while it goes on, its newest
+    checkpoint."""
     images: str | None = None
     """Directory with images (searched with its subdirectories), or evaluation shards ("test-*.tar")."""
     captions: Path | None = None
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     )
     labels: list[str] = []
     skipped: dict[str, str] = {}
-    seen = inspect_experts(
+    report = inspect_experts(
         model,
         progress(_readable(records, labels, skipped), "routing images", "images", total=len(records)),
         captions,
@@ -89,12 +89,12 @@ def main(argv: list[str]) -> int:
         batch_size=options.batch_size,
     )
     skipped |= incomplete
-    seen = dataclasses.replace(seen, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
-    write_text(options.out, seen.page(options.shown))
+    report = dataclasses.replace(report, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
+    write_text(options.out, report.page(options.shown))
     if options.images is not None and (others := passed_over(options.images)):
         print(f"clipup inspect: passed over {others}", file=sys.stderr)
     left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
-    print(f"{len(seen.pictures)} images and {len(seen.captions)} captions{left_out}: {options.out}")
+    print(f"{len(report.pictures)} images and {len(report.captions)} captions{left_out}: {options.out}")
     return 0
 
 
@@ -111,8 +111,8 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
 
     if ".tar" not in Path(source).name:
         return image_files(source), {}
-    found = eval_samples(source, preprocess=None, argument="images", max_skipped=1.0)
-    return list(found.samples), dict.fromkeys(found.skips.samples, "no image or caption in its shard, or damaged")
+    samples = eval_samples(source, preprocess=None, argument="images", max_skipped=1.0)
+    return list(samples.samples), dict.fromkeys(samples.skips.samples, "no image or caption in its shard, or damaged")
 
 
 def _captions(options: Options, records: list[Sample]) -> list[str]:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from ..progress import printable
 
 FLAG_OF: dict[str, str] = {}
-"""Of the command that runs: its flags by the names of their options in Python."""
+"""The running command's flags, by the names of their options in Python."""
 _OPTION = re.compile(r"^\w+(?=: |=| (?:must|is|has|needs) )|(?<![\w./'\"-])[a-z]+_\w+(?![/'\"-]|\.\w)")
-"""What may name an option in a message: its first word, and words with underscores outside of paths."""
+"""Words in a message that may name an option: the first one, and those with underscores outside of paths."""
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def check_directory(argument: str, path: str | Path) -> None:
     Raises:
         OSError: a directory at this path cannot be created or written to.
     """
-    existing = next(one for one in (Path(path).absolute(), *Path(path).absolute().parents) if one.exists())
+    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{argument}: {existing} is a file; expected a directory")
     if not os.access(existing, os.W_OK | os.X_OK):

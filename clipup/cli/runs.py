@@ -24,7 +24,7 @@ from ..train.log.records import read_records
 
 def model_directory(name: str) -> Path | None:
     """The directory of the model that a directory stands for; None for other names, and for runs that are not finished
-    or go on since."""
+    or have gone on."""
     root = model_names.directory_of(name)
     if root is None or not (root / CONFIG_NAME).is_file():
         return None
@@ -40,7 +40,7 @@ def _path(name: str) -> Path:
 def model_of(name: str) -> Iterator[str]:
     """The model that a name, a model's directory or a training run's stands for, as ``factory`` takes it.
 
-    Of a run that is not finished, or that goes on since, the newest checkpoint, in a directory that is removed
+    For a run that is not finished, or has gone on, this is its newest checkpoint, in a directory that is removed
     afterwards.
 
     Raises:
@@ -89,9 +89,9 @@ def load_for_inference(
     name: str, pretrained: str | None = None, precision: Precision = "fp32", int8: bool = False, device: str = "cpu"
 ) -> tuple[nn.Module, Any, Any]:
     """Model, transform of images and tokenizer of what ``model_of`` takes."""
-    with model_of(name) as known:
+    with model_of(name) as model_name:
         model, _, preprocess = factory.create_model_and_transforms(
-            known, pretrained, precision=precision, device=device
+            model_name, pretrained, precision=precision, device=device
         )
-        tokenizer = tokenizers.get_tokenizer(known)
+        tokenizer = tokenizers.get_tokenizer(model_name)
     return for_inference(model, precision, "int8" if int8 else None), preprocess, tokenizer

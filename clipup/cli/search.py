@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
     index.check_model(digest(model, encoder.model))
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
     texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
-    found = list(zip(options.texts, find(index, texts, options.count), strict=True))
-    for text, results in found:
+    answers = list(zip(options.texts, find(index, texts, options.count), strict=True))
+    for text, results in answers:
         print(text)
         for result in results:
             print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
-        write_text(options.page, results_page(index, found, shlex.join(["clipup", "search", *argv])))
+        write_text(options.page, results_page(index, answers, shlex.join(["clipup", "search", *argv])))
         print(f"page: {options.page}")
     return 0

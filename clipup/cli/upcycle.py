@@ -111,11 +111,11 @@ def run(options: Options) -> None:
     base_model = model_names.base_model(options.model, options.pretrained)
     model_cfg = architecture.with_logit_bias(model_cfg, getattr(dense, "logit_bias", None))
     saving.save_with_tokenizer(sparse, options.out, model_cfg, tokenizer_files, base_model=base_model)
-    before, after = flops.count(dense), flops.count(sparse)
+    dense_counts, sparse_counts = flops.count(dense), flops.count(sparse)
     print(f"largest difference of normalized features at step 0: {difference:.1e}")
     print(
-        f"parameters: {before.params / 1e6:.1f} M dense, {after.params / 1e6:.1f} M sparse, "
-        f"{after.active_params / 1e6:.1f} M active per token"
+        f"parameters: {dense_counts.params / 1e6:.1f} M dense, {sparse_counts.params / 1e6:.1f} M sparse, "
+        f"{sparse_counts.active_params / 1e6:.1f} M active per token"
     )
     print(f"saved to {options.out}{' (random weights)' * options.random_weights}")
 

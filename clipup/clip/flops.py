@@ -7,6 +7,7 @@ text. A multiply-add is 2 FLOPs; only matrix products, convolutions and attentio
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,11 +74,7 @@ def count_active(model: nn.Module) -> int:
     return active
 
 
-_WITH_HOOKS = ("clipup", "torch", "open_clip", "timm", "transformers", "peft")
-
-
-def _package(function: Any) -> str:
-    return (getattr(function, "__module__", None) or "").partition(".")[0]
+_WITH_HOOKS = re.compile(r"(clipup|torch|open_clip|timm|transformers|peft)\b")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -90,7 +87,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            kept = {number: hook for number, hook in hooks.items() if _package(hook) in _WITH_HOOKS}
+            kept = {
+                number: hook
+                for number, hook in hooks.items()
+                if _WITH_HOOKS.match(getattr(hook, "__module__", None) or "")
+            }
             memo[id(hooks)] = OrderedDict(copy.deepcopy(kept, memo))
     return copy.deepcopy(model, memo)
 

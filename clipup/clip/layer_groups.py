@@ -21,8 +21,8 @@ _DECODER = "text_decoder."
 def tower_parameters(model: nn.Module, tower: str) -> Group:
     """All parameters of the "image" or the "text" tower, by full name.
 
-    In open_clip's CLIP the text tower has no module of its own: its parameters are the model's that are neither of the
-    image tower nor the scale and the bias of the logits.
+    In open_clip's CLIP the text tower is not a module. Its parameters are those of the model without the image tower's
+    and without the scale and bias of the logits.
     """
     path, module = tower_module(model, tower)
     if path:
@@ -60,7 +60,10 @@ def layer_groups(model: nn.Module, tower: str) -> list[Group]:
         elif _is_head(name.removeprefix(f"{path}.")):
             groups[-1][name] = parameter
         else:
-            after = last > 0 and _follows_the_blocks(module, name.removeprefix(f"{path}."))
+            # A final norm is defined after the blocks. A CLIP registers its embeddings after its text transformer, so
+            # there the names decide.
+            is_norm = name.removeprefix(f"{path}.").split(".")[0].startswith("ln_")
+            after = last > 0 and (is_norm or isinstance(module, HFTextEncoder))
             groups[len(blocks) if after else 0][name] = parameter
     return [group for group in groups if group]
 
@@ -69,14 +72,6 @@ def _is_head(name: str) -> bool:
     """name: within the tower."""
     parts = name.split(".")
     return parts[0] in _HEADS or parts[:2] == ["transformer", "pooler"]
-
-
-def _follows_the_blocks(module: nn.Module, name: str) -> bool:
-    """Whether a parameter that is of no block is used after them: a final norm, which is defined after the blocks.
-
-    A CLIP registers its embeddings after its text transformer, so there the names decide.
-    """
-    return name.split(".")[0].startswith("ln_") or isinstance(module, HFTextEncoder)
 
 
 def _timm_groups(path: str, module: nn.Module, parameters: Group) -> list[Group]:

@@ -35,7 +35,7 @@ class _State:
     token_mask: Tensor | None = None
 
 
-class _OfThread(threading.local):
+class _ThreadState(threading.local):
     """``state`` per thread: a separate object, because ``torch.compile`` loses assignments to attributes of a subclass
     of ``threading.local``."""
 
@@ -43,7 +43,7 @@ class _OfThread(threading.local):
         self.state = _State()
 
 
-_threads = _OfThread()
+_threads = _ThreadState()
 
 
 class PaddingAwareBlock:
@@ -51,11 +51,11 @@ class PaddingAwareBlock:
 
     def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         state = _threads.state
-        before, state.token_mask = state.token_mask, token_mask
+        outer_mask, state.token_mask = state.token_mask, token_mask
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            state.token_mask = before
+            state.token_mask = outer_mask
 
 
 def pass_padding_on(block: Any, to: type) -> bool:
@@ -80,7 +80,7 @@ def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def attended_tokens(attn_mask: Any) -> Tensor | None:
-    """[B, L] bool, True for the tokens that at least one query attends to; None for what tells nothing about tokens.
+    """[B, L] bool, True for the tokens that at least one query attends to; None for masks that are not about tokens.
 
     Args:
         attn_mask: [B, 1, Q or 1, L], bool (True: attend) or additive (0: attend).
@@ -144,7 +144,7 @@ class PaddingAwareModernTextBlock(PaddingAwareBlock, ModernTextBlock):
         return super().forward(x, rope_embed, bias, is_causal, v_first, token_mask=attended_tokens(key_bias))
 
 
-class _OfTransformers(PaddingAwareBlock):
+class _TransformersBlock(PaddingAwareBlock):
     """A block of transformers, which gets the mask of its attention, made from the tokenizer's ``attention_mask``."""
 
     pools_last: bool
@@ -165,7 +165,9 @@ def make_transformers_padding_aware(model: Any) -> bool:
     whether it has such layers. To call it again changes nothing."""
     blocks: list[Any] = [block for block in model.modules() if block_class(block)]
     for block in blocks:
-        if not isinstance(block, PaddingAwareBlock) and pass_padding_on(block, _of_transformers(block_class(block))):
+        if not isinstance(block, PaddingAwareBlock) and pass_padding_on(
+            block, _transformers_block_class(block_class(block))
+        ):
             block.chunk_size_feed_forward = 0  # BERT's memory saver: the tokens of a batch are routed together
             config = getattr(getattr(block, "self_attn", None), "config", None)
             block.pools_last = getattr(config, "model_type", "").removeprefix(SPARSE_PREFIX) in _POOLS_LAST
@@ -173,16 +175,16 @@ def make_transformers_padding_aware(model: Any) -> bool:
 
 
 @functools.cache
-def _of_transformers(full_name: Any) -> type:
+def _transformers_block_class(full_name: Any) -> type:
     module, name = full_name.rsplit(".", 1)
     block = getattr(importlib.import_module(module), name)
     # transformers, accelerate and FSDP look for blocks by the names of their classes; pickle looks up __qualname__
-    return type(name, (_OfTransformers, block), {"__module__": __name__, "__qualname__": _PREFIX + name})
+    return type(name, (_TransformersBlock, block), {"__module__": __name__, "__qualname__": _PREFIX + name})
 
 
 def __getattr__(name: str) -> Any:
     """The classes by their names, which pickle looks up."""
     for full_name in BLOCKS:
         if name == _PREFIX + full_name.rsplit(".", 1)[1]:
-            return _of_transformers(full_name)
+            return _transformers_block_class(full_name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

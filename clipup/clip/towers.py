@@ -48,8 +48,8 @@ def with_towers(config: MoEConfig, model: nn.Module) -> MoEConfig:
     """The config, naming the towers that become sparse: where it names none, image and text, as far as there are."""
     if config.towers is not None:
         return config
-    has = towers(model)
-    return config.replace(towers=tuple(tower for tower in DEFAULT_TOWERS if tower in has))
+    available = towers(model)
+    return config.replace(towers=tuple(tower for tower in DEFAULT_TOWERS if tower in available))
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -70,11 +70,11 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
     if is_hugging_face(model):
         return hugging_face_blocks(model)[tower]
     path, module = tower_module(model, tower)
-    if isinstance(module, HFTextEncoder):
-        path, module, names = f"{path}.transformer", module.transformer, _HUGGING_FACE_LISTS
-    else:
-        path, module = _trunk(path, module)
-        names = _LISTS
+    names = _HUGGING_FACE_LISTS if isinstance(module, HFTextEncoder) else _LISTS
+    if isinstance(module, TimmModel):
+        path, module = f"{path}.trunk", module.trunk
+    elif isinstance(module, HFTextEncoder | VisionTransformer | TextTransformer | open_clip.CLIP):
+        path, module = f"{path}.transformer", module.transformer
     for name in names:
         blocks = _blocks(module, name)
         if blocks:
@@ -100,27 +100,18 @@ def leave_dense(model: nn.Module, tower: str) -> str:
     return ways if other in towers(model) else ""
 
 
-def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """Full name and module of the part of a tower that contains its blocks."""
-    if isinstance(module, TimmModel):
-        return f"{path}.trunk", module.trunk
-    if isinstance(module, VisionTransformer | TextTransformer | open_clip.CLIP):
-        return f"{path}.transformer", module.transformer
-    return path, module
-
-
 def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:
     """The blocks in the list ``name`` of a module, by name. If it is a list of stages, the blocks of each stage."""
     listed = dict(module.named_modules()).get(name)
     if not isinstance(listed, nn.ModuleList | nn.Sequential):
         return {}
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
     for index, item in listed.named_children():
         stage = getattr(item, "blocks", None)
         if isinstance(stage, nn.ModuleList | nn.Sequential):
-            found |= {f"{name}.{index}.blocks.{i}": block for i, block in stage.named_children()}
+            blocks |= {f"{name}.{index}.blocks.{i}": block for i, block in stage.named_children()}
         else:
-            found[f"{name}.{index}"] = item
+            blocks[f"{name}.{index}"] = item
         if isinstance(module, MultimodalTransformer):
-            found[f"cross_attn.{index}"] = module.cross_attn.get_submodule(index)
-    return found
+            blocks[f"cross_attn.{index}"] = module.cross_attn.get_submodule(index)
+    return blocks

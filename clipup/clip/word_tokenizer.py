@@ -20,7 +20,7 @@ PREFIX = "words:"
 FILE_NAME = "vocabulary.txt"
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_CONTEXT_LENGTH, _VOCAB_SIZE = 77, 49408  # open_clip's, of a config that does not say
+_CONTEXT_LENGTH, _VOCAB_SIZE = 77, 49408  # open_clip's defaults
 _PADDING, _START, _UNKNOWN = range(3)
 _SPECIAL = 4  # padding, start, unknown; and end of text, whose id follows those of all words
 
@@ -62,8 +62,8 @@ class WordTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The words of one text's token ids, "?" for unknown words."""
-        found = [int(token) - _UNKNOWN for token in tokens if _UNKNOWN <= int(token) < self.end_of_text]
-        return " ".join(self.words[row - 1] if row else "?" for row in found)
+        rows = [int(token) - _UNKNOWN for token in tokens if _UNKNOWN <= int(token) < self.end_of_text]
+        return " ".join(self.words[row - 1] if row else "?" for row in rows)
 
 
 def split_words(text: str) -> list[str]:
@@ -84,18 +84,8 @@ def uses_words(text_cfg: dict) -> bool:
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
-def from_config(text_cfg: dict, directory: Path | None = None, context_length: int | None = None) -> WordTokenizer:
-    """The tokenizer for a model's ``text_cfg``.
-
-    Raises:
-        FileNotFoundError: its vocabulary is missing.
-        ValueError: the vocabulary does not have the model's vocabulary size.
-    """
-    return from_text(vocabulary_text(text_cfg["hf_tokenizer_name"], directory), text_cfg, context_length)
-
-
 def from_text(vocabulary: str, text_cfg: dict, context_length: int | None = None) -> WordTokenizer:
-    """The same with the content of the vocabulary's file.
+    """The tokenizer for a model's ``text_cfg``, from the content of its vocabulary's file (``vocabulary_text``).
 
     Raises:
         ValueError: the vocabulary does not have the model's vocabulary size.

@@ -37,13 +37,13 @@ _TEXT_WIDTH = 100
 
 def comparison_table(report: Mapping[str, Any]) -> str:
     """All comparisons and the verdict as ASCII text for the terminal, at most 100 characters wide."""
-    found = verdict(report)
+    result = verdict(report)
     parts = [
         *(f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report)), ""),
         *("Other splits, R@1 in %", as_text(splits(report)), ""),
         *(
             textwrap.fill(sentence.translate(_TERMINAL), _TEXT_WIDTH)
-            for sentence in (step0(report), found.sentence, *found.notes)
+            for sentence in (step0(report), result.sentence, *result.notes)
         ),
     ]
     return "\n".join(parts).translate(_TERMINAL).encode("ascii", "replace").decode("ascii")
@@ -88,7 +88,7 @@ def cost(report: Mapping[str, Any]) -> Table:
 def overview(report: Mapping[str, Any]) -> Table:
     """``quality`` and ``cost`` side by side, for wide pages; the last row has points and ratios."""
     first, second = quality(report), cost(report)
-    columns = tuple(Column(one.group, one.label, ("", *one.cells)) for one in second.columns)
+    columns = tuple(Column(column.group, column.label, ("", *column.cells)) for column in second.columns)
     return Table((*first.rows[:-1], VERSUS), first.columns + columns, first.strong, _ROW_CLASSES)
 
 

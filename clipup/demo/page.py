@@ -81,7 +81,7 @@ def _charts(
     level = report["chance_R@1"]
     for way, name in WAYS:
         series = [_recall(report, arm, evaluations[arm], f"{way}_R@1") for arm in _CURVES]
-        highest = max([level, *(float(y) for one in series for y in one.y)])
+        highest = max([level, *(float(y) for line in series for y in line.y)])
         drawn.append(
             charts.line_chart(
                 series,
@@ -105,8 +105,8 @@ def _loss(arm: str, records: Records, window: int) -> Series:
 
 def _recall(report: Mapping[str, Any], arm: str, records: Records, key: str) -> Series:
     """An arm's R@1 over steps, from that of its initial model."""
-    found = [{"step": 0, key: report[_START_OF[arm]][key]}, *records]
-    x, y = [record["step"] for record in found], [record[key] for record in found]
+    evaluations = [{"step": 0, key: report[_START_OF[arm]][key]}, *records]
+    x, y = [record["step"] for record in evaluations], [record[key] for record in evaluations]
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm], points=True)
 
 

@@ -135,9 +135,9 @@ class _Stages:
         return train(options, model=model, loader=self.loader, callbacks=[curve])
 
     def _retrieval(self, model: nn.Module, samples: list[Sample], by: str | None = None) -> dict[str, Any]:
-        found = evaluate_retrieval(model, samples, self.tokenizer, batch_size=256, by=by)
-        assert found is not None  # this is the only process
-        return found
+        recall = evaluate_retrieval(model, samples, self.tokenizer, batch_size=256, by=by)
+        assert recall is not None  # this is the only process
+        return recall
 
     def measure(self, model: nn.Module, result: TrainResult | None = None) -> dict[str, Any]:
         """An arm's entry in the report."""

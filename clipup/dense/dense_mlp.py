@@ -22,8 +22,8 @@ class DenseMLP:
     norm and dropout are optional.
 
     Raises:
-        TypeError: projections of which only some have a bias, of shapes that do not fit, or of several types or
-            devices; half of a norm; an unknown activation.
+        TypeError: only some projections have a bias, shapes do not fit, or types or devices differ; half of a norm; an
+            unknown activation.
     """
 
     in_weight: Tensor
@@ -120,9 +120,10 @@ _LAYER_NORMS = (
 
 
 def read_activation(module: nn.Module) -> str:
-    """The activation's name in ``clipup_kernels.ACTIVATIONS``; of others their class's, which ``DenseMLP`` refuses."""
-    found = _ACTIVATIONS.get(class_name(module), class_name(module))
-    return found if isinstance(found, str) else found(module)
+    """The activation's name in ``clipup_kernels.ACTIVATIONS``; of any other, its class name, which ``DenseMLP``
+    refuses."""
+    name = _ACTIVATIONS.get(class_name(module), class_name(module))
+    return name if isinstance(name, str) else name(module)
 
 
 def read_linears(linears: dict[str, nn.Module], activation: nn.Module, **others: Any) -> DenseMLP:

@@ -29,8 +29,9 @@ def check_shards(dense: DenseMLP, granularity: int) -> None:
         )
 
 
-def experts_of(dense: DenseMLP, num_experts: int, granularity: int = 1) -> dict[str, Tensor]:
-    """E experts initialized as copies of the dense MLP (Sparse Upcycling, arXiv 2212.05055), or as its shards.
+def experts_of(dense: DenseMLP, num_experts: int, granularity: int = 1, reinit_ratio: float = 0.0) -> dict[str, Tensor]:
+    """E initial experts: copies of the dense MLP (Sparse Upcycling, arXiv 2212.05055) or its shards, in which a
+    fraction of the hidden units is re-initialized (``reinitialize_hidden_units``).
 
     Expert ``e*G + s`` holds hidden units ``s*H/G`` to ``(s+1)*H/G``, so G neighbors form one MLP (NVIDIA, arXiv
     2410.07524). The output bias is divided equally. The neighbors sum to the MLP:
@@ -48,6 +49,8 @@ def experts_of(dense: DenseMLP, num_experts: int, granularity: int = 1) -> dict[
     for name, tensor in dense.parameters().items():
         part = _shards(name, tensor.detach(), granularity)
         parts[name] = part.repeat(num_experts // granularity, *[1] * (part.dim() - 1))
+    if reinit_ratio > 0:
+        reinitialize_hidden_units(parts, reinit_ratio)
     return parts
 
 
@@ -72,7 +75,7 @@ def reinitialize_hidden_units(experts: dict[str, Tensor], ratio: float) -> Tenso
     default generator.
 
     Args:
-        experts: what ``experts_of`` returns. ratio: r, from 0 to 1.
+        experts: the parameters of ``Experts`` by name, each [E, ...]. ratio: r, from 0 to 1.
 
     Returns:
         [E, round(ratio*H)] int64: the re-initialized units.

@@ -54,11 +54,6 @@ def _read_sequential(mlp: Any) -> DenseMLP:
     return read_linears({"in": first, "out": second}, activation, dropout=dropout, **norm)
 
 
-def _read_open_clip_swiglu(mlp: Any) -> DenseMLP:
-    """Of open_clip 4."""
-    return _read_halves(("in", "gate"), mlp.w12, mlp.w3, activation="silu")
-
-
 def _read_timm_glu(mlp: Any) -> DenseMLP:
     check_linears(mlp.fc1, mlp.fc2)
     order = ("in", "gate") if mlp.gate_last else ("gate", "in")
@@ -85,10 +80,6 @@ def _between(mlp: Any) -> dict[str, Any]:
     """The parts of timm's MLPs between their projections; dropout after them is refused."""
     refuse_dropout("drop2", mlp.drop2)
     return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
-
-
-def _mt5_others(mlp: Any) -> dict[str, Any]:
-    return {"dropout": read_dropout("dropout", mlp.dropout)}
 
 
 def _linears(
@@ -143,7 +134,8 @@ def _hugging_face(model: str, block: str, mlp: str, read: Callable[..., DenseMLP
 
 
 def _mt5(mlp: str, names: dict[str, str]) -> Family:
-    return _hugging_face("mt5", "MT5Block", mlp, _linears(names, "act", _mt5_others), "layer.1.DenseReluDense")
+    read = _linears(names, "act", lambda mlp: {"dropout": read_dropout("dropout", mlp.dropout)})
+    return _hugging_face("mt5", "MT5Block", mlp, read, "layer.1.DenseReluDense")
 
 
 def _llama(model: str, name: str) -> Family:
@@ -157,7 +149,11 @@ def _pair(model: str, name: str) -> Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_sequential),
-    Family(_OPEN_CLIP_BLOCKS, (("mlp", "open_clip.transformer.SwiGLU"),), _read_open_clip_swiglu),
+    Family(
+        _OPEN_CLIP_BLOCKS,
+        (("mlp", "open_clip.transformer.SwiGLU"),),  # open_clip 4
+        lambda mlp: _read_halves(("in", "gate"), mlp.w12, mlp.w3, activation="silu"),
+    ),
     _timm("timm.layers.mlp.Mlp", _linears(_FC, "act", _between)),
     _timm("timm.layers.mlp.SwiGLU", _linears({"in": "fc1_x", "gate": "fc1_g", "out": "fc2"}, "act", _between)),
     _timm("timm.layers.mlp.GluMlp", _read_timm_glu),

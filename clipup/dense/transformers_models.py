@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Known(NamedTuple):
+class Package(NamedTuple):
     """The models of a package of transformers."""
 
     types: tuple[str, ...]
@@ -20,26 +20,26 @@ class Known(NamedTuple):
     """Classes of attention that only call their linear layers, so that prepared ones can replace these."""
 
 
-KNOWN = {
-    "clip": Known(("clip", "clip_vision_model", "clip_text_model"), "CLIPEncoderLayer", None, ("CLIPAttention",)),
-    "siglip": Known(
+PACKAGES = {
+    "clip": Package(("clip", "clip_vision_model", "clip_text_model"), "CLIPEncoderLayer", None, ("CLIPAttention",)),
+    "siglip": Package(
         ("siglip", "siglip_vision_model", "siglip_text_model"), "SiglipEncoderLayer", None, ("SiglipAttention",)
     ),
-    "siglip2": Known(
+    "siglip2": Package(
         ("siglip2", "siglip2_vision_model", "siglip2_text_model"), "Siglip2EncoderLayer", None, ("Siglip2Attention",)
     ),
-    "vit": Known(("vit",), "ViTLayer", "image", ("ViTAttention", "ViTSelfAttention", "ViTSelfOutput")),
-    "dinov2": Known(("dinov2",), "Dinov2Layer", "image", ("Dinov2Attention",)),
-    "dinov3_vit": Known(("dinov3_vit",), "DINOv3ViTLayer", "image", ("DINOv3ViTAttention",)),
-    "bert": Known(("bert",), "BertLayer", "text", ("BertSelfAttention", "BertSelfOutput")),
-    "roberta": Known(("roberta",), "RobertaLayer", "text", ("RobertaSelfAttention", "RobertaSelfOutput")),
-    "xlm_roberta": Known(
+    "vit": Package(("vit",), "ViTLayer", "image", ("ViTAttention", "ViTSelfAttention", "ViTSelfOutput")),
+    "dinov2": Package(("dinov2",), "Dinov2Layer", "image", ("Dinov2Attention",)),
+    "dinov3_vit": Package(("dinov3_vit",), "DINOv3ViTLayer", "image", ("DINOv3ViTAttention",)),
+    "bert": Package(("bert",), "BertLayer", "text", ("BertSelfAttention", "BertSelfOutput")),
+    "roberta": Package(("roberta",), "RobertaLayer", "text", ("RobertaSelfAttention", "RobertaSelfOutput")),
+    "xlm_roberta": Package(
         ("xlm-roberta",), "XLMRobertaLayer", "text", ("XLMRobertaSelfAttention", "XLMRobertaSelfOutput")
     ),
-    "modernbert": Known(("modernbert",), "ModernBertEncoderLayer", "text", ("ModernBertAttention",)),
+    "modernbert": Package(("modernbert",), "ModernBertEncoderLayer", "text", ("ModernBertAttention",)),
 }
 """By the name of the package."""
-MODEL_TYPES = tuple(name for known in KNOWN.values() for name in known.types)
+MODEL_TYPES = tuple(name for package in PACKAGES.values() for name in package.types)
 SPARSE_PREFIX = "clipup_"
 """In front of the names of upcycled ones."""
 

@@ -78,7 +78,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
-    _look(Selection(model, weights))
+    _check_layers(Selection(model, weights))
     if not inplace:
         model = copy.deepcopy(model)
     chosen = Selection(model, weights).chosen
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
     return model
 
 
-def _look(selection: Selection) -> None:
+def _check_layers(selection: Selection) -> None:
     """Refuses a model before anything is changed: one with nothing to prepare, or with a layer that cannot be."""
     if not any(
         issubclass(kind, Experts | PreparedMLP)

@@ -45,7 +45,7 @@ class Prepared(nn.Module):
     _packed: dict[str, PackedWeight]
     """Without their blocks, which are buffers."""
     _plain: tuple[nn.Module]
-    """The plain layer on the meta device; in a tuple, so that it is no part of this module."""
+    """The plain layer on the meta device; in a tuple, so that it is not registered as a submodule."""
 
     def __init__(self, plain: Any, quantize: str | None = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Prepared(nn.Module):
 
     @classmethod
     def of(cls, plain: Any, quantize: str | None = None) -> Prepared:
-        """The prepared layer that takes the place of a plain one."""
+        """The prepared layer that replaces a plain one."""
         return cls(plain, quantize)
 
     @staticmethod
@@ -70,8 +70,9 @@ class Prepared(nn.Module):
 
     def _put(self, plain: nn.Module) -> None:
         tensors = {name: tensor.detach() for name, tensor in self.read(plain).items() if tensor is not None}
-        for name, weight in pack_matrices(tensors, self.quantize).items():
-            self._keep(name, weight)
+        scales = {} if self.quantize is None else _input_scales(tensors)
+        for name in [name for name in MATRICES if name in tensors]:
+            self._keep(name, pack_weight(tensors[name], self.quantize, scales.get(name)))
         for name in tensors.keys() - set(MATRICES):
             self.register_buffer(name, tensors[name].clone(), persistent=False)
 
@@ -198,12 +199,6 @@ def _without_weights(plain: nn.Module) -> nn.Module:
     return copied
 
 
-def pack_matrices(tensors: Mapping[str, Tensor], quantize: str | None) -> dict[str, PackedWeight]:
-    """Packed copies of the matrices among ``tensors``, by their names."""
-    scales = {} if quantize is None else _input_scales(tensors)
-    return {name: pack_weight(tensors[name], quantize, scales.get(name)) for name in MATRICES if name in tensors}
-
-
 def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
 
@@ -230,8 +225,8 @@ def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_replaceable(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether a layer of these tensors can take the place of a module: it computes, saves and loads what its class
-    says, and stores nothing else."""
+    """Whether a layer of these tensors can replace a module: the module computes, saves and loads what its class says,
+    and stores nothing else."""
     if any(map(is_changed, module.modules())) or next(module.buffers(), None) is not None:
         return False
     parameters = list(module.parameters())
@@ -248,7 +243,8 @@ class PreparedMLP(Prepared):
         super().__init__(mlp, quantize)
         dense = read_mlp(mlp)
         self.activation = dense.activation
-        self.input_norm_name = _input_norm_name(mlp, dense)
+        named = mlp.named_children()
+        self.input_norm_name = next((name for name, module in named if module is dense.input_norm), None)
         if self.input_norm_name is not None:
             self.add_module(self.input_norm_name, dense.input_norm)
             self._plain[0].add_module(self.input_norm_name, nn.Identity())
@@ -263,8 +259,7 @@ class PreparedMLP(Prepared):
         if self.input_norm_name is not None:
             x = getattr(self, self.input_norm_name)(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        biases = (self._buffers.get(name) for name in ("in_bias", "out_bias", "gate_bias"))
-        in_bias, out_bias, gate_bias = biases
+        in_bias, out_bias, gate_bias = map(self._buffers.get, ("in_bias", "out_bias", "gate_bias"))
         y = dense_mlp(
             rows, self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
         )
@@ -279,7 +274,3 @@ def mlp_can_be_prepared(mlp: nn.Module, dense: DenseMLP) -> bool:
     """Whether ``PreparedMLP`` computes and stores all that an MLP does, which was read as ``dense``."""
     norm = {} if dense.input_norm is None else dict(dense.input_norm.named_parameters())
     return dense.ln_weight is None and is_replaceable(mlp, {**dense.parameters(), **norm})
-
-
-def _input_norm_name(mlp: nn.Module, dense: DenseMLP) -> str | None:
-    return next((name for name, module in mlp.named_children() if module is dense.input_norm), None)

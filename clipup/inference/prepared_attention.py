@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import self_attention
 
-from ..dense.transformers_models import KNOWN, full_name
+from ..dense.transformers_models import PACKAGES, full_name
 from .prepared import is_replaceable
 from .prepared_linear import PreparedProjections
 
@@ -25,7 +25,7 @@ ATTENTIONS = frozenset(
         "timm.models.vision_transformer.Attention",
         "timm.models.vision_transformer_relpos.RelPosAttention",
         full_name("mt5", "MT5Attention"),
-        *(full_name(package, name) for package, known in KNOWN.items() for name in known.attention),
+        *(full_name(name, attention) for name, package in PACKAGES.items() for attention in package.attention),
     ]
 )
 """Full names of attention classes that only call their linear layers, so that ``PreparedLinear`` can replace these.

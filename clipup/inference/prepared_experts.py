@@ -52,16 +52,15 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
     """A ``SparseMoE`` for inference, with bitwise identical results unless it is quantized."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, return_routing: bool = False) -> Any:
-        """``SparseMoE.forward``, as one op where nobody looks at its parts."""
+        """``SparseMoE.forward``, as one op unless its parts are observed."""
         if return_routing:
             return super().forward(x, mask, return_routing=True)
-        how = self._in_one_op(x)
-        if how is None:
+        if (arguments := self._in_one_op(x)) is None:
             return super().forward(x, mask)
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model)
         token_mask = None if mask is None else mask.reshape(-1).bool()
-        y, routing = packed_sparse_mlp(tokens, **how, mask=token_mask)
+        y, routing = packed_sparse_mlp(tokens, **arguments, mask=token_mask)
         if self.shared is not None:
             y = y + self.shared(tokens, token_mask, None, SHARED_GATE)
         self.state.keep_inference(lambda: LastRouting.of(*routing.unpack(), token_mask))
@@ -72,11 +71,9 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
         router, packed = self.router, self.in_weight
         if torch.compiler.is_compiling() or type(router) is not Router or not self.is_fused():
             return None
-        how = router.in_one_op() if is_one_op(packed) and x.dtype == packed.dtype else None
-        if how is None:
-            return None
-        return {
-            **how,
+        routing = router.in_one_op() if is_one_op(packed) and x.dtype == packed.dtype else None
+        return routing and {
+            **routing,
             "in_weight": packed,
             "in_bias": self.in_bias,
             "out_weight": self.out_weight,

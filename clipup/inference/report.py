@@ -38,7 +38,7 @@ from .prepared_linear import (
 
 PREPARED_EXPERTS: dict[type[nn.Module], type[Prepared]] = {SparseMoE: PreparedMoE, SharedExpert: PreparedSharedExpert}
 NOT_YET = "it can be prepared: clipup.accelerate(model)"
-"""About a layer that was not left, but put into a model afterwards."""
+"""The reason for a layer that was put into the model after ``accelerate``."""
 BESIDE = "beside an MLP that is left, attention is prepared in int8 only"
 _ADAPTERS = "it has PEFT's adapters; merge them first: model.merge_and_unload()"
 _LOST = "hooks, a forward, tensors or parts of its own would be lost"
@@ -111,10 +111,10 @@ class Selection:
         # a block with a forward of its own may read weights directly instead of calling a layer
         self.left = {block: _LOST for block in blocks if "forward" in vars(block)}
         for block in blocks:
-            self._look_at_mlp(block)
+            self._select_mlp(block)
         for block in (block for block in blocks if block not in self.left):
             parts = (part in self.chosen or isinstance(part, Prepared) for part in block.modules())
-            self._look_at_attention(block, weights is not None or any(parts))
+            self._select_attention(block, weights is not None or any(parts))
         for parent in model.modules():
             for child in parent.children():
                 if class_name(parent) in PATCH_EMBEDDINGS and isinstance(child, nn.Conv2d):
@@ -137,7 +137,7 @@ class Selection:
                 yield LayerReport(name, type(module).__name__, None, reason)
                 inside = (*inside, f"{name}." if name else "")
 
-    def _look_at_mlp(self, block: nn.Module) -> None:
+    def _select_mlp(self, block: nn.Module) -> None:
         try:
             mlp = find_mlp(block)
             if block not in self.left and mlp_can_be_prepared(mlp.module, mlp.dense):
@@ -158,10 +158,10 @@ class Selection:
             if any(map(_is_layer, part.modules())):
                 self.left[part] = _ADAPTERS if any(map(has_adapters, part.modules())) else reason
 
-    def _look_at_attention(self, module: nn.Module, beside: bool) -> None:
-        """Chooses self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What is
-        or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
-        products are faster than those of a fallback.
+    def _select_attention(self, module: nn.Module, beside: bool) -> None:
+        """Chooses self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. Modules
+        that are or hold something else than their class says are left, and so are those without a kernel here: torch's
+        products are faster than a fallback's.
 
         Args:
             beside: whether attention is prepared there at all: with an MLP or experts, or in int8.
@@ -172,7 +172,7 @@ class Selection:
             elif isinstance(child, nn.Linear) and class_name(module) in ATTENTIONS:
                 self._choose(child, PreparedLinear, linear_can_be_prepared(child), child.weight, beside)
             elif class_name(child) not in ATTENTION_MODULES:
-                self._look_at_attention(child, beside)
+                self._select_attention(child, beside)
             elif not _attends_to_itself(module):
                 self.left[child] = f"{class_name(module)} may ask it for more than self-attention"
             else:
@@ -197,13 +197,13 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:
-    """Whether packed weights of its type are worth it: those of float16 are float32, twice as large."""
-    known = (torch.float32, torch.bfloat16, *[torch.float16] * (weights is not None))
-    return weight.dtype in known and packed_layout(weight.dtype, weights) != PLAIN_LAYOUT
+    """Whether packing gains speed for a weight's type. Packed float16 is float32, twice as large."""
+    dtypes = (torch.float32, torch.bfloat16, *[torch.float16] * (weights is not None))
+    return weight.dtype in dtypes and packed_layout(weight.dtype, weights) != PLAIN_LAYOUT
 
 
 def _attends_to_itself(block: nn.Module) -> bool:
     """Whether a block's attention gets one tensor (``ln_1_kv`` is of cross-attention), and its attention weights are
     not asked for."""
-    known = library_class(block) in SELF_ATTENTION_BLOCKS
-    return known and not hasattr(block, "ln_1_kv") and "attention" not in vars(block)
+    supported = library_class(block) in SELF_ATTENTION_BLOCKS
+    return supported and not hasattr(block, "ln_1_kv") and "attention" not in vars(block)

@@ -79,32 +79,32 @@ class ExpertReport:
     def overview(self) -> Table:
         """The cells of ``table``, formatted."""
         routings = [self.layers.get(name) for name in self.similarities]
-        alike = list(self.similarities.values())
+        layers = list(self.similarities.values())
 
         def column(group: str, label: str, of: Callable[[LayerRouting], str]) -> Column:
-            return Column(group, label, tuple(MISSING if one is None else of(one) for one in routings))
+            return Column(group, label, tuple(MISSING if routing is None else of(routing) for routing in routings))
 
         columns = [
-            column("load", "tokens", lambda one: count(one.tokens)),
-            column("load", "largest", lambda one: _decimals(imbalance(one.load), 2)),
-            column("load", "unused", lambda one: count((one.load == 0).sum())),
-            column("entropy, share of ln E", "per token", lambda one: _decimals(_of_most(one.token_entropy, one), 2)),
-            column("entropy, share of ln E", "mean", lambda one: _decimals(_of_most(one.mean_entropy, one), 2)),
-            _cosines("experts' cosine", "first", [one.first_mean for one in alike]),
-            _cosines("experts' cosine", "second", [one.second_mean for one in alike]),
+            column("load", "tokens", lambda layer: count(layer.tokens)),
+            column("load", "largest", lambda layer: _decimals(imbalance(layer.load), 2)),
+            column("load", "unused", lambda layer: count((layer.load == 0).sum())),
+            column("entropy, share of ln E", "per token", lambda layer: _relative(layer.token_entropy, layer)),
+            column("entropy, share of ln E", "mean", lambda layer: _relative(layer.mean_entropy, layer)),
+            _cosines("experts' cosine", "first", [layer.first_mean for layer in layers]),
+            _cosines("experts' cosine", "second", [layer.second_mean for layer in layers]),
         ]
-        if any(one.first_to_dense is not None for one in alike):
+        if any(layer.first_to_dense is not None for layer in layers):
             columns += [
-                _cosines("to the dense MLP", "first", [float(one.first_to_dense.mean()) for one in alike]),
-                _cosines("to the dense MLP", "second", [float(one.second_to_dense.mean()) for one in alike]),
+                _cosines("to the dense MLP", "first", [float(layer.first_to_dense.mean()) for layer in layers]),
+                _cosines("to the dense MLP", "second", [float(layer.second_to_dense.mean()) for layer in layers]),
             ]
         return Table(tuple(map(self.title, self.similarities)), tuple(columns))
 
     def load(self, layer: str) -> Figure:
         """Each expert's share of the layer's choices, and the entropy of its router."""
         routing = self.layers[layer]
-        most = math.log(routing.num_experts)
-        entropy = f"entropy per token {_decimals(routing.token_entropy, 2)}, at most {most:.2f} nats"
+        maximum = math.log(routing.num_experts)
+        entropy = f"entropy per token {_decimals(routing.token_entropy, 2)}, at most {maximum:.2f} nats"
         return load_bars(routing.load, self.title(layer), entropy)
 
     def routing(self, picture: int) -> Figure:
@@ -139,12 +139,12 @@ class ExpertReport:
     def similarity(self, layer: str) -> Figure:
         """Heatmaps of the cosines between the experts' first and between their second matrices; one line if all are
         equal."""
-        alike, title = self.similarities[layer], self.title(layer)
-        if alike.granularity == 1 and in_words(alike.first_mean) == in_words(alike.second_mean) == EQUAL:
-            line = f"the {len(alike.first)} experts are equal, still copies of one dense MLP."
+        cosines, title = self.similarities[layer], self.title(layer)
+        if cosines.granularity == 1 and in_words(cosines.first_mean) == in_words(cosines.second_mean) == EQUAL:
+            line = f"the {len(cosines.first)} experts are equal, still copies of one dense MLP."
             return Figure(svg.element("div", svg.element("strong", f"{escape(svg.clean(title))}:"), f" {line}"))
-        first = similarity_heatmap(alike.first, f"{title}: first", alike.first_to_dense, alike.granularity)
-        second = similarity_heatmap(alike.second, f"{title}: second", alike.second_to_dense, alike.granularity)
+        first = similarity_heatmap(cosines.first, f"{title}: first", cosines.first_to_dense, cosines.granularity)
+        second = similarity_heatmap(cosines.second, f"{title}: second", cosines.second_to_dense, cosines.granularity)
         return _side_by_side([("", first), ("", second)], narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
@@ -158,7 +158,7 @@ class ExpertReport:
         return expert_cards.patch_cards(routing.first_load, patches)
 
     def page(self, shown: int = 6) -> str:
-        """All of it as one HTML page (write it as UTF-8), with the first ``shown`` images and captions."""
+        """All figures as one HTML page (write it as UTF-8), with the first ``shown`` images and captions."""
         has_maps = any(layer.grid is not None for layer in self.of_tower("image").values())
         captions = self.captions[:shown] if self.of_tower("text") else []
         page = template("experts.html.j2").render(
@@ -168,9 +168,9 @@ class ExpertReport:
             captions=len(self.captions),
             table=self.table(),
             narrow_maps=sum(layer.grid is not None for layer in self.layers.values()) <= _NARROW,
-            has_dense=any(one.first_to_dense is not None for one in self.similarities.values()),
+            has_dense=any(layer.first_to_dense is not None for layer in self.similarities.values()),
             loads=[self.load(name) for name in self.layers],
-            legend=expert_legend(max((one.num_experts for one in self.layers.values()), default=0)),
+            legend=expert_legend(max((layer.num_experts for layer in self.layers.values()), default=0)),
             has_maps=has_maps,
             maps=[self.routing(index) for index in range(min(shown, len(self.pictures)))] if has_maps else [],
             has_text_layers=bool(self.of_tower("text")),
@@ -280,10 +280,10 @@ def _cosines(group: str, label: str, values: Sequence[float]) -> Column:
     return Column(group, label, tuple(_decimals(value, 3) for value in values))
 
 
-def _of_most(entropy: float, routing: LayerRouting) -> float:
-    """An entropy as a share of its maximum, ln E; NaN for a single expert."""
-    most = math.log(routing.num_experts)
-    return entropy / most if most else math.nan
+def _relative(entropy: float, routing: LayerRouting) -> str:
+    """An entropy as a share of its maximum, ln E, which is 0 for a single expert."""
+    maximum = math.log(routing.num_experts)
+    return _decimals(entropy / maximum if maximum else math.nan, 2)
 
 
 def _decimals(value: float, decimals: int) -> str:
@@ -292,7 +292,7 @@ def _decimals(value: float, decimals: int) -> str:
 
 def statements(report: ExpertReport) -> list[str]:
     """The summary, in sentences: what was run, how similar the experts are, and whether all are used."""
-    found = [
+    sentences = [
         f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
         + (f" The model was trained for {_plural(report.steps, 'step')}." if report.steps else ""),
@@ -303,18 +303,20 @@ def statements(report: ExpertReport) -> list[str]:
         unused = sum(int((layer.load == 0).sum()) for layer in report.layers.values())
         words = f"{_plural(unused, 'expert')} received no tokens" if unused else "Every expert received tokens"
         largest = imbalance(report.layers[busiest].load)
-        found.append(f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)}).")
+        sentences.append(
+            f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)})."
+        )
     is_padding = np.array([[piece.word == PADDING for piece in caption] for caption in report.pieces])
     padded = [(int((layer.mask & is_padding).sum()), layer.tokens) for layer in report.of_tower("text").values()]
     if padded and max(padded)[0]:
         routed, tokens = max(padded)
-        found.append(f"The text tower routes padding too: {count(routed)} of its {_plural(tokens, 'token')}.")
-    return [sentence for sentence in found if sentence]
+        sentences.append(f"The text tower routes padding too: {count(routed)} of its {_plural(tokens, 'token')}.")
+    return [sentence for sentence in sentences if sentence]
 
 
 def _similarity(report: ExpertReport, tower: str) -> str:
     prefix = f"{tower.capitalize()} tower"
-    named = ((report.title(name), one.first_mean) for name, one in report.similarities.items())
+    named = ((report.title(name), layer.first_mean) for name, layer in report.similarities.items())
     means = [mean for title, mean in named if title.startswith(prefix) and math.isfinite(mean)]
     if not means:
         return ""

@@ -92,13 +92,13 @@ def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[s
     layers = moe_layers(model)
     if dense is None:
         return {name: expert_similarity(layer) for name, layer in layers.items()}
-    found = {}
+    similarities = {}
     for name, layer in layers.items():
         try:
-            found[name] = expert_similarity(layer, _dense_mlp(dense, name))
+            similarities[name] = expert_similarity(layer, _dense_mlp(dense, name))
         except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of other widths
             raise ValueError(f"dense does not match the sparse model: {name}: {error}") from error
-    return found
+    return similarities
 
 
 def in_words(cosine: float) -> str:

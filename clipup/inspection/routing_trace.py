@@ -128,16 +128,17 @@ def route_texts(model: nn.Module, texts: Tensor, batch_size: int = 32) -> dict[s
 def _route(
     model: nn.Module, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], tower: str, length: int = 0
 ) -> dict[str, LayerRouting]:
-    layers, found = moe_layers(model), defaultdict[str, list[tuple]](list)
+    layers, passes = moe_layers(model), defaultdict[str, list[tuple]](list)
     if not layers:
         raise ValueError(NO_SPARSE_LAYERS)
 
     def keep(layer: SparseMoE, args: tuple, output: Tensor, name: str) -> None:
-        """Of a forward pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E], mask."""
+        """Records a pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E], mask."""
         last, shape = layer.state.last_routing, tuple(output.shape[:-1])
         mask = last.logits.new_ones(len(last.logits), dtype=torch.bool) if last.mask is None else last.mask
         values = last.expert_indices, log_scores(last.logits, layer.config.score_function).softmax(-1), mask[:, None]
-        found[name].append((shape, *(one.view(shape[0], -1, one.shape[-1]).cpu().numpy() for one in values)))
+        arrays = (value.view(shape[0], -1, value.shape[-1]).cpu().numpy() for value in values)
+        passes[name].append((shape, *arrays))
 
     with ExitStack() as stack, evaluating(model):
         for name, layer in layers.items():
@@ -147,8 +148,8 @@ def _route(
             if not encode(batch).isfinite().all():
                 raise ValueError(f"the features of {tower}s: NaN or infinity, so the model is broken")
     routings = {}
-    for name in (name for name in layers if name in found):
-        shape, experts, probabilities, mask = zip(*found[name], strict=True)
+    for name in (name for name in layers if name in passes):
+        shape, experts, probabilities, mask = zip(*passes[name], strict=True)
         grid = _grid(model, shape[0]) if tower == "image" else None
         joined = _joined(experts, -1, length), _joined(probabilities, 0, length), _joined(mask, False, length)[..., 0]
         routings[name] = LayerRouting(tower, *joined, grid)
@@ -158,7 +159,8 @@ def _route(
 def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarray:
     """[N, S, ...] from batches [n, s, ...]; tokens left out of short texts, up to ``length``, are ``absent``."""
     missing = [((0, 0), (0, max(0, length - batch.shape[1])), (0, 0)) for batch in batches]
-    return np.concatenate([np.pad(*one, constant_values=absent) for one in zip(batches, missing, strict=True)])
+    padded = [np.pad(batch, widths, constant_values=absent) for batch, widths in zip(batches, missing, strict=True)]
+    return np.concatenate(padded)
 
 
 def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -185,6 +187,6 @@ def _shares(experts: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Of distributions along the last axis, in nats."""
+    """Entropy of distributions along the last axis, in nats."""
     logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
     return -(probabilities * logs).sum(-1)

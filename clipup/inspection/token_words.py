@@ -44,12 +44,12 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[Piece]:
     """
     ids = [int(token) for token in tokens]
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        return _of_simple(tokenizer, ids)
+        return _simple_pieces(tokenizer, ids)
     if isinstance(tokenizer, WordTokenizer):
-        return _of_words(tokenizer, ids)
+        return _word_pieces(tokenizer, ids)
     inner = getattr(tokenizer, "tokenizer", None)
     if hasattr(inner, "convert_ids_to_tokens"):
-        return _of_hugging_face(inner, ids)
+        return _hugging_face_pieces(inner, ids)
     raise TypeError(f"tokenizer must be one from clipup.get_tokenizer, got a {type(tokenizer).__name__}")
 
 
@@ -75,15 +75,15 @@ def expert_words(layer: LayerRouting, captions: Sequence[Sequence[Piece]], count
                 counts.setdefault(word, np.zeros(layer.num_experts + 1, dtype=int))[expert] += 1
     total = sum(counts.values(), np.zeros(layer.num_experts + 1, dtype=int))
     shares = total / max(1, total.sum())
-    found = []
+    ranked = []
     for expert in range(layer.num_experts):
         excess = {word: taken[expert] - taken.sum() * shares[expert] for word, taken in counts.items()}
         best = sorted((word for word in excess if excess[word] > 0), key=lambda word: (-excess[word], word))[:count]
-        found.append([WordShare(word, int(counts[word][expert]), int(counts[word].sum())) for word in best])
-    return found
+        ranked.append([WordShare(word, int(counts[word][expert]), int(counts[word].sum())) for word in best])
+    return ranked
 
 
-def _of_simple(tokenizer: open_clip.SimpleTokenizer, ids: list[int]) -> list[Piece]:
+def _simple_pieces(tokenizer: open_clip.SimpleTokenizer, ids: list[int]) -> list[Piece]:
     def spelled(of_word: list[str]) -> str:
         letters = "".join(of_word).removesuffix(_ENDS_WORD)
         return bytes(map(tokenizer.byte_decoder.get, letters)).decode("utf-8", "replace").rstrip("\ufffd")
@@ -91,19 +91,19 @@ def _of_simple(tokenizer: open_clip.SimpleTokenizer, ids: list[int]) -> list[Pie
     end = ids.index(tokenizer.eot_token_id) + 1
     raw = [tokenizer.decoder[token] for token in ids[:end]]
     special = [token in tokenizer.all_special_ids for token in ids[:end]]
-    continues = [not before.endswith(_ENDS_WORD) for before in ["", *raw[:-1]]]
+    continues = [not previous.endswith(_ENDS_WORD) for previous in ["", *raw[:-1]]]
     return _joined(zip(raw, special, continues, strict=True), spelled) + [Piece("", PADDING)] * (len(ids) - end)
 
 
-def _of_words(tokenizer: WordTokenizer, ids: list[int]) -> list[Piece]:
+def _word_pieces(tokenizer: WordTokenizer, ids: list[int]) -> list[Piece]:
     """Start, words, end and padding, one token each."""
     end = ids.index(tokenizer.end_of_text)
-    known = [tokenizer.decode([token]) for token in ids[1:end]]
-    names = [_special("start"), *(_special("unknown") if word == "?" else word for word in known), _special("end")]
+    decoded = [tokenizer.decode([token]) for token in ids[1:end]]
+    names = [_special("start"), *(_special("unknown") if word == "?" else word for word in decoded), _special("end")]
     return [Piece(name, word) for word, name in enumerate(names)] + [Piece("", PADDING)] * (len(ids) - end - 1)
 
 
-def _of_hugging_face(inner: Any, ids: list[int]) -> list[Piece]:
+def _hugging_face_pieces(inner: Any, ids: list[int]) -> list[Piece]:
     def spelled(of_word: list[str]) -> str:
         return inner.convert_tokens_to_string(of_word).strip().rstrip("\ufffd") if of_word else ""
 
@@ -112,20 +112,20 @@ def _of_hugging_face(inner: Any, ids: list[int]) -> list[Piece]:
     continues = [token.startswith(_CONTINUES_WORD) for token in raw]
     if any(token.startswith(_STARTS_WORD) for token in raw):
         continues = [not token.startswith(_STARTS_WORD) for token in raw]
-    found = _joined(zip(raw, special, continues, strict=True), spelled)
-    return [Piece("", PADDING) if token == inner.pad_token else one for token, one in zip(raw, found, strict=True)]
+    joined = _joined(zip(raw, special, continues, strict=True), spelled)
+    return [Piece("", PADDING) if token == inner.pad_token else piece for token, piece in zip(raw, joined, strict=True)]
 
 
 def _joined(tokens: Iterable[tuple[str, bool, bool]], spelled: Callable[[list[str]], str]) -> list[Piece]:
     """Pieces of (token, whether it is special, whether it continues a word). ``spelled`` gives the characters of a
     word's tokens, without an incomplete last one."""
-    found, word, of_word = [], -1, list[str]()
+    joined, word, of_word = [], -1, list[str]()
     for raw, is_special, continues in tokens:
         if is_special or not (of_word and continues):
             word, of_word = word + 1, []
-        before, of_word = spelled(of_word), [] if is_special else [*of_word, raw]
-        found.append(Piece(_special(raw) if is_special else spelled(of_word)[len(before) :], word))
-    return found
+        start, of_word = len(spelled(of_word)), [] if is_special else [*of_word, raw]
+        joined.append(Piece(_special(raw) if is_special else spelled(of_word)[start:], word))
+    return joined
 
 
 def _special(name: str) -> str:

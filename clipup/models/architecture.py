@@ -28,7 +28,7 @@ _FORCED_FIELDS = {
 }
 _FORCED_FLAGS = {"force_quick_gelu": "quick_gelu", "force_custom_text": "custom_text"}
 _NOT_COMPARED = {
-    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),  # the weights say it
+    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),  # the weights determine these
     *("custom_text", "output_dict", "cast_dtype"),  # the same function
     *("patch_dropout", "timm_drop", "timm_drop_path"),  # in training only
     *("timm_model_pretrained", "hf_model_pretrained"),  # where weights that are replaced come from
@@ -39,7 +39,8 @@ _ATTRIBUTES = (
     *("num_heads", "heads", "pool_type", "text_pool_type", "eos_id", "text_eos_id", "pad_id", "final_ln_after_pool"),
     *("scaled_cosine", "eps", "norm_eps", "approximate", "activation"),
 )
-"""Of modules: what a function depends on besides weights, as open_clip, timm, torch and our layers name it."""
+"""Attributes of modules that a function depends on besides weights, as open_clip, timm, torch and our layers name them.
+"""
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
 _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 _COUNTS = "num_batches_tracked"
@@ -67,10 +68,10 @@ def with_logit_bias(model_cfg: dict[str, Any], logit_bias: object) -> dict[str, 
     return {**model_cfg, "init_logit_bias": 0.0}  # the weights replace it
 
 
-def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differing(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields, such as "vision_cfg.head_width", in which two configs give models that compute something else, with
-    both values. What is not said has open_clip's default; what the weights say is not compared."""
-    first, second = _fields(one), _fields(other)
+    both values. Missing fields have open_clip's defaults; fields that the weights determine are not compared."""
+    first, second = _fields(left), _fields(right)
     return {
         field: (first.get(field), second.get(field))
         for field in sorted(first.keys() | second.keys())
@@ -92,7 +93,7 @@ def _fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a config or of a module, in one of the forms that mean the same."""
+    """A value of a config or of a module in one form, of several that mean the same."""
     if isinstance(value, list | tuple):
         return value[0] if len(value) == 2 and value[0] == value[1] else list(value)
     return value if isinstance(value, str | int | float | dict | None) else type(value).__name__
@@ -107,11 +108,10 @@ def check_describes(model: nn.Module, model_cfg: dict[str, Any], moe_config: MoE
     Raises:
         ValueError: it would not.
     """
-    found = differences(model, model_cfg, moe_config)
-    if found:
+    if unequal := differences(model, model_cfg, moe_config):
         raise ValueError(
-            f"model_cfg describes another model than the one that is given: {listed(found)}. Pass the config that the "
-            "model was created with: clipup.get_model_config(NAME), changed by the arguments of its creation "
+            f"model_cfg describes another model than the one that is given: {listed(unequal)}. Pass the config that "
+            "the model was created with: clipup.get_model_config(NAME), changed by the arguments of its creation "
             "(force_quick_gelu: quick_gelu; force_image_size: vision_cfg.image_size; force_context_length: "
             "text_cfg.context_length; init_logit_bias)"
         )
@@ -120,7 +120,7 @@ def check_describes(model: nn.Module, model_cfg: dict[str, Any], moe_config: MoE
 def differences(
     model: nn.Module, model_cfg: dict[str, Any], moe_config: MoEConfig | None = None, sizes: bool = True
 ) -> list[str]:
-    """What a config's model has otherwise than this one, in words: "is" in the model and "describes" in the config.
+    """How the model that a config describes differs from this one, in words.
 
     Args:
         moe_config: of the model's sparse layers.
@@ -150,7 +150,7 @@ def differences(
 
 
 def _function(model: nn.Module, compared: tuple[str, ...], sizes: bool) -> dict[str, Any]:
-    """What the modules with these beginnings of names compute, as far as we know, in words."""
+    """What the modules whose names begin with one of ``compared`` compute, as far as we know, in words."""
     function: dict[str, Any] = {}
     if sizes:
         shapes = {name: list(value.shape) for name, value in model.state_dict().items() if not name.endswith(_COUNTS)}

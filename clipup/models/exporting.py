@@ -5,7 +5,7 @@ The custom ops remain: a process that loads a program of a sparse model imports 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,13 @@ def save_encoders(model: nn.Module, directory: Path, aot: bool = False) -> dict[
     files = {name: directory / f"{name}{SUFFIX}" for name in programs}
     directory.mkdir(parents=True, exist_ok=True)
 
-    def writer(name: str) -> Callable[[Path], None]:
-        def write(path: Path) -> None:
-            if aot:
-                torch._inductor.aoti_compile_and_package(programs[name], package_path=str(path))
-            else:
-                torch.export.save(programs[name], path)
+    def write(name: str, path: Path) -> None:
+        if aot:
+            torch._inductor.aoti_compile_and_package(programs[name], package_path=str(path))
+        else:
+            torch.export.save(programs[name], path)
 
-        return write
-
-    atomic_files.replace_files({path: writer(name) for name, path in files.items()})
+    atomic_files.replace_files({path: partial(write, name) for name, path in files.items()})
     for other in {directory / f"{name}{SUFFIX}" for name in ("image", "text")} - set(files.values()):
-        other.unlink(missing_ok=True)  # of a model that had a text tower: not of this one
+        other.unlink(missing_ok=True)  # the text encoder of an earlier model; this one has none
     return files

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import open_clip
 import torch
@@ -21,11 +21,11 @@ from ..data.images import to_rgb
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
-from . import architecture, hub, model_directory, tokenizers
+from . import architecture, model_directory, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
-from .known_models import LOCAL_PREFIX
-from .model_directory import CONFIG_NAME, WEIGHTS_NAME, moe_config_in
-from .model_names import check_known, directory_of, get_model_config, hub_access
+from .known_models import HUB_PREFIX, LOCAL_PREFIX
+from .model_directory import WEIGHTS_NAME, moe_config_in
+from .model_names import check_known, directory_of, get_model_config, hub_access, sparse_directory_on_hub
 from .state_dicts import (
     Weights,
     assign_weights,
@@ -99,57 +99,98 @@ def create_model_and_transforms(
     return model.eval(), *(Compose([to_rgb, *t.transforms]) if isinstance(t, Compose) else t for t in transforms)
 
 
+class _Source(NamedTuple):
+    """What a model is created from."""
+
+    name: str
+    """open_clip's name of the model, or "local-dir:DIR"."""
+    pretrained: str | None
+    weights: dict[str, Tensor]
+    """As they are in the file; empty for random ones, and where open_clip alone reads them."""
+    moe_config: MoEConfig | None
+    kwargs: dict[str, Any]
+    """The caller's, completed by what a checkpoint says."""
+    model_cfg: dict[str, Any] | None = None
+    """Of a directory."""
+    fill_color: Any = None
+    """Of a checkpoint's padding of images."""
+
+    @property
+    def label(self) -> str:
+        """Where the weights are, for messages."""
+        return self.pretrained or self.name.removeprefix(LOCAL_PREFIX)
+
+
 def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
 ) -> tuple[CLIP, Any, Any]:
     check_known(model_name, pretrained)
-    load_weights = kwargs.get("load_weights", True)
-    directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
-    described, color = None, None
-    if directory is not None:
-        model_name = f"{LOCAL_PREFIX}{directory}"
-        config = model_directory.read_config(directory)
-        described, found = config["model_cfg"], moe_config_in(config)
-        file = directory / WEIGHTS_NAME
-        stored = read_safetensors(file) if load_weights and (found is not None or file.is_file()) else {}
-        read_here = found is not None or architecture.is_resized(described)
+    load_weights, cache_dir = kwargs.get("load_weights", True), kwargs.get("cache_dir")
+    directory = directory_of(model_name) or sparse_directory_on_hub(model_name, load_weights, cache_dir)
+    if directory is None:
+        source = _source_by_name(model_name, pretrained, moe_cfg, kwargs)
     else:
-        weights = _file_of_weights(model_name, pretrained)
-        found = _config_of_file(weights, pretrained, moe_cfg)
-        kwargs = _as_trained(weights, model_name, str(pretrained), kwargs)
-        color = (weights.configs.get("preprocess_cfg") or {}).get("fill_color")
-        stored = weights.state_dict if load_weights else {}
-        read_here = found is not None
-    source = str(pretrained or directory)
-    if moe_cfg is not None and found != moe_cfg:
+        source = _source_in(directory, pretrained, kwargs)
+    if moe_cfg is not None and source.moe_config != moe_cfg:
         raise ValueError(
             "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
             "dense model sparse, use clipup.upcycle"
         )
-    if not read_here:
-        from_elsewhere = directory is not None or model_name.startswith(hub.HUB_PREFIX)
-        kwargs = {"require_pretrained": from_elsewhere and load_weights, **kwargs}
-        with _clear_errors(model_name):
-            model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
-        _say_resized(model, stored, source)
-        return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
-    dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    initialization = without_random_numbers() if stored else nullcontext()
-    with _clear_errors(model_name), expecting_random_weights(), initialization:
-        model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
-    if stored and described is not None:
-        architecture.resize_tower(model, described, stored)
-    if stored:
+    resized = source.model_cfg is not None and architecture.is_resized(source.model_cfg)
+    create = _create_and_load if resized or source.moe_config is not None else _create_by_open_clip
+    model, *transforms = create(source)
+    return model, *_with_fill_color(model, transforms, source.fill_color, kwargs.get("aug_cfg"))
+
+
+def _source_in(directory: Path, pretrained: str | None, kwargs: dict[str, Any]) -> _Source:
+    config = model_directory.read_config(directory)
+    moe_config, file = moe_config_in(config), directory / WEIGHTS_NAME
+    needed = moe_config is not None or file.is_file()
+    weights = read_safetensors(file) if needed and kwargs.get("load_weights", True) else {}
+    return _Source(f"{LOCAL_PREFIX}{directory}", pretrained, weights, moe_config, kwargs, config["model_cfg"])
+
+
+def _source_by_name(
+    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
+) -> _Source:
+    file = _file_of_weights(model_name, pretrained)
+    moe_config = _config_of_file(file, pretrained, moe_cfg)
+    kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
+    weights = file.state_dict if kwargs.get("load_weights", True) else {}
+    color = (file.configs.get("preprocess_cfg") or {}).get("fill_color")
+    return _Source(model_name, pretrained, weights, moe_config, kwargs, fill_color=color)
+
+
+def _create_by_open_clip(source: _Source) -> Any:
+    """A dense model, whose weights open_clip finds and loads."""
+    required = source.name.startswith((LOCAL_PREFIX, HUB_PREFIX)) and source.kwargs.get("load_weights", True)
+    kwargs = {"require_pretrained": required, **source.kwargs}
+    with _clear_errors(source.name):
+        model, *transforms = open_clip.create_model_and_transforms(source.name, source.pretrained, **kwargs)
+    _log_resized(model, source.weights, source.label)
+    return model, *transforms
+
+
+def _create_and_load(source: _Source) -> Any:
+    """A sparse model, or one of another image size than its tower of timm is made for: open_clip creates it without
+    weights, and those of ``source`` are loaded once it has its form."""
+    kwargs = {**source.kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    initialization = without_random_numbers() if source.weights else nullcontext()
+    with _clear_errors(source.name), expecting_random_weights(), initialization:
+        model, *transforms = open_clip.create_model_and_transforms(source.name, **kwargs)
+    if source.weights:
+        if source.model_cfg is not None:
+            architecture.resize_tower(model, source.model_cfg, source.weights)
         drop_parameters(model)
-    if found is not None:
-        upcycle(model, found, inplace=True)
-    if stored:
-        with _clear_errors(model_name):
-            fitting = _fitting(model, stored, source)
+    if source.moe_config is not None:
+        upcycle(model, source.moe_config, inplace=True)
+    if source.weights:
+        with _clear_errors(source.name):
+            fitting = _fitting(model, source.weights, source.label)
         assign_weights(model, fitting, kwargs.get("device", "cpu"))
-    if kwargs.get("force_image_size") is not None and described is not None:
-        architecture.resize_tower(model, architecture.overridden(described, kwargs), {})
-    return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
+    if kwargs.get("force_image_size") is not None and source.model_cfg is not None:
+        architecture.resize_tower(model, architecture.overridden(source.model_cfg, kwargs), {})
+    return model, *transforms
 
 
 def name_and_weights(
@@ -171,10 +212,10 @@ def name_and_weights(
         check_known(model_name, pretrained, argument)
         return model_name, pretrained
     try:
-        found = get_model_config(pretrained)
+        model_cfg = get_model_config(pretrained)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{argument}: {error}") from error
-    if differing := architecture.differing(found, get_model_config(model_name or pretrained)):
+    if differing := architecture.differing(model_cfg, get_model_config(model_name or pretrained)):
         raise ValueError(
             f"{argument}={pretrained!r} holds another architecture than {model_name!r} ({', '.join(differing)}); give "
             "the directory as the model"
@@ -216,21 +257,18 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
         ValueError: the configs are those of another function, or not valid.
     """
     trained, own = moe_config_in(configs), saved_config(model)
-    if trained is not None and own is not None:
-        fields = trained.differing(own)
-        if fields:
-            raise ValueError(
-                f"{path} was trained with another moe_cfg than the model has ({', '.join(fields)}); upcycle the model "
-                "with that of the checkpoint, or make a model directory of it with clipup convert"
-            )
+    if trained is not None and own is not None and (fields := trained.differing(own)):
+        raise ValueError(
+            f"{path} was trained with another moe_cfg than the model has ({', '.join(fields)}); upcycle the model "
+            "with that of the checkpoint, or make a model directory of it with clipup convert"
+        )
     model_cfg = configs.get("model_cfg")
     if model_cfg is None or towers.is_timm(model):
         return
-    found = architecture.differences(model, model_cfg, own, sizes=False)
-    if found:
+    if differences := architecture.differences(model, model_cfg, own, sizes=False):
         raise ValueError(
-            f"{path} was trained as another model than the one that is given: {found[0]}; create the model as its run "
-            "did, or make a model directory of the checkpoint with clipup convert"
+            f"{path} was trained as another model than the one that is given: {differences[0]}; create the model as "
+            "its run did, or make a model directory of the checkpoint with clipup convert"
         )
 
 
@@ -246,7 +284,7 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
     check_fit(model, weights, source, _POSITION_EMBEDDINGS)
-    _say_resized(model, weights, source)
+    _log_resized(model, weights, source)
     weights = dict(weights)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
@@ -254,7 +292,7 @@ def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[
     return weights
 
 
-def _say_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def _log_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Logs in one line which position embeddings are resized, because the model has other sizes than the weights."""
     resized = [
         f"{name} from {list(old.shape)} to {list(new.shape)}"
@@ -265,16 +303,6 @@ def _say_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     ]
     if resized:
         LOG.warning("the weights in %s are of other sizes than the model; resized %s", source, ", ".join(resized))
-
-
-def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
-    """The local directory of a sparse model on the hub; None for everything else, which open_clip loads."""
-    if not model_name.startswith(hub.HUB_PREFIX):
-        return None
-    config = model_directory.read_config(hub.cached(model_name, CONFIG_NAME, cache_dir=cache_dir))
-    if moe_config_in(config) is None:
-        return None
-    return hub.cached(model_name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
 
 
 def _file_of_weights(model_name: str, pretrained: str | None) -> Weights:
@@ -291,12 +319,12 @@ def _file_of_weights(model_name: str, pretrained: str | None) -> Weights:
 def _config_of_file(file: Weights, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
     if not file.sparse:
         return None
-    found = moe_config_in(file.configs)
-    if found is None and given is None:
+    config = moe_config_in(file.configs) or given
+    if config is None:
         raise ValueError(
             f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
         )
-    return found or given
+    return config
 
 
 def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -326,13 +354,13 @@ def _check_architecture(
 ) -> None:
     """Refuses to load, by a name, a checkpoint whose own config is that of another function. Sizes that the caller
     forces are not compared: position embeddings are resized for them."""
-    found = architecture.differing(trained, architecture.overridden(named, kwargs))
-    found = {field: values for field, values in found.items() if kwargs.get(_FORCED_SIZES.get(field, "")) is None}
-    if found:
-        says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
-        is_named = ", ".join(checks.shown(value) for _, value in found.values())
+    differing = architecture.differing(trained, architecture.overridden(named, kwargs))
+    differing = {name: pair for name, pair in differing.items() if kwargs.get(_FORCED_SIZES.get(name, "")) is None}
+    if differing:
+        its_own = ", ".join(f"{name}={checks.shown(value)}" for name, (value, _) in differing.items())
+        of_name = ", ".join(checks.shown(value) for _, value in differing.values())
         raise ValueError(
-            f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); force an image size or "
+            f"pretrained={path!r} was trained with {its_own}, unlike {model_name} ({of_name}); force an image size or "
             f"context length (force_image_size), or {_NAME_THE_RUN}"
         )
 

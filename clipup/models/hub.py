@@ -17,13 +17,13 @@ from .known_models import HUB_PREFIX as HUB_PREFIX
 _TIMEOUT = 5  # seconds
 _LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
 """Where open_clip logs: version 3 to the root logger, version 4 by module."""
-_OF_RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
-"""How open_clip's warnings start about a model whose weights are random."""
+_RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
+"""How open_clip's warnings about random weights start."""
 
 
 def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
-    """The cache directory of a model with those of these files that it has, all of one commit. Missing files are
-    downloaded; without the hub, those are there that were downloaded before.
+    """The cache directory of a model, with those of ``files`` that the model has, all of one commit. Missing files are
+    downloaded; without the hub, only earlier downloads are there.
 
     Args:
         name: "hf-hub:ORG/NAME".
@@ -46,7 +46,7 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
         FileNotFoundError: the hub does not respond, and a file is not cached.
     """
     reason = _why_unreachable()
-    before = constants.HF_HUB_OFFLINE
+    was_offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         with suppress_log_lines("Failed to download weights"):  # the error below says more
@@ -60,7 +60,7 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
             "cache"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def refusing_code(what: str) -> Iterator[None]:
         return
     from transformers import dynamic_module_utils
 
-    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # seconds that it waits for an answer; 0: it does not ask
+    timeout = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # seconds to wait for an answer; 0: does not ask
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
@@ -91,7 +91,7 @@ def refusing_code(what: str) -> Iterator[None]:
             "code, load it with transformers"
         ) from error
     finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = timeout
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def suppress_log_lines(start: str | tuple[str, ...]) -> Iterator[None]:
 
 def expecting_random_weights() -> AbstractContextManager[None]:
     """Suppresses open_clip's warning about random weights where they are intended."""
-    return suppress_log_lines(_OF_RANDOM_WEIGHTS)
+    return suppress_log_lines(_RANDOM_WEIGHTS)
 
 
 def _why_unreachable() -> str | None:

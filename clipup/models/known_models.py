@@ -26,14 +26,14 @@ def has_weights(name: str, pretrained: str | None) -> bool:
     return bool(pretrained) or elsewhere
 
 
-def check_known(name: str, known: Collection[str]) -> None:
+def check_known(name: str, names: Collection[str]) -> None:
     """
     Raises:
         ValueError: a name that is neither known, nor a directory, nor a repository on the hub.
     """
-    if name in known or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
+    if name in names or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
         return
-    lower = {model.lower(): model for model in known}
+    lower = {model.lower(): model for model in names}
     close = [lower[model] for model in difflib.get_close_matches(name.lower(), lower, n=3)]
     hint = f"; similar names are {', '.join(close)}" if close else ""
     if Path(name).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import distributions
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +89,22 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| parameters | {_millions(sum(parameter.numel() for parameter in model.parameters()))} |",
+        *[f"| active parameters per token | {_millions(flops.count_active(model))} |"] * sparse,
+        *_gflops(model),
+        *["", "## Experts", "", *_experts(layers)] * sparse,
+        *("", "## Usage", "", *_requirement("clipup" if extra is None else f"clipup[{extra}]"), ""),
+        *("```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"),
+        *["", f"The sparse layers need clipup: {library} alone cannot load these weights."] * sparse,
+        *("", _HEAD, "", _NO_RESULTS, ""),
     ]
-    if sparse:
-        parts.append(f"| active parameters per token | {_millions(flops.count_active(model))} |")
-    parts += _gflops(model)
-    if sparse:
-        parts += ["", "## Experts", "", *_experts(layers)]
-    parts += ["", "## Usage", "", *_requirement("clipup" if extra is None else f"clipup[{extra}]"), ""]
-    parts += ["```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"]
-    if sparse:
-        parts += ["", f"The sparse layers need clipup: {library} alone cannot load these weights."]
-    return "\n".join([*parts, "", _HEAD, "", _NO_RESULTS, ""])
+    return "\n".join(parts)
 
 
 def _requirement(package: str) -> list[str]:
     """How to install the package: from the repository that the installed one names, as no index has it."""
-    urls = (url for one in distributions(name="clipup") for url in one.metadata.get_all("Project-URL") or ())
-    address = next((url.partition(", ")[2] for url in urls if url.startswith("Repository")), None)
+    listed = (distribution.metadata.get_all("Project-URL") or () for distribution in distributions(name="clipup"))
+    urls = (url.partition(", ")[2] for url in chain.from_iterable(listed) if url.startswith("Repository"))
+    address = next(urls, None)
     if address is None:
         return [f"This needs the package `{package}`, version {__version__}."]
     return ["```bash", f'pip install "{package} @ git+{address}"', "```"]
@@ -114,7 +113,7 @@ def _requirement(package: str) -> list[str]:
 def _gflops(model: nn.Module) -> list[str]:
     try:
         counts = flops.count(model)
-    except Exception:  # of a user's module on the meta device: its model is saved all the same
+    except Exception:  # from a user's module on the meta device: the model is saved all the same
         return []
     text = [f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |"]
     return [f"| GFLOPs per image | {counts.image_gflops:.3g} |", *text * bool(counts.text_gflops)]
@@ -156,7 +155,7 @@ def base_model_in(directory: str | Path) -> str | None:
     path = Path(directory) / README
     try:
         return ModelCard.load(path).data.base_model if path.is_file() else None
-    except (ValueError, yaml.YAMLError):  # somebody wrote it by hand
+    except (ValueError, yaml.YAMLError):  # written by hand
         return None
 
 
@@ -189,12 +188,12 @@ def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
     """Percentages by (data, metric)."""
     rows: dict[tuple[str, str], str] = {}
     if "retrieval" in results:
-        found = results["retrieval"]
+        result = results["retrieval"]
         captions = "distinct captions" if results.get("multi_positive") else "captions"
-        data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
-        rows |= {(data, key): f"{100 * value:.2f}" for key, value in found.items() if _RECALL.fullmatch(key)}
+        data = f"{_data(results, 'val_data')}: {result['gallery']:,} images, {result['captions']:,} {captions}"
+        rows |= {(data, key): f"{100 * value:.2f}" for key, value in result.items() if _RECALL.fullmatch(key)}
     if "zero_shot" in results:
-        found = results["zero_shot"]
-        data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"
-        rows |= {(data, f"zero-shot top-{k}"): f"{100 * found[f'top{k}']:.2f}" for k in (1, 5)}
+        result = results["zero_shot"]
+        data = f"{_data(results, 'images')}: {result['images']:,} images, {result['classes']:,} classes"
+        rows |= {(data, f"zero-shot top-{k}"): f"{100 * result[f'top{k}']:.2f}" for k in (1, 5)}
     return rows

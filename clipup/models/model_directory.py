@@ -59,8 +59,7 @@ def of_transformers(directory: Path) -> str:
 
 def check_model_cfg(model_cfg: Mapping[str, Any] | None, source: str) -> None:
     """Raises ``ValueError``, naming the source, for a ``model_cfg`` that is incomplete."""
-    missing = [field for field in _MODEL_FIELDS if field not in (model_cfg or {})]
-    if missing:
+    if missing := [field for field in _MODEL_FIELDS if field not in (model_cfg or {})]:
         raise ValueError(f"{source}: model_cfg lacks {', '.join(missing)}; expected that of clipup.get_model_config")
 
 

@@ -1,5 +1,4 @@
-"""Resolves model names: open_clip models, directories, and repositories on the Hugging Face hub; where the weights of a
-model come from."""
+"""Resolves the names of models (open_clip's, directories, repositories on the hub), and where weights come from."""
 
 from __future__ import annotations
 
@@ -45,6 +44,17 @@ def directory_of(model_name: str) -> Path | None:
         return None
     places = (directory, directory / "model")
     return next((place for place in places if (place / model_directory.CONFIG_NAME).is_file()), directory)
+
+
+def sparse_directory_on_hub(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
+    """The local directory of a sparse model on the hub; None for other models, which open_clip loads."""
+    if not model_name.startswith(hub.HUB_PREFIX):
+        return None
+    directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
+    if model_directory.moe_config_in(model_directory.read_config(directory)) is None:
+        return None
+    files = model_directory.CONFIG_NAME, *[model_directory.WEIGHTS_NAME] * load_weights
+    return hub.cached(model_name, *files, cache_dir=cache_dir)
 
 
 @contextmanager

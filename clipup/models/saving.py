@@ -110,7 +110,10 @@ def save_with_tokenizer(
         config = timm_factory.config_of(model, model_cfg)
     else:
         names = CONFIG_NAME, WEIGHTS_NAME
-        config = _open_clip_config(model, model_cfg, preprocess_cfg)
+        check_model_cfg(model_cfg, "save_pretrained")
+        if preprocess_cfg is None:
+            preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
+        config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}
         text_cfg = config["model_cfg"]["text_cfg"]
         architecture.check_describes(model, config["model_cfg"], moe_config)
     if moe_config is not None:
@@ -158,15 +161,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return tensors
-
-
-def _open_clip_config(
-    model: nn.Module, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any] | None
-) -> dict[str, Any]:
-    check_model_cfg(model_cfg, "save_pretrained")
-    if preprocess_cfg is None:
-        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}
 
 
 def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -98,10 +98,10 @@ def check_files(directory: Path, index: Index, names: Iterable[str]) -> None:
         OSError: one could not be read.
     """
     for name in names:
-        found, expected = sum_of(directory / name), index.files[name]
-        if found != expected:
+        actual, expected = sum_of(directory / name), index.files[name]
+        if actual != expected:
             raise ValueError(
-                f"{directory / name} is damaged: its size and checksum are {tuple(found)} instead of {tuple(expected)}"
+                f"{directory / name} is damaged: its size and checksum are {tuple(actual)} instead of {tuple(expected)}"
             )
 
 

@@ -32,7 +32,7 @@ _CHUNK_BYTES = 1 << 24
 _DIRECTORY_ATTRIBUTE = 0x10
 _MAX_SHOWN = 5
 _INITIALIZATIONS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
-"""Those that a mode sees. The others, and what they draw, take little time."""
+"""The slow initializations that a mode can intercept."""
 _CONFIG_BESIDE = {WEIGHTS_NAME: CONFIG_NAME, "model.safetensors": "config.json"}  # the latter of timm and transformers
 _CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg", "tokenizer_files")
 
@@ -59,7 +59,9 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if shard_files.is_sharded(path):
-        return _read_sharded(path)
+        index = shard_files.read_index(path)
+        shard_files.check_files(path, index, index.files)
+        return Weights(shard_files.read_tensors(path, shard_files.MODEL), index.configs)
     if not path.is_file():
         what = f"{path} is a directory without weights" if path.is_dir() else f"there is no file {path}"
         raise FileNotFoundError(f"{what}; expected safetensors or a checkpoint (checkpoints/epoch_K of a run)")
@@ -75,16 +77,10 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def _configs_beside(path: Path) -> dict[str, Any]:
-    """Those of the model directory that a file of weights is in, if the model is sparse."""
+    """The configs of the model directory that a file of weights is in, if the model is sparse."""
     beside = path.parent / _CONFIG_BESIDE.get(path.name, "")
     config = read_json(beside) if beside.is_file() else {}
     return {key: config[key] for key in _CONFIGS if key in config} if "moe_cfg" in config else {}
-
-
-def _read_sharded(directory: Path) -> Weights:
-    index = shard_files.read_index(directory)
-    shard_files.check_files(directory, index, index.files)
-    return Weights(shard_files.read_tensors(directory, shard_files.MODEL), index.configs)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -190,30 +186,33 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
     """
     expected = model.state_dict()
     weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    found = [
-        f"{name} is {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
-        for name, tensor in expected.items()
-        if name in weights and name not in ignore and weights[name].shape != tensor.shape
+    shared = [(name, weights[name], tensor) for name, tensor in expected.items() if name in weights]
+    differences = [
+        *(
+            f"{name} is {list(stored.shape)} in the file, {list(tensor.shape)} in the model"
+            for name, stored, tensor in shared
+            if name not in ignore and stored.shape != tensor.shape
+        ),
+        *(
+            f"{name} is {stored.dtype} in the file, {tensor.dtype} in the model"
+            for name, stored, tensor in shared
+            if stored.is_floating_point() != tensor.is_floating_point()
+        ),
+        *(f"{name} is missing from the file" for name in expected if name not in weights),
+        *(f"{name} is not in the model" for name in weights if name not in expected),
     ]
-    found += [
-        f"{name} is {weights[name].dtype} in the file, {tensor.dtype} in the model"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point()
-    ]
-    found += [f"{name} is missing from the file" for name in expected if name not in weights]
-    found += [f"{name} is not in the model" for name in weights if name not in expected]
-    if found:
-        raise ValueError(f"the weights in {source} do not fit the model: {listed(found)}")
+    if differences:
+        raise ValueError(f"the weights in {source} do not fit the model: {listed(differences)}")
 
 
-def listed(found: list[str]) -> str:
+def listed(differences: list[str]) -> str:
     """The first of many differences, for a message."""
-    more = len(found) - _MAX_SHOWN
-    return "; ".join(found[:_MAX_SHOWN]) + f"; and {more} more" * (more > 0)
+    more = len(differences) - _MAX_SHOWN
+    return "; ".join(differences[:_MAX_SHOWN]) + f"; and {more} more" * (more > 0)
 
 
 class _SkipInitialization(TorchFunctionMode):
-    """Of this thread: other threads may create models with random weights at the same time."""
+    """Skips initializations in this thread alone: other threads may create models with random weights meanwhile."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -16,8 +16,8 @@ _FILES = (
     *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "config.json"),
 )
-"""Of transformers' tokenizers; the first is in every directory with one. By the last, of a model, transformers chooses
-the tokenizer's class if no other file says it."""
+"""Files of transformers' tokenizers. Every directory with a tokenizer has the first. From the last, the model's config,
+transformers chooses the tokenizer's class if no other file names it."""
 
 
 def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
@@ -39,7 +39,8 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
             directory = directory_of(model_name)
             text_cfg = get_model_config(model_name)["text_cfg"]
         if word_tokenizer.uses_words(text_cfg):
-            return word_tokenizer.from_config(text_cfg, directory, **kwargs)
+            vocabulary = word_tokenizer.vocabulary_text(text_cfg["hf_tokenizer_name"], directory)
+            return word_tokenizer.from_text(vocabulary, text_cfg, **kwargs)
         if directory is None:  # a name, or a tokenizer alone on the hub
             return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
         options = {**(text_cfg.get("tokenizer_kwargs") or {}), **kwargs}
@@ -93,8 +94,8 @@ def files_of(text_cfg: dict[str, Any], directory: Path | None) -> dict[str, byte
 
 
 def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | None:
-    """The tokenizer's files that a training checkpoint brings, by name; none for a tokenizer that its config names, and
-    None if the checkpoint does not say.
+    """The tokenizer's files in a training checkpoint, by name: none for a tokenizer that its config names; None if the
+    checkpoint says nothing about its tokenizer.
 
     Args:
         configs: ``Weights.configs``.
@@ -106,8 +107,7 @@ def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | No
     encoded = configs.get("tokenizer_files")
     if encoded is None:
         return None
-    unknown = set(encoded) - {word_tokenizer.FILE_NAME, *_FILES}
-    if unknown:
+    if unknown := set(encoded) - {word_tokenizer.FILE_NAME, *_FILES}:
         raise ValueError(f"{path}: tokenizer_files names {', '.join(unknown)}; expected files of a tokenizer")
     return {name: base64.b64decode(text) for name, text in encoded.items()}
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args, get_origin
 
 from typing_extensions import Unpack
 
-from ..checks import boolean, check, is_int, number, one_of, positive_number, width
+from ..checks import boolean, check, is_int, not_negative, one_of, positive_number, width
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
@@ -25,30 +26,19 @@ Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 DEFAULT_TOWERS: tuple[Tower, ...] = ("image", "text")
 
-_EVALUATION_FIELDS = (
-    *("num_experts", "top_k", "granularity", "shared_expert", "routing", "eval_capacity_factor", "normalize_gates"),
-    *("priority", "score_function", "padding_aware"),
-)
-"""Fields that outputs in evaluation depend on, besides the blocks, which the names of weights show."""
-_CHOICES = {
-    "routing": RoutingKind,
-    "normalize_gates": GateNormalization,
-    "balance": BalanceForm,
-    "score_function": ScoreFunction,
-    "selection_bias": SelectionBias,
-    "loss_scope": LossScope,
-}
+_OUTPUT = "output"
+"""Marks a field that outputs in evaluation depend on. They also depend on the blocks, which the names of weights
+show."""
+_NO_AVERAGE = "no average"
+"""Marks the weight of a loss that is not an average over tokens, so that it cannot be computed batch by batch."""
+_TOKEN_CHOICE = "token choice"
+"""Marks a field about experts that tokens choose; its default turns it off."""
+_POSITIVE = "positive"
+"""Marks a number that must not be 0."""
 
-_NOT_AVERAGES = ("importance_weight", "load_weight", "global_entropy_weight")
-"""Weights of losses that are not averages over tokens, so that they cannot be computed batch by batch."""
-_NOT_OF_EXPERT_CHOICE: dict[str, Any] = {
-    "selection_bias": "none",
-    "priority": False,
-    "load_weight": 0.0,
-    "granularity": 1,
-    "loss_scope": "batch",
-}
-"""Fields about experts that tokens choose, and the value that turns them off."""
+
+def _field(default: Any, *marks: str) -> Any:
+    return dataclasses.field(default=default, metadata=dict.fromkeys(marks, True))
 
 
 class LayerOptions(TypedDict, total=False):
@@ -100,44 +90,44 @@ class MoEConfig:
     The source of each default, and how certain it is: docs/recipe.md.
     """
 
-    num_experts: int = 8
+    num_experts: int = _field(8, _OUTPUT)
     """Experts per layer (E)."""
-    top_k: int = 2
+    top_k: int = _field(2, _OUTPUT)
     """Experts per token (K), at most num_experts."""
-    granularity: int = 1
+    granularity: int = _field(1, _OUTPUT, _TOKEN_CHOICE)
     """Shards into which a dense MLP's hidden width is split; each expert is one shard (fine-grained experts). It
     divides num_experts and top_k, which count shards: 32 experts, top 8, granularity 4 cost as much as 8 experts, top
     2."""
-    shared_expert: bool = False
+    shared_expert: bool = _field(False, _OUTPUT)
     """Add a copy of the whole dense MLP that processes every token beside its K experts; each contributes half of the
     output."""
     reinit_ratio: float = 0.0
     """Fraction of its hidden units that every expert re-initializes when a dense MLP is upcycled (Drop-Upcycling, which
     uses 0.5). The shared expert keeps all."""
-    routing: RoutingKind = "token_choice"
+    routing: RoutingKind = _field("token_choice", _OUTPUT)
     """Who chooses: each token its top_k experts, or each expert its ceil(capacity_factor*K*T/E) tokens, those with the
     largest router probabilities (expert choice). A capacity factor of None is then 1, in evaluation that of training. A
     token may have any number of experts, and its output depends on the other tokens of the batch, in evaluation too."""
-    capacity_factor: float | None = None
+    capacity_factor: float | None = _field(None, _POSITIVE)
     """In training an expert accepts at most ceil(capacity_factor*K*T/E) of the choices of T tokens. None drops
     nothing."""
-    eval_capacity_factor: float | None = None
+    eval_capacity_factor: float | None = _field(None, _OUTPUT, _POSITIVE)
     """The same in evaluation. None: an embedding does not depend on the rest of the batch."""
-    normalize_gates: GateNormalization = "before_drop"
+    normalize_gates: GateNormalization = _field("before_drop", _OUTPUT)
     """When a token's K gates are scaled to sum to 1: before choices over capacity are dropped, after, or not at all. A
     single gate is then always 1, so that with top_k 1 the task loss does not train the router."""
-    priority: bool = False
+    priority: bool = _field(False, _OUTPUT, _TOKEN_CHOICE)
     """Assign slots by descending router probability (batch-priority routing), instead of in an order that every layer
     draws anew in training. Training breaks ties by such a draw; evaluation breaks them, and without priority assigns
     slots, by position."""
     router_noise: float = 0.0
     """Standard deviation of normal noise on the router's logits in training, in units of 1/num_experts (V-MoE)."""
-    score_function: ScoreFunction = "softmax"
+    score_function: ScoreFunction = _field("softmax", _OUTPUT)
     """How logits become router probabilities: softmax, or sigmoids divided by their sum over all experts."""
-    selection_bias: SelectionBias = "none"
+    selection_bias: SelectionBias = _field("none", _TOKEN_CHOICE)
     """Loss-free balancing: a bias per expert that affects expert selection but not the gates, updated after every step
     by the sign of the load's deviation from the mean, or by its z-score."""
-    selection_bias_rate: float = 1e-3
+    selection_bias_rate: float = _field(1e-3, _POSITIVE)
     """Size of an update of that bias, in units of router probability."""
     towers: tuple[Tower, ...] | None = None
     """Towers that become sparse; the others stay dense. None: image and text, as far as the model has them. A CoCa also
@@ -147,26 +137,26 @@ class MoEConfig:
     count from the end)."""
     last_blocks: int | None = None
     """Only the last n of the blocks that "every_other" or "every" selects, in each tower (V-MoE's Last-n)."""
-    padding_aware: bool = True
+    padding_aware: bool = _field(True, _OUTPUT)
     """Exclude the tokens after a text's end from routing, capacity and losses, in text towers whose features do not
     depend on them (causal, pooled at end-of-text). No effect in other towers."""
     balance_weight: float = 0.0
     """Weight of the load-balance loss, which is 1 for uniform routing, and so always with expert choice."""
     balance: BalanceForm = "topk"
     """Choices that the balance loss counts: first choices only (top2), or all choices (topk)."""
-    loss_scope: LossScope = "batch"
+    loss_scope: LossScope = _field("batch", _TOKEN_CHOICE)
     """Tokens that the balance loss, z-loss and local entropy average over: those of each batch on each rank, or of the
     whole step (global_batch, arXiv 2501.11873), so that they do not depend on how the step is divided: over ranks, and
     in clipup's training over accumulated batches too."""
     z_weight: float = 0.0
     """Weight of the router z-loss."""
-    importance_weight: float = 0.0
+    importance_weight: float = _field(0.0, _NO_AVERAGE)
     """Weight of V-MoE's importance loss."""
-    load_weight: float = 0.0
+    load_weight: float = _field(0.0, _NO_AVERAGE, _TOKEN_CHOICE)
     """Weight of V-MoE's load loss, which needs router_noise > 0."""
     local_entropy_weight: float = 0.0
     """Weight of LIMoE's local entropy loss (entropy of each token's router distribution), in nats."""
-    global_entropy_weight: float = 0.0
+    global_entropy_weight: float = _field(0.0, _NO_AVERAGE)
     """Weight of LIMoE's global entropy loss (entropy of the mean router distribution), in nats."""
     entropy_threshold: float | None = None
     """Global entropy, in nats, above which that loss is 0. None: log(num_experts)."""
@@ -175,19 +165,17 @@ class MoEConfig:
         for name in ("towers", "blocks"):
             if isinstance(getattr(self, name), list):  # as in JSON
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("num_experts", "top_k", "granularity"):
-            width(name, getattr(self, name))
-        for name, values in _CHOICES.items():
-            one_of(name, getattr(self, name), get_args(values))
-        for name in ("priority", "padding_aware", "shared_expert"):
-            boolean(name, getattr(self, name))
-        for name in ("capacity_factor", "eval_capacity_factor", "selection_bias_rate"):
-            if getattr(self, name) is not None or name == "selection_bias_rate":
-                positive_number(name, getattr(self, name))
-        for name in ("router_noise", "reinit_ratio", "entropy_threshold", *LOSS_WEIGHTS):
-            if getattr(self, name) is not None or name != "entropy_threshold":
-                number(name, getattr(self, name))
-                check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        positive = _marked(_POSITIVE)
+        for name, kind in _TYPES.items():
+            value = getattr(self, name)
+            if kind is int:
+                width(name, value)
+            elif kind is bool:
+                boolean(name, value)
+            elif get_origin(kind) is Literal:
+                one_of(name, value, get_args(kind))
+            elif kind is float or (kind == float | None and value is not None):
+                (positive_number if name in positive else not_negative)(name, value)
         check("reinit_ratio", self.reinit_ratio, self.reinit_ratio <= 1, "between 0 and 1")
         self._check_blocks()
         self._check_combinations()
@@ -200,9 +188,9 @@ class MoEConfig:
 
     def _check_blocks(self) -> None:
         towers, blocks, last = self.towers, self.blocks, self.last_blocks
-        known = isinstance(towers, tuple) and len(towers) > 0 and set(towers) <= set(get_args(Tower))
+        valid = isinstance(towers, tuple) and len(towers) > 0 and set(towers) <= set(get_args(Tower))
         expected = 'None, or a tuple of "image", "text" and "decoder", each once'
-        check("towers", towers, towers is None or (known and len(set(towers)) == len(towers)), expected)
+        check("towers", towers, towers is None or (valid and len(set(towers)) == len(towers)), expected)
         named = isinstance(blocks, str) and blocks in get_args(Blocks)
         indices = isinstance(blocks, tuple) and len(blocks) > 0 and all(map(is_int, blocks))
         check("blocks", blocks, named or indices, '"every_other", "every" or a tuple of block indices')
@@ -214,8 +202,8 @@ class MoEConfig:
             f"is not a multiple of granularity ({self.granularity}): it counts shards of MLPs, and {self.granularity} "
             "shards make a whole MLP; round it up or down"
         )
-        weighted = [name for name in _NOT_AVERAGES if getattr(self, name) > 0]
-        unused = [name for name, off in _NOT_OF_EXPERT_CHOICE.items() if getattr(self, name) != off]
+        weighted = [name for name in _marked(_NO_AVERAGE) if getattr(self, name) > 0]
+        unused = [name for name, default in _marked(_TOKEN_CHOICE).items() if getattr(self, name) != default]
         unused += ["a decoder in towers"] * ("decoder" in (self.towers or ()))
         for refused, why in (
             (self.top_k > self.num_experts, f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})"),
@@ -280,7 +268,7 @@ class MoEConfig:
     def differing(self, other: MoEConfig) -> list[str]:
         """The fields for which layers with the same weights compute something else in evaluation."""
         chosen_by_experts = "expert_choice" in (self.routing, other.routing)
-        names = (*_EVALUATION_FIELDS, *("capacity_factor",) * chosen_by_experts)
+        names = (*_marked(_OUTPUT), *("capacity_factor",) * chosen_by_experts)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @property
@@ -301,6 +289,14 @@ class MoEConfig:
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
         """The inverse of ``to_dict``; missing fields get their defaults, unknown ones raise ``TypeError``."""
         return cls(**values)
+
+
+_TYPES = typing.get_type_hints(MoEConfig)
+
+
+def _marked(mark: str) -> dict[str, Any]:
+    """The defaults of the fields with a mark."""
+    return {field.name: field.default for field in dataclasses.fields(MoEConfig) if mark in field.metadata}
 
 
 LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_weight"))

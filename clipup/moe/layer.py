@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from .. import checks
 from ..dense.dense_mlp import DenseMLP, FirstLinear
-from ..dense.expert_init import experts_of, reinitialize_hidden_units
+from ..dense.expert_init import experts_of
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 from .config import OF_BLOCKS, LayerOptions, MoEConfig, layer_config
@@ -135,9 +135,7 @@ class SparseMoE(Experts):
             )
         config = config if config is not None else MoEConfig()
         d_hidden, d_model = dense.in_weight.shape
-        experts = experts_of(dense, config.num_experts, config.granularity)
-        if config.reinit_ratio > 0:
-            reinitialize_hidden_units(experts, config.reinit_ratio)
+        experts = experts_of(dense, config.num_experts, config.granularity, config.reinit_ratio)
         layer = cls(
             d_model,
             d_hidden // config.granularity,
@@ -282,11 +280,11 @@ def saved_config(model: nn.Module) -> MoEConfig | None:
     Raises:
         ValueError: the layers' configs differ, and only one can be saved.
     """
-    made: Any = getattr(model, "moe_config", None)
+    model_config: Any = getattr(model, "moe_config", None)
     layers = moe_layers(model)
-    if made is None or not layers:
-        return made
-    of_model = {name: getattr(made, name) for name in OF_BLOCKS}
+    if model_config is None or not layers:
+        return model_config
+    of_model = {name: getattr(model_config, name) for name in OF_BLOCKS}
     first, *others = ((name, layer.config.replace(**of_model)) for name, layer in layers.items())
     for name, config in others:
         if fields := [field for field, value in vars(config).items() if value != getattr(first[1], field)]:
@@ -327,7 +325,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def _warn_of_evaluation(layers: Collection[SparseMoE]) -> None:
-    """Warns, once in a thread, whoever takes losses of layers that ran in evaluation mode as if to train."""
+    """Warns, once in a thread, about layers that recorded gradients in evaluation mode, where they have no losses."""
     if torch.compiler.is_compiling():
         return
     if count := sum(layer.state.take_evaluated() for layer in layers):

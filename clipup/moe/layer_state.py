@@ -154,7 +154,7 @@ class LayerState:
         return routing() if callable(routing) else routing
 
     def keep_inference(self, routing: Callable[[], LastRouting]) -> None:
-        """``keep`` for a forward pass that has no losses; ``routing`` is called when somebody asks for it."""
+        """``keep`` for a forward pass without losses; ``routing`` is called when it is needed."""
         self.mine.ran_layer = True
         if not _in_transform():
             self.mine.last_routing = routing

@@ -45,10 +45,10 @@ def update_selection_bias(model: nn.Module) -> None:
     ]
     if not counted:
         return
-    together = torch.cat([load.to(counted[0][1].device) for _, _, load in counted])
+    joined = torch.cat([load.to(counted[0][1].device) for _, _, load in counted])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(together)
-    for (layer, bias, _), load in zip(counted, together.split([bias.numel() for _, bias, _ in counted]), strict=True):
+        dist.all_reduce(joined)
+    for (layer, bias, _), load in zip(counted, joined.split([bias.numel() for _, bias, _ in counted]), strict=True):
         step = _STEPS[layer.config.selection_bias](load.to(bias.device, bias.dtype))
         bias.add_(step, alpha=layer.config.selection_bias_rate)
 

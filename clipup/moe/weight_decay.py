@@ -37,8 +37,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         TypeError, ValueError: a wrong argument, by name.
     """
     checks.module("model", model)
-    checks.number("weight_decay", weight_decay)
-    checks.check("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
+    checks.not_negative("weight_decay", weight_decay)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for name, parameter in trained if not decays(name, parameter)], "weight_decay": 0.0},

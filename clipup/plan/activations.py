@@ -35,7 +35,7 @@ class LayerTokens(NamedTuple):
     """Tokens of one image or one text of full length."""
     width: int
     bytes_each: int
-    """Of an element of the rows that its experts compute with."""
+    """Bytes of an element of its experts' rows."""
 
 
 class Activations(NamedTuple):
@@ -48,12 +48,13 @@ class Activations(NamedTuple):
     checkpointed_per_pair: float
     """Saved for each pair with checkpointed blocks: their inputs."""
     largest_block_per_pair: float
-    """Of those in ``per_pair``, the most that one block saves: with checkpointing it is computed again in backward."""
+    """The most that one block saves, part of ``per_pair``; with checkpointing, backward computes it again."""
     expert_copies: tuple[float, ...]
-    """Of those in ``fixed``, the copies of experts' weights of each sparse layer."""
+    """Copies of each sparse layer's expert weights, part of ``fixed``."""
     layers: tuple[LayerTokens, ...]
     features: dict[str, Tensor]
-    """What the loss compares, by tower, without memory: their type and width, and whether they have a gradient."""
+    """The features that the loss compares, by tower, without memory: they show type, width, and whether there is a
+    gradient."""
 
 
 def activations(

@@ -13,7 +13,8 @@ from .subject import Subject
 from .traffic import Transfer, forward_passes
 
 _UPDATE_BYTES = 7
-"""Of AdamW for each byte of a parameter: weight, gradient and two moments are read; weight and moments written."""
+"""Bytes that AdamW moves for each byte of a parameter: it reads weight, gradient and two moments, and writes weight and
+moments."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class StepTime(NamedTuple):
     compute: float
     update: float
     by_kind: dict[str, float]
-    """Of each kind of traffic."""
+    """Seconds of each kind of traffic."""
     exposed: float
-    """Of the traffic that nothing hides: gradients and parameters travel beside computation, the rest does not."""
+    """Seconds of traffic that computation does not hide. Gradients and parameters travel beside computation, the rest
+    does not."""
 
     @property
     def total(self) -> float:
@@ -103,7 +105,7 @@ def step_time(
 def bandwidth(transfer: Transfer, card: Card, rates: Rates) -> float:
     """10^9 bytes per second at which a rank of the group sends.
 
-    Rings through several nodes use the network connections of all GPUs that the group has on a node. Of an all-to-all
+    Rings through several nodes use the network connections of all GPUs that the group has on a node. In an all-to-all,
     only what leaves the node passes the rank's own connection.
     """
     if transfer.collective == "copy":

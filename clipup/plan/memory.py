@@ -24,10 +24,10 @@ class Part(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of the GPU that holds most, rank 0."""
+    """Memory of rank 0's GPU, which holds most."""
 
     parts: tuple[Part, ...]
-    """Held at once at most; gradients grow while activations are freed, so that the sum is an upper bound of them."""
+    """The most of each part at any time. Gradients grow while activations are freed, so the sum is an upper bound."""
     host_bytes: float
     """Held in the host's memory, with fsdp_offload_cpu."""
 
@@ -49,27 +49,24 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
         Part("optimizer (AdamW)", optimizer_bytes(parts), "exact"),
     ]
     host = sum(part.bytes for part in states) if options.fsdp_offload_cpu else 0.0
-    found = [] if options.fsdp_offload_cpu else states
+    held_parts = [] if options.fsdp_offload_cpu else states
     if not options.is_sharded and gpus > 1:
-        found.append(Part("gradient buckets of DDP", states[1].bytes, "model"))
+        held_parts.append(Part("gradient buckets of DDP", states[1].bytes, "model"))
     if options.is_sharded:
-        found.append(Part("gathered parameters (FSDP)", _gathered(parts, options), "model"))
+        held_parts.append(Part("gathered parameters (FSDP)", _gathered(parts, options), "model"))
         if options.accum_freq > 1:
-            found.append(Part("whole gradients while accumulating", _whole(parts), "model"))
-    found += _of_batch(subject, options, gpus)
-    found = [part for part in found if part.bytes]
-    total = sum(part.bytes for part in found)
-    return Memory((*found, Part(f"allocator's reserve ({reserve:.0%})", reserve * total, "model")), host)
+            # Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32.
+            whole = sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.trained)
+            held_parts.append(Part("whole gradients while accumulating", whole, "model"))
+    held_parts += _batch_parts(subject, options, gpus)
+    held_parts = [part for part in held_parts if part.bytes]
+    total = sum(part.bytes for part in held_parts)
+    return Memory((*held_parts, Part(f"allocator's reserve ({reserve:.0%})", reserve * total, "model")), host)
 
 
 def optimizer_bytes(parts: list[Unit]) -> int:
     """AdamW's two moments in the parameters' types, and a float32 count of steps for each parameter."""
     return sum(2 * unit.trained_bytes + 4 * len(unit.trained) for unit in parts)
-
-
-def _whole(parts: list[Unit]) -> float:
-    """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32."""
-    return sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.trained)
 
 
 def _gathered(parts: list[Unit], options: TrainOptions) -> float:
@@ -90,28 +87,28 @@ def _largest_block(parts: list[Unit]) -> tuple[float, float]:
     largest: dict[str, Unit] = {}
     for unit in parts:
         if unit.fsdp and unit.kind != "root":
-            largest[unit.kind] = max(largest.get(unit.kind, unit), unit, key=lambda one: one.reduced_bytes)
-    return sum(one.gathered_bytes for one in largest.values()), sum(one.reduced_bytes for one in largest.values())
+            largest[unit.kind] = max(largest.get(unit.kind, unit), unit, key=lambda unit: unit.reduced_bytes)
+    return sum(unit.gathered_bytes for unit in largest.values()), sum(unit.reduced_bytes for unit in largest.values())
 
 
-def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
-    found, pairs = subject.activations(options), options.batch_size
+def _batch_parts(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
+    activations, pairs = subject.activations(options), options.batch_size
     kept = options.grad_checkpointing
-    copies = found.fixed
+    copies = activations.fixed
     if kept:  # those of a layer at a time
-        copies += max(found.expert_copies, default=0) - sum(found.expert_copies)
+        copies += max(activations.expert_copies, default=0) - sum(activations.expert_copies)
     name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
         Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
         Part(name, copies, "counted"),
-        Part("activations", (found.checkpointed_per_pair if kept else found.per_pair) * pairs, "counted"),
+        Part("activations", (activations.checkpointed_per_pair if kept else activations.per_pair) * pairs, "counted"),
     ]
     if kept:
-        result.append(Part("recomputed activations of a block", found.largest_block_per_pair * pairs, "counted"))
+        result.append(Part("recomputed activations of a block", activations.largest_block_per_pair * pairs, "counted"))
     if options.ep > 1:
         result.append(Part("expert-parallel rows", expert_parallel_bytes(subject, options), "model"))
-    result.append(Part("working memory of the backward pass", found.largest_block_per_pair * pairs, "model"))
-    return [*result, *_of_loss(subject, options, gpus)]
+    result.append(Part("working memory of the backward pass", activations.largest_block_per_pair * pairs, "model"))
+    return [*result, *_loss_parts(subject, options, gpus)]
 
 
 def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
@@ -132,7 +129,7 @@ def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
     return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
 
 
-def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
+def _loss_parts(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     own = options.batch_size * options.accum_freq
     kept, working = selected(options).memory(options, own, own * gpus, subject.precision)
     return [

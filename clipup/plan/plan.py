@@ -40,7 +40,7 @@ class Cluster:
     reserve: float = 0.1
     """Share of a GPU's needed memory that is added for the allocator, the CUDA context and NCCL. An assumption."""
     price: float | None = None
-    """Of one GPU and hour."""
+    """Price of a GPU for an hour."""
 
     def __post_init__(self) -> None:
         checks.width("gpus", self.gpus)
@@ -56,7 +56,7 @@ class Plan:
     traffic: list[Transfer]
     time: StepTime
     flops: float
-    """Of one GPU and step."""
+    """FLOPs of one GPU in a step."""
     fits: bool
     """Whether a GPU has enough memory."""
 
@@ -103,19 +103,19 @@ def plan(
         )
     options = replace(options, batch_size=batch // parts, precision=subject.precision)
     check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus))
-    needed = memory(subject, options, cluster.gpus, cluster.reserve)
+    required = memory(subject, options, cluster.gpus, cluster.reserve)
     transfers = traffic(subject, options, cluster.gpus, caption_tokens)
-    held = sum(unit.trained_bytes for unit in subject.units(options, cluster.gpus))
-    time = step_time(subject, options, cluster.gpus, cluster.card, cluster.rates, transfers, held)
-    fits = needed.bytes <= cluster.card.memory_gb * 1e9
-    return Plan(options, needed, transfers, time, step_flops(subject, options, cluster.gpus), fits)
+    updated_bytes = sum(unit.trained_bytes for unit in subject.units(options, cluster.gpus))
+    time = step_time(subject, options, cluster.gpus, cluster.card, cluster.rates, transfers, updated_bytes)
+    fits = required.bytes <= cluster.card.memory_gb * 1e9
+    return Plan(options, required, transfers, time, step_flops(subject, options, cluster.gpus), fits)
 
 
 def propose(
     subject: Subject, options: TrainOptions, cluster: Cluster, batch: int, caption_tokens: int | None = None
 ) -> Plan | None:
-    """The setting that fits and sends the fewest bytes, of those whose step is at most 5 % longer than the shortest: a
-    time is a model, and smaller differences say nothing. None if no setting fits.
+    """The setting that sends the fewest bytes, among those that fit and whose step is at most 5 % longer than the
+    shortest: a time is a model, so smaller differences say nothing. None if no setting fits.
 
     It varies the options of ``SPREAD``; the others stay. A measured ``images_per_second`` belongs to one setting, so
     that settings are compared by FLOPs.
@@ -130,7 +130,8 @@ def propose(
         return None
     shortest = min(candidate.time.total for candidate in plans)
     return min(
-        (candidate for candidate in plans if candidate.time.total <= _AS_SHORT * shortest), key=lambda one: one.wire
+        (candidate for candidate in plans if candidate.time.total <= _AS_SHORT * shortest),
+        key=lambda candidate: candidate.wire,
     )
 
 

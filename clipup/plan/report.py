@@ -21,85 +21,87 @@ class Length(NamedTuple):
     """Image-text pairs."""
 
 
-def as_json(made: Plan, cluster: Cluster, length: Length | None) -> dict[str, Any]:
+def as_json(plan: Plan, cluster: Cluster, length: Length | None) -> dict[str, Any]:
     """Bytes, seconds and FLOPs of a GPU and step; hours and price of a run."""
     return {
-        "setting": made.setting(),
-        "flags": made.flags(),
-        "fits": made.fits,
+        "setting": plan.setting(),
+        "flags": plan.flags(),
+        "fits": plan.fits,
         "memory": {
-            "needed_bytes": made.memory.bytes,
+            "needed_bytes": plan.memory.bytes,
             "available_bytes": cluster.card.memory_gb * 1e9,
-            "host_bytes": made.memory.host_bytes,
-            "parts": [part._asdict() for part in made.memory.parts],
+            "host_bytes": plan.memory.host_bytes,
+            "parts": [part._asdict() for part in plan.memory.parts],
         },
-        "traffic": [{**transfer._asdict(), "wire": transfer.wire} for transfer in made.traffic],
-        "time": {**made.time._asdict(), "total": made.time.total, "limit": made.time.limit},
-        "flops": made.flops,
-        "run": None if length is None else {**length._asdict(), **_run(made, cluster, length)},
+        "traffic": [{**transfer._asdict(), "wire": transfer.wire} for transfer in plan.traffic],
+        "time": {**plan.time._asdict(), "total": plan.time.total, "limit": plan.time.limit},
+        "flops": plan.flops,
+        "run": None if length is None else {**length._asdict(), **_run(plan, cluster, length)},
     }
 
 
-def as_text(made: Plan, cluster: Cluster, length: Length | None) -> str:
+def as_text(plan: Plan, cluster: Cluster, length: Length | None) -> str:
     """Tables for a terminal."""
     return "\n".join(
-        [*_memory(made, cluster), "", *_traffic(made), "", *_time(made, cluster), *_length(made, cluster, length)]
+        [*_memory(plan, cluster), "", *_traffic(plan), "", *_time(plan, cluster), *_length(plan, cluster, length)]
     )
 
 
-def summary(made: Plan, cluster: Cluster) -> str:
+def summary(plan: Plan, cluster: Cluster) -> str:
     """One line for a proposal."""
-    memory = f"{_gb(made.memory.bytes)} of {cluster.card.memory_gb:g} GB on a GPU"
-    return f"{made.flags()}: {memory}, {_gb(made.wire)} sent and {_seconds(made.time.total)} in a step"
+    memory = f"{_gb(plan.memory.bytes)} of {cluster.card.memory_gb:g} GB on a GPU"
+    return f"{plan.flags()}: {memory}, {_gb(plan.wire)} sent and {_seconds(plan.time.total)} in a step"
 
 
-def _memory(made: Plan, cluster: Cluster) -> list[str]:
+def _memory(plan: Plan, cluster: Cluster) -> list[str]:
     lines = ["memory of a GPU"]
-    lines += [_row(part.name, _gb(part.bytes), _HOW[part.how]) for part in made.memory.parts]
-    verdict = "fits" if made.fits else "does NOT fit"
+    lines += [_row(part.name, _gb(part.bytes), _HOW[part.how]) for part in plan.memory.parts]
+    verdict = "fits" if plan.fits else "does NOT fit"
     total = f"{verdict} into {cluster.card.memory_gb:g} GB; at most, as if all parts were at their fullest at once"
-    lines.append(_row("sum", _gb(made.memory.bytes), total))
-    if not made.fits:
-        largest = max(made.memory.parts, key=lambda part: part.bytes)
+    lines.append(_row("sum", _gb(plan.memory.bytes), total))
+    if not plan.fits:
+        largest = max(plan.memory.parts, key=lambda part: part.bytes)
         lines.append(f"  the largest part is: {largest.name}")
-    if made.memory.host_bytes:
-        lines.append(_row("in the host's memory", _gb(made.memory.host_bytes), _HOW["exact"]))
+    if plan.memory.host_bytes:
+        lines.append(_row("in the host's memory", _gb(plan.memory.host_bytes), _HOW["exact"]))
     return lines
 
 
-def _traffic(made: Plan) -> list[str]:
+def _traffic(plan: Plan) -> list[str]:
     lines = ["traffic of a step and rank (payload: what the collectives are called with; sent: a model)"]
     lines.append(f"  {'':<20}{'payload':>12}{'sent':>12}{'time':>12}")
-    for kind, seconds in made.time.by_kind.items():
-        transfers = [one for one in made.traffic if one.kind == kind]
-        payload, wire = (sum(values) for values in zip(*((one.payload, one.wire) for one in transfers), strict=True))
-        beside = "beside computation" if all(one.overlapped for one in transfers) else "waited for"
+    for kind, seconds in plan.time.by_kind.items():
+        transfers = [transfer for transfer in plan.traffic if transfer.kind == kind]
+        payload, wire = (
+            sum(values) for values in zip(*((transfer.payload, transfer.wire) for transfer in transfers), strict=True)
+        )
+        beside = "beside computation" if all(transfer.overlapped for transfer in transfers) else "waited for"
         lines.append(f"  {kind:<20}{_gb(payload):>12}{_gb(wire):>12}{_seconds(seconds):>12}  {beside}")
-    return lines if made.traffic else [lines[0], "  none"]
+    return lines if plan.traffic else [lines[0], "  none"]
 
 
-def _time(made: Plan, cluster: Cluster) -> list[str]:
-    time, rates = made.time, cluster.rates
-    peak = cluster.card.peak(made.options.precision_on("cuda"))
+def _time(plan: Plan, cluster: Cluster) -> list[str]:
+    time, rates = plan.time, cluster.rates
+    peak = cluster.card.peak(plan.options.precision_on("cuda"))
     pace = (
         f"at {rates.mfu:.0%} of {peak:g} TFLOP/s"
         if rates.images_per_second is None
         else f"at {rates.images_per_second:g} pairs per second and GPU, as given"
     )
-    pairs = made.options.batch_size * made.options.accum_freq * cluster.gpus
+    pairs = plan.options.batch_size * plan.options.accum_freq * cluster.gpus
     return [
         "time of a step (a model)",
-        _row("computation", _seconds(time.compute), f"{made.flops / 1e12:.1f} TFLOP a GPU {pace}"),
+        _row("computation", _seconds(time.compute), f"{plan.flops / 1e12:.1f} TFLOP a GPU {pace}"),
         _row("waiting for traffic", _seconds(time.exposed), f"links at {rates.link_efficiency:.0%} of their rate"),
         _row("optimizer", _seconds(time.update), "reading and writing its state once"),
         _row("sum", _seconds(time.total), f"{pairs / time.total:,.0f} pairs per second; {time.limit} takes most of it"),
     ]
 
 
-def _length(made: Plan, cluster: Cluster, length: Length | None) -> list[str]:
+def _length(plan: Plan, cluster: Cluster, length: Length | None) -> list[str]:
     if length is None:
         return []
-    run = _run(made, cluster, length)
+    run = _run(plan, cluster, length)
     price = "" if run["price"] is None else f", {_count(run['price'])} at {cluster.price:g} a GPU and hour"
     return [
         "",
@@ -109,12 +111,12 @@ def _length(made: Plan, cluster: Cluster, length: Length | None) -> list[str]:
 
 
 def _count(value: float, digits: int = 0) -> str:
-    """With so many digits after the point; two that tell something where those would be zeros."""
+    """With this many decimals, or two significant digits if these would be zeros."""
     return f"{value:,.{digits}f}" if value >= 10 ** (1 - digits) or value == 0 else f"{value:.2g}"
 
 
-def _run(made: Plan, cluster: Cluster, length: Length) -> dict[str, Any]:
-    hours = length.steps * made.time.total / 3600
+def _run(plan: Plan, cluster: Cluster, length: Length) -> dict[str, Any]:
+    hours = length.steps * plan.time.total / 3600
     price = None if cluster.price is None else hours * cluster.gpus * cluster.price
     return {"hours": hours, "gpu_hours": hours * cluster.gpus, "price": price}
 

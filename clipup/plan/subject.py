@@ -22,7 +22,7 @@ from .units import Unit, has_half_units, units
 
 
 class Subject:
-    """A CLIP on the meta device, which is planned for."""
+    """A CLIP on the meta device for which a run is planned."""
 
     def __init__(self, model: nn.Module, precision: Precision = "amp_bf16") -> None:
         """
@@ -73,7 +73,7 @@ class Subject:
 
     @cached_property
     def input_bytes(self) -> int:
-        """Of one image and one text on the device."""
+        """Bytes of one image and one text on the device."""
         height, width = image_size(self.model)
         return 3 * height * width * (2 if self.precision == "bf16" else 4) + 8 * text_length(self.model)
 

@@ -1,7 +1,7 @@
 """What a rank sends in one optimizer step, by kind.
 
-Counts and sizes of the collectives are those of ``clipup.train``, to which tests compare them. What of a collective
-goes over the wire is a model: that of ring algorithms, and of ranks that get equally many rows in an all-to-all.
+Counts and sizes of the collectives are those of ``clipup.train``; tests compare them with runs. The bytes that a
+collective sends are a model: ring algorithms, and ranks that get equally many rows in an all-to-all.
 """
 
 from __future__ import annotations
@@ -54,19 +54,23 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
             whole context.
     """
     parts = subject.units(options, gpus)
-    found = [*_of_units(parts, options), *_rows(subject, options, caption_tokens), *_features(subject, options, gpus)]
-    found += [*_small(subject, options, gpus, parts), *_offloaded(parts, options)]
+    transfers = [
+        *_unit_transfers(parts, options),
+        *_rows(subject, options, caption_tokens),
+        *_features(subject, options, gpus),
+    ]
+    transfers += [*_small(subject, options, gpus, parts), *_offloaded(parts, options)]
     return [
-        transfer for transfer in found if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
+        transfer for transfer in transfers if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
     ]
 
 
 def forward_passes(options: TrainOptions) -> int:
-    """Of a step. Accumulation first runs all batches without gradients."""
+    """Forward passes of a step. Accumulation first runs all batches without gradients."""
     return options.accum_freq * (1 if options.accum_freq == 1 else 2)
 
 
-def _of_units(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
+def _unit_transfers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     for unit in parts:
         if unit.kind != "unsharded":
             yield Transfer("gradients", "reduce_scatter", unit.reduced_bytes, unit.shards, unit.stride, True)

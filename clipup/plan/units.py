@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ..clip.towers import tower_blocks, towers
+from ..clip.towers import towers
 from ..moe.layer import moe_layers
 from ..moe.router import Router
 from ..precision import Precision
-from ..train.parallel.sharding import replicated_parameters
+from ..train.parallel.sharding import blocks_of, replicated_parameters
 from ..train.train_options import TrainOptions
 
 
@@ -24,11 +24,11 @@ class Parameter(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """Of the part that a rank's experts have; all of it without expert parallelism."""
+    """The shape of the part that a rank's experts have; of the whole without expert parallelism."""
     bytes_each: int
     shards: int = 1
     axis: int = 0
-    """Over which the shards divide it."""
+    """The axis that the shards divide."""
     trained: bool = True
     """Whether it has a gradient and moments."""
 
@@ -39,7 +39,7 @@ class Parameter(NamedTuple):
     @property
     def padded(self) -> int:
         """Elements of one shard, as FSDP2 allocates it: the axis is divided into equal parts, rounded up. The first
-        rank's are all used."""
+        rank uses all of its part."""
         length = self.shape[self.axis] if self.shards > 1 else 1
         return -(-length // self.shards) * self.numel // length
 
@@ -70,17 +70,17 @@ class Unit(NamedTuple):
 
     @property
     def gathered_bytes(self) -> int:
-        """Of all shards together, with padding, in the type in which they are gathered."""
+        """Bytes of all shards together, with padding, in the type in which they are gathered."""
         return self.shards * self.shard_bytes // (2 if self.in_half else 1)
 
     @property
     def reduced_bytes(self) -> int:
-        """Of a gradient with padding. FSDP2 reduces in float32, DDP in the parameters' type."""
+        """Bytes of the gradients, with padding. FSDP2 reduces in float32, DDP in the parameters' type."""
         return self.shards * self.reduced_shard_bytes
 
     @property
     def reduced_shard_bytes(self) -> int:
-        """Of a shard of the gradients."""
+        """Bytes of one shard of the gradients."""
         return sum(4 * parameter.padded for parameter in self.trained) if self.fsdp else self.trained_bytes
 
     @property
@@ -89,12 +89,12 @@ class Unit(NamedTuple):
 
     @property
     def trained_bytes(self) -> int:
-        """Of one shard of what is trained, with padding."""
+        """Bytes of one shard of the trained parameters, with padding."""
         return sum(parameter.padded * parameter.bytes_each for parameter in self.trained)
 
     @property
     def shard_bytes(self) -> int:
-        """Of one shard, with padding."""
+        """Bytes of one shard, with padding."""
         return sum(parameter.padded * parameter.bytes_each for parameter in self.parameters)
 
 
@@ -106,18 +106,13 @@ def has_half_units(options: TrainOptions, precision: Precision) -> bool:
 def parameters_of_half_units(model: nn.Module) -> set[int]:
     """The ids of the parameters that are then gathered in bfloat16: those of blocks, without routers and what is not
     sharded."""
-    blocks = [block for tower in towers(model) for block in tower_blocks(model, tower).values()]
+    blocks = [block for tower in towers(model) for block in blocks_of(model, tower)]
     routers = {id(parameter) for router in _routers(model) for parameter in router.parameters()}
     whole = {id(parameter) for parameter in replicated_parameters(model).values()}
     return {id(parameter) for block in blocks for parameter in block.parameters()} - routers - whole
 
 
-def units(
-    model: nn.Module,
-    options: TrainOptions,
-    gpus: int,
-    precision: Precision,
-) -> list[Unit]:
+def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precision) -> list[Unit]:
     """The units of a model, on any device."""
     if not options.is_sharded:
         return [Unit("replicated", _parameters(model.named_parameters(), 1, "replicated"), 1, 1, gpus)]
@@ -127,16 +122,17 @@ def units(
     dense_replicas, dense_shards = (replicas, shards * ep) if options.fsdp else (gpus, 1)
     whole = replicated_parameters(model)
     taken = {id(parameter) for parameter in whole.values()}
-    found = [Unit("unsharded", _parameters(whole.items(), 1, "unsharded"), 1, 1, gpus)]
+    all_units = [Unit("unsharded", _parameters(whole.items(), 1, "unsharded"), 1, 1, gpus)]
 
     half = has_half_units(options, precision)
 
     def add(kind: Kind, module: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
         taken.update(id(parameter) for _, parameter in named)
-        of, stride, copies = (shards, ep, replicas) if kind == "experts" else (dense_shards, 1, dense_replicas)
+        count, stride, copies = (shards, ep, replicas) if kind == "experts" else (dense_shards, 1, dense_replicas)
         if named:
-            found.append(Unit(kind, _parameters(named, of, kind, ep), of, stride, copies, half and kind in _IN_HALF))
+            parameters = _parameters(named, count, kind, ep)
+            all_units.append(Unit(kind, parameters, count, stride, copies, half and kind in _IN_HALF))
 
     if ep > 1 or half:
         for router in _routers(model):
@@ -147,10 +143,10 @@ def units(
                 add("shared", layer.shared)
             add("experts", layer)
     for tower in towers(model):
-        for block in tower_blocks(model, tower).values():
+        for block in blocks_of(model, tower):
             add("block", block)
     add("root", model)
-    return found
+    return all_units
 
 
 def _routers(model: nn.Module) -> list[Router]:
@@ -163,11 +159,11 @@ def _parameters(
     """The parameters of a unit. Those of experts are divided among ``ep`` ranks over the first axis, and sharded over
     the second one; those of a block are, if the first is shorter than the number of shards, which divides the second.
     """
-    found = []
+    parameters = []
     for name, parameter in named:
         shape = tuple(parameter.shape)
         axis = int(kind == "block" and len(shape) > 1 and shape[0] < shards and shape[1] % shards == 0)
         if kind == "experts":
             shape, axis = (shape[0] // ep, *shape[1:]), 1
-        found.append(Parameter(name, shape, parameter.element_size(), shards, axis, parameter.requires_grad))
-    return tuple(found)
+        parameters.append(Parameter(name, shape, parameter.element_size(), shards, axis, parameter.requires_grad))
+    return tuple(parameters)

@@ -41,8 +41,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the features of an index were computed with; indexes of different encoders do not mix. The digest says
-    which model it is, wherever its files are."""
+    """The model that computed an index's features, and how. Indexes of different encoders do not mix. The digest
+    identifies the model, wherever its files are."""
 
     model: str = field(compare=False)
     """Model name, or the absolute path of its directory."""
@@ -64,17 +64,17 @@ def digest(model: nn.Module, name: str) -> str:
     Args:
         name: of the model, for config and tokenizer: as in ``clipup.create_model_and_transforms``.
     """
-    found = hashlib.blake2b(digest_size=16)
+    checksum = hashlib.blake2b(digest_size=16)
     model_cfg = model_names.get_model_config(name)
     transform = getattr(model.visual, "preprocess_cfg", None)
-    found.update(json.dumps([model_cfg, transform], sort_keys=True).encode())
+    checksum.update(json.dumps([model_cfg, transform], sort_keys=True).encode())
     files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     for file, content in sorted(files.items()):
-        found.update(f"\n{file} {len(content)}\n".encode() + content)
+        checksum.update(f"\n{file} {len(content)}\n".encode() + content)
     for name, value in sorted(model.state_dict().items()):
-        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        checksum.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        checksum.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
 
 
 class Entry(NamedTuple):
@@ -116,9 +116,9 @@ class ImageIndex:
         try:
             with safe_open(path, "pt") as file:
                 header, features = file.metadata() or {}, file.get_tensor("features")
-            found = json.loads(header["index"])
-            entries = [Entry(*entry) for entry in found["entries"]]
-            return cls(Path(found["images"]), Encoder(**found["encoder"]), entries, features, found["skipped"])
+            content = json.loads(header["index"])
+            entries = [Entry(*entry) for entry in content["entries"]]
+            return cls(Path(content["images"]), Encoder(**content["encoder"]), entries, features, content["skipped"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
@@ -182,9 +182,9 @@ def update_index(
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
-        now = {record.key: _entry(record) for record in records}
-        known = _known(directory, images, encoder, {*now.values()})
-        todo = [record for record in records if now[record.key] not in known]
+        current = {record.key: _entry(record) for record in records}
+        features_of = _reusable(directory, images, encoder, {*current.values()})
+        outdated = [record for record in records if current[record.key] not in features_of]
         skips = Skips()
         part: dict[Entry, Tensor] = {}
 
@@ -193,32 +193,32 @@ def update_index(
                 target = directory / PARTS / f"{len(_parts(directory)):05d}"
                 target.mkdir(parents=True)
                 ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), []).save(target)
-                known.update(part)
+                features_of.update(part)
                 part.clear()
 
         try:
-            samples = EvalSamples(todo, partial(_upright, preprocess), skips, resize=resize_of(preprocess))
-            with Progress("encoding", "images", len(todo), show=show_progress) as shown:
+            samples = EvalSamples(outdated, partial(_upright, preprocess), skips, resize=resize_of(preprocess))
+            with Progress("encoding", "images", len(outdated), show=show_progress) as shown:
                 for batch, _, metadata in samples.batches(batch_size, workers):
                     features = encode(batch)
                     if not features.isfinite().all():
                         raise ValueError(f"the model gives features that are not finite, from {metadata[0]['key']} on")
-                    part |= {now[about["key"]]: one for about, one in zip(metadata, features, strict=True)}
+                    part |= {current[about["key"]]: feature for about, feature in zip(metadata, features, strict=True)}
                     shown.update(len(batch))
                     if len(part) >= PART_IMAGES:
                         write_part()
         except BaseException:
             write_part()
             raise
-        known |= part
-        kept = [entry for entry in now.values() if entry in known]
-        skipped = [record.key for record in todo if now[record.key] not in known]
+        features_of |= part
+        kept = [entry for entry in current.values() if entry in features_of]
+        skipped = [record.key for record in outdated if current[record.key] not in features_of]
         if not kept:
             raise ValueError(f"none of the {len(records)} images can be read, the first is {skips.first}")
-        found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), skipped)
-        found.save(directory)
+        index = ImageIndex(images, encoder, kept, torch.stack([features_of[entry] for entry in kept]), skipped)
+        index.save(directory)
         shutil.rmtree(directory / PARTS, ignore_errors=True)
-    return found
+    return index
 
 
 def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
@@ -230,26 +230,26 @@ def _entry(record: Sample) -> Entry:
     return Entry(record.key, status.st_size, status.st_mtime_ns)
 
 
-def _known(directory: Path, images: Path, encoder: Encoder, entries: set[Entry]) -> dict[Entry, Tensor]:
-    """Features that are there already, of a finished index and of the parts of an interrupted call. Images that moved
-    are those of the index if at least one of their ``entries`` is in it."""
-    known: dict[Entry, Tensor] = {}
+def _reusable(directory: Path, images: Path, encoder: Encoder, entries: set[Entry]) -> dict[Entry, Tensor]:
+    """Features from a finished index and from the parts of an interrupted call. A moved directory of images is that of
+    the index if the index has at least one of its ``entries``."""
+    features_of: dict[Entry, Tensor] = {}
     sources = [directory] if (directory / INDEX_FILE).exists() else []
     for source in [*sources, *_parts(directory)]:
         try:
-            found = ImageIndex.load(source)
+            index = ImageIndex.load(source)
         except (FileNotFoundError, ValueError) as error:
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
-        indexed = found.images if entries.isdisjoint(found.entries) else images
-        for what, have, wanted in (("the model", found.encoder, encoder), ("the images", indexed, images)):
-            if have != wanted:
+        indexed = index.images if entries.isdisjoint(index.entries) else images
+        for name, actual, wanted in (("the model", index.encoder, encoder), ("the images", indexed, images)):
+            if actual != wanted:
                 raise ValueError(
-                    f"{directory} holds an index of {what}: {have}; asked for: {wanted}; choose another directory, or "
-                    "remove this one"
+                    f"{directory} holds an index of {name}: {actual}; asked for: {wanted}; choose another directory, "
+                    "or remove this one"
                 )
-        known |= dict(zip(found.entries, found.features, strict=True))
-    return known
+        features_of |= dict(zip(index.entries, index.features, strict=True))
+    return features_of
 
 
 def _parts(directory: Path) -> list[Path]:

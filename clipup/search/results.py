@@ -34,8 +34,8 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
     """
     scores, rows = (texts.float() @ index.features.T).topk(min(count, len(index.entries)))
     return [
-        [Result(index.images / index.entries[row].name, score) for row, score in zip(*one, strict=True)]
-        for one in zip(rows.tolist(), scores.tolist(), strict=True)
+        [Result(index.images / index.entries[row].name, score) for row, score in zip(*of_text, strict=True)]
+        for of_text in zip(rows.tolist(), scores.tolist(), strict=True)
     ]
 
 

@@ -30,7 +30,9 @@ def register_upcycled() -> None:
 def _register_configs(auto: Any) -> None:
     for model_type in MODEL_TYPES:
         if model_type in auto.CONFIG_MAPPING_NAMES:
-            auto.CONFIG_MAPPING.register(SPARSE_PREFIX + model_type, _found_when_used(auto, model_type), exist_ok=True)
+            auto.CONFIG_MAPPING.register(
+                SPARSE_PREFIX + model_type, _lazy_config_class(auto, model_type), exist_ok=True
+            )
 
 
 def _register_adapters(constants: Any) -> None:
@@ -47,22 +49,22 @@ def _use_auto_model(dual_encoder: Any) -> None:
     dual_encoder.CLIPVisionConfig = ()
 
 
-def _found_when_used(auto: Any, model_type: str) -> type:
-    """Stands for a config class in transformers' mapping. The class itself needs that of the dense model, which cannot
-    be imported yet: this runs in the middle of transformers' imports."""
+def _lazy_config_class(auto: Any, model_type: str) -> type:
+    """Stands for a config class in transformers' mapping until it is used. The class itself needs that of the dense
+    model, which cannot be imported yet: this runs in the middle of transformers' imports."""
 
-    def found() -> Any:
+    def config_class() -> Any:
         from .sparse_hugging_face import register_models  # imports transformers, which is optional
 
-        config_class = sparse_config_class(auto.CONFIG_MAPPING[model_type])
-        register_models(config_class)  # AutoModel looks the model's class up as soon as the config is read
-        return config_class
+        sparse_class = sparse_config_class(auto.CONFIG_MAPPING[model_type])
+        register_models(sparse_class)  # AutoModel looks the model's class up as soon as the config is read
+        return sparse_class
 
     content = {
         "model_type": SPARSE_PREFIX + model_type,
-        "__new__": lambda cls, *args, **kwargs: found()(*args, **kwargs),
-        "from_dict": staticmethod(lambda values, **kwargs: found().from_dict(values, **kwargs)),
-        "from_pretrained": staticmethod(lambda name, **kwargs: found().from_pretrained(name, **kwargs)),
+        "__new__": lambda cls, *args, **kwargs: config_class()(*args, **kwargs),
+        "from_dict": staticmethod(lambda values, **kwargs: config_class().from_dict(values, **kwargs)),
+        "from_pretrained": staticmethod(lambda name, **kwargs: config_class().from_pretrained(name, **kwargs)),
         "register_for_auto_class": staticmethod(lambda: None),  # it would save this package's source files
     }
     return type(f"Sparse{auto.CONFIG_MAPPING_NAMES[model_type]}", (), content)

@@ -52,14 +52,17 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     config, students = getattr(model, "moe_config", None), moe_layers(model)
     if config is None or not students:
         raise ValueError("model has no sparse layers from clipup.upcycle, so there is nothing to calibrate")
-    plain: dict[str, Any] = {"num_experts": 1, "top_k": 1, "granularity": 1, "shared_expert": False}
-    plain |= {
-        "reinit_ratio": 0.0,
-        "selection_bias": "none",
-        "normalize_gates": "before_drop",
-        "routing": "token_choice",
-    }
-    teacher = upcycle(dense, config.replace(**plain)).requires_grad_(False)  # the dense function in sparse layers
+    plain = config.replace(
+        num_experts=1,
+        top_k=1,
+        granularity=1,
+        shared_expert=False,
+        reinit_ratio=0.0,
+        selection_bias="none",
+        normalize_gates="before_drop",
+        routing="token_choice",
+    )
+    teacher = upcycle(dense, plain).requires_grad_(False)  # the dense function in sparse layers
     teachers = moe_layers(teacher)
     if list(teachers) != list(students):
         raise ValueError(

@@ -57,7 +57,7 @@ def initialize_by_clusters(
     checks.plain_weights("model", model)
     checks.number("energy", energy)
     checks.check("energy", energy, 0 < energy <= 1, "above 0 and at most 1")
-    checks.check("tokens", tokens, checks.is_int(tokens) and tokens >= 1, "a positive int")
+    checks.width("tokens", tokens)
     checks.check("seed", seed, checks.is_int(seed) and 0 <= seed < 1 << 63, "an int from 0 to 2^63 - 1")
     layers = moe_layers(model)
     if not layers:

@@ -93,10 +93,10 @@ def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: i
         problem = f"{name} is already sparse; upcycle a dense model" if is_chosen else None
         return report(layer, layer, None, "already sparse"), problem
     try:
-        found = find_mlp(block)
-        check_shards(found.dense, granularity if is_chosen else 1)
+        block_mlp = find_mlp(block)
+        check_shards(block_mlp.dense, granularity if is_chosen else 1)
     except (TypeError, ValueError) as error:
         unread = BlockReport(name, kind, None, status="refused" if is_chosen else "dense")
         return unread, f"{name}: {error}" if is_chosen else None
-    norm: Norm | None = None if found.dense.input_norm is None else "input"
-    return report(found.module, found.dense, norm, "sparse" if is_chosen else "dense"), None
+    norm: Norm | None = None if block_mlp.dense.input_norm is None else "input"
+    return report(block_mlp.module, block_mlp.dense, norm, "sparse" if is_chosen else "dense"), None

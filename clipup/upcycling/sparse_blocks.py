@@ -12,7 +12,7 @@ from torch import nn
 from ..clip.padding_aware import make_padding_aware
 from ..clip.towers import leave_dense, tower_blocks
 from ..dense.dense_mlp import DenseMLP
-from ..dense.expert_init import check_shards, experts_of, reinitialize_hidden_units
+from ..dense.expert_init import check_shards, experts_of
 from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig
 from ..moe.layer import SparseMoE
@@ -24,34 +24,35 @@ def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[D
 
     Args:
         config: with towers that the model has.
-        others: the same MLPs of other models, of which experts are made too.
+        others: the same MLPs of each other model, from which experts are made too.
 
     Raises:
         TypeError, ValueError: as ``upcycle``.
     """
     chosen = chosen_mlps(model, config)
-    layers = [_sparse_layer(mlp, config) for mlp in chosen]
-    for number, (mlp, layer) in enumerate(zip(chosen, layers, strict=True)):
-        mlp.replace(layer)
-        _mix_experts(layer, [mlp.dense, *(of_model[number] for of_model in others)], config)
+    plain = [dataclasses.replace(mlp.dense, input_norm=None) for mlp in chosen]
+    layers = [SparseMoE.from_dense(dense, config) for dense in plain]
+    for mlp, layer, *same_place in zip(chosen, layers, *others, strict=True):
+        _set_other_experts(layer, same_place)
+        norm = mlp.dense.input_norm
+        part = layer if norm is None else nn.Sequential(OrderedDict(norm=norm, moe=layer))
+        mlp.replace(part.train(mlp.module.training))
     make_padding_aware(model, config.towers or ())
     add_no_weight_decay(model)
     model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
 
 
 @torch.no_grad()
-def _mix_experts(layer: nn.Module, mlps: Sequence[DenseMLP], config: MoEConfig) -> None:
-    """Gives expert group g of a layer the MLP g modulo their number. The first one's are there already."""
-    (sparse,) = (module for module in layer.modules() if isinstance(module, SparseMoE))
-    for number, mlp in enumerate(mlps[1:], start=1):
-        shards = experts_of(mlp, config.granularity, config.granularity)
-        for group in range(number, config.num_experts // config.granularity, len(mlps)):
+def _set_other_experts(layer: SparseMoE, mlps: Sequence[DenseMLP]) -> None:
+    """Makes expert group g, of a layer made from model 0, from the MLP of model g modulo their number. ``mlps``: those
+    of the models from 1 on."""
+    config = layer.config
+    for number, mlp in enumerate(mlps, start=1):
+        for group in range(number, config.num_experts // config.granularity, len(mlps) + 1):
             at = slice(group * config.granularity, (group + 1) * config.granularity)
-            values = {name: value.clone() for name, value in shards.items()}
-            if config.reinit_ratio > 0:
-                reinitialize_hidden_units(values, config.reinit_ratio)
-            for name, value in values.items():
-                sparse.get_parameter(name)[at] = value.to(sparse.get_parameter(name))
+            experts = experts_of(mlp, config.granularity, config.granularity, config.reinit_ratio)
+            for name, value in experts.items():
+                layer.get_parameter(name)[at] = value.to(layer.get_parameter(name))
 
 
 def chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
@@ -92,12 +93,3 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
     if len(set(indices)) < len(indices):
         raise ValueError(f"blocks={config.blocks} names a block of the {tower} tower ({depth} blocks) twice")
     return sorted(indices)
-
-
-def _sparse_layer(mlp: BlockMLP, config: MoEConfig) -> nn.Module:
-    """The replacement of an MLP: a sparse layer, after the MLP's input norm if it has one."""
-    dense = dataclasses.replace(mlp.dense, input_norm=None)
-    layer = SparseMoE.from_dense(dense, config).train(mlp.module.training)
-    if mlp.dense.input_norm is None:
-        return layer
-    return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)

@@ -19,7 +19,7 @@ from ..dense.transformers_models import SPARSE_PREFIX
 
 _REFUSAL = "import clipup and use AutoModel, this model is sparse: "
 _WIDTH = "hidden_size"
-"""What every class of transformers reads from its config."""
+"""The field that every class of transformers reads from its config."""
 _LOADER = """\"\"\"What trust_remote_code=True executes: it imports clipup, which has to be installed.\"\"\"
 
 try:
@@ -56,7 +56,7 @@ class _SparseConfig:
     model_type: str
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Makes sparse configs of what ``to_dict`` made of them."""
+        """Turns nested dictionaries that ``to_dict`` wrote back into sparse configs."""
         for name, dense in self.sub_configs.items():  # type: ignore[attr-defined]
             part = getattr(self, name)
             if isinstance(part, dict) and str(part.get("model_type")).startswith(SPARSE_PREFIX):
@@ -64,7 +64,7 @@ class _SparseConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """With widths that no class of a dense model takes, and the files that say or do what it takes."""
+        """Writes widths that no class of a dense model accepts, and the files that explain or do what is needed."""
         values = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
         refusing = _changed(values, lambda width: f"{_REFUSAL}{width}")
         refusing["auto_map"] = {"AutoConfig": "clipup_loader.SparseConfig"}
@@ -76,7 +76,7 @@ class _SparseConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """With widths again."""
+        """Restores the widths that ``to_json_file`` replaced."""
         plain = _changed(config_dict, lambda width: int(str(width).removeprefix(_REFUSAL)))
         return super().from_dict(plain, **kwargs)  # type: ignore[misc]
 

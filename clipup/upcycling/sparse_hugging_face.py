@@ -57,14 +57,14 @@ def check_classes(model: nn.Module) -> None:
 
 
 def adopt(model: Any, config: MoEConfig) -> None:
-    """Gives an upcycled model, each public model of transformers in it that has sparse layers, and their configs the
-    classes that save and load them."""
+    """Gives the classes that save and load sparse layers to an upcycled model, to each public model of transformers in
+    it that has such layers, and to their configs."""
     new: dict[int, Any] = {}  # several modules of a model share a config
     for name, module in reversed(list(model.named_modules())):  # a model's own config last: it holds those of its parts
         public = isinstance(module, PreTrainedModel) and hasattr(transformers, _dense_class(module).__name__)
         if public and moe_layers(module):
-            has = hugging_face_blocks(module)
-            part = config.replace(towers=tuple(tower for tower in config.towers if tower in has))
+            blocks = hugging_face_blocks(module)
+            part = config.replace(towers=tuple(tower for tower in config.towers if tower in blocks))
             _adopt(module, part, new, is_root=not name)
     for module in model.modules():
         if isinstance(module, Experts | Router):
@@ -93,9 +93,9 @@ def _adopt(model: Any, config: MoEConfig, new: dict[int, Any], is_root: bool) ->
         model.moe_config = config
 
 
-def _dense_class(one: Any) -> type:
+def _dense_class(thing: Any) -> type:
     """transformers' class of a model or a config, dense or sparse."""
-    return next(kind for kind in type(one).__mro__ if kind.__module__.startswith("transformers."))
+    return next(kind for kind in type(thing).__mro__ if kind.__module__.startswith("transformers."))
 
 
 class _SparseModel:
@@ -104,14 +104,14 @@ class _SparseModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         saved = with_towers(MoEConfig.from_dict(config.moe_cfg), self)  # type: ignore[arg-type]
-        has = hugging_face_blocks(self)  # type: ignore[arg-type]
-        towers = tuple(tower for tower in saved.towers if tower in has)  # another head may use one tower of two
+        blocks = hugging_face_blocks(self)  # type: ignore[arg-type]
+        towers = tuple(tower for tower in saved.towers if tower in blocks)  # another head may use one tower of two
         make_sparse(self, saved.replace(towers=towers))  # type: ignore[arg-type]
         adopt(self, saved.replace(towers=towers))
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        """What transformers calls for every module once it has read a file, for the model itself last. Here it also
-        initializes what the file lacks of sparse layers."""
+        """transformers calls this for every module once it has read a file, for the model itself last. Here it also
+        initializes the parameters of sparse layers that the file lacks."""
         super()._initialize_weights(module, *args)  # type: ignore[misc]
         for part in module.modules() if module is self else ():
             if isinstance(part, Experts | Router) and not getattr(part, "holds_values", True):
@@ -135,8 +135,8 @@ class _SparseModel:
             parameter.copy_(mlp.repeat(len(parameter) // len(mlp), *[1] * (parameter.ndim - 1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The dense class's forward. A loss that it returns with gradients includes the weighted losses of the sparse
-        layers (``clipup.aux_loss``), which there are in training mode only; where it returns none, they are left to the
+        """The dense class's forward. A loss with gradients that it returns includes the weighted losses of the sparse
+        layers (``clipup.aux_loss``), which exist in training mode only. If it returns no loss, they are left to the
         caller."""
         as_dict = kwargs.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict  # type: ignore[attr-defined]
@@ -182,10 +182,10 @@ def sparse_model_class(dense: Any) -> Any:
         "forward": with_arguments("forward"),
     }
     _convert_alike(dense.__name__, sparse_name(dense))
-    made = type(sparse_name(dense), (_SparseModel, dense), content)
+    sparse = type(sparse_name(dense), (_SparseModel, dense), content)
     # transformers notes in the constructor what a class can record; an upcycled model is given its class after it
-    dict.__setitem__(modeling_utils._CAN_RECORD_REGISTRY, str(made), dense._can_record_outputs)
-    return made
+    dict.__setitem__(modeling_utils._CAN_RECORD_REGISTRY, str(sparse), dense._can_record_outputs)
+    return sparse
 
 
 def __getattr__(name: str) -> Any:
@@ -208,7 +208,7 @@ def register_models(config_class: Any) -> None:
         if not inspect.isclass(auto) or mapping is None or dense_config not in mapping:
             continue
         dense: Any = mapping[dense_config]
-        if not isinstance(dense, tuple):  # of several classes, transformers takes the one that the config names
+        if not isinstance(dense, tuple):  # with several classes, the config names the one to use
             cast(Any, auto).register(config_class, sparse_model_class(dense), exist_ok=True)
 
 

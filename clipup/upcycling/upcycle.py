@@ -55,23 +55,25 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     models: list[M] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")
-    for one in models:
-        checks.module("model", one)
-        checks.plain_weights("model", one)
+    for dense in models:
+        checks.module("model", dense)
+        checks.plain_weights("model", dense)
     first = models[0]
     if config is None:
         config = MoEConfig.clip_up()
     check_config("config", config)
     checks.boolean("inplace", inplace)
-    if sparse := [name for one in models for name in moe_layers(one)]:
+    if sparse := [name for model in models for name in moe_layers(model)]:
         raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
     if len(models) > (groups := config.num_experts // config.granularity):
         raise ValueError(f"model is a list of {len(models)}, but config has experts for {groups} of them")
     config = with_towers(config, first)
     # raises before anything is copied
-    mlps, *more = ([mlp.dense for mlp in chosen_mlps(one, config)] for one in models)
-    for number, same in enumerate(zip(mlps, *more, strict=True)):
-        forms = {(mlp.activation, *((name, value.shape) for name, value in mlp.parameters().items())) for mlp in same}
+    mlps, *more = ([mlp.dense for mlp in chosen_mlps(dense, config)] for dense in models)
+    for number, counterparts in enumerate(zip(mlps, *more, strict=True)):
+        forms = {
+            (mlp.activation, *((name, value.shape) for name, value in mlp.parameters().items())) for mlp in counterparts
+        }
         if len(forms) > 1:
             raise ValueError(f"models must be of one architecture; their MLPs {number} are {forms}")
     if is_hugging_face(first):

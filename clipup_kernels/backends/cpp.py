@@ -36,14 +36,12 @@ _SOME_MEMORY = torch.empty(64, dtype=torch.uint8)
 
 
 def address(tensor: Tensor | None) -> int:
-    """0 means that there is no such tensor. An empty one has no memory, but is still there (a gate's weight with D =
-    0)."""
+    """0 for None. An empty tensor, such as a gate's weight with D = 0, has no memory and gets an address all the
+    same."""
     if tensor is None:
         return 0
     checks.memory(tensor)
-    if found := tensor.data_ptr():
-        return found
-    return _SOME_MEMORY.data_ptr()
+    return tensor.data_ptr() or _SOME_MEMORY.data_ptr()
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
@@ -75,8 +73,7 @@ def router_logits(x, weight, mask=None) -> Tensor:
 
 def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tensor, Tensor]:
     d_logits, x, weight, mask = _dense(d_logits, x, weight, mask)
-    d_x = x.new_empty(x.shape if output_mask[0] else 0)
-    d_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
+    d_x, d_weight = meta.router_logits_backward(d_logits, x, weight, mask, output_mask)
     NATIVE.router_logits_backward(
         address(d_logits), address(x), DTYPE_CODE[x.dtype], address(mask), address(weight), *x.shape,
         weight.shape[0], address(d_x if output_mask[0] else None), address(d_weight if output_mask[1] else None),
@@ -197,17 +194,14 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
 
 
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
-    """dtype, activation, T, K, E, D, H and the stride of W_in as the native calls expect them."""
+    """The native calls' dtype, activation, T, K, E, D, H, and elements from one expert's W_in to the next one's (0 if
+    they lie side by side)."""
     num_experts, hidden, width = in_weight.shape
+    stride = 0 if in_weight.is_contiguous() else in_weight.stride(0)
     return (
         *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
-        *(*row_of_choice.shape, num_experts, width, hidden, _stride(in_weight)),
+        *(*row_of_choice.shape, num_experts, width, hidden, stride),
     )
-
-
-def _stride(in_weight: Tensor) -> int:
-    """Elements from one expert's W_in to the next one's; 0 if they lie side by side."""
-    return 0 if in_weight.is_contiguous() else in_weight.stride(0)
 
 
 def _in_place(in_weight: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -39,9 +39,9 @@ def _openmp_runtimes(maps: str, torch_home: Path) -> list[str]:
     visible is used, and faiss and scikit-learn bring theirs."""
     lines = (line.split(maxsplit=5) for line in maps.splitlines())
     loaded = {fields[5] for fields in lines if len(fields) == 6}
-    found = [path for path in loaded if re.fullmatch(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path(path).name)]
+    runtimes = [path for path in loaded if re.fullmatch(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path(path).name)]
     own = (f"{torch_home}/", f"{torch_home}.libs/")
-    return sorted(found, key=lambda path: (not path.startswith(own), path))
+    return sorted(runtimes, key=lambda path: (not path.startswith(own), path))
 
 
 def _remedy() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import glu
 from ..types import RoutingBlocks
 
 
@@ -83,18 +84,6 @@ def expert_mlp_forward(
     return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
 
 
-def expert_glu_forward(x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, activation, keep_z):
-    pre_activation = (2, choice_of_row.shape[0], out_weight.shape[2])
-    return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
-
-
-def expert_glu_backward(
-    dy, x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, z, activation, output_mask
-):
-    results = zip((x, gates, gate_in_weight, out_weight), output_mask, strict=True)
-    return tuple(one.new_empty(one.shape if wanted else 0) for one, wanted in results)
-
-
 def dense_mlp(x, *args):
     return x.new_empty(x.shape)
 
@@ -121,17 +110,12 @@ def expert_mlp_backward(
     gate_bias, z, activation, output_mask,
 ):  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
-
-    def gradient_of(parameter, wanted):
-        return x.new_empty(parameter.shape if wanted and parameter is not None else 0)
-
-    return (
-        gradient_of(x, need_x),
-        gates.new_empty(gates.shape if need_gates else 0),
-        gradient_of(in_weight, need_in),
-        gradient_of(in_bias, need_in),
-        gradient_of(out_weight, need_out),
-        gradient_of(out_bias, need_out),
-        gradient_of(gate_weight, need_in),
-        gradient_of(gate_bias, need_in),
+    arguments = (x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    needs = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
+    return tuple(
+        x.new_empty(0) if argument is None else argument.new_empty(argument.shape if needed else 0)
+        for argument, needed in zip(arguments, needs, strict=True)
     )
+
+
+expert_glu_forward, expert_glu_backward = glu.forward_of(expert_mlp_forward), glu.backward_of(expert_mlp_backward)

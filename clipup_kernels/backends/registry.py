@@ -190,7 +190,7 @@ def choose(op: str, dtype: torch.dtype, device: str, index: int | None = None) -
             raise RuntimeError(
                 f"{FORCE_BACKEND}={choice.backend.name} is set, but {failure}; unset it to run another backend"
             )
-    reasons = [f"{one.backend.name}: {failed_check(one.backend, op, dtype, index)}" for one in possible]
+    reasons = [f"{choice.backend.name}: {failed_check(choice.backend, op, dtype, index)}" for choice in possible]
     reasons += [
         f"{backend.name}: {reason}"
         for backend in BACKENDS
@@ -233,7 +233,7 @@ def distrust(backend: str, op: str, dtype: torch.dtype, reason: str | None, inde
 
 
 def trust_all() -> None:
-    """Forgets what ``distrust`` was told."""
+    """Undoes all calls of ``distrust``."""
     _DISTRUSTED.clear()
     function_of.cache_clear()
     all_computed_by.cache_clear()
@@ -289,7 +289,7 @@ def table(device: str) -> dict[str, dict[torch.dtype, Choice | None]]:
     def choice(op: str, dtype: torch.dtype) -> Choice | None:
         first = type_of_first(op, dtype)
         possible = choices(op, first, device)
-        trusted = any(failed_check(one.backend, op, first) is None for one in possible)
+        trusted = any(failed_check(candidate.backend, op, first) is None for candidate in possible)
         return choose(op, first, device) if trusted or not possible else None
 
     return {op: {dtype: choice(op, dtype) for dtype in FLOATING} for op in (*ROUTING, *ROWS, *PRODUCTS)}
@@ -308,10 +308,10 @@ def function_of(op: str, dtype: torch.dtype, device: str, index: int | None = No
 def all_computed_by(backend: str, ops: tuple[str, ...], dtype: torch.dtype) -> bool:
     """Whether a backend is chosen for each of these ops on the CPU, for tokens of a type."""
     firsts = [(op, type_of_first(op, dtype)) for op in ops]
-    found = [next(iter(choices(op, first, "cpu")), None) for op, first in firsts]
+    chosen = [next(iter(choices(op, first, "cpu")), None) for op, first in firsts]
     return all(
-        one is not None and one.backend.name == backend and failed_check(one.backend, op, first) is None
-        for one, (op, first) in zip(found, firsts, strict=True)
+        choice is not None and choice.backend.name == backend and failed_check(choice.backend, op, first) is None
+        for choice, (op, first) in zip(chosen, firsts, strict=True)
     )
 
 

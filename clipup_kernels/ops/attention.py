@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .register import define
 
 _self_attention = define(
     "self_attention(Tensor qkv, Tensor? mask, int heads, str? quantize) -> Tensor",
-    flops=lambda qkv, mask, heads, quantize, out_shape=None, **kwargs: 4 * qkv[0] * qkv[1] ** 2 * (qkv[2] // 3),
+    flops=lambda arguments: 4 * math.prod(arguments["qkv"]) * arguments["qkv"][1] // 3,
 )
 
 

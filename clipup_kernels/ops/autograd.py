@@ -19,8 +19,12 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backward: Callable) -> Callable[..., Any]:
-    """The kernel of ``op`` at the dispatch key Autograd. ``setup_context`` and ``backward`` are those of
-    ``torch.library.register_autograd``; the kernel is registered with its key set as the first argument."""
+    """The kernel of ``op`` at the dispatch key Autograd, registered with its key set as the first argument.
+
+    ``setup_context`` is that of ``torch.library.register_autograd``. ``backward(ctx, needs, *grads)`` returns gradients
+    by the names of the op's arguments; ``needs`` tells by name which arguments need one, and others are dropped.
+    """
+    names = [argument.name for argument in op._schema.arguments]
 
     def run(keyset: Any, args: tuple) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -38,11 +42,16 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
             setup_context(ctx, fill_defaults(op._schema, tuple(args), {})[0], output)
         return output
 
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = dict(zip(names, ctx.needs_input_grad, strict=False))
+        by_name = backward(ctx, needs, *grads)
+        return *(by_name.get(name) if needed else None for name, needed in needs.items()), None
+
     def node_of(run: Callable) -> Any:
-        """The key set is the last argument, so that indices of ``needs_input_grad`` match the schema."""
+        """The key set is the last argument, so that ``needs_input_grad`` begins as the schema does."""
         methods = {
             "forward": staticmethod(lambda ctx, *args: forward(ctx, run, *args)),
-            "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
+            "backward": staticmethod(gradients),
             "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
         }
         return type(f"clipup_{op._opname}", (_SingleLevelFunction,), methods)

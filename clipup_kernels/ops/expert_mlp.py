@@ -21,36 +21,53 @@ def _context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward_of(ctx, dy, dz):
+_DIFFERENTIATED = ("x", "gates", "in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
+_GLU_DIFFERENTIATED = ("x", "gates", "gate_in_weight", "out_weight")
+
+
+def _gradients(ctx, needs, dy, dz):
     if dy is None:
-        return (None,) * 13
+        return {}
     *tensors, z = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    need_in = any(needs[i] for i in (5, 6, 9, 10))
-    need_out = any(needs[i] for i in (7, 8))
-    grads = _expert_mlp_backward(dy, *tensors, z, ctx.activation, [needs[0], needs[1], need_in, need_out])
-    places = (0, 1, 5, 6, 7, 8, 9, 10)
-    by_place = {place: grad for place, grad in zip(places, grads, strict=True) if needs[place]}
-    return tuple(by_place.get(place) for place in range(13))
+    need_in = any(needs[name] for name in ("in_weight", "in_bias", "gate_weight", "gate_bias"))
+    output_mask = [needs["x"], needs["gates"], need_in, needs["out_weight"] or needs["out_bias"]]
+    grads = _expert_mlp_backward(dy, *tensors, z, ctx.activation, output_mask)
+    return dict(zip(_DIFFERENTIATED, grads, strict=True))
 
 
-def _forward_flops(
-    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, *args,
-    out_shape=None, **kwargs,
-) -> int:  # fmt: skip
-    products = 2 if gate_weight is None else 3
-    return products * 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
+def _glu_gradients(ctx, needs, dy, dz):
+    if dy is None:
+        return {}
+    *tensors, z = ctx.saved_tensors
+    output_mask = [needs[name] for name in _GLU_DIFFERENTIATED]
+    grads = _expert_glu_backward(dy, *tensors, z, ctx.activation, output_mask)
+    return dict(zip(_GLU_DIFFERENTIATED, grads, strict=True))
 
 
-def _backward_flops(
-    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
-    gate_bias, z, activation, output_mask, out_shape=None, **kwargs,
-) -> int:  # fmt: skip
-    need_x, _, need_in, need_out = output_mask
-    product = 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
-    in_products = 1 if gate_weight is None else 2
-    recomputed = in_products if 0 in z else 0
-    return product * (1 + need_out + in_products * (need_x + need_in) + recomputed)
+def _refuse_dense_derivative(ctx, needs, dy):
+    raise NotImplementedError(
+        "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
+    )
+
+
+def _product_flops(arguments: dict[str, Any]) -> tuple[int, int]:
+    """The FLOPs of the product of all rows with one matrix, and how many matrices lead into the hidden width."""
+    rows = arguments.get("choice_of_row", arguments["x"])[0]
+    hidden = arguments["hidden"] if "hidden" in arguments else arguments["out_weight"][-1]
+    gates = [arguments[name] for name in ("gate_weight", "gate_in_weight", "gate_packed") if name in arguments]
+    return 2 * rows * hidden * arguments["x"][1], 1 if gates == [None] else 2
+
+
+def _forward_flops(arguments: dict[str, Any]) -> int:
+    product, in_products = _product_flops(arguments)
+    return product * (in_products + 1)
+
+
+def _backward_flops(arguments: dict[str, Any]) -> int:
+    product, in_products = _product_flops(arguments)
+    need_x, _, need_in, need_out = arguments["output_mask"]
+    recomputed = 0 in arguments["z"]
+    return product * (1 + need_out + in_products * (need_x + need_in + recomputed))
 
 
 _expert_mlp_forward = define(
@@ -58,7 +75,7 @@ _expert_mlp_forward = define(
     " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
     " str activation, bool keep_z) -> (Tensor, Tensor)",
     setup_context=_context,
-    backward=_backward_of,
+    backward=_gradients,
     flops=_forward_flops,
 )
 _expert_mlp_backward = define(
@@ -68,72 +85,38 @@ _expert_mlp_backward = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     flops=_backward_flops,
 )
-
-
-def _glu_backward_of(ctx, dy, dz):
-    if dy is None:
-        return (None,) * 9
-    *tensors, z = ctx.saved_tensors
-    places = (0, 1, 5, 6)
-    wanted = [ctx.needs_input_grad[place] for place in places]
-    grads = _expert_glu_backward(dy, *tensors, z, ctx.activation, wanted)
-    by_place = {place: grad for place, grad, want in zip(places, grads, wanted, strict=True) if want}
-    return tuple(by_place.get(place) for place in range(9))
-
-
 _expert_glu_forward = define(
     "expert_glu_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
     " Tensor gate_in_weight, Tensor out_weight, str activation, bool keep_z) -> (Tensor, Tensor)",
     setup_context=_context,
-    backward=_glu_backward_of,
-    flops=lambda x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, *args, out_shape=None,
-    **kwargs: 3 * 2 * choice_of_row[0] * out_weight[1] * out_weight[2],
-)  # fmt: skip
+    backward=_glu_gradients,
+    flops=_forward_flops,
+)
 _expert_glu_backward = define(
     "expert_glu_backward(Tensor dy, Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
     " Tensor gate_in_weight, Tensor out_weight, Tensor z, str activation, bool[4] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    flops=lambda dy, x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, z, activation,
-    output_mask, out_shape=None, **kwargs: (
-        2 * choice_of_row[0] * out_weight[1] * out_weight[2]
-        * (1 + output_mask[3] + 2 * (output_mask[0] + output_mask[2]) + (2 if 0 in z else 0))
-    ),
-)  # fmt: skip
-
-
-def _refuse_dense_derivative(ctx, dy):
-    raise NotImplementedError(
-        "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
-    )
-
-
+    flops=_backward_flops,
+)
 _dense_mlp = define(
     "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
     " Tensor? gate_bias, str activation) -> Tensor",
     backward=_refuse_dense_derivative,
-    flops=lambda x, in_weight, in_bias, out_weight, out_bias, gate_weight, *args, out_shape=None, **kwargs: (
-        (2 if gate_weight is None else 3) * 2 * x[0] * in_weight[0] * in_weight[1]
-    ),
+    flops=_forward_flops,
 )
-
-
 _packed_expert_mlp = define(
     "packed_expert_mlp(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
     " Tensor in_packed, Tensor? in_bias, Tensor out_packed, Tensor? out_bias, Tensor? gate_packed, Tensor? gate_bias,"
     " int hidden, str activation, str layout) -> Tensor",
-    flops=lambda x, gates, offsets, choice_of_row, row_of_choice, in_packed, in_bias, out_packed, out_bias, gate_packed,
-    gate_bias, hidden, *args, out_shape=None, **kwargs: (
-        (2 if gate_packed is None else 3) * 2 * choice_of_row[0] * hidden * x[1]
-    ),
+    flops=_forward_flops,
     packed=True,
-)  # fmt: skip
+)
 _packed_dense_mlp = define(
     "packed_dense_mlp(Tensor x, Tensor in_packed, Tensor? in_bias, Tensor out_packed, Tensor? out_bias,"
     " Tensor? gate_packed, Tensor? gate_bias, int hidden, str activation, str layout) -> Tensor",
-    flops=lambda x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, *args, out_shape=None,
-    **kwargs: (2 if gate_packed is None else 3) * 2 * x[0] * hidden * x[1],
+    flops=_forward_flops,
     packed=True,
-)  # fmt: skip
+)
 
 
 def _check_weights(x: Tensor, parameters: dict[str, Any], activation: str, lead: tuple[str, ...]) -> None:
@@ -267,7 +250,7 @@ def expert_glu(
     checks.activation(activation)
     checks.routed(x, gates, plan, num_experts, recompute)
     tensors = (x, gates, gate_in_weight, out_weight)
-    keep = recompute == "none" and torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    keep = recompute == "none" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, _ = _expert_glu_forward(x, gates, *plan, gate_in_weight, out_weight, activation, keep)
     return y
 

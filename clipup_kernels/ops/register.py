@@ -25,8 +25,9 @@ def define(
 
     Its kernels are the backends' functions of the op's name: ``registry`` chooses one on CPU and CUDA, ``torch_eager``
     runs on any other device, ``meta`` gives the outputs' shapes. An op on ``packed`` weights has kernels on the CPU
-    only. An op without ``backward`` refuses differentiation by name; that is how second derivatives are refused. Every
-    op refuses forward-mode AD by name (``autograd``).
+    only. ``backward`` is that of ``autograd.kernel_of``. An op without it refuses differentiation by name; that is how
+    second derivatives are refused. Every op refuses forward-mode AD by name. ``flops`` takes the arguments by name,
+    with the shapes of tensors, and returns the FLOPs.
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
@@ -40,13 +41,16 @@ def define(
     torch.library.register_fake(qualified, getattr(meta, name), lib=LIBRARY)
     if backward is None:
 
-        def backward(ctx, *grads):
+        def backward(ctx, needs, *grads):
             raise NotImplementedError(f"{qualified} has no derivative")
 
     op = getattr(torch.ops.clipup, name)
     LIBRARY.impl(name, autograd.kernel_of(op.default, setup_context, backward), "Autograd", with_keyset=True)
     if flops is not None:
-        register_flop_formula(op)(flops)
+        names = [argument.name for argument in op.default._schema.arguments]
+        register_flop_formula(op)(
+            lambda *args, out_shape=None, **kwargs: flops({**dict(zip(names, args, strict=False)), **kwargs})
+        )
     return op
 
 

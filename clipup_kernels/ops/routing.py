@@ -9,6 +9,8 @@ and wrap the results. Shapes are explained in ``types.py``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,19 +28,19 @@ def _gating_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gating_backward(ctx, d_gates, d_expert_indices, d_top_prob, d_mean_probs, d_z_loss, d_tokens_per_expert):
+def _gating_gradients(ctx, needs, d_gates, d_expert_indices, d_top_prob, d_mean_probs, d_z_loss, d_tokens_per_expert):
     logits, expert_indices, mask = ctx.saved_tensors
     d_logits = _topk_gating_backward(
         logits, expert_indices, ctx.renormalize, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
     )
-    return d_logits, None, None, None, None
+    return {"logits": d_logits}
 
 
 _topk_gating = define(
     "topk_gating(Tensor logits, int k, bool renormalize, Tensor? selection_bias=None, Tensor? mask=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     setup_context=_gating_context,
-    backward=_gating_backward,
+    backward=_gating_gradients,
 )
 
 
@@ -119,27 +121,23 @@ def dispatch(
     return Plan(*_dispatch(expert_indices, num_experts, factor, priority, mask))
 
 
-def _logits_backward_of(ctx, d_logits):
-    x, weight, mask = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:2])
-    grads = _router_logits_backward(d_logits, x, weight, mask, wanted)
-    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None)
+def _logits_gradients(ctx, needs, d_logits):
+    d_x, d_weight = _router_logits_backward(d_logits, *ctx.saved_tensors, [needs["x"], needs["weight"]])
+    return {"x": d_x, "weight": d_weight}
 
 
 _router_logits = define(
     "router_logits(Tensor x, Tensor weight, Tensor? mask=None) -> Tensor",
     setup_context=save_inputs,
-    backward=_logits_backward_of,
-    flops=lambda x, weight, *args, out_shape=None, **kwargs: 2 * x[0] * weight[0] * weight[1],
+    backward=_logits_gradients,
+    flops=lambda arguments: 2 * arguments["x"][0] * math.prod(arguments["weight"]),
 )
 
 
 _router_logits_backward = define(
     "router_logits_backward(Tensor d_logits, Tensor x, Tensor weight, Tensor? mask, bool[2] output_mask)"
     " -> (Tensor, Tensor)",
-    flops=lambda d_logits, x, weight, mask, output_mask, out_shape=None, **kwargs: (
-        2 * x[0] * weight[0] * weight[1] * sum(output_mask)
-    ),
+    flops=lambda arguments: 2 * arguments["x"][0] * math.prod(arguments["weight"]) * sum(arguments["output_mask"]),
 )
 
 

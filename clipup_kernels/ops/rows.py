@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,14 @@ def _permute_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[3])
 
 
-def _permute_backward(ctx, d_rows):
-    (row_of_choice,) = ctx.saved_tensors
-    return _gather_sum(d_rows, row_of_choice), None, None, None
+def _permute_gradients(ctx, needs, d_rows):
+    return {"x": _gather_sum(d_rows, *ctx.saved_tensors)}
 
 
 _permute = define(
     "permute(Tensor x, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
     setup_context=_permute_context,
-    backward=_permute_backward,
+    backward=_permute_gradients,
 )
 
 
@@ -43,31 +44,29 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _grouped_linear_context(ctx, inputs, output):
-    rows, weight, bias, offsets = inputs
+    rows, weight, _, offsets = inputs
     ctx.save_for_backward(rows, weight, offsets)
-    ctx.has_bias = bias is not None
 
 
-def _grouped_linear_backward_of(ctx, d_out):
-    rows, weight, offsets = ctx.saved_tensors
-    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = _grouped_linear_backward(d_out, rows, weight, offsets, mask)
-    return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None)
+def _grouped_linear_gradients(ctx, needs, d_out):
+    names = ("rows", "weight", "bias")
+    grads = _grouped_linear_backward(d_out, *ctx.saved_tensors, [needs[name] for name in names])
+    return dict(zip(names, grads, strict=True))
 
 
 _grouped_linear = define(
     "grouped_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
     setup_context=_grouped_linear_context,
-    backward=_grouped_linear_backward_of,
-    flops=lambda rows, weight, bias, offsets, out_shape=None, **kwargs: 2 * rows[0] * weight[1] * weight[2],
+    backward=_grouped_linear_gradients,
+    flops=lambda arguments: 2 * arguments["rows"][0] * math.prod(arguments["weight"][1:]),
 )
 
 
 _grouped_linear_backward = define(
     "grouped_linear_backward(Tensor d_out, Tensor rows, Tensor weight, Tensor offsets, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
-    flops=lambda d_out, rows, weight, offsets, output_mask, out_shape=None, **kwargs: (
-        2 * rows[0] * weight[1] * weight[2] * sum(output_mask[:2])
+    flops=lambda arguments: (
+        2 * arguments["rows"][0] * math.prod(arguments["weight"][1:]) * sum(arguments["output_mask"][:2])
     ),
 )
 
@@ -75,9 +74,7 @@ _grouped_linear_backward = define(
 _packed_grouped_linear = define(
     "packed_grouped_linear(Tensor rows, Tensor packed, Tensor? bias, Tensor offsets, int out_features, str layout)"
     " -> Tensor",
-    flops=lambda rows, packed, bias, offsets, out_features, *args, out_shape=None, **kwargs: (
-        2 * rows[0] * rows[1] * out_features
-    ),
+    flops=lambda arguments: 2 * math.prod(arguments["rows"]) * arguments["out_features"],
     packed=True,
 )
 
@@ -116,14 +113,15 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | N
     return _grouped_linear(rows, weight, bias, offsets)
 
 
-def _combine_backward_of(ctx, dy):
-    return (*_combine_backward(dy, *ctx.saved_tensors), None, None, None)
+def _combine_gradients(ctx, needs, dy):
+    d_rows, d_gates = _combine_backward(dy, *ctx.saved_tensors)
+    return {"rows": d_rows, "gates": d_gates}
 
 
 _combine = define(
     "combine(Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
     setup_context=save_inputs,
-    backward=_combine_backward_of,
+    backward=_combine_gradients,
 )
 
 

@@ -13,10 +13,11 @@ from ..types import PLAIN_LAYOUT, PackedWeight, RoutingBlocks
 from .register import define
 
 
-def _flops(x, router_weight, selection_bias, mask, k, *args, out_shape=None, **kwargs) -> int:
-    gate_packed, _, hidden = args[8:11]
-    products = 2 if gate_packed is None else 3
-    return 2 * x[0] * x[1] * (router_weight[0] + products * k * hidden)
+def _flops(arguments: dict[str, Any]) -> int:
+    num_tokens, width = arguments["x"]
+    products = 2 if arguments["gate_packed"] is None else 3
+    columns = arguments["router_weight"][0] + products * arguments["k"] * arguments["hidden"]
+    return 2 * num_tokens * width * columns
 
 
 _packed_sparse_mlp = define(
@@ -99,7 +100,7 @@ def packed_sparse_mlp(
 
 
 def _check(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
-    """``checks.tensor``, which takes longer, only where there is something to say."""
+    """``checks.tensor``, which takes longer, only for arguments that it refuses."""
     if value is None:
         return
     if value.shape != shape or value.dtype != dtype or not value.is_cpu or value.layout != torch.strided:

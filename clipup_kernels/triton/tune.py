@@ -192,10 +192,10 @@ def usable(product: Product, tiles: Iterable[Config], kind: str, threads: int) -
     return kept
 
 
-def _difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    if found is None or expected is None:
-        return 0.0 if found is expected else float("inf")
-    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+def _difference(result: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    if result is None or expected is None:
+        return 0.0 if result is expected else float("inf")
+    difference = (result.float() - expected.float()).abs().max() / expected.float().abs().max()
     return difference.item() if difference.isfinite() else float("inf")
 
 
@@ -234,14 +234,14 @@ def tune_layer(
         tiles[product[:3]] = usable(product, [*first, *possible], kind, threads)
     for bucket, tokens in sizes.items():
         for product in products(*layer, tokens, dtype, str(device), gated):
-            before = usual(product, bucket)
-            best, times = fastest(product.launch, dict.fromkeys([before, *tiles[product[:3]]]), milliseconds)
+            default = usual(product, bucket)
+            best, times = fastest(product.launch, dict.fromkeys([default, *tiles[product[:3]]]), milliseconds)
             path = configs.store(
                 {configs.entry_name(arch, product.kernel, kind, bucket, product.depth, product.columns): best}
             )
             print(
-                f"{product.kernel} {product.depth}x{product.columns}, {tokens} tokens: {times[before]:.3f} ms with "
-                f"{tuple(before)}, {times[best]:.3f} ms with {tuple(best)}, the fastest of {len(times)} -> {path}",
+                f"{product.kernel} {product.depth}x{product.columns}, {tokens} tokens: {times[default]:.3f} ms with "
+                f"{tuple(default)}, {times[best]:.3f} ms with {tuple(best)}, the fastest of {len(times)} -> {path}",
                 flush=True,
             )
 

@@ -1,5 +1,5 @@
-// Activations and their derivatives on vectors of floats. csrc/tests/test_activations.cpp bounds their errors over the
-// whole range. `coarse` is within 1e-4 of the value, for results that are quantized to int8.
+// Activations and their derivatives on vectors of floats. csrc/tests/test_activations.cpp bounds their errors
+// over the whole range. `coarse` is within 1e-4 of the value, for results that are quantized to int8.
 #pragma once
 
 #include "simd.h"
@@ -71,8 +71,8 @@ struct ValueSlope {
   F32x value, slope;
 };
 
-// z * Phi(z), the normal distribution by erf. For u = |z|: Phi(-u) = exp(-u^2/2) * R(u), R by a minimax polynomial in
-// t = 1 / (1 + 0.35 u), 3.2e-8 relative for u <= 14.5, beyond which Phi(-u) is 0 in floats.
+// z * Phi(z), the normal distribution by erf. For u = |z|: Phi(-u) = exp(-u^2/2) * R(u), R by a minimax
+// polynomial in t = 1 / (1 + 0.35 u), 3.2e-8 relative for u <= 14.5, beyond which Phi(-u) is 0 in floats.
 struct Gelu {
   static ValueSlope at(F32x z) {
     const F32x magnitude = from_bits(bits(z) & 0x7FFFFFFFU);

@@ -1,6 +1,6 @@
-// Self-attention of all heads, from the projections as a linear layer leaves them. A task computes one head of one
-// sequence: it packs the head's keys and values once, then takes the queries a tile at a time, so that scores and shares
-// stay in the first-level cache.
+// Self-attention of all heads, from the projections as a linear layer leaves them. A task computes one head
+// of one sequence: it packs the head's keys and values once, then takes the queries a tile at a time, so that
+// scores and shares stay in the first-level cache.
 #include <algorithm>
 #include <array>
 #include <cmath>

@@ -1,10 +1,11 @@
-// Attention, tile by tile while it is in the cache (attention.cpp): softmax of scores, finished rows, and the operands of
-// int8 products.
+// Attention, tile by tile while it is in the cache (attention.cpp): softmax of scores, finished rows, and the
+// operands of int8 products.
 //
-// Keys are quantized after their mean over the sequence is subtracted, which changes every score of a query by the same
-// amount and so no share; values too, and their mean is added to the result, since shares sum to 1. What is common to
-// all tokens therefore costs no accuracy. Shares are integers up to 255, but are summed before they are rounded: what
-// rounding takes from them then goes to the mean. Many keys beside a large one would otherwise count for nothing at all.
+// Keys are quantized after their mean over the sequence is subtracted, which changes every score of a query
+// by the same amount and so no share; values too, and their mean is added to the result, since shares sum to
+// 1. What is common to all tokens therefore costs no accuracy. Shares are integers up to 255, but are summed
+// before they are rounded: what rounding takes from them then goes to the mean. Many keys beside a large one
+// would otherwise count for nothing at all.
 #pragma once
 
 #include "activations.h"

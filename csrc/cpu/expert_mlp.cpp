@@ -1,5 +1,5 @@
-// Forward pass of the experts, wave by wave: gather and pack rows, first product with bias and activation, second
-// product with bias; at the end combine every token's rows.
+// Forward pass of the experts, wave by wave: gather and pack rows, first product with bias and activation,
+// second product with bias; at the end combine every token's rows.
 #include <algorithm>
 #include <cstring>
 #include <vector>

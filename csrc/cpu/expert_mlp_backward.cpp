@@ -1,6 +1,6 @@
-// Backward pass of the experts, wave by wave: pack dy and x for the products that read them; compute da and, while a
-// tile is in the cache, everything that depends on it; then dx and the weights' gradients, each element computed by one
-// task.
+// Backward pass of the experts, wave by wave: pack dy and x for the products that read them; compute da and,
+// while a tile is in the cache, everything that depends on it; then dx and the weights' gradients, each
+// element computed by one task.
 #include <algorithm>
 #include <vector>
 

@@ -68,8 +68,8 @@ class Int8Scales {
   const std::int32_t* sums_ = nullptr;
 };
 
-// Packs the tokens of the tile's rows into an A panel of the wave: as they are, or, with `int8`, quantized; then the scales
-// of the wave's rows are written.
+// Packs the tokens of the tile's rows into an A panel of the wave: as they are, or, with `int8`, quantized;
+// then the scales of the wave's rows are written.
 void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
                    const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8 = nullptr,
                    float* scales = nullptr);
@@ -83,8 +83,8 @@ inline std::int64_t in_stride(const Experts& experts) {
   return experts.in_stride == 0 ? experts.H * experts.D : experts.in_stride;
 }
 
-// One of the forward matrices of an expert as the right operand: [n, k], packed or not. stride: from one expert's to
-// the next one's, of a matrix that is not packed.
+// One of the forward matrices of an expert as the right operand: [n, k], packed or not. stride: from one
+// expert's to the next one's, of a matrix that is not packed.
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k, std::int64_t stride);
 
@@ -93,8 +93,9 @@ struct PreActivations {
   void *z, *z_gate;
 };
 
-// First product of a wave: writes a in A panels (null: not wanted), and the pre-activations of every piece to `places`.
-// int8: with x_scales of the wave's rows, a is written to rows of floats; null: the weights are exact.
+// First product of a wave: writes a in A panels (null: not wanted), and the pre-activations of every piece to
+// `places`. int8: with x_scales of the wave's rows, a is written to rows of floats; null: the weights are
+// exact.
 struct Int8Hidden {
   const Int8Scales &in, &gate;
   const float* x_scales;

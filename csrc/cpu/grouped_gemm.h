@@ -1,7 +1,8 @@
-// Products of rows with their experts' matrices: splitting the rows of a call into waves and blocks, and the loops of a
-// block over the cache. The caller finishes the tiles.
+// Products of rows with their experts' matrices: splitting the rows of a call into waves and blocks, and the
+// loops of a block over the cache. The caller finishes the tiles.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -28,8 +29,9 @@ struct Wave {
   std::int64_t rows = 0, words = 0;
 };
 
-// All rows, experts ascending, in waves of at most `most_rows` rows. An expert with more than that has several pieces,
-// each in its own wave, so that a sum over an expert's rows is computed by one task at a time.
+// All rows, experts ascending, in waves of at most `most_rows` rows. An expert with more than that has
+// several pieces, each in its own wave, so that a sum over an expert's rows is computed by one task at a
+// time.
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
                              const TypedKernels& operands);
 
@@ -44,13 +46,13 @@ std::int64_t sum_block(std::int64_t words);
 constexpr std::int64_t kMostSumWords = 768;
 constexpr std::int64_t kBlockColumns = 128;
 
-// The same for few rows and a matrix that is packed for them: a packed block fits the first-level cache beside the
-// rows' words and sums.
+// The same for few rows and a matrix that is packed for them: a packed block fits the first-level cache
+// beside the rows' words and sums.
 constexpr std::int64_t kFewRowsSumWords = 96;
 constexpr std::int64_t kFewRowsColumns = 32;
 
-// A block of a product: rows [row, row + rows) of a piece, `panels` B panels from `panel` on, at most `most_words`
-// words of the summed axis at a time.
+// A block of a product: rows [row, row + rows) of a piece, `panels` B panels from `panel` on, at most
+// `most_words` words of the summed axis at a time.
 struct Block {
   const Piece* piece;
   std::int64_t row, rows, panel, panels;
@@ -62,9 +64,9 @@ struct Block {
   }
 };
 
-// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every thread of the
-// team. No result depends on the split: the order of a sum depends only on the summed axis. Pieces of up to `few_rows`
-// rows get smaller blocks (kFewRowsColumns).
+// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every
+// thread of the team. No result depends on the split: the order of a sum depends only on the summed axis.
+// Pieces of up to `few_rows` rows get smaller blocks (kFewRowsColumns).
 std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels, DType operands,
                                std::int64_t few_rows, Team team = {});
 
@@ -72,7 +74,8 @@ std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Ker
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
                                       const Kernels& kernels);
 
-// One expert's matrix as the right operand: [n, k] if `transposed` (the summed axis lies along its rows), else [k, n].
+// One expert's matrix as the right operand: [n, k] if `transposed` (the summed axis lies along its rows),
+// else [k, n].
 struct Right {
   const void* matrix;
   bool transposed;
@@ -106,9 +109,9 @@ struct Workspace {
 constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;
 
-// The waves of a forward pass. Int8 products are so fast that their operands have to stay near the core: a wave has few
-// rows, and with enough of them every thread computes waves of its own, from the first product to the last, and waits for
-// no other.
+// The waves of a forward pass. Int8 products are so fast that their operands have to stay near the core: a
+// wave has few rows, and with enough of them every thread computes waves of its own, from the first product
+// to the last, and waits for no other.
 class ForwardWaves {
  public:
   ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const TypedKernels& operands);
@@ -164,12 +167,12 @@ Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, D
   return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
 }
 
-// The first of `tiles` tiles, of `lines` cache lines of words each, that prefetches the region: as late as time allows,
-// so that earlier tiles do not evict it again.
+// The first of `tiles` tiles, of `lines` cache lines of words each, that prefetches the region: as late as
+// time allows, so that earlier tiles do not evict it again.
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines);
 
-// Prefetches `rows` rows of `bytes` bytes: the operands that finish a tile, while the tile is multiplied. kLocality: as of
-// __builtin_prefetch, 3 for the first-level cache, 2 for the second.
+// Prefetches `rows` rows of `bytes` bytes: the operands that finish a tile, while the tile is multiplied.
+// kLocality: as of __builtin_prefetch, 3 for the first-level cache, 2 for the second.
 template <int kLocality = 3>
 void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
   const auto* row = static_cast<const char*>(first);
@@ -178,8 +181,8 @@ void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std
   }
 }
 
-// The same of the rows that a tile is written to. Where tiles are finished at once, that was 1 to 6 % slower than not to
-// (docs/performance_log.md).
+// The same of the rows that a tile is written to. Where tiles are finished at once, that was 1 to 6 % slower
+// than not to (docs/performance_log.md).
 inline void ask_for_output(const TypedKernels& operands, const void* first, std::int64_t stride,
                            std::int64_t rows, std::int64_t bytes) {
   if (operands.interleaves) ask_for_rows<2>(first, stride, rows, bytes);
@@ -195,7 +198,8 @@ inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, 32); 
 
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
-// A tile of sums that is finished: finish(row, rows, panel, sums, begin, end) with the rows [begin, end) of it.
+// A tile of sums that is finished: finish(row, rows, panel, sums, begin, end) with the rows [begin, end) of
+// it.
 template <class Finish>
 struct PendingTile {
   const Finish* finish;
@@ -208,10 +212,23 @@ struct PendingTile {
   }
 };
 
-// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds integers). With
-// `outputs` = 1 the terms are added, else each is a separate output. prepare(row, rows, panel): the tile will be finished
-// next; finish(row, rows, panel, c, begin, end): its sums are c[output], [rows, panel], and the rows [begin, end) are to be
-// finished. `following` is prefetched while the last step computes.
+// What is read after word `end` of term t: more of its words, the next term, or `following`.
+inline Prefetch region_after(const Term* terms, std::int64_t count, std::int64_t t, std::int64_t end,
+                             DType dtype, const Kernels& kernels, const Block& block,
+                             const Prefetch& following) {
+  const Right& right = terms[t].right;
+  const std::int64_t words = ceil_div(right.k, kernels.of(dtype).per_word);
+  if (end == words)
+    return t + 1 == count ? following : first_region(terms[t + 1].right, dtype, kernels, block);
+  return region_of(right, dtype, kernels, block.panel, block.panels, end,
+                   std::min(block.step(words), words - end));
+}
+
+// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds
+// integers). With `outputs` = 1 the terms are added, else each is a separate output. prepare(row, rows,
+// panel): the tile will be finished next; finish(row, rows, panel, c, begin, end): its sums are c[output],
+// [rows, panel], and the rows [begin, end) are to be finished. `following` is prefetched while the last step
+// computes.
 template <class Prepare, class Finish>
 void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
                     std::int64_t outputs, const Block& block, const Prefetch& following,
@@ -227,14 +244,11 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
     const std::int64_t words = ceil_div(right.k, typed.per_word);
     const std::int64_t output = outputs == 1 ? 0 : t;
     const std::int64_t step = block.step(words);
+    const bool two_buffers = count == 1 && step >= words;  // of sums, as each tile is finished in one step
     std::int64_t begin = 0;
     do {  // once even if the summed axis is empty
-      const std::int64_t length = begin + step < words ? step : words - begin;
-      const bool add = begin > 0 || (outputs == 1 && t > 0);
-      const bool last = begin + length == words;
-      const bool done = last && t + 1 == count;
-      const bool once =
-          count == 1 && step >= words;  // tiles are finished at once and share two buffers for sums
+      const std::int64_t length = std::min(step, words - begin);
+      const bool complete = begin + length == words && t + 1 == count;  // the sums, after this step
       const Word* b_panels = packed;
       std::int64_t b_stride = length * kernels.panel;
       if (right.packed != nullptr) {
@@ -243,14 +257,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       } else {
         pack_right(right, dtype, kernels, block.panel, block.panels, begin, length, packed);
       }
-      Prefetch ahead = following;
-      if (!last) {
-        const std::int64_t next = begin + length;
-        ahead = region_of(right, dtype, kernels, block.panel, block.panels, next,
-                          next + step < words ? step : words - next);
-      } else if (!done) {
-        ahead = first_region(terms[t + 1].right, dtype, kernels, block);
-      }
+      Prefetch ahead = region_after(terms, count, t, begin + length, dtype, kernels, block, following);
       const std::int64_t from = ask_from(ahead, tiles, block.panels * ceil_div(length, kLineWords));
       Beside beside;
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
@@ -261,11 +268,12 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
         if (tile == from) beside.prefetch = ahead;
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const std::int64_t index = tile * block.panels + p;
-          const std::int64_t slot = once ? index % 2 : index;
+          const std::int64_t slot = two_buffers ? index % 2 : index;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
-          if (done) prepare(row, rows, block.panel + p);
-          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c, add, beside);
-          if (!done) continue;
+          if (complete) prepare(row, rows, block.panel + p);
+          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c,
+                              begin > 0 || (outputs == 1 && t > 0), beside);
+          if (!complete) continue;
           PendingTile<Finish>& finished = pending[index % 2];
           finished = {&finish,
                       row,
@@ -287,8 +295,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
   }
 }
 
-// left^T . right over a piece's rows: column A panels and B panels of `words` words. finish(tile, panel, c): column A
-// panel `tile` times B panel `panel` is c.
+// left^T . right over a piece's rows: column A panels and B panels of `words` words. finish(tile, panel, c):
+// column A panel `tile` times B panel `panel` is c.
 template <class Finish>
 void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
                       std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,

@@ -1,8 +1,8 @@
 // Int8 products: quantizing rows into operands, multiplying words of four int8, and scaling the sums.
 //
-// A row x of the left operand becomes q = round(x * 127 / max|x|), scale = max|x| / 127; weights are quantized in the same
-// way by output channel (packed_weights.cpp). Sums of products are exact in 32-bit integers, so they depend neither on
-// their order nor on the tier.
+// A row x of the left operand becomes q = round(x * 127 / max|x|), scale = max|x| / 127; weights are
+// quantized in the same way by output channel (packed_weights.cpp). Sums of products are exact in 32-bit
+// integers, so they depend neither on their order nor on the tier.
 #pragma once
 
 #include "operands.h"
@@ -12,7 +12,8 @@ namespace {
 
 using I32x = std::int32_t __attribute__((vector_size(kLanes * 4)));
 
-// Words of four int8, summed in 32-bit integers, which travel as the bits of floats: multiply() only adds and stores them.
+// Words of four int8, summed in 32-bit integers, which travel as the bits of floats: multiply() only adds and
+// stores them.
 struct Int8Quads {
   static constexpr int kPerWord = 4;
 
@@ -32,8 +33,8 @@ struct Int8Quads {
 #else
   static constexpr int kRows = kTileRows;
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  // The instruction multiplies unsigned by signed: left operands are stored with this much added to each, and 128 times
-  // the sum of a column of the right operand is subtracted afterwards.
+  // The instruction multiplies unsigned by signed: left operands are stored with this much added to each, and
+  // 128 times the sum of a column of the right operand is subtracted afterwards.
   static constexpr std::uint32_t kOffset = 128;
 
   static F32x multiply_add(F32x sum, Word a, U32x b) {
@@ -95,8 +96,9 @@ struct Int8Quads {
 #endif
 };
 
-// Quantizes a row of n elements (a multiple of kLanes) into an A panel of `rows` rows, and returns its scale. load(e): the
-// kLanes elements from e on. A row with a NaN or an infinity gets the scale NaN, so that its results are NaN.
+// Quantizes a row of n elements (a multiple of kLanes) into an A panel of `rows` rows, and returns its scale.
+// load(e): the kLanes elements from e on. A row with a NaN or an infinity gets the scale NaN, so that its
+// results are NaN.
 template <std::uint32_t kOffset = Int8Quads::kOffset, class Load>
 float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& load) {
   U32x most{};

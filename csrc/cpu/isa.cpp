@@ -1,4 +1,5 @@
-// The instruction tier in use: the fastest that CPU and operating system support, or the one that CLIPUP_CPU_ISA names.
+// The instruction tier in use: the fastest that CPU and operating system support, or the one that
+// CLIPUP_CPU_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -46,8 +47,8 @@ struct Tier {
 // Bits of cpuid's leaf 7, register edx.
 constexpr unsigned kBFloat16Tiles = 1U << 22U, kTiles = 1U << 24U, kInt8Tiles = 1U << 25U;
 
-// Whether the CPU has these tile instructions, and Linux (from 5.16 on) lets this process use them: it saves the tile
-// registers only for processes that ask.
+// Whether the CPU has these tile instructions, and Linux (from 5.16 on) lets this process use them: it saves
+// the tile registers only for processes that ask.
 bool may_use_tiles([[maybe_unused]] unsigned wanted) {
 #ifdef __linux__
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -86,8 +87,9 @@ bool has_dot_products() {
 }
 #endif
 
-// Fastest first. Intel's processors multiply pairs of bfloat16 no faster than floats (a Xeon of 2023 at 0.66 of their
-// rate), AMD's twice as fast. __builtin_cpu_supports reads cpuid and checks that the operating system saves the registers.
+// Fastest first. Intel's processors multiply pairs of bfloat16 no faster than floats (a Xeon of 2023 at 0.66
+// of their rate), AMD's twice as fast. __builtin_cpu_supports reads cpuid and checks that the operating
+// system saves the registers.
 const Tier* tiers(std::size_t& count) {
 #ifdef CLIPUP_X86_TIERS
   static const bool avx2 =

@@ -1,15 +1,16 @@
-// The functions of an instruction tier (gemm_<tier>.cpp): multiplying tiles in registers, packing operands, and
-// finishing a tile while it is in the cache. The tier is chosen once, at first use.
+// The functions of an instruction tier (gemm_<tier>.cpp): multiplying tiles in registers, packing operands,
+// and finishing a tile while it is in the cache. The tier is chosen once, at first use.
 //
-// Operands are packed in 32-bit words along the summed axis: a word is one float, or, where the CPU multiplies
-// bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened to floats. Operands of
-// int8 products have four int8 in a word.
+// Operands are packed in 32-bit words along the summed axis: a word is one float, or, where the CPU
+// multiplies bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened
+// to floats. Operands of int8 products have four int8 in a word.
 //
-//   A panel         the left operand by rows, a tile of m rows: [words / 16][m][16], so that words 16l..16l+15 of row i
-//                   are one cache line, and addresses in the loop over words have constant distances.
+//   A panel         the left operand by rows, a tile of m rows: [words / 16][m][16], so that words
+//                   16l..16l+15 of row i are one cache line, and addresses in the loop over words have
+//                   constant distances.
 //   B panel         the right operand, `panel` columns: [words][panel].
-//   column A panel  the left operand by columns, `column_tile` of them, for the gradient of a weight, which sums over
-//                   rows: [words][column_tile].
+//   column A panel  the left operand by columns, `column_tile` of them, for the gradient of a weight, which
+//                   sums over rows: [words][column_tile].
 //
 // Words past the end of a row, and columns past the last one of a panel, are zero.
 #pragma once
@@ -31,8 +32,8 @@ constexpr DType kInt8Words{3};
 // Columns of the router's weight gradient that one task computes.
 constexpr std::int64_t kRouterColumns = 64;
 
-// Memory to prefetch: `rows` rows of `lines` cache lines. A product prefetches `each` of them per cache line of words
-// that it multiplies, so that they arrive while it computes.
+// Memory to prefetch: `rows` rows of `lines` cache lines. A product prefetches `each` of them per cache line
+// of words that it multiplies, so that they arrive while it computes.
 struct Prefetch {
   const char* next = nullptr;
   std::int64_t rows = 0, lines = 0, skip = 0;  // skip: from the end of a row to the next one
@@ -40,8 +41,8 @@ struct Prefetch {
   std::int64_t left = 0;  // lines of this row
 };
 
-// What a product does between its steps, so that it costs little time of its own: prefetching, and finishing the tile of
-// sums before, which is for tiers that multiply and compute in different units (`interleaves`).
+// What a product does between its steps, so that it costs little time of its own: prefetching, and finishing
+// the tile of sums before, which is for tiers that multiply and compute in different units (`interleaves`).
 struct Beside {
   Prefetch prefetch;
   const void* finish = nullptr;  // null: there is no tile to finish
@@ -53,15 +54,17 @@ struct Beside {
 using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
                           Beside& beside);
 
-// What turns a tile of sums of int8 products into floats: (c - kOffset * sums) * rows * columns (int8_products.h).
+// What turns a tile of sums of int8 products into floats: (c - kOffset * sums) * rows * columns
+// (int8_products.h).
 struct Int8Scaling {
   const float* rows;         // of the tile's rows
   const float* columns;      // [panel]
   const std::int32_t* sums;  // [panel], of the right operand's columns
 };
 
-// A tile of the first product, turned into operands of the second: z = c + bias, a = act(z), gated a = act(z_gate) * z.
-// z is rounded to the storage type even if it is not kept, so that forward and backward compute the same function.
+// A tile of the first product, turned into operands of the second: z = c + bias, a = act(z), gated
+// a = act(z_gate) * z. z is rounded to the storage type even if it is not kept, so that forward and backward
+// compute the same function.
 struct HiddenTile {
   std::int64_t rows, columns;    // columns <= panel; the others of c are zero
   std::int64_t begin, end;       // the rows to finish
@@ -104,7 +107,8 @@ struct OutputTile {
   Int8Scaling scaling;  // of int8 products
 };
 
-// A tile of rows of attention scores, turned into the left operand of the product with the values (attention.cpp).
+// A tile of rows of attention scores, turned into the left operand of the product with the values
+// (attention.cpp).
 struct AttentionTile {
   std::int64_t rows, keys;
   const float* mask;  // added to the scaled scores, rows `mask_stride` apart; null: none
@@ -136,11 +140,13 @@ struct TypedKernels {
 
   // Packs one row of n elements into an A panel of `rows` rows.
   void (*row_to_a_panel)(const void* row, std::int64_t n, std::int64_t rows, Word* a_panel);
-  // Packs per_word rows of n elements, each times its scale (null: 1), as one word of every panel of `width` columns (B
-  // panels or column A panels); a null row is zero. `panels` points at that word of the first panel.
+  // Packs per_word rows of n elements, each times its scale (null: 1), as one word of every panel of `width`
+  // columns (B panels or column A panels); a null row is zero. `panels` points at that word of the first
+  // panel.
   void (*rows_to_column_panels)(const void* const* rows, const float* scales, std::int64_t n,
                                 std::int64_t width, std::int64_t panel_words, Word* panels);
-  // Packs a B panel from `count` <= panel rows of a matrix, k elements of each, which lie along the summed axis.
+  // Packs a B panel from `count` <= panel rows of a matrix, k elements of each, which lie along the summed
+  // axis.
   void (*transposed_b_panel)(const void* rows, std::int64_t stride, std::int64_t count, std::int64_t k,
                              Word* b_panel);
   // sums[column_tile] += the elements of a column A panel.
@@ -156,8 +162,8 @@ struct TypedKernels {
   // Attention. The shares of int8 products are integers up to 255.
   void (*attention_shares)(const AttentionTile&);
   void (*int8_attention_shares)(const AttentionTile&);
-  // Quantize `keys` rows of d elements, `stride` elements apart, as the right operand of the scores (scales by key) or of
-  // the product with the shares (scales by channel). `scratch`: int8_key_words(d) words.
+  // Quantize `keys` rows of d elements, `stride` elements apart, as the right operand of the scores (scales
+  // by key) or of the product with the shares (scales by channel). `scratch`: int8_key_words(d) words.
   void (*quantize_keys)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
                         Word* scratch, const Int8Operand& to);
   void (*quantize_values)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
@@ -175,8 +181,8 @@ struct TypedKernels {
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
 
-  // Quantizes one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows` rows, and
-  // returns its scale.
+  // Quantizes one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows`
+  // rows, and returns its scale.
   float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
 
@@ -186,8 +192,8 @@ struct TypedKernels {
   // d_x[rows,D] = d_logits[rows,E] . weight[E,D].
   void (*router_input_gradient)(const float* d_logits, std::int64_t rows, const float* weight, std::int64_t D,
                                 std::int64_t E, void* d_x);
-  // d_weight[E,columns] = d_logits[T,E]^T . x[T,columns] over the unmasked tokens; rows of x and of d_weight are D
-  // elements apart.
+  // d_weight[E,columns] = d_logits[T,E]^T . x[T,columns] over the unmasked tokens; rows of x and of d_weight
+  // are D elements apart.
   void (*router_weight_gradient)(const void* x, const std::uint8_t* mask, const float* d_logits,
                                  std::int64_t T, std::int64_t D, std::int64_t E, std::int64_t columns,
                                  float* d_weight);

@@ -1,5 +1,5 @@
-// Working memory of the ops. Blocks return to a pool, so that a call does not pay for page faults each time; the pool
-// keeps a limited number of bytes (moe.h: kept_memory, release_memory).
+// Working memory of the ops. Blocks return to a pool, so that a call does not pay for page faults each time;
+// the pool keeps a limited number of bytes (moe.h: kept_memory, release_memory).
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace clipup {
 
-// Asks the system for huge pages behind a large output that is still untouched: otherwise page faults of a fresh
-// gradient of a hundred megabytes take as long as computing it.
+// Asks the system for huge pages behind a large output that is still untouched: otherwise page faults of a
+// fresh gradient of a hundred megabytes take as long as computing it.
 void expect_whole_write(void* block, std::int64_t bytes);
 
 // `count` uninitialised elements, aligned to a cache line.

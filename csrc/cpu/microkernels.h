@@ -1,6 +1,6 @@
-// The table of functions of an instruction tier (kernels.h), written once for vectors of any width. gemm_<tier>.cpp is
-// compiled with the tier's flags, includes this file and defines the table. Everything but the table is in an unnamed
-// namespace.
+// The table of functions of an instruction tier (kernels.h), written once for vectors of any width.
+// gemm_<tier>.cpp is compiled with the tier's flags, includes this file and defines the table. Everything but
+// the table is in an unnamed namespace.
 #pragma once
 
 #include "attention_tiles.h"
@@ -14,8 +14,8 @@
 namespace clipup {
 namespace {
 
-// Measured (docs/performance_log.md): with more rows, packing in small steps costs more time, for storing and loading sums,
-// than it saves in waiting for the second-level cache.
+// Measured (docs/performance_log.md): with more rows, packing in small steps costs more time, for storing and
+// loading sums, than it saves in waiting for the second-level cache.
 template <class Storage>
 constexpr std::int64_t few_rows() {
   [[maybe_unused]] constexpr bool kFloats = sizeof(typename Storage::Element) == sizeof(Word);

@@ -1,4 +1,5 @@
-// Storage types of elements, the types they are multiplied in, and their positions in packed operands (kernels.h).
+// Storage types of elements, the types they are multiplied in, and their positions in packed operands
+// (kernels.h).
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +8,8 @@
 namespace clipup {
 namespace {
 
-// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers. NEON has 32 too, but
-// GCC loads many broadcasts early, and from 11 rows on it moves accumulators to memory.
+// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers. NEON has
+// 32 too, but GCC loads many broadcasts early, and from 11 rows on it moves accumulators to memory.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kColumnTile = 8;
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -146,8 +147,8 @@ struct BFloat16Pairs {
 };
 #endif
 
-// Address of kLanes neighbours, from element `e` of the first row on, in an A panel of `rows` rows; those of row i are
-// i * kLineWords further. e is a multiple of kLanes.
+// Address of kLanes neighbours, from element `e` of the first row on, in an A panel of `rows` rows; those of
+// row i are i * kLineWords further. e is a multiple of kLanes.
 template <class Operand, class W>
 inline W* in_a_panel(W* a_panel, std::int64_t rows, std::int64_t e) {
   const std::int64_t word = e / Operand::kPerWord;

@@ -31,8 +31,8 @@ float value_at(const void* weight, DType dtype, std::int64_t index) {
   }
 }
 
-// One output channel of I elements, from element `first` on, over the input scales, as bytes `stride` words apart. Its
-// scale is NaN if it has a value that is not finite.
+// One output channel of I elements, from element `first` on, over the input scales, as bytes `stride` words
+// apart. Its scale is NaN if it has a value that is not finite.
 void quantize_channel(const void* weight, DType dtype, std::int64_t first, std::int64_t I,
                       const float* input_scale, std::int64_t stride, std::int8_t* bytes, float& scale,
                       std::int32_t& sum) {

@@ -1,5 +1,5 @@
-// Spreading work over threads. Callers split their work into items whose results do not depend on the thread that
-// computes them, so every result is the same for every number of threads.
+// Spreading work over threads. Callers split their work into items whose results do not depend on the thread
+// that computes them, so every result is the same for every number of threads.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,9 @@ inline std::int64_t thread_count() {
 // A thread calls it at the end of its share of tasks (isa.cpp).
 void after_tasks();
 
-// Calls body(task, thread) once for every task in [0, n), thread < thread_count(). Tasks are large: a thread takes the
-// next one when it has finished the last, so that no thread is idle while tasks remain. `body` must not throw.
+// Calls body(task, thread) once for every task in [0, n), thread < thread_count(). Tasks are large: a thread
+// takes the next one when it has finished the last, so that no thread is idle while tasks remain. `body` must
+// not throw.
 template <class Body>
 void parallel_tasks(std::int64_t n, const Body& body) {
 #ifdef CLIPUP_STD_THREADS

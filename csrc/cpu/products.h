@@ -107,8 +107,8 @@ void transposed_b_panel(const void* rows, std::int64_t stride, std::int64_t coun
   using Element = typename Storage::Element;
   const auto* from = static_cast<const Element*>(rows);
   const std::int64_t words = (k + Operand::kPerWord - 1) / Operand::kPerWord;
-  // The rows are too many streams for the CPU's own prefetcher. Measured: one to two lines ahead is best; narrower vectors
-  // gain nothing.
+  // The rows are too many streams for the CPU's own prefetcher. Measured: one to two lines ahead is best;
+  // narrower vectors gain nothing.
   constexpr std::int64_t kAheadWords = 2 * kLineWords;
   for (std::int64_t word = 0; word < words; word += kLanes) {
     const std::int64_t left = k - word * Operand::kPerWord;

@@ -1,6 +1,6 @@
-// Vectors of floats (GNU vector extensions), as wide as the instructions of the including file's tier. Everything is in
-// an unnamed namespace: every tier has its own copy, compiled with its own flags. For the same reason this includes no
-// header that defines inline functions.
+// Vectors of floats (GNU vector extensions), as wide as the instructions of the including file's tier.
+// Everything is in an unnamed namespace: every tier has its own copy, compiled with its own flags. For the
+// same reason this includes no header that defines inline functions.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,8 @@ inline void store_as(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// Streaming store: bypasses the caches, so that a line that is written whole is not read first. `to` is aligned.
+// Streaming store: bypasses the caches, so that a line that is written whole is not read first. `to` is
+// aligned.
 template <class V>
 inline void stream_as(void* to, V value) {
 #if defined(__AVX512F__)
@@ -62,8 +63,8 @@ inline void streams_done() {
 #endif
 }
 
-// Conversions between widths that GCC 12 splits in pieces, down to one integer register for every byte, if it is left to
-// find the instruction.
+// Conversions between widths that GCC 12 splits in pieces, down to one integer register for every byte, if it
+// is left to find the instruction.
 inline U32x widened(U16x value) {
 #if defined(__AVX512F__)
   return reinterpret_cast<U32x>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(value)));
@@ -126,8 +127,8 @@ inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
 
-// a * b + sum, fused where the tier can: a compiler that may fuse could decide differently for the same sum in two
-// loops.
+// a * b + sum, fused where the tier can: a compiler that may fuse could decide differently for the same sum
+// in two loops.
 inline F32x multiply_add(F32x a, F32x b, F32x sum) {
 #if defined(__AVX512F__)
   return reinterpret_cast<F32x>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
@@ -266,8 +267,8 @@ inline void transpose(U32x (&rows)[kLanes]) {
   }
 }
 
-// Four words each of kLanes rows that lie `stride` bytes apart, transposed: columns[k] holds word k of every row. Rows
-// are combined in 16-byte pieces while loading, which leaves two steps of shuffles.
+// Four words each of kLanes rows that lie `stride` bytes apart, transposed: columns[k] holds word k of every
+// row. Rows are combined in 16-byte pieces while loading, which leaves two steps of shuffles.
 inline void load_columns(const void* rows, std::int64_t stride, U32x (&columns)[4]) {
   const auto* const first = static_cast<const char*>(rows);
   U32x quads[4];

@@ -1,9 +1,9 @@
-// Products in AMX tiles: registers of 16 rows of 64 bytes. A block of 32 rows and a B panel is four tiles of sums, two of the
-// left operand and two of the right one: a step of 16 words is four loads and four products.
+// Products in AMX tiles: registers of 16 rows of 64 bytes. A block of 32 rows and a B panel is four tiles of
+// sums, two of the left operand and two of the right one: a step of 16 words is four loads and four products.
 //
-// A tile has as many rows as it was configured with, so that nothing past an A panel is read and nothing past the sums is
-// written. The configuration belongs to the thread; other libraries in it (oneDNN) have their own, so it is released at the
-// end of the thread's share of an op.
+// A tile has as many rows as it was configured with, so that nothing past an A panel is read and nothing past
+// the sums is written. The configuration belongs to the thread; other libraries in it (oneDNN) have their
+// own, so it is released at the end of the thread's share of an op.
 #pragma once
 
 #include "operands.h"
@@ -67,10 +67,10 @@ void multiply_step(const Word* a, const Word* b) {
   Operand::template multiply_tiles<kTwo>();
 }
 
-// As multiply(); configure_tiles(kRows) was called. The A panel stays in the first-level cache, if it is not too large,
-// while B panels pass through. The last step may have fewer words: those missing on the right are zeros, so it does not
-// matter which integers are in their place on the left (A panels of bfloat16 are padded with zeros; an infinity
-// may become a NaN there).
+// As multiply(); configure_tiles(kRows) was called. The A panel stays in the first-level cache, if it is not
+// too large, while B panels pass through. The last step may have fewer words: those missing on the right are
+// zeros, so it does not matter which integers are in their place on the left (A panels of bfloat16 are padded
+// with zeros; an infinity may become a NaN there).
 template <class Operand, int kRows>
 void multiply_tiles(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Beside& beside) {
   constexpr bool kTwo = kRows > kTileLines;

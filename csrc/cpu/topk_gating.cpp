@@ -46,8 +46,8 @@ void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* t
   }
 }
 
-// Writes the softmax over the chosen logits alone, which sums to 1 even where the probabilities underflow. If all
-// chosen logits are minus infinity it is 0, not NaN; a NaN of any logit makes `log_sum` NaN, and shows.
+// Writes the softmax over the chosen logits alone, which sums to 1 even where the probabilities underflow. If
+// all chosen logits are minus infinity it is 0, not NaN; a NaN of any logit makes `log_sum` NaN, and shows.
 void renormalized_gates(const float* logits, float log_sum, const std::int32_t* expert_indices,
                         std::int64_t K, float* gates) {
   float highest = -FLT_MAX;

@@ -1,4 +1,5 @@
-// Gradients of the experts' matrices and biases: sums over the rows of an expert, each element computed by one task.
+// Gradients of the experts' matrices and biases: sums over the rows of an expert, each element computed by
+// one task.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace clipup {
 
-// Panels of `unit` columns of a wave's rows, which are the summed axis: column A panels or B panels, separate for every
-// piece.
+// Panels of `unit` columns of a wave's rows, which are the summed axis: column A panels or B panels, separate
+// for every piece.
 class ColumnPanels {
  public:
   ColumnPanels() = default;

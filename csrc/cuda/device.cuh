@@ -1,7 +1,7 @@
 // Shared by all kernel files: launching, warp size, and sums over a block.
 //
-// csrc/tests/cuda_emulation.h, if included first, replaces the CUDA runtime: it runs a launch on the CPU, so that the
-// kernels are tested without a GPU. Kernels therefore use only the functions that it provides.
+// csrc/tests/cuda_emulation.h, if included first, replaces the CUDA runtime: it runs a launch on the CPU, so
+// that the kernels are tested without a GPU. Kernels therefore use only the functions that it provides.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 //   count_kernel    slots of every expert per block, and before every warp in it; unmasked tokens
 //   assign_kernel   first rows and capacity, recomputed by every block; then the row of each slot
 //
-// Slot s = k*T + i is the k-th choice of the i-th token in serving order. A warp owns a range of slots and processes 32
-// at a time: a lane's rank among the lanes with the same expert is its rank among these slots.
+// Slot s = k*T + i is the k-th choice of the i-th token in serving order. A warp owns a range of slots and
+// processes 32 at a time: a lane's rank among the lanes with the same expert is its rank among these slots.
 #include <cmath>
 #include <cstdint>
 
@@ -25,7 +25,8 @@ struct SlotGrid {
 };
 
 SlotGrid slot_grid(std::int64_t T, std::int64_t K, std::int64_t E) {
-  // Every block of `assign_kernel` reads the counts of all: with many experts, fewer blocks. At most kDispatchThreads.
+  // Every block of `assign_kernel` reads the counts of all: with many experts, fewer blocks. At most
+  // kDispatchThreads.
   const std::int64_t most = (E > 128 ? 128 : 256) * kDispatchWarps;
   const std::int64_t R = T * K;
   const std::int64_t slots = (R + most - 1) / most;
@@ -66,8 +67,8 @@ struct Choices {
   }
 };
 
-// Calls visit(choice, expert) for the slots of this warp, 32 at a time and in order, by all lanes together; choice
-// -1: no slot is left for the lane.
+// Calls visit(choice, expert) for the slots of this warp, 32 at a time and in order, by all lanes together;
+// choice -1: no slot is left for the lane.
 template <class Visit>
 __device__ void for_each_slot(const Choices& choices, const SlotGrid& grid, const Visit& visit) {
   const std::int64_t warp = std::int64_t{blockIdx.x} * kDispatchWarps + threadIdx.x / kWarp;
@@ -89,12 +90,13 @@ __device__ void for_each_slot(const Choices& choices, const SlotGrid& grid, cons
   }
 }
 
-// Counters by warp and expert, in shared memory. Of the lanes with the same expert, only the first adds to a counter.
+// Counters by warp and expert, in shared memory. Of the lanes with the same expert, only the first adds to a
+// counter.
 struct WarpCounters {
   std::int32_t (*counters)[kMostExperts];
 
-  // The counter of `expert` plus the lane's rank among the lanes with the same expert; adds all of them to the counter.
-  // Every lane of the warp must call it; expert -1: none.
+  // The counter of `expert` plus the lane's rank among the lanes with the same expert; adds all of them to
+  // the counter. Every lane of the warp must call it; expert -1: none.
   __device__ std::int32_t take(int expert) const {
     const unsigned same = __match_any_sync(kAllLanes, expert);
     const int rank = __popc(same & ((1U << threadIdx.x % kWarp) - 1U));

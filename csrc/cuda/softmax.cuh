@@ -1,7 +1,8 @@
 // Softmax over the experts of a token on a group of neighbouring threads, for topk_gating and its gradient.
 //
-// A group of `lanes` threads works on a token: value v of lane l belongs to expert v*lanes + l, so that loads are
-// coalesced for any E. The split of tokens into blocks, and so the order of all sums, depends only on T, E and K.
+// A group of `lanes` threads works on a token: value v of lane l belongs to expert v*lanes + l, so that loads
+// are coalesced for any E. The split of tokens into blocks, and so the order of all sums, depends only on T,
+// E and K.
 #pragma once
 
 #include <cfloat>
@@ -31,7 +32,8 @@ inline TokenGrid token_grid(std::int64_t T, std::int64_t E, std::int64_t K) {
   TokenGrid grid{T, static_cast<int>(E), static_cast<int>(K), 1, 1, 0, 1};
   while (grid.lanes < kWarp && grid.lanes < E) grid.lanes *= 2;
   while (grid.lanes * grid.values < E) grid.values *= 2;
-  // Enough blocks for a large GPU, few enough for the sums, of which each block writes (K+1)*E+2, to stay small.
+  // Enough blocks for a large GPU, few enough for the sums, of which each block writes (K+1)*E+2, to stay
+  // small.
   std::int64_t most = 512;
   while (most > 32 && most * K * E > std::int64_t{1} << 20) most /= 2;
   const std::int64_t groups = kGatingThreads / grid.lanes;
@@ -56,7 +58,8 @@ __device__ inline float group_max(float value, int lanes) {
   return value;
 }
 
-// A token's probabilities; log_sum and top are the same in the whole group. Past E logits are -inf, probabilities 0.
+// A token's probabilities; log_sum and top are the same in the whole group. Past E logits are -inf,
+// probabilities 0.
 template <int kValues>
 struct Softmax {
   float logits[kValues], probs[kValues];
@@ -92,9 +95,9 @@ __device__ Softmax<kValues> softmax(const float* logits, bool unmasked, int lane
   return result;
 }
 
-// Replaces the group's chosen logits, -inf in the other places, by the softmax over them alone, which sums to 1 even
-// where the probabilities underflow. If all are minus infinity it is 0, not NaN; a NaN of any logit of the token makes
-// `log_sum` NaN, and shows.
+// Replaces the group's chosen logits, -inf in the other places, by the softmax over them alone, which sums to
+// 1 even where the probabilities underflow. If all are minus infinity it is 0, not NaN; a NaN of any logit of
+// the token makes `log_sum` NaN, and shows.
 template <int kValues>
 __device__ void renormalize_gates(float (&gates)[kValues], float log_sum, int lanes) {
   float highest = -FLT_MAX;

@@ -1,6 +1,7 @@
 // topk_gating on CUDA devices: softmax over the experts, the K best of them and their statistics.
 //
-//   gating_kernel    logits -> gates, expert_indices, top_prob; per block of tokens: sums and tokens_per_expert
+//   gating_kernel    logits -> gates, expert_indices, top_prob; per block of tokens: sums and
+//                    tokens_per_expert
 //   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, tokens_per_expert
 #include <climits>
 #include <cstdint>
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int kSharedCounters = 4096;
 
-// Input of `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of unmasked tokens, and
-// [blocks, K*E] tokens_per_expert.
+// Input of `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of unmasked tokens,
+// and [blocks, K*E] tokens_per_expert.
 struct Partials {
   float* sums;
   std::int32_t* tokens_per_expert;
@@ -36,8 +37,9 @@ __device__ Value sum_of_groups(Value value, int lanes) {
   return value;
 }
 
-// The expert of the highest score that is not taken, the lowest one on ties; the same in the whole group. Bit v of
-// `taken` belongs to value v. At least one expert is not taken; values past E are -inf and lose every tie to it.
+// The expert of the highest score that is not taken, the lowest one on ties; the same in the whole group. Bit
+// v of `taken` belongs to value v. At least one expert is not taken; values past E are -inf and lose every
+// tie to it.
 template <int kValues>
 __device__ int best_expert(const float (&scores)[kValues], unsigned taken, int lane, int lanes) {
   float best_score = kMinusInfinity;
@@ -179,8 +181,8 @@ __global__ void __launch_bounds__(kGatingThreads)
                           partials.tokens_per_expert + std::int64_t{blockIdx.x} * grid.K * grid.E);
 }
 
-// The sum of a column over all rows, in the threads of the column, one in kWarp. Every thread of the block must call
-// it.
+// The sum of a column over all rows, in the threads of the column, one in kWarp. Every thread of the block
+// must call it.
 template <class Sum, class Value>
 __device__ Sum column_sum(const Value* partials, std::int64_t rows, int columns, int column) {
   __shared__ Sum of_warp[kGatingWarps][kWarp];
@@ -199,7 +201,8 @@ __device__ Sum column_sum(const Value* partials, std::int64_t rows, int columns,
 
 int column_blocks(std::int64_t columns) { return static_cast<int>((columns + kWarp - 1) / kWarp); }
 
-// The first `count_blocks` blocks sum tokens_per_expert, kWarp columns each, the others probabilities and logsumexp^2.
+// The first `count_blocks` blocks sum tokens_per_expert, kWarp columns each, the others probabilities and
+// logsumexp^2.
 __global__ void __launch_bounds__(kGatingThreads)
     reduce_kernel(Partials partials, TokenGrid grid, int count_blocks, float* __restrict__ mean_probs,
                   float* __restrict__ z_loss, std::int32_t* __restrict__ tokens_per_expert) {

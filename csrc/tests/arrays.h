@@ -1,4 +1,5 @@
-// Arrays of a storage type that is chosen at run time, in memory of exactly their size, and what they should hold.
+// Arrays of a storage type that is chosen at run time, in memory of exactly their size, and what they should
+// hold.
 #pragma once
 
 #include <cmath>

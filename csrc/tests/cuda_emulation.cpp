@@ -1,7 +1,7 @@
 // Fibers instead of the threads of a block, and their scheduler.
 //
-// Nothing here is instrumented, so that the thread sanitizer sees only the ordering that a GPU guarantees, and the
-// address sanitizer does not mistake a jump between stacks for returning functions.
+// Nothing here is instrumented, so that the thread sanitizer sees only the ordering that a GPU guarantees,
+// and the address sanitizer does not mistake a jump between stacks for returning functions.
 #include "cuda_emulation.h"
 
 #include <sys/mman.h>
@@ -59,8 +59,8 @@ struct Fiber {
   void* order;       // the thread sanitizer's
 };
 
-// Threads that wait at a barrier. It may fill again before all threads that it released have continued; values and
-// addresses that these still read are therefore double-buffered.
+// Threads that wait at a barrier. It may fill again before all threads that it released have continued;
+// values and addresses that these still read are therefore double-buffered.
 struct Barrier {
   int arrived;
   int waiting[kMostThreads];

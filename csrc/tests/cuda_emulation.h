@@ -1,12 +1,14 @@
-// Replaces the CUDA runtime in the native tests: the part of it that the kernels of csrc/cuda use, on the CPU.
+// Replaces the CUDA runtime in the native tests: the part of it that the kernels of csrc/cuda use, on the
+// CPU.
 //
-// A launch runs its blocks one after another. A block's threads are fibers: one runs at a time, up to the next barrier
-// or collective instruction. A seed decides which fiber runs next and in which order blocks run, so that a result that
-// depends on either, as after a missing barrier, changes with the seed. Under the thread sanitizer only __syncthreads
-// and __syncwarp order two fibers, so that it reports the race itself. A shuffle orders nothing, as on a GPU.
+// A launch runs its blocks one after another. A block's threads are fibers: one runs at a time, up to the
+// next barrier or collective instruction. A seed decides which fiber runs next and in which order blocks run,
+// so that a result that depends on either, as after a missing barrier, changes with the seed. Under the
+// thread sanitizer only __syncthreads and __syncwarp order two fibers, so that it reports the race itself. A
+// shuffle orders nothing, as on a GPU.
 //
-// Static __shared__ arrays keep the values of earlier blocks. Threads that wait for each other at different barriers
-// end the program.
+// Static __shared__ arrays keep the values of earlier blocks. Threads that wait for each other at different
+// barriers end the program.
 #pragma once
 
 #define CLIPUP_CUDA_EMULATION

@@ -1,5 +1,6 @@
-// Random calls of the native interface, right ones against naive loops and wrong ones that have to be refused. Every
-// case is made from its own seed, so that a failing one can be run alone: native_tests --fuzz 0 --seed N.
+// Random calls of the native interface, right ones against naive loops and wrong ones that have to be
+// refused. Every case is made from its own seed, so that a failing one can be run alone: native_tests --fuzz
+// 0 --seed N.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

@@ -1,4 +1,5 @@
-// One hash of the bits that int8 products lead to, for comparing instruction tiers. All numbers come from one seed.
+// One hash of the bits that int8 products lead to, for comparing instruction tiers. All numbers come from one
+// seed.
 #include <cstdio>
 
 #include "layers.h"

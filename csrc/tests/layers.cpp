@@ -7,7 +7,8 @@
 namespace clipup::tests {
 namespace {
 
-// Errors of the activations: of the value, relative to |z|, and of the slope. test_activations.cpp holds tighter ones.
+// Errors of the activations: of the value, relative to |z|, and of the slope. test_activations.cpp holds
+// tighter ones.
 constexpr double kValue = 3e-7;
 constexpr double kSlope = 5e-7;
 

@@ -1,5 +1,5 @@
-// Random layers with their routing, run by the engine and by naive loops in double. For the tests of the products and
-// the fuzzer.
+// Random layers with their routing, run by the engine and by naive loops in double. For the tests of the
+// products and the fuzzer.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,8 @@ class Layer {
   // y of experts whose weights are int8.
   Array int8_forward() const;
 
-  // Both passes in every way: against the loops, packed, z not kept, subsets of the gradients, several threads.
+  // Both passes in every way: against the loops, packed, z not kept, subsets of the gradients, several
+  // threads.
   void check(int ways = 4) const;
 
   // Both passes by naive loops. z: from the engine, and checked separately.

@@ -1,11 +1,12 @@
-// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random shapes, sizes
-// of zero included. No framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation
-// fails.
+// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random
+// shapes, sizes of zero included. No framework, so that sanitizers need nothing but the compiler. Exit status
+// 1 when an expectation fails.
 //
 //   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
 //                                          --quick: fewer cases; --errors: prints measured errors
 //   native_tests --fuzz SECONDS [--seed N] random calls; a failing case by itself: --fuzz 0 --seed N
-//   native_tests --int8-digest             a hash of the bits of int8 results, equal on tiers with equal results
+//   native_tests --int8-digest             a hash of the bits of int8 results, equal on tiers with equal
+//                                          results
 //   native_tests --tiers                   the tiers that this CPU has, one a line
 //
 // With --emulate-tiles, each of them takes a CPU without AMX for one that has it.
@@ -27,8 +28,8 @@
 #include <omp.h>
 #endif
 
-// gcc gives locals of 64 bytes, which are read by aligned instructions, a place of 32 on the heap where their use after
-// return is to be found (gcc bug 110027).
+// gcc gives locals of 64 bytes, which are read by aligned instructions, a place of 32 on the heap where their
+// use after return is to be found (gcc bug 110027).
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
@@ -75,7 +76,8 @@ void expect_close(const char* name, const Array& array, const Expected& expected
                   int line) {
   const auto size = static_cast<std::int64_t>(expected.value.size());
   count_elements(size);
-  // Half the distance between neighbours, relative and, among subnormals, absolute. An instruction may flush those.
+  // Half the distance between neighbours, relative and, among subnormals, absolute. An instruction may flush
+  // those.
   constexpr double kRounding[] = {0x1p-24, 0x1p-8, 0x1p-11};
   constexpr double kSmallest[] = {0x1p-125, 0x1p-125, 0x1p-25};
   const auto dtype = static_cast<int>(array.dtype());

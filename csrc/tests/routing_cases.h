@@ -57,7 +57,8 @@ struct GatingCase {
              " options=" + std::to_string(options));
   }
 
-  // Logits far apart, and a bias that chooses the last experts for every token, most of them of probability 0 in float.
+  // Logits far apart, and a bias that chooses the last experts for every token, most of them of probability 0
+  // in float.
   GatingCase& choose_unlikely() {
     for (float& logit : logits) logit *= 50.0F;
     for (std::int64_t e = 0; e < E; ++e) bias[e] = 2.0F * static_cast<float>(e);

@@ -1,5 +1,5 @@
-// The activations of the running tier against double, over all floats: value and slope. They are reached as the
-// products reach them, through tiles made by hand.
+// The activations of the running tier against double, over all floats: value and slope. They are reached as
+// the products reach them, through tiles made by hand.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -85,7 +85,8 @@ Results run(Activation activation, const std::vector<float>& z) {
   return all;
 }
 
-// |z| from 1e-30 to 1e4 in steps of the float's bits, where activations bend in finer ones, and on to the largest.
+// |z| from 1e-30 to 1e4 in steps of the float's bits, where activations bend in finer ones, and on to the
+// largest.
 std::vector<float> sweep() {
   std::vector<float> z;
   const auto add = [&](float first, float last, std::uint32_t step) {

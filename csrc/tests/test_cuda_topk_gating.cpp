@@ -149,7 +149,8 @@ void test_cuda_topk_gating() {
     for (const std::int64_t K : {0, 1, 2, 8, 31}) {
       if (K > E) continue;
       for (const std::int64_t T : {0, 1, 40}) {
-        // A selection bias only with few experts: probabilities that are equal but for their rounding are rare then.
+        // A selection bias only with few experts: probabilities that are equal but for their rounding are
+        // rare then.
         const int end = E > 8 ? 4 : 8;
         for (int options = 0; options < end; options += quick() ? 3 : 1)
           check_cuda_topk_gating(T, E, K, options);

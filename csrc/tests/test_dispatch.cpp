@@ -47,7 +47,8 @@ void test_dispatch() {
   std::fill(one_expert.expert_indices.begin(), one_expert.expert_indices.end(), 2);
   EXPECT((one_expert.run().offsets == std::vector<std::int32_t>{0, 0, 0, 125, 125}));
 
-  // A token may name an expert more than once; without a limit nothing is dropped, with one the expert's rows count.
+  // A token may name an expert more than once; without a limit nothing is dropped, with one the expert's rows
+  // count.
   for (const double f : {-1.0, 0.7, 1.5, 4.0}) {
     Case repeated(60, 4, 6, f, true, true);
     for (std::int32_t& e : repeated.expert_indices) e = static_cast<std::int32_t>(integer(3)) - 1;

@@ -25,7 +25,8 @@ bool holds_its_mark(const Held& held) {
   return std::all_of(held.block, held.block + held.bytes, [&](unsigned char c) { return c == held.mark; });
 }
 
-// Blocks of random sizes, written whole, checked and given back in random order. Returns whether all was well.
+// Blocks of random sizes, written whole, checked and given back in random order. Returns whether all was
+// well.
 bool churn(unsigned seed, int steps) {
   std::mt19937 engine(seed);
   std::vector<Held> held;

@@ -1,5 +1,5 @@
-// The engine of products: expert MLPs and grouped linear layers, both passes, packed weights, against naive loops in
-// double; bitwise the same however they are run.
+// The engine of products: expert MLPs and grouped linear layers, both passes, packed weights, against naive
+// loops in double; bitwise the same however they are run.
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -59,7 +59,8 @@ void empty_layers() {
   }
 }
 
-// Sums that are cut into blocks, experts whose rows are cut into pieces, matrices of several blocks of columns.
+// Sums that are cut into blocks, experts whose rows are cut into pieces, matrices of several blocks of
+// columns.
 void large_layers() {
   const LayerShape shapes[] = {
       layer_of(20, 1700, 40, 2, 2),   // long rows of x
@@ -87,8 +88,8 @@ void large_layers() {
   Layer(identity).check(3);
 }
 
-// Plain weights are packed in smaller steps where an expert has few rows (kernels.h, few_rows): numbers of rows on both
-// sides of every tier's limit, several steps and several panels with a rest of each.
+// Plain weights are packed in smaller steps where an expert has few rows (kernels.h, few_rows): numbers of
+// rows on both sides of every tier's limit, several steps and several panels with a rest of each.
 void few_rows_layers() {
   const std::int64_t all[] = {1, 2, 5, 13, 14, 15, 16, 31, 41, 42, 43, 49, 63, 64, 65, 98, 99};
   for (const std::int64_t rows : all) {

@@ -90,7 +90,8 @@ void expect_rows(DType dtype, std::int64_t T, std::int64_t K, std::int64_t D) {
   EXPECT(same_bits<Element>(d_rows, d_rows_expected));
 }
 
-// Loading and storing a stored value gives the value; floats between two stored values round to the nearer one.
+// Loading and storing a stored value gives the value; floats between two stored values round to the nearer
+// one.
 template <class Element>
 void expect_rounding() {
   for (std::uint32_t bits = 0; bits < 0x8000U; ++bits) {

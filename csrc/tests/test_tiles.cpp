@@ -1,4 +1,5 @@
-// Tile instructions against plain loops, on a CPU that has them or emulated; and what ends an emulated process.
+// Tile instructions against plain loops, on a CPU that has them or emulated; and what ends an emulated
+// process.
 #include <immintrin.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,8 +23,8 @@ namespace {
 using Words = std::vector<std::uint32_t>;
 constexpr std::int64_t kRows = 16, kRowWords = 16, kRowBytes = 64;
 
-// Tiles 0 and 1 get `rows` rows, tile 2 gets 16. gcc's tile loads do not say which memory they read: what they shall load has
-// to be stored before.
+// Tiles 0 and 1 get `rows` rows, tile 2 gets 16. gcc's tile loads do not say which memory they read: what
+// they shall load has to be stored before.
 TILES void configure(std::int64_t rows) {
   TileConfiguration configuration;
   configuration.palette = 1;

@@ -32,8 +32,9 @@ bool configure(const TileConfiguration& wanted) {
   return valid;
 }
 
-// A CPU that has tiles executes ldtilecfg and tilerelease without the kernel's permission too. Then the configuration is
-// in the registers that the signal saved, in XSAVE's standard layout. Tiles are zeroed only if it has changed.
+// A CPU that has tiles executes ldtilecfg and tilerelease without the kernel's permission too. Then the
+// configuration is in the registers that the signal saved, in XSAVE's standard layout. Tiles are zeroed only
+// if it has changed.
 bool take_configuration_of_cpu(const ucontext_t& context) {
   constexpr unsigned kTileConfiguration = 17;
   const auto* const saved = reinterpret_cast<const unsigned char*>(context.uc_mcontext.fpregs);
@@ -57,7 +58,8 @@ struct Instruction {
   std::intptr_t address, stride, end;  // stride: the index register, scaled
 };
 
-// VEX of three bytes in map 0F38, with 128 bits and W0: C4 RXBmmmmm WvvvvLpp opcode ModRM [SIB] [displacement].
+// VEX of three bytes in map 0F38, with 128 bits and W0: C4 RXBmmmmm WvvvvLpp opcode ModRM [SIB]
+// [displacement].
 bool decode(const greg_t* registers, Instruction& to) {
   static constexpr int kOrder[] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                                    REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -88,8 +90,9 @@ bool decode(const greg_t* registers, Instruction& to) {
   return true;
 }
 
-// sums[M,16] += left[M,16] . right[16,16] in words of four int8 or two bfloat16. Of bfloat16: fused sums over even and over odd
-// positions, added at the end. Subnormal numbers are zero, whatever MXCSR says; the kernel restores it after the signal.
+// sums[M,16] += left[M,16] . right[16,16] in words of four int8 or two bfloat16. Of bfloat16: fused sums over
+// even and over odd positions, added at the end. Subnormal numbers are zero, whatever MXCSR says; the kernel
+// restores it after the signal.
 __attribute__((target("avx512f"))) void multiply(bool bfloat16, int M, const Words* left, const Words* right,
                                                  Words* sums) {
   _mm_setcsr(_mm_getcsr() | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);

@@ -1,7 +1,5 @@
 """The public names of ``clipup``: imported on first access, but visible to dir, help, imports and type checkers."""
 
-import ast
-import importlib.util
 import subprocess
 import sys
 import typing
@@ -45,18 +43,6 @@ print(pydoc.render_doc(clipup, renderer=pydoc.plaintext))
         assert f"\n    {name}(" in text or f"class {name}(" in text, name
 
 
-def test_type_checkers_see_every_lazy_name_in_its_module():
-    tree = ast.parse(SOURCE.read_text("utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    imports = {alias.name: node.module for node in block.body for alias in node.names}
-    assert imports == clipup._LAZY
-    assert all(importlib.util.find_spec(f"clipup.{module}") for module in imports.values())
-    eager = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    assert set(imports) <= set(clipup.__all__) <= eager | set(imports)
-
-
 CALLS = """
 import clipup
 from torch import nn
@@ -71,6 +57,8 @@ clipup.SparseMoE(8, 16, towers=("image",))  # error: [call-arg]
 clipup.SparseMoE(8, 16, num_experts="4")  # error: [arg-type]
 clipup.MoEConfig.clip_up(n_experts=4)  # error: [call-arg]
 clipup.MoEConfig().replace(routing="expert")  # error: [arg-type]
+options: clipup.train.TrainOptions = "batch_size"  # error: [assignment]
+clipup.upcycled  # error: [attr-defined]
 """
 
 

@@ -94,7 +94,7 @@ def _build(
     assigned = splits.assign(chosen)
     pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
     images = _render(pairs, options["size"], processes, progress)
-    pairs, same = _one_picture_one_split(pairs, images)
+    pairs, removed = _one_picture_one_split(pairs, images)
     if not pairs["train"]:
         raise ValueError("the training split is empty: `only` selects none")
     with shard_writer.appearing_whole(out) as directory:
@@ -118,7 +118,7 @@ def _build(
                 "concepts_share": splits.CONCEPTS_SHARE,
             },
             "sources": credits,
-            "left_out_same_picture": same,
+            "left_out_same_picture": removed,
         }
         (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
         shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)

@@ -87,8 +87,8 @@ class Series:
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
     """Centered moving mean over ``window`` values (fewer at the ends); values that are not finite are ignored."""
-    floats, before, after = np.array(values, dtype=float), (window - 1) // 2, window // 2
-    return [_mean(floats[max(0, index - before) : index + after + 1]) for index in range(len(floats))]
+    floats, left, right = np.array(values, dtype=float), (window - 1) // 2, window // 2
+    return [_mean(floats[max(0, index - left) : index + right + 1]) for index in range(len(floats))]
 
 
 def line_chart(
@@ -114,18 +114,19 @@ def line_chart(
     """
 
     def paint(axes: Axes) -> None:
-        for row, one in enumerate(series):
-            color, dash = (expert_color(row), _expert_dash(row)) if one.color is None else (one.color, None)
-            look: dict[str, Any] = {"color": color, "linestyle": _dashes(one.dash or dash), "clip_on": False}
-            x, y = np.array(one.x, dtype=float), np.array(one.y, dtype=float)
-            axes.plot(x, y, marker="o" if one.points else "", label=one.label, **look)
+        for row, line in enumerate(series):
+            dash = "5 3" if line.color is None and is_second_eight(row) else None
+            color = expert_color(row) if line.color is None else line.color
+            look: dict[str, Any] = {"color": color, "linestyle": _dashes(line.dash or dash), "clip_on": False}
+            x, y = np.array(line.x, dtype=float), np.array(line.y, dtype=float)
+            axes.plot(x, y, marker="o" if line.points else "", label=line.label, **look)
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()
             axes.annotate(label, (1, level), (-2, 4), right, "offset points", color=_SOFT, ha="right")
         axes.set_ylim(y_range)
 
-    labels = [one.label for one in series] if len(series) > 1 else []
+    labels = [line.label for line in series] if len(series) > 1 else []
     return _drawn(paint, title, x_label, y_label, labels, percent, width, height)
 
 
@@ -217,7 +218,3 @@ def _mean(values: np.ndarray) -> float:
 
 def _dashes(lengths: str | None) -> Any:
     return (0, tuple(map(float, lengths.split()))) if lengths else "solid"
-
-
-def _expert_dash(expert: int) -> str | None:
-    return "5 3" if is_second_eight(expert) else None

@@ -46,9 +46,11 @@ def _word_list(shown: Sequence[WordShare]) -> str:
     if not shown:
         return ""
     items = []
-    for one in shown:
-        word = svg.element("bdi", escape(svg.shorten(one.word, 40)))
-        times = svg.element("small", f" {one.taken}/{one.seen}", style="opacity:.7;font-variant-numeric:tabular-nums")
+    for share in shown:
+        word = svg.element("bdi", escape(svg.shorten(share.word, 40)))
+        times = svg.element(
+            "small", f" {share.taken}/{share.seen}", style="opacity:.7;font-variant-numeric:tabular-nums"
+        )
         items.append(svg.element("li", word, times, style="overflow-wrap:anywhere"))
     look = "display:flex;flex-wrap:wrap;gap:0 12px;margin:0;padding:0;list-style:none;line-height:1.5;text-align:left"
     return svg.element("ul", *items, style=look)

@@ -70,7 +70,7 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
         for (row, column), expert in np.ndenumerate(grid)
         if expert >= 0
     ]
-    cells, numbers = [_cell(*one) for one in placed], [_number(*one) for one in placed]
+    cells, numbers = ([draw(*place) for place in placed] for draw in (_cell, _number))
     return svg.picture(
         width, round(height, 1), name, *_backdrop(image, width, height), *cells, _numbers(numbers, cell_w, cell_h)
     )

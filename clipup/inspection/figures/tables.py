@@ -34,14 +34,14 @@ class Table:
 
     def groups(self) -> list[tuple[str, list[Column]]]:
         """Group headings in order, each with its columns."""
-        return [(name, list(columns)) for name, columns in groupby(self.columns, key=lambda one: one.group)]
+        return [(name, list(columns)) for name, columns in groupby(self.columns, key=lambda column: column.group)]
 
 
 def as_text(table: Table) -> str:
     """The table as text, cells right-aligned, groups above their columns."""
     blocks = [_flush(["", "", *table.rows], str.ljust)]
     for group, columns in table.groups():
-        cells = [_flush([one.label, *one.cells], str.rjust) for one in columns]
+        cells = [_flush([column.label, *column.cells], str.rjust) for column in columns]
         blocks.append(_flush([group, *map("  ".join, zip(*cells, strict=True))], str.rjust))
     groups, labels, *rows = ["  ".join(line).rstrip() for line in zip(*blocks, strict=True)]
     return "\n".join([groups, labels, "-" * len(labels), *rows])
@@ -55,11 +55,11 @@ def as_html(table: Table, label: str) -> Figure:
     groups = [
         svg.element("th", escape(group), colspan=len(columns), scope="colgroup") for group, columns in table.groups()
     ]
-    labels = [svg.element("th", escape(one.label), scope="col", class_=start) for one, start in of_columns]
+    labels = [svg.element("th", escape(column.label), scope="col", class_=start) for column, start in of_columns]
     body = []
     for index, name in enumerate(table.rows):
         kind = "strong" if index in table.strong else table.classes.get(name)
-        cells = [svg.element("td", escape(one.cells[index]), class_=start) for one, start in of_columns]
+        cells = [svg.element("td", escape(column.cells[index]), class_=start) for column, start in of_columns]
         body.append(svg.element("tr", svg.element("th", escape(name), scope="row"), *cells, class_=kind))
     head = svg.element("thead", svg.element("tr", empty, *groups, class_="groups"), svg.element("tr", empty, *labels))
     whole = svg.element("table", head, svg.element("tbody", *body), aria_label=label)

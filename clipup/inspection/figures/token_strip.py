@@ -26,11 +26,11 @@ def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figu
     """
     choices = np.asarray(experts)
     choices = choices[:, None] if choices.ndim == 1 else choices
-    spans, before = [], None
+    spans, last_word = [], None
     for piece, of_token in zip(caption, choices, strict=True):
         if piece.word != PADDING:
-            spans.append(_span(piece, of_token.tolist(), is_inside_word=piece.word == before))
-            before = piece.word
+            spans.append(_span(piece, of_token.tolist(), is_inside_word=piece.word == last_word))
+            last_word = piece.word
     head = [svg.element("small", escape(svg.clean(label)), style="opacity:.75;margin-right:8px")] if label else []
     style = "margin:0;line-height:2.2;overflow-wrap:anywhere;text-align:left"
     return Figure(svg.element("div", *head, *spans, "", dir="auto", style=style))

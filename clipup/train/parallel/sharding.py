@@ -157,7 +157,7 @@ class _Sharding:
             for layer in moe_layers(model).values():
                 self._place_experts(layer)
         for tower in towers(model):
-            for block in _blocks(model, tower):
+            for block in blocks_of(model, tower):
                 self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
         self._shard(model, mp_policy=self.in_full)
         for name in ENCODERS:
@@ -199,7 +199,7 @@ def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters of modules that have no matrix (norms and layer scales), with which autocast computes in float32."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
     names = {module: name for name, module in model.named_modules()}
-    for block in [block for tower in towers(model) for block in _blocks(model, tower)]:
+    for block in [block for tower in towers(model) for block in blocks_of(model, tower)]:
         for module in block.modules():
             own = list(module.named_parameters(recurse=False))
             if all(parameter.ndim < 2 for _, parameter in own):
@@ -207,7 +207,7 @@ def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
+def blocks_of(model: nn.Module, tower: str) -> list[nn.Module]:
     """The blocks of a tower; none if it is not a stack of blocks."""
     try:
         return list(tower_blocks(model, tower).values())
