@@ -98,10 +98,10 @@ def readable_rows(
     checks.check("csv_separator", separator, len(separator) == 1, "one character")
     records = _records(path, argument, separator, Retries(retries))
     _, _, header = next(records, (0, 0, []))
-    for name in ("csv_img_key", "csv_caption_key"):
-        if getattr(form, name) not in header:
+    for name, column in {"csv_img_key": form.csv_img_key, "csv_caption_key": form.csv_caption_key}.items():
+        if column not in header:
             raise ValueError(
-                f"{name}: {path} has no column {getattr(form, name)!r}, its columns are {checks.shown(header)}: "
+                f"{name}: {path} has no column {column!r}, its columns are {checks.shown(header)}: "
                 f"correct {name}, or csv_separator (now {form.csv_separator!r})"
             )
     image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)

@@ -185,8 +185,8 @@ def train(
         with StopRequest(enabled=directory is not None) as stop:
             root = None if directory is None else directory.root
             if directory is not None:
-                ranks.first_does(partial(check_reports, options, options, directory.root, continues))
-                ranks.first_does(partial(directory.prepare, values, trainer.start))
+                ranks.on_first(partial(check_reports, options, options, directory.root, continues))
+                ranks.on_first(partial(directory.prepare, values, trainer.start))
             steps = trainer.schedule.steps
             reports = Reports(options, options, values, model, state, steps, ranks, root, continues, notes)
             return trainer.run(stop, reports)
@@ -219,9 +219,9 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
     if options.logs is None:
         yield None
         return
-    directory = RunDirectory(Path(options.logs) / ranks.first_does(lambda: _name(options)))
+    directory = RunDirectory(Path(options.logs) / ranks.on_first(lambda: _name(options)))
     with ExitStack() as locks:
-        ranks.first_does(lambda: locks.enter_context(directory.locked(options)))
+        ranks.on_first(lambda: locks.enter_context(directory.locked(options)))
         yield directory
 
 

@@ -28,7 +28,7 @@ class TrainedModel(NamedTuple):
         if self.built.model_cfg is None:
             return
         weights = whole_state.weights(self.built.model, keep=ranks.first)
-        ranks.first_does(lambda: self._write(weights, results))
+        ranks.on_first(lambda: self._write(weights, results))
 
     def _write(self, weights: dict[str, Any], results: list[dict[str, Any]]) -> None:
         model, model_cfg = self.built.model, self.built.model_cfg

@@ -113,7 +113,7 @@ class Checkpointer:
         for index, values in optimizer["state"].items():
             optimizer["state"][index] = whole_state.gathered(values, keep=self.ranks.first)
         state |= {**self.configs, "state_dict": weights, "optimizer": optimizer}
-        self.ranks.first_does(lambda: file.save(state, *paths))
+        self.ranks.on_first(lambda: file.save(state, *paths))
         self._written(paths[-1])
         return paths[-1]
 

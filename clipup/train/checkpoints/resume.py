@@ -84,9 +84,9 @@ def find_checkpoint(
         return None, []
     path, notes = Path(options.resume), []
     if directory is not None and options.resume == "latest":
-        path = ranks.first_does(directory.start)
+        path = ranks.on_first(directory.start)
         if path is None:
-            listed = ranks.first_does(lambda: kept.in_order(directory.checkpoints))
+            listed = ranks.on_first(lambda: kept.in_order(directory.checkpoints))
             newest = kept.newest(directory.checkpoints, lambda path: _load_together(path, ranks), listed)
             if newest is None:
                 return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
@@ -94,14 +94,14 @@ def find_checkpoint(
             notes = [f"resumed from {newest.path}, {why}: {reason}" for reason in newest.passed_over]
             return Found(newest.path, newest.state, None), notes
         notes = [f"the run was begun from {path} and has no checkpoint of its own yet: begins from it again"]
-    own = directory is None or ranks.first_does(lambda: directory.holds(path))
+    own = directory is None or ranks.on_first(lambda: directory.holds(path))
     return Found(path, _load_together(path, ranks), None if own else path), notes
 
 
 def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     """A checkpoint on all ranks, or the error of one on all."""
     state: dict[str, Any] = {}
-    ranks.each_does(lambda: state.update(format_of(path).read_share(path, ranks.rank, ranks.world_size)))
+    ranks.on_every(lambda: state.update(format_of(path).read_share(path, ranks.rank, ranks.world_size)))
     return state
 
 

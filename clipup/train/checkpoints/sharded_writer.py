@@ -61,10 +61,10 @@ class ShardedWriter:
         self.wait()
         last, step = self.whole or (target, -1)
         if step == state["step"] and (target == last or target.name.startswith("step")):
-            self.ranks.first_does(lambda: sharded.write_state(last, state))
+            self.ranks.on_first(lambda: sharded.write_state(last, state))
             self.written(last)
             return last
-        aside = self.ranks.first_does(lambda: make_aside(target.parent))
+        aside = self.ranks.on_first(lambda: make_aside(target.parent))
         arguments = self._stager.stage(tensors), aside, target, state
         self._thread = threading.Thread(target=self._write, args=arguments, name="clipup checkpoint", daemon=True)
         self._thread.start()

@@ -82,7 +82,7 @@ class Ranks:
         """``gather`` that waits for hours for a rank."""
         return self.gather(value, self.control)
 
-    def first_does(self, action: Callable[[], Any]) -> Any:
+    def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 acts while the others wait. Every rank gets what the action returns, or its error.
 
         It acts in a thread, however long it takes, while all ranks vote whether it has ended: a frozen one does not.
@@ -100,7 +100,7 @@ class Ranks:
         dist.broadcast_object_list(outcomes, src=0, device=torch.device("cpu"))
         return self._result(0, outcomes[0])
 
-    def each_does(self, action: Callable[[], Any]) -> list[Any]:
+    def on_every(self, action: Callable[[], Any]) -> list[Any]:
         """What the action returns on every rank, or the first error on all of them."""
         return [self._result(rank, outcome) for rank, outcome in enumerate(self.gather_patiently(_outcome(action)))]
 

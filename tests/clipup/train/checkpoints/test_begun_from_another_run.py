@@ -10,7 +10,7 @@ from same_runs import Killed, assert_same_weights, contents, killed
 
 from clipup.locks import DirectoryInUse
 from clipup.train import Every
-from clipup.train.checkpoints import file, sharded
+from clipup.train.checkpoints import file, kept, sharded
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 
