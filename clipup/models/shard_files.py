@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,9 +83,19 @@ def _crc_of(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of a file that is read inside name it: those of opening do, those of reading do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def sum_of(path: Path) -> FileSum:
     crc = size = 0
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return FileSum(size, crc)

@@ -106,7 +106,7 @@ def check_archive(path: Path, suffix: str = "") -> None:
     if not _is_archive(path):
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with shard_files.reading(path), zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.external_attr & _DIRECTORY_ATTRIBUTE:  # torch would read its tensor from uninitialized memory
                     raise ValueError(f"{record.filename} is marked as a directory")
@@ -124,7 +124,7 @@ def check_archive(path: Path, suffix: str = "") -> None:
 
 def _is_archive(path: Path) -> bool:
     """Whether the file starts like a zip archive. torch uses the same criterion."""
-    with open(path, "rb") as file:
+    with shard_files.reading(path), open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 

@@ -117,3 +117,15 @@ def test_nothing_in_a_checkpoint_is_executed(run_of, tmp_path, file, capsys):
     main(["convert", str(path), str(tmp_path / "converted")])
 
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("files", ["epoch_2.pt", "epoch_2/*.safetensors"])
+def test_a_checkpoint_that_a_failing_disk_does_not_give_is_named(run_of, files):
+    kind = "full" if files.endswith("2.pt") else "sharded"
+    directory, _ = run_of.make(kind)
+    [path] = (directory / "checkpoints").glob(files)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # can be opened; its first read is an I/O error
+
+    with pytest.raises(OSError, match=f"Input/output error: .*{path.name}"):
+        run_of(kind, resume="latest")
