@@ -84,25 +84,25 @@ def train(
         precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
-        found, notes = resume.find_checkpoint(options, directory, ranks)
-        if found is not None:
+        resumed, notes = resume.find_checkpoint(options, directory, ranks)
+        if resumed is not None:
             if options.warmup is None:
-                options = replace(options, warmup=found.options.get("warmup"))
+                options = replace(options, warmup=resumed.options.get("warmup"))
             conditions = resume.Conditions(options.values(), RESUMED, ranks.world_size)
-            notes += resume.changes(found, conditions, options.resume_with_changes)
+            notes += resume.changes(resumed, conditions, options.resume_with_changes)
 
         seed_everything(options.seed)
         moe = options.moe_cfg if options.moe else None
         built = build_model(
             options,
-            options,
-            moe,
-            ranks.device,
-            precision,
-            model,
-            preprocess,
-            tokenizer,
-            resumed=found is not None,
+            transforms=options,
+            moe=moe,
+            device=ranks.device,
+            precision=precision,
+            model=model,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            resumed=resumed is not None,
             new_model=selected(options).model_arguments,
         )
         model = built.model
@@ -116,19 +116,26 @@ def train(
         if loader is None:
             transform, words = built.reader(training=True)
             loader = load_train_data(
-                DataOptions.of(options, options),
+                DataOptions.of(reading=options, step=options),
                 transform,
                 CheckedTokenizer(words, model).check(),
                 world_size=ranks.world_size,
                 rank=ranks.rank,
-                epoch=found.state["epoch"] if found else 0,
+                epoch=resumed.state["epoch"] if resumed else 0,
             )
         data = Epochs(loader, options.accum_freq)
         data.check_alike(ranks.gather_patiently)  # some may have had to list their data first
         options = replace(options, warmup=Schedule(options, data.steps).warmup)
         share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.is_sharded)
-        measured = Validations(options, options, options.multi_positive, options.batch_size, precision, share, built)
-        validations = measured.create()
+        validations = Validations(
+            options,
+            reading=options,
+            multi_positive=options.multi_positive,
+            batch_size=options.batch_size,
+            precision=precision,
+            share=share,
+            built=built,
+        ).create()
 
         wrapped = sharding.wrapped(model, options, ranks, precision)
         optimizer = create_optimizer(model, options)
@@ -173,22 +180,35 @@ def train(
             trained_model=trained_model,
             pairs_at_peak=pairs_at_peak,
         )
-        continues = found is not None and found.other_run is None
-        if found is not None:
-            same_optimizer = found.options.get("opt", options.opt) == options.opt
-            trainer.restore(found.state, found.path, found.other_run, same_optimizer)
+        continues = resumed is not None and resumed.other_run is None
+        if resumed is not None:
+            same_optimizer = resumed.options.get("opt", options.opt) == options.opt
+            trainer.restore(resumed.state, resumed.path, resumed.other_run, same_optimizer)
             if state.finished:
                 return trainer.result_before()
-            found = None  # its tensors, in every process
+            resumed = None  # its tensors, in every process
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:
             root = None if directory is None else directory.root
             if directory is not None:
-                ranks.on_first(partial(check_reports, options, options, directory.root, continues))
+                ranks.on_first(
+                    partial(check_reports, options, syncing=options, root=directory.root, continues=continues)
+                )
                 ranks.on_first(partial(directory.prepare, values, trainer.start))
             steps = trainer.schedule.steps
-            reports = Reports(options, options, values, model, state, steps, ranks, root, continues, notes)
+            reports = Reports(
+                options,
+                syncing=options,
+                config=values,
+                model=model,
+                state=state,
+                steps=steps,
+                ranks=ranks,
+                directory=root,
+                continues=continues,
+                notes=notes,
+            )
             return trainer.run(stop, reports)
 
 

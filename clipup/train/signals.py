@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any
 
 REPEAT_SECONDS = 5.0
-"""For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
-process group, send it to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
+"""Signals within this many seconds of the first count as the same request: torchrun, and schedulers that signal a whole
+process group, send SIGTERM to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
 
 
 class StopWaiting(BaseException):

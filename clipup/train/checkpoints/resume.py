@@ -62,7 +62,7 @@ class Conditions(NamedTuple):
         }
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """The checkpoint that a run continues from."""
 
     path: Path
@@ -78,7 +78,7 @@ class Found(NamedTuple):
 
 def find_checkpoint(
     options: RunDirectoryOptions, directory: RunDirectory | None, ranks: Ranks
-) -> tuple[Found | None, list[str]]:
+) -> tuple[ResumePoint | None, list[str]]:
     """The checkpoint to continue from, and notes on the choice for the log. A collective."""
     if options.resume is None:
         return None, []
@@ -92,10 +92,10 @@ def find_checkpoint(
                 return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
             why = "because a checkpoint cannot be used"
             notes = [f"resumed from {newest.path}, {why}: {reason}" for reason in newest.passed_over]
-            return Found(newest.path, newest.state, None), notes
+            return ResumePoint(newest.path, newest.state, None), notes
         notes = [f"the run was begun from {path} and has no checkpoint of its own yet: begins from it again"]
     own = directory is None or ranks.on_first(lambda: directory.holds(path))
-    return Found(path, _load_together(path, ranks), None if own else path), notes
+    return ResumePoint(path, _load_together(path, ranks), None if own else path), notes
 
 
 def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     return state
 
 
-def changes(checkpoint: Found, now: Conditions, accepted: bool) -> list[str]:
+def changes(checkpoint: ResumePoint, now: Conditions, accepted: bool) -> list[str]:
     """Notes for the log on options that have changed since a checkpoint was written. One of open_clip_train is not
     compared.
 

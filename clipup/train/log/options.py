@@ -30,9 +30,9 @@ class ReportingOptions(OptionGroup):
 
     def check(self) -> None:
         super().check()
-        known = {"tensorboard", "wandb", "trackio"}
-        expected = f"some of {', '.join(sorted(known))}, all, separated by commas"
-        check("report_to", self.report_to, self.trackers() <= known, expected)
+        trackers = {"tensorboard", "wandb", "trackio"}
+        expected = f"some of {', '.join(sorted(trackers))}, all, separated by commas"
+        check("report_to", self.report_to, self.trackers() <= trackers, expected)
 
     def trackers(self) -> set[str]:
         """The programs of ``report_to``."""

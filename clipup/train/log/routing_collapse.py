@@ -34,14 +34,14 @@ _DEAD_LOAD, _DEAD = 0.01, 0.25
 class CollapseWatch:
     """Finds the collapsed layers in the records of a run, each layer once."""
 
-    def __init__(self, model: nn.Module, known: list[Record]) -> None:
-        """known: what was reported before the run was resumed."""
-        reported = {record["layer"] for record in known}
-        self._configs = {name: layer.config for name, layer in moe_layers(model).items() if name not in reported}
+    def __init__(self, model: nn.Module, reported: list[Record]) -> None:
+        """reported: what was reported before the run was resumed."""
+        names = {record["layer"] for record in reported}
+        self._configs = {name: layer.config for name, layer in moe_layers(model).items() if name not in names}
         self._recent: deque[Record] = deque()
 
     def observe(self, record: Record) -> list[Record]:
-        """A record for each layer that is found collapsed at this logged step for the first time: ``step``, ``layer``,
+        """A record for each layer that is collapsed collapsed at this logged step for the first time: ``step``, ``layer``,
         ``experts``, ``top_k``, and the averages ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
         self._recent.append(record)
         last = record["step"] - _STEPS + 1
@@ -49,15 +49,15 @@ class CollapseWatch:
             self._recent.popleft()
         if len(self._recent) < _RECORDS or self._recent[0]["step"] > last:
             return []
-        found = []
+        collapsed = []
         for name, config in [*self._configs.items()]:
             if name not in record["layers"]:  # it does not run in this step
                 continue
             averages = self._averages(name, config)
             if _has_collapsed(averages, config):
                 del self._configs[name]
-                found.append({"step": record["step"], "layer": name, **averages})
-        return found
+                collapsed.append({"step": record["step"], "layer": name, **averages})
+        return collapsed
 
     def _averages(self, name: str, config: MoEConfig) -> Record:
         layers = [record["layers"][name] for record in self._recent if name in record["layers"]]
@@ -84,14 +84,14 @@ def _has_collapsed(averages: Record, config: MoEConfig) -> bool:
     )
 
 
-def warning(found: list[Record]) -> str:
-    """One message about all layers that were found at a step."""
+def warning(collapsed: list[Record]) -> str:
+    """One message about all layers that were collapsed at a step."""
     layers = "; ".join(
         "{layer} ({effective_experts:.1f} of {experts} experts are used, {dead_experts} get next to nothing, "
         "{dropped:.0%} of the choices are dropped)".format(**record)
-        for record in found
+        for record in collapsed
     )
     return (
-        f"routing has collapsed at step {found[0]['step']} in {layers}. Experts without tokens learn nothing. "
+        f"routing has collapsed at step {collapsed[0]['step']} in {layers}. Experts without tokens learn nothing. "
         "Lower lr, or raise balance_weight; docs/faq.md says what counts as collapsed"
     )

@@ -23,8 +23,8 @@ _BY_OPTION = (SigmoidObjective, MultiPositiveObjective, DistillationObjective)
 def selected(options: LossOptions) -> type[Objective]:
     """The objective that the options select for a model without a decoder; that of a teacher takes ``multi_positive``
     too."""
-    found = [objective for objective in _BY_OPTION if getattr(options, objective.option) not in (None, False)]
-    return found[-1] if found else ContrastiveObjective
+    chosen = [objective for objective in _BY_OPTION if getattr(options, objective.option) not in (None, False)]
+    return chosen[-1] if chosen else ContrastiveObjective
 
 
 def create_objective(options: LossOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:

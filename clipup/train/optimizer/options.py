@@ -92,8 +92,8 @@ class OptimizationOptions(OptionGroup):
 
     def check(self) -> None:
         super().check()
-        known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
-        check("opt", self.opt, known, "adamw, nadamw or timm/NAME")
+        is_known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
+        check("opt", self.opt, is_known, "adamw, nadamw or timm/NAME")
         if self.opt.startswith("timm/") and (self.beta1 is None) != (self.beta2 is None):
             raise ValueError(f"beta1 is {self.beta1} and beta2 is {self.beta2}: {self.opt} needs both or none")
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:

@@ -197,14 +197,14 @@ class _Sharding:
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the parameters that every rank holds whole although the model is sharded: scalars, and in blocks the
     parameters of modules that have no matrix (norms and layer scales), with which autocast computes in float32."""
-    found = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
+    replicated = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
     names = {module: name for name, module in model.named_modules()}
     for block in [block for tower in towers(model) for block in blocks_of(model, tower)]:
         for module in block.modules():
             own = list(module.named_parameters(recurse=False))
             if all(parameter.ndim < 2 for _, parameter in own):
-                found |= {f"{names[module]}.{name}": parameter for name, parameter in own}
-    return found
+                replicated |= {f"{names[module]}.{name}": parameter for name, parameter in own}
+    return replicated
 
 
 def blocks_of(model: nn.Module, tower: str) -> list[nn.Module]:
