@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from .. import checks
 from ..clip.inputs import text_length
 from ..train.cards import Card
+from ..train.parallel.options import ParallelOptions
 from ..train.parallel.ranks import Ranks
 from ..train.parallel.sharding import check
 from ..train.train_options import TrainOptions
@@ -22,10 +23,7 @@ from .memory import Memory, memory
 from .subject import Subject
 from .traffic import Transfer, traffic
 
-SPREAD = (
-    *("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "ep", "grad_checkpointing"),
-    "accum_freq",
-)
+SPREAD = [*(each.name for each in fields(ParallelOptions)), "grad_checkpointing", "accum_freq"]
 """The options that a proposal chooses."""
 _AS_SHORT = 1.05
 
@@ -138,9 +136,8 @@ def propose(
 def _settings(subject: Subject, cluster: Cluster, batch: int) -> Iterator[dict[str, Any]]:
     gpus, node = cluster.gpus, cluster.rates.gpus_per_node
     replicas = [1, gpus // node] if gpus > node and gpus % node == 0 else [1]
-    whole = dict.fromkeys(("fsdp", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"), False)
     spreads: list[dict[str, Any]] = [
-        {**whole, "fsdp_replicas": 1},
+        vars(ParallelOptions()),
         *(
             {"fsdp": True, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept}
             for count, kept in product(replicas if gpus > 1 else [], (False, True))
