@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -56,6 +58,13 @@ def test_a_run_that_ends_within_an_epoch_saves_its_steps_before_the_last_evaluat
     with pytest.raises(ValueError, match="max_skipped"):
         run(callbacks=[Every(2, breaking(pictures))], steps=2, val_data=csv_data)
     assert load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"] == 2
+
+
+def test_with_multi_positive_equal_captions_of_the_validation_data_are_one_text(run, csv_data, tmp_path):
+    validation = tmp_path / "validation.csv"
+    validation.write_text(re.sub(r"number \d+", "number", Path(csv_data).read_text()))
+    (record,) = run(steps=1, val_data=str(validation), multi_positive=True).evaluations
+    assert (record["gallery"], record["captions"]) == (24, 1)
 
 
 @pytest.fixture

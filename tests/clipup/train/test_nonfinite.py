@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import clipup
 from clipup.train import Every, NonFiniteGradients, NonFiniteWeights, train
@@ -105,3 +106,16 @@ def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options,
 
     directory = Path(options().logs) / "run"
     assert latest(directory)["step"] == 4 and not (directory / "model").exists()
+
+
+def test_an_optimizer_whose_state_is_not_finite_is_not_written(run, options):
+    def spoil(optimizer, args, kwargs):
+        next(iter(optimizer.state.values()))["exp_avg"].fill_(torch.nan)
+
+    with (
+        register_optimizer_step_post_hook(spoil),
+        pytest.raises(NonFiniteWeights, match="the optimizer's exp_avg of parameter 0 holds.*so it was not saved"),
+    ):
+        run(steps=1)
+
+    assert not any((Path(options().logs) / "run" / "checkpoints").iterdir())

@@ -88,6 +88,10 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
         ({"siglip": True}, "siglip"),
         ({"moe": True}, "moe False"),
         ({"opt": "nadamw"}, "opt 'adamw' -> 'nadamw'"),
+        (
+            {"force_image_size": 32, "force_context_length": 4, "force_quick_gelu": True, "force_custom_text": True},
+            "force_image_size None -> 32, force_context_length .*, force_quick_gelu .*, force_custom_text False",
+        ),
     ],
 )
 def test_options_that_identify_a_run_change_only_with_an_explicit_flag(run, changes, text):
