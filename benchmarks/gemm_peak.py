@@ -13,7 +13,7 @@ SHAPES = ((2048, 2048, 2048), (1024, 768, 3072), (1024, 3072, 768))
 """Rows, inputs and outputs of the products: a large one, and an MLP's two on rows that stay in the caches."""
 GPU_SHAPES = ((8192, 8192, 8192), (65536, 768, 3072), (65536, 3072, 768))
 """The same on a GPU, which smaller ones do not fill."""
-ROUNDS = 4
+ROUNDS = 2
 
 
 def products(dtype: torch.dtype, device: str) -> Iterator[tuple[float, Callable[[], object]]]:

@@ -44,9 +44,7 @@ FORWARD_SHAPES = [(197, 768, 3072), *TRAINING_SHAPES]
 FULL = [Case(4928, 512, 2048, 8)]
 FULL += [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
 """What ``--suite full`` adds: large batches, more experts for the same rows, and one expert that takes half of them."""
-SHOWN = (
-    "dtype threads tokens d_model d_hidden experts routing impl median_ms tflops ratio_to_dense_k peak_share".split()
-)
+SHOWN = "impl median_ms tflops ratio_to_dense_k peak_share".split()
 
 
 def shape(text: str) -> tuple[int, int, int]:
@@ -216,11 +214,18 @@ def measure(
 def main(description: str, training: bool, argv: list[str] | None = None) -> int:
     args = parse(description, training, argv)
     require_device(args.device)
+    settings = list(product(args.threads, args.cases, args.dtype))
     print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; times in ms")
-    print("ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True)
+    print(
+        f"{len(settings)} tables, each of {len(args.impl)} implementations: checked against float64, then timed in turn"
+    )
+    print(f"with dense_k for at least {args.seconds:g} s. ratio_to_dense_k is the median of pair-by-pair ratios")
     columns = SHOWN + (["saved_mb"] if training else []) + (["peak_mb"] if args.device == "cuda" else [])
     peak, rows, lost = GemmPeak(args.device), [], False
-    for threads, case, dtype in product(args.threads, args.cases, args.dtype):
+    for count, (threads, case, dtype) in enumerate(settings, 1):
+        on = f", threads: {threads}" if threads else ""
+        layer = f"{case.tokens} tokens x {case.d_model}/{case.d_hidden}, {case.experts} experts, {case.routing}"
+        print(f"\n{count} of {len(settings)}: {dtype}, {layer}{on}", flush=True)
         fresh = measure(args, case, dtype, threads, training, peak)
         rows += fresh
         lost |= "clipup" in args.impl and "clipup" not in {row["impl"] for row in fresh}
@@ -229,9 +234,9 @@ def main(description: str, training: bool, argv: list[str] | None = None) -> int
         if not fresh:  # all of them failed
             continue
         print_table(fresh, columns + ["off_by"] * any(row["off_by"] for row in fresh))
-        print(flush=True)
         if args.csv:
             write_csv(args.csv, rows)
+    print()
     for (dtype, threads), rate in peak.best.items():
         print(f"peak_share 1.000: {rate:.3f} TFLOP/s, {dtype}" + (f", threads: {threads}" if threads else ""))
     if args.csv:

@@ -202,7 +202,9 @@ class Peer(NamedTuple):
     """Read at every call; or "packed", "int8" and "torch int8": prepared before the first call."""
     derivative: bool = True
     usual_on: tuple[str, ...] = ("cpu", "cuda")
-    """Where it is measured when nothing is chosen."""
+    """The devices on which it is measured when nothing is chosen."""
+    usual_forward: bool = True
+    """Whether it is then measured without a backward pass too."""
 
 
 PEERS = {
@@ -214,7 +216,7 @@ PEERS = {
     "dense_k_torch_int8": Peer(
         dense, True, ("torch.ao.quantization",), only_on="cpu", weights="torch int8", derivative=False
     ),
-    "loop": Peer(loop, usual_on=("cpu",)),
+    "loop": Peer(loop, usual_on=("cpu",), usual_forward=False),  # loop_unbind differs in the backward pass
     "loop_unbind": Peer(loop_unbind),
     "loop_sorted": Peer(loop_sorted, usual_on=("cuda",)),
     "grouped_mm": Peer(grouped_mm),
@@ -259,7 +261,8 @@ def refusal(impl: str, training: bool, device: str) -> str | None:
 
 def usual(training: bool, device: str) -> list[str]:
     """What is measured when nothing is chosen: all that can run, but for what belongs to the other kind of device."""
-    return [name for name, peer in PEERS.items() if device in peer.usual_on and refusal(name, training, device) is None]
+    peers = {name: peer for name, peer in PEERS.items() if device in peer.usual_on and (training or peer.usual_forward)}
+    return [name for name in peers if refusal(name, training, device) is None]
 
 
 class Candidate(NamedTuple):

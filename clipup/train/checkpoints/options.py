@@ -22,8 +22,8 @@ class RunDirectoryOptions(OptionGroup):
     """"latest" or the path of a checkpoint to continue from: the newest of this run, or any of another run. Changed
     options take effect from there on."""
     resume_with_changes: bool = option(False, Resumed.CALL)
-    """On resume, accept a model, pretrained, moe, train_data, seed, siglip or opt that differs from the checkpoint's,
-    if its weights fit."""
+    """On resume, accept a model, pretrained, moe, force_image_size and its like, train_data, seed, siglip or opt that
+    differs from the checkpoint's, if its weights fit."""
     force: bool = option(False, Resumed.CALL, idle={"with --resume latest": lambda group: group.resume == "latest"})
     """Discard a run of the same name instead of refusing to start."""
     save_frequency: int = option(1, Resumed.FREE, least=0)
