@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 _MOST_SHOWN = 200
 """Characters of a value in a message."""
 
@@ -29,6 +27,9 @@ def shown(value: object) -> str:
 def without_numpy(value: Any) -> Any:
     """Numbers and arrays of numpy as Python's numbers and lists, also within dicts, lists and tuples: JSON and
     checkpoints hold no others."""
+    np = sys.modules.get("numpy")  # whose import the command line's help need not wait for
+    if np is None:
+        return value
     if isinstance(value, np.floating):
         return float(value)  # item() of a long double is one again
     if isinstance(value, np.generic | np.ndarray):

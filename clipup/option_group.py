@@ -71,7 +71,8 @@ class OptionGroup:
         for each in fields(self):
             value, least = getattr(self, each.name), each.metadata.get("least")
             if value is not None and least is not None:
-                check(each.name, value, least <= value < math.inf, f"at least {least}, and finite")
+                expected = f"at least {least}{', and finite' if isinstance(value, float) else ''}"
+                check(each.name, value, least <= value < math.inf, expected)
             if value is not None and each.metadata.get("positive"):
                 check(each.name, value, 0 < value < math.inf, "positive, and finite")
             if isinstance(value, OptionGroup):

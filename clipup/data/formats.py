@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..option_group import OptionGroup, all_idle
 from .csv_files import CsvOptions, CsvSource, csv_samples
 from .samples import Sample, Source
-from .shard_names import expand_shards
-from .shards import ShardSource, tar_samples
 from .skips import Skips
 
 if TYPE_CHECKING:
@@ -37,9 +35,24 @@ class Format(NamedTuple):
     """Whether more may follow the ending, as in a URL."""
 
 
+def _shards(options: DataOptions) -> list[str]:
+    from .shard_names import expand_shards
+
+    return expand_shards(options.source, "train_data", options.allow_pipe)
+
+
 def _shard_source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
+    from .shards import ShardSource
+
     first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
     return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
+
+
+def _shard_samples(source: str, options: SourceOptions, skips: Skips, argument: str) -> list[Sample]:
+    from .shard_names import expand_shards
+    from .shards import tar_samples
+
+    return tar_samples(expand_shards(source, argument), skips, argument)
 
 
 FORMATS = {
@@ -57,9 +70,9 @@ FORMATS = {
         "shards",
         (".tar",),
         OptionGroup,
-        lambda options: expand_shards(options.source, "train_data", options.allow_pipe),
+        _shards,
         _shard_source,
-        lambda source, options, skips, argument: tar_samples(expand_shards(source, argument), skips, argument),
+        _shard_samples,
         cut_short=True,
     ),
 }

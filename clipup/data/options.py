@@ -26,10 +26,10 @@ class SourceOptions(CsvOptions):
     """How a source of image-text pairs is read, for training and for evaluation."""
 
     dataset_type: Literal["webdataset", "csv", "auto"] = option("auto", Resumed.SAMPLES)
-    """Format of the data, in training of train_data; auto goes by the ending of the name."""
+    """Format of the data; auto goes by the ending of the name."""
     max_skipped: float = option(MAX_SKIPPED, Resumed.FREE)
-    """Share of the samples that may be unreadable, each of which is named once; above it reading stops with an error.
-    In training they are replaced in indexed data and left out of streamed data."""
+    """Share of the samples that may be unreadable. Each is named once and left out, or replaced in indexed training
+    data; above this share reading stops with an error."""
     max_image_pixels: int = option(MAX_PIXELS, Resumed.ORDER | Resumed.MEASURED, least=1)
     """Pixels of an image that is decoded at most; one of more, or of a shape of more than 200:1, counts as
     unreadable."""
@@ -46,7 +46,7 @@ class SourceOptions(CsvOptions):
         """
         name = name_of_format(source, self.dataset_type)
         if name is None:
-            expected = " or ".join(ending for each in FORMATS.values() for ending in each.endings)
+            expected = ", ".join(ending for each in FORMATS.values() for ending in each.endings)
             raise ValueError(
                 f"{argument}: cannot tell the format of {source!r} from its name, expected {expected}: rename it, or "
                 "set dataset_type"
@@ -84,8 +84,11 @@ class TrainingDataOptions(SourceOptions):
 
     def check(self) -> None:
         super().check()
-        factors, permitted = self.train_data_upsampling_factors, "None without dataset_resampled, which draws shards"
-        check("train_data_upsampling_factors", factors, factors is None or self.dataset_resampled, permitted)
+        if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
+            raise ValueError(
+                "train_data_upsampling_factors needs dataset_resampled: only shards that are drawn with replacement "
+                "can be drawn more often"
+            )
         if self.cache_data and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
             raise ValueError(

@@ -85,8 +85,10 @@ class TrainOptions(
         return cast(Precision, self.precision or (on_cuda if device_type == "cuda" else "fp32"))
 
     def values(self) -> dict[str, Any]:
-        """All options by name as JSON has them; ``moe_cfg`` is None for a model that is not made sparse."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        """All options by name as JSON has them, in the order of the groups. ``moe_cfg`` is None for a model that is not
+        made sparse."""
+        names = [each.name for group in TrainOptions.__bases__ for each in fields(group)]
+        values = {name: getattr(self, name) for name in names}
         return json.loads(json.dumps(values | {"moe_cfg": self.moe_cfg.to_dict() if self.moe else None}))
 
 

@@ -28,6 +28,8 @@ INSIDE_FUNCTIONS = {
     "clipup.inference.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
+    "clipup.data.formats -> clipup.data.shard_names": "tarfile and more, for which the help need not wait",
+    "clipup.data.formats -> clipup.data.shards": "numpy and more, for which the help need not wait",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",
 }
 """Imports of our own inside functions, and what each spares. Commands import what needs torch when their options are

@@ -41,7 +41,7 @@ class CollapseWatch:
         self._recent: deque[Record] = deque()
 
     def observe(self, record: Record) -> list[Record]:
-        """A record for each layer that is collapsed collapsed at this logged step for the first time: ``step``, ``layer``,
+        """A record for each layer that is collapsed at this logged step for the first time: ``step``, ``layer``,
         ``experts``, ``top_k``, and the averages ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
         self._recent.append(record)
         last = record["step"] - _STEPS + 1
@@ -85,7 +85,7 @@ def _has_collapsed(averages: Record, config: MoEConfig) -> bool:
 
 
 def warning(collapsed: list[Record]) -> str:
-    """One message about all layers that were collapsed at a step."""
+    """One message about all layers that collapsed at a step."""
     layers = "; ".join(
         "{layer} ({effective_experts:.1f} of {experts} experts are used, {dead_experts} get next to nothing, "
         "{dropped:.0%} of the choices are dropped)".format(**record)
