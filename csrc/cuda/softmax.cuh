@@ -32,8 +32,8 @@ inline TokenGrid token_grid(std::int64_t T, std::int64_t E, std::int64_t K) {
   TokenGrid grid{T, static_cast<int>(E), static_cast<int>(K), 1, 1, 0, 1};
   while (grid.lanes < kWarp && grid.lanes < E) grid.lanes *= 2;
   while (grid.lanes * grid.values < E) grid.values *= 2;
-  // Enough blocks for a large GPU, few enough for the sums, of which each block writes (K+1)*E+2, to stay
-  // small.
+  // Enough blocks for a large GPU, but few enough that the sums stay small: each block writes (K+1)*E+2 of
+  // them.
   std::int64_t most = 512;
   while (most > 32 && most * K * E > std::int64_t{1} << 20) most /= 2;
   const std::int64_t groups = kGatingThreads / grid.lanes;

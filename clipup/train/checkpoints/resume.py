@@ -34,7 +34,7 @@ class Conditions(NamedTuple):
     """What the samples of a step depend on besides the seed, of indexed data (``TrainData.order``)."""
 
     def rule(self, name: str) -> Resumed:
-        """What a change of ``world_size`` or an option means, of which OPTION.FIELD is a part."""
+        """What a change of ``world_size``, of an option, or of a part of one (OPTION.FIELD) means."""
         return Resumed.BATCH if name == "world_size" else self.rules.get(name.partition(".")[0], Resumed.FREE)
 
     def state_dict(self) -> dict[str, Any]:
