@@ -13,13 +13,6 @@ from .formats import FORMATS, Format, name_of_format
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
-__all__ = ["CsvOptions", "DataOptions", "SourceOptions", "StepOptions", "TrainingDataOptions", "is_csv"]
-
-
-def is_csv(source: str | None, dataset_type: str = "auto") -> bool:
-    """Whether a source of data is read as a CSV file."""
-    return name_of_format(source, dataset_type) == "csv"
-
 
 @dataclass(kw_only=True)
 class SourceOptions(CsvOptions):
@@ -66,7 +59,7 @@ class TrainingDataOptions(SourceOptions):
     dataset_resampled: bool = option(
         False,
         Resumed.SAMPLES,
-        idle={"on a CSV file": lambda group: is_csv(group.train_data, group.dataset_type)},
+        idle={"on a CSV file": lambda group: name_of_format(group.train_data, group.dataset_type) == "csv"},
     )
     """Draw shards with replacement, and stream them."""
     train_data_upsampling_factors: str | None = option(None, Resumed.SAMPLES)

@@ -14,9 +14,9 @@ import pytest
 from picture_samples import load, pictures_of, png, preprocess, samples_of, tokenizer
 from PIL import Image
 
+from clipup.data.csv_files import CsvOptions
 from clipup.data.images import load_image
 from clipup.data.loaders import eval_samples, train_loader
-from clipup.data.options import CsvOptions
 from clipup.evaluate import datasets
 from clipup.evaluate.labelled_images import image_shards
 from studies.icon_data import iconify

@@ -10,7 +10,7 @@ import pytest
 from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
-from clipup.data.options import CsvOptions
+from clipup.data.csv_files import CsvOptions
 from clipup.evaluate import datasets
 
 
