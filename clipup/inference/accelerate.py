@@ -88,6 +88,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
         for parent in model.modules():
             for name in [name for name, child in parent._modules.items() if child is plain]:
                 parent.add_module(name, layer)
+                layer.placed(parent)
         model = layer if plain is model else model
     for parameter in model.parameters():
         parameter.requires_grad_(False)

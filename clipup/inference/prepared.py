@@ -57,6 +57,9 @@ class Prepared(nn.Module):
         """The prepared layer that replaces a plain one."""
         return cls(plain, quantize)
 
+    def placed(self, parent: nn.Module) -> None:
+        """Called after the layer was put into a module."""
+
     @staticmethod
     def read(plain: Any) -> Mapping[str, Tensor | None]:
         """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
