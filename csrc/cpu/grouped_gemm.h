@@ -193,8 +193,8 @@ inline std::int64_t packed_words(const Kernels& kernels, DType dtype, std::int64
   return ceil_div(k, kernels.of(dtype).per_word) * round_up(n, kernels.panel);
 }
 
-// Floats from one expert's input scales of int8 products to the next one's: a multiple of every tier's panel.
-inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, 32); }
+// Floats of one expert's input scales of int8 products, which its input shifts follow.
+inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, kInputPadding); }
 
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
