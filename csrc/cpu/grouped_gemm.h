@@ -212,6 +212,16 @@ struct PendingTile {
   }
 };
 
+// `words` words from `first` on, to be prefetched in `steps` steps.
+inline Prefetch whole(const Word* first, std::int64_t words, std::int64_t steps) {
+  Prefetch region;
+  region.next = reinterpret_cast<const char*>(first);
+  region.rows = 1;
+  region.lines = region.left = ceil_div(words, kLineWords);
+  region.each = steps == 0 ? 0 : ceil_div(region.lines, steps);
+  return region;
+}
+
 // What is read after word `end` of term t: more of its words, the next term, or `following`.
 inline Prefetch region_after(const Term* terms, std::int64_t count, std::int64_t t, std::int64_t end,
                              DType dtype, const Kernels& kernels, const Block& block,
@@ -266,6 +276,11 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
         const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
         if (typed.before_rows != nullptr) typed.before_rows(rows);
         if (tile == from) beside.prefetch = ahead;
+        if (tile + 1 < tiles && !typed.interleaves) {
+          const std::int64_t more = std::min(typed.tile_rows, block.rows - row - rows);
+          beside.next_tile = whole(a_panel_at(terms[t].a_panels, row + rows, terms[t].row_words) + begin * more,
+                                   more * round_up(length, kLineWords), block.panels * ceil_div(length, kLineWords));
+        }
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const std::int64_t index = tile * block.panels + p;
           const std::int64_t slot = two_buffers ? index % 2 : index;
@@ -301,7 +316,7 @@ template <class Finish>
 void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
                       std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
                       const Finish& finish) {
-  Beside nothing;
+  Beside beside;
   const std::int64_t step = sum_block(words);
   const std::int64_t tile_floats = kernels.column_tile * kernels.panel;
   const std::int64_t tiles = block.rows / kernels.column_tile;
@@ -310,10 +325,14 @@ void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const W
     const std::int64_t length = begin + step < words ? step : words - begin;
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       const Word* const a = left + ((first + tile) * words + begin) * kernels.column_tile;
+      if (tile + 1 < tiles) {
+        beside.next_tile = whole(a + words * kernels.column_tile, length * kernels.column_tile,
+                                 block.panels * ceil_div(length, kLineWords));
+      }
       for (std::int64_t p = 0; p < block.panels; ++p) {
         const Word* const b = right + ((block.panel + p) * words + begin) * kernels.panel;
         float* const c = workspace.sums(thread, 0) + (tile * block.panels + p) * tile_floats;
-        typed.by_columns(a, b, length, c, begin > 0, nothing);
+        typed.by_columns(a, b, length, c, begin > 0, beside);
         if (begin + length == words) finish(first + tile, block.panel + p, c);
       }
     }
