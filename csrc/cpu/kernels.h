@@ -46,7 +46,8 @@ struct Prefetch {
 // What a product does between its steps, so that it costs little time of its own: prefetching, and finishing
 // the tile of sums before, which is for tiers that multiply and compute in different units (`interleaves`).
 struct Beside {
-  Prefetch prefetch;
+  Prefetch prefetch;             // what is read after this step
+  Prefetch next_tile;            // the left operand of the next tile
   const void* finish = nullptr;  // null: there is no tile to finish
   void (*finish_rows)(const void* finish, std::int64_t begin, std::int64_t end) = nullptr;
   std::int64_t rows = 0;  // of that tile
