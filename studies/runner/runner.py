@@ -190,9 +190,7 @@ class _Run:
         config = self.config
         if self.dataset["name"] == "scenes":
             return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, self.part)
-        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
-        loader.dataloader.seed = config.seed
-        return loader
+        return _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size, config.seed)
 
     def _samples(self, split: str) -> list[Any]:
         return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
@@ -226,10 +224,11 @@ class _Run:
 
 
 @lru_cache(maxsize=1)
-def _training_data(data: Path, fingerprint: str, model: str, batch_size: int) -> Any:
-    """The data, read once per process; runs differ only in its order, set by the loader's ``seed``."""
+def _training_data(data: Path, fingerprint: str, model: str, batch_size: int, seed: int) -> Any:
+    """The data in the order of a seed, read once for consecutive runs of one seed."""
     _, _, preprocess = _create(model, load_weights=False)
-    return train_loader(data, preprocess, tokenizers.get_tokenizer(model), batch_size, workers=0, cache=True)
+    tokenizer = tokenizers.get_tokenizer(model)
+    return train_loader(data, preprocess, tokenizer, batch_size, workers=0, seed=seed, cache=True)
 
 
 def _model(runs_directory: str | Path, name: str) -> Path:

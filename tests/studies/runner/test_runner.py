@@ -122,6 +122,19 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data
     assert (study.directory / "logs" / "dense.jsonl").read_bytes() == before
 
 
+def test_seeds_differ_in_the_order_of_their_samples_whichever_ran_before(data, tmp_path):
+    study = Study(tmp_path, data, zero=DENSE, one=DENSE | {"seed": 1})
+
+    def samples(name):
+        run = runner._Run(study.configs[name], data, tmp_path)
+        loader = run._loader()
+        loader.set_epoch(0)
+        return torch.cat([images for images, _ in loader.dataloader])
+
+    zero, one = samples("zero"), samples("one")
+    assert not torch.equal(zero, one) and torch.equal(zero, samples("zero"))
+
+
 def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale(data, tmp_path):
     model = Study(tmp_path, data, scratch=SPARSE | {"start": None}).model("scratch")
 
