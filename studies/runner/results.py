@@ -56,7 +56,8 @@ class Result:
         return self.mean("R@1", ["validation"])
 
     def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
-        """``R@1``, ``R@5`` or ``nll`` at the end, mean over splits and directions; or the training ``loss``."""
+        """``R@1``, ``R@5``, ``nll`` or ``best_nll`` at the end, mean over splits and directions; or the training
+        ``loss``."""
         if measure == "loss":
             return self.loss
         return fmean(self.test[split][f"{way}_{measure}"] for split in splits for way in ways)
@@ -139,7 +140,7 @@ _T_95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
 )
 """0.975 quantiles of Student's t with 1 to 19 degrees of freedom."""
-_NATS = ("nll", "loss")
+_NATS = ("nll", "best_nll", "loss")
 """Measures in nats, of which less is better."""
 
 
