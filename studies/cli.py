@@ -93,7 +93,8 @@ class Scenes(_DataSet):
 
 @dataclass
 class Run:
-    """Runs or resumes runs, shortest first and each after the run it starts from; runs that have a log are skipped.
+    """Runs or resumes runs, seed by seed, shortest first and each after the run it starts from; those that have a log
+    are skipped.
 
     Uses one CPU thread unless --device says otherwise. A stopped run resumes from its last checkpoint; on the CPU, the
     result is bitwise that of an uninterrupted run.
@@ -121,7 +122,8 @@ class Run:
             if not matching:
                 raise ValueError(f"{self.study / config.FILE} has no run {pattern}")
             names.update(matching)
-        for number, name in enumerate(sorted(names, key=lambda name: (runs[name].steps, name)), 1):
+        ordered = sorted(names, key=lambda name: (runs[name].seed, runs[name].steps, name))
+        for number, name in enumerate(ordered, 1):
             print(f"[{number}/{len(names)}] {name}", flush=True)
             print(f"      {runner.run(runs, name, self.data, self.runs, logs, self.device)}", flush=True)
         return 0

@@ -49,6 +49,9 @@ class StudyRun:
     """Overrides of ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
     clusters: bool = False
     """Whether experts and router are initialized from clusters of what the dense model's MLPs see."""
+    views: bool = False
+    """Whether every step sees fresh views of the icons (``icon_data.views``). The log then has NLL at the model's best
+    temperature too."""
     why: str = ""
     """Purpose of the run, in one sentence."""
     batch_size: int = 256
@@ -66,8 +69,8 @@ class StudyRun:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything the run depends on, for its log; ``clusters`` only where it is set."""
-        values = {name: getattr(self, name) for name in _NAMES if name != "clusters" or self.clusters}
+        """Everything the run depends on, for its log; ``clusters`` and ``views`` only where they are set."""
+        values = {name: value for name in _NAMES if (value := getattr(self, name)) or name not in ("clusters", "views")}
         return values | {"moe_cfg": None if self.moe_cfg is None else self.moe_cfg.to_dict()}
 
 

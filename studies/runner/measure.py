@@ -15,6 +15,7 @@ from clipup.evaluate.retrieval import WAYS, hits_at, merge_equal, nll_both_ways,
 from clipup.inspection.expert_similarity import model_similarity
 
 BATCH = 256
+_SCALES = [2 ** (quarter / 4) for quarter in range(8, 29)]  # of logits: 4 to 128
 
 
 def retrieval_numbers(
@@ -23,6 +24,7 @@ def retrieval_numbers(
     tokenizer: Callable[[list[str]], Tensor],
     with_hits: bool = False,
     group_size: int | None = None,
+    best_temperature: bool = False,
 ) -> dict[str, Any]:
     """Retrieval in which all images of a caption count as correct.
 
@@ -33,6 +35,8 @@ def retrieval_numbers(
         group_size: number of consecutive samples in a group, each with one caption. Adds ``group``, the recall at
             rank 1 among the texts and images of a group, and ``pairs``: for every scene of a group after the first,
             how often that scene and the first prefer their own text or image over each other's (half for a tie).
+        best_temperature: adds ``best_nll`` of both ways at the logit scale whose mean of both is least, so that models
+            are compared by what they know and not by how sure they are.
 
     Returns:
         For each of the ``WAYS``, such as ``text_to_image``: ``text_to_image_R@1``, ``text_to_image_R@5``,
@@ -50,6 +54,10 @@ def retrieval_numbers(
         numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in (1, 5)} | {f"{way}_nll": nll[way]}
         if with_hits:
             numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
+    if best_temperature:
+        of_scale = (nll_both_ways(images, texts, pairs, scale) for scale in _SCALES)
+        best = min(of_scale, key=lambda of_way: sum(of_way.values()))
+        numbers |= {f"{way}_best_nll": value for way, value in best.items()}
     if group_size is not None:
         rows = {caption: row for row, caption in enumerate(distinct)}
         own = texts[[rows[caption] for caption in captions]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,9 +26,11 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One log. ``config`` is the run's, ``test`` is by split, ``layers`` is empty for a dense model."""
+    """One log. ``config`` is the run's, ``loss`` the contrastive one over the last window of training, ``test`` is by
+    split, ``layers`` is empty for a dense model."""
 
     config: dict[str, Any]
+    loss: float
     validations: list[log.Record]
     test: dict[str, dict[str, Any]]
     layers: dict[str, dict[str, float]]
@@ -54,7 +56,10 @@ class Result:
         return self.mean("R@1", ["validation"])
 
     def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
-        """``R@1``, ``R@5`` or ``nll`` at the end, mean over splits and directions."""
+        """``R@1``, ``R@5``, ``nll`` or ``best_nll`` at the end, mean over splits and directions; or the training
+        ``loss``."""
+        if measure == "loss":
+            return self.loss
         return fmean(self.test[split][f"{way}_{measure}"] for split in splits for way in ways)
 
 
@@ -77,7 +82,7 @@ def _result(records: Sequence[log.Record]) -> Result:
         of_kind.setdefault(record["kind"], []).append({key: record[key] for key in record if key != "kind"})
     (config,), (test,), (cost,) = of_kind["run"], of_kind["test"], of_kind["cost"]
     layers = of_kind.get("layers", [{"layers": {}}])[0]["layers"]
-    return Result(config, of_kind.get("validation", []), test, layers, cost)
+    return Result(config, of_kind["train"][-1]["contrastive"], of_kind.get("validation", []), test, layers, cost)
 
 
 def by_rate(results: Iterable[Result]) -> dict[Group, dict[float, dict[int, Result]]]:
@@ -135,10 +140,12 @@ _T_95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
 )
 """0.975 quantiles of Student's t with 1 to 19 degrees of freedom."""
+_NATS = ("nll", "best_nll", "loss")
+"""Measures in nats, of which less is better."""
 
 
 class Lead(NamedTuple):
-    """Mean difference of two arms in R@1 or R@5 (a fraction of 1) or in NLL (nats)."""
+    """Mean difference of two arms in R@1 or R@5 (a fraction of 1), or in NLL or training loss (nats)."""
 
     mean: float
     half_width: float | None
@@ -151,7 +158,7 @@ class Lead(NamedTuple):
         """For the first arm, in the same words whether it wins or loses."""
         if not self.sure:
             return "one seed" if self.half_width is None else "not decided"
-        return "better" if (self.mean > 0) != (self.measure == "nll") else "worse"
+        return "better" if (self.mean > 0) != (self.measure in _NATS) else "worse"
 
     @property
     def sure(self) -> bool:
@@ -160,7 +167,7 @@ class Lead(NamedTuple):
 
     def __str__(self) -> str:
         """In points or nats, with the interval; bold if it excludes 0."""
-        scale, decimals = (1, 3) if self.measure == "nll" else (100, 2)
+        scale, decimals = (1, 3) if self.measure in _NATS else (100, 2)
         text = f"{scale * self.mean:+.{decimals}f}"
         text += "" if self.half_width is None else f" ± {scale * self.half_width:.{decimals}f}"
         return f"**{text}**" if self.sure else text
@@ -175,10 +182,45 @@ def lead(
 ) -> Lead | None:
     """The lead of an arm over another one, mean over splits, directions and shared seeds, whose interval is Student's.
     None without a shared seed."""
-    differences = [
-        our.mean(measure, splits, ways) - their.mean(measure, splits, ways)
-        for our, their in zip(*shared(ours, theirs), strict=True)
-    ]
+    pairs = zip(*shared(ours, theirs), strict=True)
+    return _over_seeds(
+        [our.mean(measure, splits, ways) - their.mean(measure, splits, ways) for our, their in pairs], measure
+    )
+
+
+def lead_unpaired(
+    ours: Sequence[Result], theirs: Sequence[Result], splits: Sequence[str] = TESTS, measure: str = "R@1"
+) -> Lead | None:
+    """The lead of an arm over another one whose runs share nothing with its own but the number of their seed. The
+    interval is Welch's, with the degrees of freedom rounded down. None if either has fewer than two runs."""
+    arms = [[run.mean(measure, splits) for run in runs] for runs in (ours, theirs)]
+    if min(map(len, arms)) < 2:
+        return None
+    squares = [stdev(values) ** 2 / len(values) for values in arms]  # of the standard errors
+    parts = (square**2 / (len(values) - 1) for square, values in zip(squares, arms, strict=True))
+    freedom = int(sum(squares) ** 2 / sum(parts))
+    half = _T_95[freedom - 1] * math.sqrt(sum(squares))
+    return Lead(fmean(arms[0]) - fmean(arms[1]), half, min(map(len, arms)), measure)
+
+
+def lead_over_chord(
+    ours: Iterable[Result], ends: Sequence[Iterable[Result]], scale: Callable[[float], float]
+) -> Lead | None:
+    """The lead in R@1 of an arm over the straight line through two others, over the FLOPs of a pair in inference. None
+    without a shared seed.
+
+    Args:
+        scale: of the axis, such as ``math.log``.
+    """
+    differences = []
+    for our, *others in zip(*shared(ours, *ends), strict=True):
+        x, left, right = (scale(run.cost["gflops_per_pair"]) for run in (our, *others))
+        low, high = (run.mean("R@1") for run in others)
+        differences.append(our.mean("R@1") - low - (high - low) * (x - left) / (right - left))
+    return _over_seeds(differences)
+
+
+def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | None:
     count = len(differences)
     half = _T_95[count - 2] * stdev(differences) / math.sqrt(count) if count > 1 else None
     return Lead(fmean(differences), half, count, measure) if differences else None

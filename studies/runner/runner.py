@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from clipup.upcycling.clusters import initialize_by_clusters
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
+from studies.icon_data.views import FreshViews
 from studies.scene_data.stream import SceneStream
 
 from . import log, measure
@@ -190,15 +192,16 @@ class _Run:
         config = self.config
         if self.dataset["name"] == "scenes":
             return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, self.part)
-        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
-        loader.dataloader.seed = config.seed
-        return loader
+        data = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size, config.seed)
+        return replace(data, dataloader=FreshViews(data, config.seed)) if config.views else data
 
     def _samples(self, split: str) -> list[Any]:
         return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
 
     def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
-        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, self.dataset.get("group_size"))
+        at_best = with_hits and self.config.views
+        group = self.dataset.get("group_size")
+        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, group, at_best)
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""
@@ -226,10 +229,11 @@ class _Run:
 
 
 @lru_cache(maxsize=1)
-def _training_data(data: Path, fingerprint: str, model: str, batch_size: int) -> Any:
-    """The data, read once per process; runs differ only in its order, set by the loader's ``seed``."""
+def _training_data(data: Path, fingerprint: str, model: str, batch_size: int, seed: int) -> Any:
+    """The data in the order of a seed, read once for consecutive runs of one seed."""
     _, _, preprocess = _create(model, load_weights=False)
-    return train_loader(data, preprocess, tokenizers.get_tokenizer(model), batch_size, workers=0, cache=True)
+    tokenizer = tokenizers.get_tokenizer(model)
+    return train_loader(data, preprocess, tokenizer, batch_size, workers=0, seed=seed, cache=True)
 
 
 def _model(runs_directory: str | Path, name: str) -> Path:

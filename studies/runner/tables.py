@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -11,7 +12,7 @@ from clipup.evaluate.retrieval import WAYS
 from clipup.inspection.figures.format import MISSING, percent
 
 from . import results
-from .results import TESTS, Group, Lead, Result
+from .results import TESTS, Group, Result
 
 Table = list[list[str]]
 """The head and the rows."""
@@ -96,17 +97,35 @@ class Tables:
         splits: Sequence[str] = TESTS,
         seeds: Collection[int] | None = None,
         measure: str = "R@1",
-        of: Tables | None = None,
     ) -> str:
         """The lead of an arm over another one, each at its smallest budget, over the seeds of both, for a sentence.
 
         Args:
             seeds: those to take; default all.
-            measure: ``R@1`` or ``R@5``, in points, or ``nll``, in nats.
-            of: the tables of the other arm; default these.
+            measure: ``R@1`` or ``R@5``, in points, or ``nll`` or the training ``loss``, in nats.
         """
         ours = [run for run in self.shortest(arm) if seeds is None or run.seed in seeds]
-        return str(results.lead(ours, (of or self).shortest(other), splits, measure=measure) or MISSING)
+        return str(results.lead(ours, self.shortest(other), splits, measure=measure) or MISSING)
+
+    def lead_over_chord(self, arm: str, end: str, larger: Tables, scale: str) -> str:
+        """The lead of an arm over the straight line between ``end`` of this and of a larger model, over the FLOPs of a
+        pair in inference, for a sentence.
+
+        Args:
+            scale: of the axis, ``linear`` or ``log``.
+        """
+        ends = [tables.shortest(end) for tables in (self, larger)]
+        return str(results.lead_over_chord(self.shortest(arm), ends, math.log if scale == "log" else float))
+
+    def gap_closed(
+        self, arm: str, end: str, larger: Tables, measure: str = "R@1", splits: Sequence[str] = TESTS
+    ) -> str:
+        """The share of the difference between a larger model's ``end`` and this one's that an arm gains, in percent."""
+        ours, narrow, wide = (
+            fmean(run.mean(measure, splits) for run in of.shortest(name))
+            for of, name in ((self, arm), (self, end), (larger, end))
+        )
+        return percent((ours - narrow) / (wide - narrow), 0)
 
     def lead_of_run(self, run: str, other: str) -> str:
         """The lead of a run over another one, for a sentence."""
@@ -143,17 +162,16 @@ class Tables:
         return rows
 
     def leads_by_rate(self, arm: str, others: Sequence[str]) -> Table:
-        """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
-        seeds."""
+        """The lead of an arm over others at the same learning rate and the arm's smallest budget, in R@1 and NLL, with
+        the number of seeds."""
         budget = self.shortest(arm)[0].group.budget
         groups = results.by_rate(self.results.values()).items()
         rates = {group.arm: of_rate for group, of_rate in groups if group.budget == budget}
         rows = []
         for rate, ours in sorted(rates[arm].items()):
             theirs = [rates.get(other, {}).get(rate, {}) for other in others]
-            leads = [results.lead(ours.values(), runs.values()) for runs in theirs]
-            rows.append([f"{rate:g}", *(cell for lead in leads for cell in _with_seeds(lead))])
-        heads = [head for other in others for head in (f"minus {label(other)}", "seeds")]
+            rows.append([f"{rate:g}", *(cell for runs in theirs for cell in _lead_cells(ours.values(), runs.values()))])
+        heads = [head for other in others for head in (f"minus {label(other)}", "NLL", "seeds")]
         return [["learning rate of both", *heads], *rows]
 
     def leads_by_length(self, arm: str, others: Sequence[str]) -> Table:
@@ -210,14 +228,14 @@ class Tables:
     def leads_over_larger(self, larger: Tables, rivals: Sequence[str], splits: Sequence[str] = TESTS) -> Table:
         """Every arm beside arms of a larger dense model, ``rivals``: the FLOPs of a pair in inference, also as a share
         of the larger model's; those of training, the start's included; R@1, mean over splits and directions; and the
-        leads over the rivals, in R@1 and NLL."""
+        leads over the rivals, in R@1 and NLL, whose seeds are not paired."""
         of_larger = larger.shortest(rivals[0])[0].cost["gflops_per_pair"]
         rows = []
-        for group, runs in self.groups:
+        for _, runs in self.groups:
             gflops = runs[0].cost["gflops_per_pair"]
             costs = f"{gflops:.4f}", percent(gflops / of_larger, 0), f"{self.pflop(runs[0]):.3f}"
             leads = (
-                self.lead(group.arm, rival, splits, None, measure, larger)
+                str(results.lead_unpaired(runs, larger.shortest(rival), splits, measure) or MISSING)
                 for rival, measure in product(rivals, ("R@1", "nll"))
             )
             rows.append([*_about(runs), *costs, _recall(runs, splits), *leads])
@@ -319,8 +337,10 @@ def _way(split: str, way: str) -> str:
     return f"{split.removeprefix('test_')} {way}"
 
 
-def _with_seeds(lead: Lead | None) -> tuple[str, str]:
-    return (str(lead), str(lead.seeds)) if lead else (MISSING, MISSING)
+def _lead_cells(ours: Collection[Result], theirs: Collection[Result]) -> list[str]:
+    """The leads in R@1 and in NLL, and the number of seeds."""
+    leads = [lead for measure in ("R@1", "nll") if (lead := results.lead(ours, theirs, measure=measure))]
+    return [*map(str, leads), str(leads[0].seeds)] if leads else [MISSING] * 3
 
 
 def _recall(runs: Sequence[Result], splits: Sequence[str] = TESTS) -> str:

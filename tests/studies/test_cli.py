@@ -19,6 +19,6 @@ def test_the_command_builds_the_icons_and_reports_what_was_left_out(make_package
 def test_runs_that_have_a_log_are_done_and_a_pattern_that_names_none_is_refused(capsys):
     study = str(Path(__file__).parents[2] / "studies" / "icons")
     assert cli.main(["run", study, "--data", "d", "--runs", "r"]) == 0
-    assert "[85/85] dense_equal_flops-32875-lr0.004-s0" in capsys.readouterr().out
+    assert "[85/85] dense_equal_flops-9862-lr0.004-s4" in capsys.readouterr().out
     assert cli.main(["run", study, "*-lr0.016-*", "--data", "d", "--runs", "r"]) != 0
     assert "*-lr0.016-*" in capsys.readouterr().err

@@ -61,12 +61,16 @@ def test_an_invalid_file_is_refused_by_the_name_of_its_fault(read, before, after
         read(text)
 
 
-@pytest.mark.parametrize("study", ["icons", "icons-w384", "converged", "converged_rate", "narrow", "scenes"])
-def test_dense_runs_at_equal_flops_cost_what_their_arm_says_and_every_start_is_a_run(study):
+PRESET = ["icons", "icons-w384", "converged", "converged_rate", "narrow", "scenes"]
+ALL_BLOCKS = [("controls", {"blocks": "every"}), ("fresh", {"blocks": "every", "num_experts": 16})]
+
+
+@pytest.mark.parametrize(("study", "moe"), [*((study, {}) for study in PRESET), *ALL_BLOCKS])
+def test_dense_runs_at_equal_flops_cost_what_their_arm_says_and_every_start_is_a_run(study, moe):
     runs = config.read(STUDIES / study)
-    (model,) = {run.model for run in runs.values()}
-    dense = factory.create_on_meta(model)
-    costs = [sum(flops.count(one)[:2]) for one in (dense, upcycle(dense, MoEConfig.clip_up()))]
     equal = [run for run in runs.values() if run.arm == "dense_equal_flops"]
+    (model,) = {run.model for run in equal}
+    dense = factory.create_on_meta(model)
+    costs = [sum(flops.count(one)[:2]) for one in (dense, upcycle(dense, MoEConfig.clip_up(**moe)))]
     assert equal and all(run.steps == round(run.budget * costs[1] / costs[0]) for run in equal)
     assert all(run.why and (run.start is None or run.start in runs) for run in runs.values())

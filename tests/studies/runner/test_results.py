@@ -98,32 +98,50 @@ def test_logs_that_cannot_be_compared_are_refused(write, make_records):
         Tables(runs).data()
 
 
-def test_leads_over_a_larger_model_are_paired_by_seed_and_costs_are_shares_of_its_flops(write, make_records):
-    def tables(width, gflops, scores):
-        logs = []
-        for seed, (start, arms) in enumerate(scores):
-            base = f"{width}-{seed}"
-            logs.append(make_records(base, "dense", seed=seed, score=start, gflops=2e6))
-            for arm, score in arms.items():
-                logs.append(make_records(f"{arm}-{base}", arm, seed=seed, start=base, score=score, gflops=1e6))
-        for one in logs:
-            one[0]["model"], one[-1]["gflops_per_pair"] = width, gflops
-        runs = write(*logs)
-        return Tables({name: run for name, run in runs.items() if run.config["model"] == width})
+def of_width(write, make_records, width, gflops, scores):
+    """Tables of one model: a start for each of the scores, and the arms that continue it."""
+    logs = []
+    for seed, (start, arms) in enumerate(scores):
+        base = f"{width}-{seed}"
+        logs.append(make_records(base, "dense", seed=seed, score=start, gflops=2e6))
+        for arm, score in arms.items():
+            logs.append(make_records(f"{arm}-{base}", arm, seed=seed, start=base, score=score, gflops=1e6))
+    for one in logs:
+        one[0]["model"], one[-1]["gflops_per_pair"] = width, gflops
+        one[2]["contrastive"] = 1 - 2 * one[3]["text_to_image_R@1"]  # of the last window
+    runs = write(*logs)
+    return Tables({name: run for name, run in runs.items() if run.config["model"] == width})
 
-    narrow = tables("narrow", 0.004, [(0.40, {"clip_up": 0.50}), (0.42, {"clip_up": 0.53}), (0.1, {})])
-    wide = tables("wide", 0.016, [(0.48, {"more": 0.60}), (0.49, {"more": 0.59})])
+
+def test_leads_over_a_larger_model_are_not_paired_and_costs_are_shares_of_its_flops(write, make_records):
+    narrow = of_width(
+        write, make_records, "narrow", 0.004, [(0.40, {"clip_up": 0.50}), (0.42, {"clip_up": 0.54}), (0.44, {})]
+    )
+    wide = of_width(write, make_records, "wide", 0.016, [(0.48, {"more": 0.60}), (0.50, {"more": 0.62}), (0.52, {})])
 
     head, *rows = narrow.leads_over_larger(wide, ["dense", "more"], ["test_styles"])
 
     row, dense = (dict(zip(head, one, strict=True)) for one in rows)
-    assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "38.62")
-    # three quarters of a score: images to texts have half of it
-    assert row["minus dense"].startswith("+2.25 ± ") and row["minus more"].startswith("-6.00 ± ")
-    assert row["minus more, NLL"].startswith("+0.060 ± ")
-    assert dense["seeds"] == "3" and dense["minus dense"].startswith("**-5.62 ± "), "a seed that wide lacks is left out"
-    assert narrow.lead("clip_up", "more", ["test_styles"], seeds=[1], of=wide) == "-4.50"
-    assert narrow.lead("clip_up", "more") == "–", "no such arm at this width"
+    assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "39.00")
+    # three quarters of a score: images to texts have half of it. Welch: 4 and 1.5 degrees of freedom
+    assert dense["minus dense"] == f"**-6.00 ± {0.75 * 2.776 * 100 * 0.02 * math.sqrt(2 / 3):.2f}**"
+    assert row["minus more"] == f"-6.75 ± {0.75 * 12.706 * 100 * math.sqrt(0.02**2 / 1 + 0.01**2 * 1):.2f}"
+    assert row["minus more, NLL"].startswith("+0.067 ± ")
+    one_seed = of_width(write, make_records, "one", 0.004, [(0.40, {})])
+    assert one_seed.leads_over_larger(wide, ["dense"])[1][-1] == "–"
 
     drawn = figures.models([wide, narrow], {"dense": "dense", "clip_up": "clip up"})
     assert ">dense<" in drawn and ">clip up<" in drawn
+
+
+def test_an_arm_is_compared_with_the_line_between_two_widths_and_its_share_of_their_gap_is_given(write, make_records):
+    narrow = of_width(write, make_records, "narrow", 0.004, [(0.40, {"clip_up": 0.48}), (0.44, {"clip_up": 0.52})])
+    wide = of_width(write, make_records, "wide", 0.016, [(0.60, {}), (0.64, {})])
+    for run in narrow.shortest("clip_up"):
+        run.cost["gflops_per_pair"] = 0.008
+
+    # at half of the way in log FLOPs and a third in FLOPs; four cells hold 0.45 of a score
+    assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "**-0.90 ± 0.00**"
+    assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "**+0.60 ± 0.00**"
+    assert narrow.gap_closed("clip_up", "dense", wide) == "40"
+    assert narrow.lead("clip_up", "dense", measure="loss") == "**-0.160 ± 0.000**"

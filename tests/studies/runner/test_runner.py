@@ -14,6 +14,7 @@ from clipup.data import shard_writer
 from clipup.moe.layer import moe_layers
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
+from studies.icon_data import views as icon_views
 from studies.runner import config, log, measure, runner
 from studies.scene_data.stream import SceneStream
 
@@ -91,7 +92,7 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
     records = whole.run("sparse")
     head, cost = records[0], records[-1]
     assert head["start"] == "dense" and head["moe_cfg"]["num_experts"] == 4 and head["data"]["images"]["train"] == 40
-    assert head["step0_difference"] < 1e-5 and "clusters" not in head
+    assert head["step0_difference"] < 1e-5 and not {"clusters", "views"} & set(head)
     assert [line["step"] for line in kinds(records, "train")] == list(range(1, 13))
     assert all(line["load"] >= 1 and line["balance"] > 0 for line in kinds(records, "train"))
     similarities = [line["similarity"] for line in kinds(records, "validation")]
@@ -120,6 +121,19 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data
     study.run("sparse")
     assert (study.directory / "runs" / "dense" / "model").is_dir()
     assert (study.directory / "logs" / "dense.jsonl").read_bytes() == before
+
+
+def test_seeds_differ_in_the_order_of_their_samples_whichever_ran_before(data, tmp_path):
+    study = Study(tmp_path, data, zero=DENSE, one=DENSE | {"seed": 1})
+
+    def samples(name):
+        run = runner._Run(study.configs[name], data, tmp_path)
+        loader = run._loader()
+        loader.set_epoch(0)
+        return torch.cat([images for images, _ in loader.dataloader])
+
+    zero, one = samples("zero"), samples("one")
+    assert not torch.equal(zero, one) and torch.equal(zero, samples("zero"))
 
 
 def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale(data, tmp_path):
@@ -172,6 +186,26 @@ def test_a_run_on_scenes_draws_new_ones_and_is_resumed_to_the_bit(scenes_data, t
     assert list(test)[1:] == ["test", "validation"] and test["test"]["gallery"] == 20
     assert all(0 <= test["test"][f"{way}_group"] <= 1 for way in ("text_to_image", "image_to_text"))
     assert len({line["contrastive"] for line in kinds(records, "train")}) == 12
+
+
+def test_a_run_on_fresh_views_sees_others_in_every_epoch_and_is_resumed_to_the_bit(data, tmp_path, monkeypatch):
+    whole, stopped = (Study(tmp_path / name, data, dense=DENSE | {"views": True}) for name in ("whole", "stopped"))
+    seen, views = [], icon_views.fresh
+
+    def stops_once(images, draw):
+        seen.append((images.sum().item(), draw.initial_seed()))
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return views(images, draw)
+
+    monkeypatch.setattr(icon_views, "fresh", stops_once)
+    with pytest.raises(TrainingInterrupted):
+        stopped.run("dense")
+    records = stopped.run("dense")
+
+    assert log.reproducible(records) == log.reproducible(whole.run("dense"))
+    assert len({number for _, number in seen}) == 6, "six steps, more than an epoch"
+    assert records[0]["views"] and "text_to_image_best_nll" in kinds(records, "test")[0]["test_drawings"]
 
 
 def test_a_run_that_was_begun_with_another_config_is_not_continued(data, tmp_path):
