@@ -36,8 +36,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         tower = counts.image_gflops * args.batch_size * 1e9
         yield {
             **on_device(args, args.dtype), "model": name, "batch_size": args.batch_size,
-            **timings[name].columns(2), "tflops": f"{tower / timings[name].median_ms / 1e9:.3f}",
-            "product_tflops": f"{flops / timings[PRODUCT].median_ms / 1e9:.3f}",
+            **timings[name].columns(2), "tflops": f"{tower / timings[name].median_ms / 1e9:.4g}",
+            "product_tflops": f"{flops / timings[PRODUCT].median_ms / 1e9:.4g}",
             "share": f"{tower / flops / timings[name].ratio:.3f}", **built_from(),
         }  # fmt: skip
 
