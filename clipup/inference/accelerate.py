@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -26,25 +27,33 @@ class NothingToPrepare(ValueError):
 
 @overload
 def accelerate(  # type: ignore[overload-overlap]  # a single MLP is replaced
-    model: nn.Sequential, inplace: bool = False, weights: Quantization | None = None
+    model: nn.Sequential,
+    inplace: bool = False,
+    weights: Quantization | None = None,
+    exclude: Sequence[str] = (),
 ) -> nn.Sequential | PreparedMLP: ...
 @overload
-def accelerate(model: M, inplace: bool = False, weights: Quantization | None = None) -> M: ...
+def accelerate(
+    model: M, inplace: bool = False, weights: Quantization | None = None, exclude: Sequence[str] = ()
+) -> M: ...
 @torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
-def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | None = None) -> nn.Module:
+def accelerate(
+    model: nn.Module, inplace: bool = False, weights: Quantization | None = None, exclude: Sequence[str] = ()
+) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
-    The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, self-attention in the
-    blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them) and the
-    convolutions that embed the patches of a ViT run on clipup's kernels, with the same outputs up to rounding. In text
-    towers that return only the features of the end-of-text token, computation stops at the end of the longest text in
-    the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged, and
-    ``clipup.accelerate_report(model)`` says of each layer why: MLPs that consist of several modules (as in BERT) or
-    have a norm between their projections, attention beside these (except in int8), attention in float16 (except in
-    int8) and float64, layers with PEFT's adapters, what has hooks, buffers, parameters or a ``forward`` that are not
-    its class's, and what lies in attention or a block with a ``forward`` of its own. A layer that several modules share
-    is prepared once, for all of them.
+    The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs and self-attention in the
+    blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them), the
+    convolutions that embed the patches of a ViT and, in a model with sparse layers, every ``nn.Sequential`` of a linear
+    layer, an activation, perhaps dropout, and a linear layer run on clipup's kernels, with the same outputs up to
+    rounding. In text towers that return only the features of the end-of-text token, computation stops at the end of the
+    longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged,
+    and ``clipup.accelerate_report(model)`` says of each layer why: MLPs that have a norm between their projections,
+    attention beside an MLP that is left (except in int8), attention in float16 (except in int8) and float64, layers
+    with PEFT's adapters, what has hooks, buffers, parameters or a ``forward`` that are not its class's, and what lies
+    in attention or a block with a ``forward`` of its own. A layer that several modules share is prepared once, for all
+    of them; of BERT's MLPs, which are two modules, both must be shared.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, casting or moving a
     prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
@@ -66,11 +75,14 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
         inplace: modify ``model`` instead of a copy, all of it or, after an error below, nothing. A single MLP is
             always replaced: use the return value.
         weights: None to keep the weights' type, or "int8".
+        exclude: patterns of names in ``model.named_modules()``, as of ``fnmatch``, such as ``["visual.*", "*.attn"]``.
+            A layer is left as it is if its name, that of a module around it or that of a linear layer in it matches.
 
     Raises:
         TypeError: ``model`` is not a module, or contains a SparseMoE of a derived class, as a parametrized one is.
         ValueError: the model has nothing to prepare (NothingToPrepare, with the reasons), or is not on the CPU;
-            ``weights`` is unknown; a layer has more inputs than int8 products can sum (65,536).
+            ``weights`` is unknown; a pattern matches no name; a layer has more inputs than int8 products can sum
+            (65,536).
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
     checks.module("model", model)
@@ -78,16 +90,17 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
-    _check_layers(Selection(model, weights))
+    _check_layers(Selection(model, weights, exclude))
     if not inplace:
         model = copy.deepcopy(model)
-    chosen = Selection(model, weights).chosen
+    chosen = Selection(model, weights, exclude).chosen
     while chosen:  # a plain layer's memory is free before the next one is packed
         plain, kind = chosen.popitem()
         layer = kind.of(plain, weights)
         for parent in model.modules():
             for name in [name for name, child in parent._modules.items() if child is plain]:
                 parent.add_module(name, layer)
+                layer.placed(parent)
         model = layer if plain is model else model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -104,7 +117,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: Quantization | 
 def _check_layers(selection: Selection) -> None:
     """Refuses a model before anything is changed: one with nothing to prepare, or with a layer that cannot be."""
     if not any(
-        issubclass(kind, Experts | PreparedMLP)
+        issubclass(kind, (*PREPARED_EXPERTS.values(), PreparedMLP))
         for kind in (*selection.chosen.values(), *map(type, selection.model.modules()))
     ):
         rows = {row.reason: f"\n  {row}" for row in selection.rows() if row.reason not in (NOT_YET, BESIDE)}

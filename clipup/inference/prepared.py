@@ -57,6 +57,9 @@ class Prepared(nn.Module):
         """The prepared layer that replaces a plain one."""
         return cls(plain, quantize)
 
+    def placed(self, parent: nn.Module) -> None:
+        """Called after the layer was put into a module."""
+
     @staticmethod
     def read(plain: Any) -> Mapping[str, Tensor | None]:
         """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
@@ -259,7 +262,7 @@ class PreparedMLP(Prepared):
         if self.input_norm_name is not None:
             x = getattr(self, self.input_norm_name)(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        in_bias, out_bias, gate_bias = map(self._buffers.get, ("in_bias", "out_bias", "gate_bias"))
+        in_bias, out_bias, gate_bias = (getattr(self, name, None) for name in ("in_bias", "out_bias", "gate_bias"))
         y = dense_mlp(
             rows, self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
         )

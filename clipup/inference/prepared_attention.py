@@ -21,15 +21,17 @@ from .prepared_linear import PreparedProjections
 ATTENTIONS = frozenset(
     [
         "timm.layers.attention.Attention",
+        "timm.layers.attention.AttentionRope",
+        "timm.models.eva.EvaAttention",
         "timm.models.swin_transformer.WindowAttention",
+        "timm.models.swin_transformer_v2.WindowAttention",
         "timm.models.vision_transformer.Attention",
         "timm.models.vision_transformer_relpos.RelPosAttention",
         full_name("mt5", "MT5Attention"),
         *(full_name(name, attention) for name, package in PACKAGES.items() for attention in package.attention),
     ]
 )
-"""Full names of attention classes that only call their linear layers, so that ``PreparedLinear`` can replace these.
-Others read weights and biases themselves (timm's EvaAttention)."""
+"""Full names of attention classes that only call their linear layers, so that ``PreparedLinear`` can replace these."""
 
 
 class PreparedAttention(PreparedProjections):

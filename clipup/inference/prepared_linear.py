@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,10 @@ class PreparedLinear(_OneMatrix):
     def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
         super().__init__(linear, quantize)
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def placed(self, parent: Any) -> None:
+        if vars(parent).get("qkv_bias_separate") is False and parent.qkv is self:
+            parent.qkv_bias_separate = True  # timm's attention then calls the layer instead of reading its weight
 
     @staticmethod
     def read(plain: nn.Linear) -> Mapping[str, Tensor | None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..dense.mlp_families import find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES
 from ..moe.experts import SharedExpert
 from ..moe.layer import SparseMoE
-from .prepared import Prepared, PreparedMLP, mlp_can_be_prepared
+from .prepared import Prepared, PreparedMLP, is_replaceable, mlp_can_be_prepared
 from .prepared_attention import (
     ATTENTION_MODULES,
     ATTENTIONS,
@@ -35,13 +36,15 @@ from .prepared_linear import (
     linear_can_be_prepared,
     patches_can_be_prepared,
 )
+from .prepared_pair import PreparedIntermediate, PreparedOutputProjection
 
 PREPARED_EXPERTS: dict[type[nn.Module], type[Prepared]] = {SparseMoE: PreparedMoE, SharedExpert: PreparedSharedExpert}
 NOT_YET = "it can be prepared: clipup.accelerate(model)"
-"""The reason for a layer that was put into the model after ``accelerate``."""
+"""The reason for a layer that was put into the model after ``accelerate``, or excluded from it."""
 BESIDE = "beside an MLP that is left, attention is prepared in int8 only"
 _ADAPTERS = "it has PEFT's adapters; merge them first: model.merge_and_unload()"
-_LOST = "hooks, a forward, tensors or parts of its own would be lost"
+_EXCLUDED = "excluded"
+_LOST = "hooks, a forward, tensors or parts of its own, or that it shares, would be lost"
 _BLOCKS = {name for family in FAMILIES for name in family.blocks}
 
 
@@ -67,7 +70,8 @@ def accelerate_report(model: nn.Module) -> list[LayerReport]:
 
     ``print(*clipup.accelerate_report(model), sep="\\n")`` shows it. It is read from the model as it is now, as
     ``clipup.moe_layers`` is: nothing is stored that a copy, a pickle or a layer replaced later could contradict, and
-    ``accelerate`` returns the model alone. A layer that was put in afterwards is reported as one that can be prepared.
+    ``accelerate`` returns the model alone. A layer that was excluded, or put in afterwards, is reported as one that can
+    be prepared.
 
     Layers are experts, MLPs, attention, linear layers and convolutions. A module whose layers are left for one reason
     is one row. Embeddings, norms and parameters that a model multiplies itself (open_clip's ``text_projection``) are
@@ -87,6 +91,7 @@ class Selection:
     Args: as ``accelerate``.
 
     Raises:
+        ValueError: a pattern of ``exclude`` matches no module's name.
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8.
     """
 
@@ -95,29 +100,31 @@ class Selection:
     left: dict[nn.Module, str]
     """Why others are left: layers, or modules that hold some."""
 
-    def __init__(self, model: nn.Module, weights: str | None) -> None:
-        self.model, self.weights = model, weights
-        self.chosen = {
-            module: PREPARED_EXPERTS[type(module)] for module in model.modules() if type(module) in PREPARED_EXPERTS
-        }
-        with suppress(TypeError):  # the model is not an MLP
-            if mlp_can_be_prepared(model, read_mlp(model)):
-                self.chosen[model] = PreparedMLP
+    def __init__(self, model: nn.Module, weights: str | None, exclude: Iterable[str] = ()) -> None:
+        self.model, self.weights, self._excluded = model, weights, _matching(model, exclude)
+        self.chosen, self.left = {}, {}
+        for module in model.modules():
+            if type(module) in PREPARED_EXPERTS:
+                self._decide({module: PREPARED_EXPERTS[type(module)]})
+        self._select_single(model)
         blocks = [
             module
             for module in model.modules()
             if library_class(module) in _BLOCKS or any(isinstance(child, SparseMoE) for child in module.children())
         ]
         # a block with a forward of its own may read weights directly instead of calling a layer
-        self.left = {block: _LOST for block in blocks if "forward" in vars(block)}
+        self.left |= {block: _LOST for block in blocks if "forward" in vars(block)}
         for block in blocks:
             self._select_mlp(block)
         for block in (block for block in blocks if block not in self.left):
             parts = (part in self.chosen or isinstance(part, Prepared) for part in block.modules())
             self._select_attention(block, weights is not None or any(parts))
+        sparse = any(isinstance(module, SparseMoE) for module in model.modules())
         for parent in model.modules():
             for child in parent.children():
-                if class_name(parent) in PATCH_EMBEDDINGS and isinstance(child, nn.Conv2d):
+                if sparse and type(child) is nn.Sequential and "forward" not in vars(parent):
+                    self._select_single(child)
+                elif class_name(parent) in PATCH_EMBEDDINGS and isinstance(child, nn.Conv2d):
                     fits = patches_can_be_prepared(child) and "forward" not in vars(parent)
                     self._choose(child, PreparedPatches, fits, child.weight)
                 elif _is_layer(child) and child not in self.chosen:
@@ -137,19 +144,33 @@ class Selection:
                 yield LayerReport(name, type(module).__name__, None, reason)
                 inside = (*inside, f"{name}." if name else "")
 
-    def _select_mlp(self, block: nn.Module) -> None:
+    def _decide(self, layers: Mapping[nn.Module, type[Prepared]], reason: str | None = None) -> None:
+        """Chooses layers that need each other, or leaves them: for a reason, or because one of them, or a linear layer
+        in it, is excluded."""
+        parts = {part for layer in layers for part in layer.modules() if part is layer or _is_layer(part)}
+        reason = _EXCLUDED if parts & self._excluded else reason
+        if reason is None:
+            self.chosen |= layers
+        else:
+            self.left |= dict.fromkeys(layers, reason)
+
+    def _select_single(self, mlp: nn.Module) -> None:
+        """Chooses a module that is an MLP, whatever it lies in."""
+        with suppress(TypeError):  # it is not
+            if mlp_can_be_prepared(mlp, read_mlp(mlp)):
+                self._decide({mlp: PreparedMLP})
+
+    def _select_mlp(self, block: Any) -> None:
         try:
             mlp = find_mlp(block)
-            if block not in self.left and mlp_can_be_prepared(mlp.module, mlp.dense):
-                self.chosen[mlp.module] = PreparedMLP
+            if mlp.family.passed:
+                layers, fits = self._pair(block)
+            else:
+                layers, fits = {mlp.module: PreparedMLP}, mlp_can_be_prepared(mlp.module, mlp.dense)
+            if fits and block not in self.left:
+                self._decide(layers)
                 return
-            reason = (
-                "MLPs of several modules, as BERT's, are not supported yet"
-                if len(mlp.family.parts) > 1
-                else "a norm between its projections is not supported"
-                if mlp.dense.ln_weight is not None
-                else _LOST
-            )
+            reason = _LOST if mlp.dense.ln_weight is None else "a norm between its projections is not supported"
         except TypeError as error:
             reason = str(error).split("; ")[0]  # then comes what upcycling could do
         inner = dict(block.named_modules())
@@ -157,6 +178,20 @@ class Selection:
         for part in (inner[path] for path in paths & {*inner}):
             if any(map(_is_layer, part.modules())):
                 self.left[part] = _ADAPTERS if any(map(has_adapters, part.modules())) else reason
+
+    def _pair(self, block: Any) -> tuple[dict[nn.Module, type[Prepared]], bool]:
+        """The layers of a block's MLP of two modules, and whether they can be prepared: neither is used without the
+        other, as one that only some blocks share would be."""
+        output = block.output
+        layers = {block.intermediate: PreparedIntermediate, output.dense: PreparedOutputProjection}
+        of_first, of_second, of_dense = (
+            {holder for holder in self.model.modules() if part in holder.children()}
+            for part in (block.intermediate, output, output.dense)
+        )
+        together = (
+            of_first == of_second and of_dense == {output} and all(library_class(each) in _BLOCKS for each in of_first)
+        )
+        return layers, together and all(is_replaceable(layer, kind.read(layer)) for layer, kind in layers.items())
 
     def _select_attention(self, module: nn.Module, beside: bool) -> None:
         """Chooses self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. Modules
@@ -179,12 +214,24 @@ class Selection:
                 self._choose(child, attention_class(child), can_be_prepared(child), child.in_proj_weight, beside)
 
     def _choose(self, layer: nn.Module, kind: type[Prepared], fits: bool, weight: Any, beside: bool = True) -> None:
+        reason = _LOST if not fits else None if beside else BESIDE
         if fits and not _is_packed(weight, self.weights):
-            self.left[layer] = f"packing its {weight.dtype} weights would gain nothing on this CPU"
-        elif fits and beside:
-            self.chosen[layer] = kind
-        else:
-            self.left[layer] = BESIDE if fits else _LOST
+            reason = f"packing its {weight.dtype} weights would gain nothing on this CPU"
+        self._decide({layer: kind}, reason)
+
+
+def _matching(model: nn.Module, patterns: Iterable[str]) -> set[nn.Module]:
+    """The modules whose name matches a pattern, and all that lies in them. A shared module has several names."""
+    matching: set[nn.Module] = set()
+    for pattern in patterns:
+        found = [part for name, part in model.named_modules(remove_duplicate=False) if fnmatch(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"exclude has {pattern!r}, which matches no name of a module; it is a list of patterns, such as "
+                "['visual.*'], of the names in model.named_modules()"
+            )
+        matching.update(part for module in found for part in module.modules())
+    return matching
 
 
 def has_adapters(module: nn.Module) -> bool:

@@ -129,14 +129,13 @@ def test_timm_families_are_accelerated_and_loaded(name, weights):
         assert_follows(features(fast), features(model), weights)
 
 
+@with_weights
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_towers_are_accelerated_if_their_mlp_is_one_module(name, tmp_path):
+def test_hugging_face_towers_are_accelerated(name, weights, tmp_path):
     model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
-    fast = clipup.accelerate(model)
-    prepared = len(prepared_parts(fast.text, PreparedMLP))
-    assert prepared == (2 if name.startswith(("MT5", "ModernBert")) else 0)
-    assert prepared or not prepared_parts(fast.text)  # nor is attention beside another MLP
-    assert_follows(features(fast), features(model), None)
+    fast = clipup.accelerate(model, weights=weights)
+    assert len(prepared_parts(fast.text, PreparedMLP)) == 2
+    assert_follows(features(fast), features(model), weights)
 
 
 @pytest.mark.skipif(not HAS_MODERN_TEXT, reason="open_clip 3 has no such tower")

@@ -4,10 +4,10 @@ import copy
 import pickle
 
 import pytest
+import torch
 from tiny_clip import tiny_clip
 from tiny_families import timm_model
 from tiny_hugging_face import tiny_hugging_face
-from torch import nn
 
 import clipup
 import clipup_kernels
@@ -45,25 +45,21 @@ def test_every_layer_of_a_clip_is_in_the_report_with_the_type_of_its_weights(wei
 
 @needs_kernels
 def test_layers_that_are_left_are_in_the_report_with_the_reason():
-    eva, swin = (
-        report(clipup.accelerate(timm_model(f"{block}/Mlp").eval())) for block in ("EvaBlock", "SwinTransformerV2Block")
-    )
-    assert eva["blocks.0.mlp"].weights == "float32" and eva["blocks.0.attn.qkv"].weights is None
-    assert "timm.models.eva.EvaAttention is not a supported" in eva["blocks.0.attn.qkv"].reason
-    assert "swin_transformer_v2.WindowAttention is not a" in swin["layers.0.blocks.0.attn.qkv"].reason
-    bert = report(clipup.accelerate(clipup.upcycle(tiny_hugging_face("BertModel"), clipup.MoEConfig())))
-    assert bert["encoder.layer.1.intermediate"].reason is None
-    assert "not supported yet" in bert["encoder.layer.0.intermediate"].reason
-    assert "in int8 only" in bert["encoder.layer.0.attention.self.query"].reason
-    mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-    beside = report(clipup.accelerate(nn.Sequential(mlp, clipup.SparseMoE(8, 16))))
-    assert beside["0.0"].reason.startswith("torch.nn.modules.container.Sequential is not") and not beside["1"].reason
+    swin = report(clipup.accelerate(timm_model("SwinTransformerV2Block/Mlp").eval()))
+    assert "Sequential is not a supported" in swin["layers.0.blocks.0.attn.cpb_mlp.0"].reason
+    bert = tiny_hugging_face("BertModel")
+    bert.encoder.layer[1].output.register_buffer("amax", torch.ones(3))
+    bert.encoder.layer[0].output.dense.register_buffer("amax", torch.ones(3))
+    rows = report(clipup.accelerate(bert))
+    assert rows["encoder.layer.1.intermediate"].reason is None
+    assert "tensors" in rows["encoder.layer.0.intermediate"].reason
+    assert "in int8 only" in rows["encoder.layer.0.attention.self.query"].reason
+    assert "BertPooler is not a supported" in rows["pooler.dense"].reason
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: tiny_hugging_face("BertModel"), "encoder.layer.3.output: BertOutput, left: MLPs of several modules"),
         (
             lambda: with_adapters("CLIPModel", "fc1"),
             "layers.3.mlp: CLIPMLP, left: it has PEFT's adapters; merge them first",
