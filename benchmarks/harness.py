@@ -189,12 +189,19 @@ def peak_megabytes(run: Callable[[], object]) -> float:
 
 
 def alternate(
-    candidates: dict[str, Callable[[], object]], baseline: str, seconds: float, device: str = "cpu", min_rounds: int = 5
+    candidates: dict[str, Callable[[], object]],
+    baseline: str,
+    seconds: float,
+    device: str = "cpu",
+    min_rounds: int = 5,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
     and for ``min_rounds`` at least. Two untimed rounds come first: they allocate the memory that is kept between calls.
+    Calls of a few milliseconds that run on other threads need ``rest``, seconds before each: threads of the call before
+    spin for milliseconds while they wait for work, and take a core from the next one.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
@@ -203,7 +210,9 @@ def alternate(
     start = time.perf_counter()
     while len(times[baseline]) < min_rounds or time.perf_counter() - start < seconds:
         for name, run in candidates.items():
+            time.sleep(rest)
             base = clock(candidates[baseline], device)
+            time.sleep(rest)
             taken = clock(run, device)
             times[name].append(taken)
             ratios[name].append(taken / base)

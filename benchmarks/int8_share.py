@@ -1,11 +1,11 @@
 """The share of the rate of packed int8 products that a whole image tower reaches in int8.
 
     python benchmarks/int8_share.py                                   # dense B/16 and CLIP-UP B/16, batch 16
-    python benchmarks/int8_share.py --models 'ViT-B-16 openvino-int8' --batch-size 1
+    CLIPUP_CPU_ISA=avx512_vnni python benchmarks/int8_share.py        # without the tiles of a CPU with AMX
 
 The tower runs in turn with the fastest product of gemm_peak.py. The share is the median over these pairs of the tower's
 rate over the product's; 1 is a tower that takes no time for anything but matrix products. All of the tower's FLOPs
-count, also those of attention and, of other engines, those that are not int8. Weights are random.
+count, also those of attention. Weights are random.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gemm_peak import int8_products
 from harness import DTYPES, alternate, built_from, clock, number, on_device, run, timed
 
 from clipup.models.tokenizers import get_tokenizer
+from clipup_kernels import backend_info
 
 PRODUCT = "product"
 
@@ -35,7 +36,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         timings = alternate(runs, PRODUCT, args.seconds, min_rounds=args.rounds)
         tower = counts.image_gflops * args.batch_size * 1e9
         yield {
-            **on_device(args, args.dtype), "model": name, "batch_size": args.batch_size,
+            **on_device(args, args.dtype), "instructions": backend_info()["instructions"],
+            "model": name, "batch_size": args.batch_size,
             **timings[name].columns(2), "tflops": f"{tower / timings[name].median_ms / 1e9:.4g}",
             "product_tflops": f"{flops / timings[PRODUCT].median_ms / 1e9:.4g}",
             "share": f"{tower / flops / timings[name].ratio:.3f}", **built_from(),
@@ -51,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     del options["--device"]
     note = "shares are medians of pair-by-pair ratios of rates, the tower over the product"
-    return run(argv, __doc__, options, measure, "model batch_size median_ms tflops product_tflops share", note)
+    return run(
+        argv, __doc__, options, measure, "instructions model batch_size median_ms tflops product_tflops share", note
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ is that of what is not int8. Accuracy is that of the embeddings of 1,000 glosses
     error           root mean square of the errors, over that of what varies: the embeddings without their mean
 
 Time is that of one gloss, and of 16 padded to the longest; each form runs in turn with the faster of OpenVINO's int8
-programs, which are made for this one shape, and the ratio is to that. At the end, ``error`` alone of two random MLPs,
+programs, which are made for this one shape, and the ratio is to that. "compiled" is torch.compile for this shape, of
+which only the time is measured. At the end, ``error`` alone of two random MLPs,
 256/1024 with GELU, on tokens of noise: one with a hidden unit that is always 30, one with a unit that is 30 in a random
 half of the tokens and 0 in the others.
 """
@@ -43,11 +44,13 @@ GLOSSES = Path("/usr/share/unicode/Unihan_Readings.txt.bz2")
 TESTED, CALIBRATION_BATCHES, CALIBRATION_BATCH, PAIRS = 1000, 8, 32, 5000
 BATCH = 16
 """Of the larger batch that is timed; the other one is the gloss of middle length."""
-PEER = "OpenVINO int8"
+PEER, CALIBRATED = "OpenVINO int8", "clipup int8 calibrated"
+REST = 0.02
 TOKENS, WIDTH, HIDDEN, LARGE = 2048, 256, 1024, 30.0
 """Of the MLPs; LARGE is the value of the unit."""
 COLUMNS = "model form batch_size spearman cosine_mean cosine_min error median_ms ratio"
 ACCURACY = ("spearman", "cosine_mean", "cosine_min", "error")
+NOT_MEASURED = dict.fromkeys(ACCURACY, "")
 
 
 class PlainInt8(nn.Module):
@@ -66,7 +69,6 @@ class PlainInt8(nn.Module):
 def in_type(model: nn.Module, dtype: torch.dtype) -> Run:
     """A function of inputs in float32, or numbers of tokens."""
 
-    @torch.inference_mode()
     def call(inputs: Inputs) -> Tensor:
         values = (value.to(dtype) if value.is_floating_point() else value for value in inputs.values())
         return model(*values).float()
@@ -103,9 +105,9 @@ def forms(model: nn.Module, batches: list[Inputs]) -> dict[str, Run]:
         "clipup, bf16": accelerated(model, rounded),
         "clipup int8 unbalanced, fp32": plain_int8(model),
     }
-    for name, options in (("int8", {}), ("int8 calibrated", {"calibrate": batches})):
+    for name, options in (("clipup int8", {}), (CALIBRATED, {"calibrate": batches})):
         for suffix, dtype in (("fp32", exact), ("bf16", rounded)):
-            made[f"clipup {name}, {suffix}"] = accelerated(model, dtype, weights="int8", **options)
+            made[f"{name}, {suffix}"] = accelerated(model, dtype, weights="int8", **options)
     return made
 
 
@@ -166,16 +168,23 @@ def measure_texts(args: argparse.Namespace) -> Iterator[dict]:
     batches = batches_of(others[: CALIBRATION_BATCHES * CALIBRATION_BATCH], tokenize)
     ours, engines = forms(encoder, batches), Engines(encoder, batches, args.threads)
     tested_batches = batches_of(tested, tokenize)
-    embeddings = {
-        form: torch.cat([call(batch) for batch in tested_batches]) for form, call in (ours | engines.forms()).items()
-    }
+    with torch.inference_mode():
+        embeddings = {
+            form: torch.cat([call(batch) for batch in tested_batches])
+            for form, call in (ours | engines.forms()).items()
+        }
     values = {form: accuracy(actual, embeddings["torch, fp32"]) for form, actual in embeddings.items()}
     middle = sorted(tested, key=len)[len(tested) // 2]
     for batch in (tokenize([middle]), tokenize(tested[:BATCH])):
-        peer, timings = timed(ours | engines.forms(batch), batch, args)
+        compiled = {
+            f"{CALIBRATED} compiled, {suffix}": torch.compile(ours[f"{CALIBRATED}, {suffix}"], dynamic=False)
+            for suffix in ("fp32", "bf16")
+        }
+        peer, timings = timed(ours | compiled | engines.forms(batch), batch, args)
         for form, timing in timings.items():
             times = {**timing.columns(3), "ratio": f"{timing.ratio:.3f}", "ratio_to": peer}
-            yield row(args, "all-MiniLM-L6-v2", form, values[form], [*batch["input_ids"].shape], times)
+            measured = values.get(form, NOT_MEASURED)
+            yield row(args, "all-MiniLM-L6-v2", form, measured, [*batch["input_ids"].shape], times)
 
 
 def batches_of(texts: list[str], tokenize: Tokenize) -> list[Inputs]:
@@ -183,12 +192,13 @@ def batches_of(texts: list[str], tokenize: Tokenize) -> list[Inputs]:
     return [tokenize(texts[start : start + CALIBRATION_BATCH]) for start in starts]
 
 
+@torch.inference_mode()
 def timed(calls: Mapping[str, Run], batch: Inputs, args: argparse.Namespace) -> tuple[str, dict[str, Timing]]:
     """Each call in turn with the faster of OpenVINO's, whose name comes first."""
     runs: dict[str, Callable[[], object]] = {form: partial(call, batch) for form, call in calls.items()}
     peers = (form for form in runs if form.startswith(PEER))
     peer = min(peers, key=lambda form: min(clock(runs[form], "cpu") for _ in range(20)))
-    return peer, alternate(runs, peer, args.seconds, min_rounds=args.rounds)
+    return peer, alternate(runs, peer, args.seconds, min_rounds=args.rounds, rest=REST)
 
 
 def mlp(always: bool) -> nn.Sequential:
@@ -214,7 +224,7 @@ def measure_units(args: argparse.Namespace) -> Iterator[dict]:
         outputs = {form: call(tested) for form, call in forms(model, batches).items()}
         for form, actual in outputs.items():
             values = {"error": f"{error(actual, outputs['torch, fp32']):.5f}"}
-            yield row(args, name, form, dict.fromkeys(ACCURACY, "") | values, ["", ""], {})
+            yield row(args, name, form, NOT_MEASURED | values, ["", ""], {})
 
 
 def row(
@@ -237,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         "--glosses": {"type": Path, "default": GLOSSES, "help": "Unihan_Readings.txt.bz2 (default: %(default)s)"},
         "--threads": number(torch.get_num_threads(), "CPU threads"),
         "--rounds": number(5, "least number of alternating rounds"),
-        "--seconds": number(20.0, "timing budget of each batch size"),
+        "--seconds": number(30.0, "timing budget of each batch size"),
     }
     note = "ratios are medians of pair-by-pair ratios of time, to OpenVINO's int8"
     return run(argv, __doc__, options, measure, COLUMNS, note)

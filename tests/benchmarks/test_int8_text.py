@@ -36,6 +36,7 @@ class OneEngine:
 def rows(tmp_path, monkeypatch):
     for name, value in (("TESTED", 6), ("BATCH", 4), ("TOKENS", 64), ("Engines", OneEngine)):
         monkeypatch.setattr(int8_text, name, value)
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
     glosses, table = tmp_path / "glosses.bz2", tmp_path / "rows.csv"
     glosses.write_bytes(bz2.compress("\n".join(LINES).encode()))
     wheel = write_wheel(tmp_path / "small.whl", monkeypatch)
@@ -49,12 +50,13 @@ def test_every_form_has_its_accuracy_and_the_encoders_also_their_time_beside_ope
     assert list(rows[0]) == (RESULTS / "int8_text_cpu.csv").read_text().splitlines()[0].split(",")
     timed = [row for row in rows if row["median_ms"]]
     peer = f"{int8_text.PEER}, fp32"
-    assert [(row["batch_size"], row["form"]) for row in timed] == list(product("14", [*OURS, peer]))
+    compiled = [f"clipup int8 calibrated compiled, {dtype}" for dtype in ("fp32", "bf16")]
+    assert [(row["batch_size"], row["form"]) for row in timed] == list(product("14", [*OURS, *compiled, peer]))
     assert {row["ratio_to"] for row in timed} == {peer}
-    assert all(float(row["median_ms"]) > 0 and float(row["spearman"]) > 0.8 for row in timed)
+    assert all(float(row["median_ms"]) > 0 and float(row["spearman"] or 1) > 0.8 for row in timed)
     units = [row for row in rows if not row["median_ms"]]
     assert [row["form"] for row in units] == OURS * 2 and len({row["model"] for row in units}) == 2
-    for row in rows:
+    for row in (row for row in rows if row["form"] not in compiled):
         exact = row["form"] in ("torch, fp32", "clipup, fp32", peer)
         assert (float(row["error"]) < 1e-4) == exact and float(row["error"]) < 0.3, row
 
