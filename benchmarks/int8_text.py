@@ -26,7 +26,7 @@ import argparse
 import bz2
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def torch_int8(model: nn.Module) -> Run:
     return in_type(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8), torch.float32)
 
 
-def forms(model: nn.Module, batches: list[Inputs]) -> dict[str, Run]:
+def forms(model: nn.Module, batches: Sequence[Inputs | Tensor]) -> dict[str, Run]:
     """A float32 model as torch and clipup run it."""
     exact, rounded = torch.float32, torch.bfloat16
     made = {
@@ -211,17 +211,17 @@ def mlp(always: bool) -> nn.Sequential:
     return model
 
 
-def tokens() -> Inputs:
+def tokens() -> Tensor:
     x = torch.randn(TOKENS, WIDTH)
     x[:, 0].sign_()
-    return {"input": x}
+    return x
 
 
 def measure_units(args: argparse.Namespace) -> Iterator[dict]:
     torch.manual_seed(0)
     for name, always in (("MLP, a unit always on", True), ("MLP, a unit on in half of the tokens", False)):
         model, tested, batches = mlp(always), tokens(), [tokens() for _ in range(CALIBRATION_BATCHES)]
-        outputs = {form: call(tested) for form, call in forms(model, batches).items()}
+        outputs = {form: call({"input": tested}) for form, call in forms(model, batches).items()}
         for form, actual in outputs.items():
             values = {"error": f"{error(actual, outputs['torch, fp32']):.5f}"}
             yield row(args, name, form, NOT_MEASURED | values, ["", ""], {})
@@ -237,8 +237,9 @@ def row(
 
 
 @torch.no_grad()
-def measure(args: argparse.Namespace) -> list[dict]:
-    return [*measure_texts(args), *measure_units(args)]
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    yield from measure_texts(args)
+    yield from measure_units(args)
 
 
 def main(argv: list[str] | None = None) -> int:
