@@ -168,9 +168,9 @@ Size packed_weight_bytes(int dtype, Size E, Size O, Size I, int packed_type) {
 }
 
 void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address packed, int packed_type,
-                 Address input_scale) {
+                 Address input_scale, Address input_offset) {
   clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed),
-                      clipup::PackedType{packed_type}, floats(input_scale));
+                      clipup::PackedType{packed_type}, floats(input_scale), floats(input_offset));
 }
 
 py::tuple packed_layout(int dtype, int packed_type) {
@@ -279,7 +279,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "mask_head_stride"_a, "B"_a, "L"_a, "heads"_a, "d"_a, "out"_a, "type"_a = 0);
   m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a, "packed_type"_a = 0);
   m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a,
-        "packed_type"_a = 0, "input_scale"_a = 0);
+        "packed_type"_a = 0, "input_scale"_a = 0, "input_offset"_a = 0);
   m.def("packed_layout", &packed_layout, "dtype"_a, "packed_type"_a = 0);
   py::class_<Block>(m, "Block", py::buffer_protocol())
       .def(py::init<Size, bool>(), "bytes"_a, "lasting"_a = false)

@@ -155,7 +155,8 @@ struct Routing {
 // q = round(w * 127 / max|w|), scale = max|w| / 127 over the inputs of a channel. The rows that an int8
 // weight is multiplied with are quantized in the same way, each by itself, at every call; sums are exact
 // integers. A row with a NaN or an infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant,
-// arXiv 2211.10438): what is quantized is w / f and x * f.
+// arXiv 2211.10438), and an input offset c[E,I] takes out what rows have in common: w / f and (x - c) * f are
+// quantized, and the product is w (x - c).
 enum class PackedType : int { kExact = 0, kInt8 = 1 };
 
 // E MLPs of one shape. In the forward pass, a packed matrix from `pack_weight` replaces the matrix.
@@ -256,9 +257,12 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
 //   packed               packed_weight_bytes(...) bytes, laid out as packed_layout says
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I,
                                  PackedType type = PackedType::kExact);
-//   input_scale[E,I]     f of an int8 weight; null: all are 1. That of a gate's weight has to be that of W_in
+//   input_scale[E,I], input_offset[E,I]
+//                        f and c of an int8 weight; null: all are 1 and 0. Those of a gate's weight have to be
+//                        those of W_in
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
-                 void* packed, PackedType type = PackedType::kExact, const float* input_scale = nullptr);
+                 void* packed, PackedType type = PackedType::kExact, const float* input_scale = nullptr,
+                 const float* input_offset = nullptr);
 
 // The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word
 // holds one element as a float, or two neighbouring bfloat16, or four int8, the first in its lowest bits.

@@ -21,6 +21,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     CustomResidualAttentionBlock,
@@ -122,6 +123,19 @@ def tokens_up_to_pooled(texts: Tensor, pool_type: str, eos_id: int | None) -> Te
     positions = torch.arange(texts.shape[1], device=texts.device)
     pooled = text_global_pool(positions.expand(texts.shape), texts, pool_type, eos_token_id=eos_id)
     return positions <= pooled[:, None]
+
+
+def text_mask(model: nn.Module, texts: Tensor) -> Tensor | None:
+    """[B, L] bool, False for the padding of texts [B, L] of token ids in a model of open_clip that was made
+    padding-aware; None where padding is text to the tower, or what is padding is not known."""
+    tower: Any = getattr(model, "text", model)
+    if isinstance(tower, PaddingAwareCLIP):
+        return tokens_up_to_pooled(texts, tower.text_pool_type, tower.text_eos_id)
+    if isinstance(tower, PaddingAwareTextTransformer):
+        return tokens_up_to_pooled(texts, tower.pool_type, tower.eos_id)
+    if isinstance(tower, PaddingAwareModernTextTransformer):
+        return tower._valid_mask(texts)
+    return texts != tower.config.pad_token_id if isinstance(tower, HFTextEncoder) else None
 
 
 class PaddingAwareTransformer(Transformer):

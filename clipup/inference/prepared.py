@@ -24,10 +24,8 @@ from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, 
 from ..dense.dense_mlp import DenseMLP, FirstLinear, is_changed
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
+from .calibration import BIASES, MATRICES, Calibration, Inputs, balanced, hidden_rows
 
-MATRICES = ("in_weight", "out_weight", "gate_weight")
-"""Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
-_SHARED_INPUT = ("in_weight", "gate_weight")
 _NO_BLOCK = torch.empty(0, dtype=torch.uint8)
 _ONLY_INFERENCE = (
     "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
@@ -47,15 +45,20 @@ class Prepared(nn.Module):
     _plain: tuple[nn.Module]
     """The plain layer on the meta device; in a tuple, so that it is not registered as a submodule."""
 
-    def __init__(self, plain: Any, quantize: str | None = None) -> None:
+    error: float | None
+    """``Calibration.error``; None if the layer was not calibrated."""
+    _biases: dict[str, Tensor]
+    """Those of the plain layer that hold more in this one, and so are not read from its buffers."""
+
+    def __init__(self, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
         super().__init__()
-        self._prepare(plain, quantize)
+        self._prepare(plain, quantize, calibration)
         self.train(False)
 
     @classmethod
-    def of(cls, plain: Any, quantize: str | None = None) -> Prepared:
+    def of(cls, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> Prepared:
         """The prepared layer that replaces a plain one."""
-        return cls(plain, quantize)
+        return cls(plain, quantize, calibration)
 
     def placed(self, parent: nn.Module) -> None:
         """Called after the layer was put into a module."""
@@ -65,17 +68,34 @@ class Prepared(nn.Module):
         """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
         raise NotImplementedError
 
-    def _prepare(self, plain: nn.Module, quantize: str | None) -> None:
+    @staticmethod
+    def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
+        """A function of the arguments of a plain layer's call: of every expert (one in a dense layer), the inputs
+        [.., I] of its matrices by their names. Those of the second matrix of an MLP are left to ``hidden``."""
+        return lambda x: [{"in_weight": x}]
+
+    @staticmethod
+    def hidden(plain: Any, expert: int, x: Tensor) -> Tensor:
+        """The inputs [N, H] of an MLP's "out_weight", from those of "in_weight", [N, D]."""
+        raise NotImplementedError
+
+    def _prepare(self, plain: nn.Module, quantize: str | None, calibration: Calibration | None) -> None:
         """Takes the tensors of a plain layer, which keeps its own: matrices packed, others (biases) as buffers."""
         self.quantize, self._packed = quantize, {}
-        self._put(plain)
+        self._put(plain, calibration)
         self._plain = (_without_weights(plain),)
 
-    def _put(self, plain: nn.Module) -> None:
+    def _put(self, plain: nn.Module, calibration: Calibration | None = None) -> None:
         tensors = {name: tensor.detach() for name, tensor in self.read(plain).items() if tensor is not None}
-        scales = {} if self.quantize is None else _input_scales(tensors)
+        self.error = None if calibration is None else calibration.error
+        inputs = calibration.inputs if calibration else {} if self.quantize is None else balanced(tensors)
         for name in [name for name in MATRICES if name in tensors]:
-            self._keep(name, pack_weight(tensors[name], self.quantize, scales.get(name)))
+            self._keep(name, pack_weight(tensors[name], self.quantize, *inputs.get(name, ())))
+        self._biases = {}
+        self._buffers |= dict.fromkeys(self._buffers.keys() & {*BIASES})  # a calibrated layer may have more of them
+        if calibration is not None:
+            self._biases = {name: tensors[name].clone() for name in BIASES if name in tensors}
+            tensors |= _with_offsets(tensors, inputs)
         for name in tensors.keys() - set(MATRICES):
             self.register_buffer(name, tensors[name].clone(), persistent=False)
 
@@ -148,7 +168,10 @@ class Prepared(nn.Module):
         for name, tensor in self.read(plain).items():
             if tensor is not None:
                 packed = self.packed(name)
-                tensor.copy_(self.get_buffer(name) if packed is None else unpack_weight(packed))
+                if packed is None:
+                    tensor.copy_(self._biases.get(name, self.get_buffer(name)))
+                else:
+                    tensor.copy_(unpack_weight(packed))
         return plain
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -202,29 +225,14 @@ def _without_weights(plain: nn.Module) -> nn.Module:
     return copied
 
 
-def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
-
-    Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square
-    root of their size relative to the other inputs': half of what would make all columns equally large (SmoothQuant,
-    arXiv 2211.10438, eq. 4 with alpha = 0.5, equal max|X_j|, and this size for max|W_j|: no calibration data). The size
-    is the root mean square over outputs, each weight relative to the largest of its output: that is what its rounding
-    depends on, and so one outlier, which its output pays for anyway, costs the other outputs nothing.
-    """
-    groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
-    scales: dict[str, Tensor] = {}
-    for group in groups:
-        weights = [tensors[name].contiguous() for name in group]  # sums of other strides round differently
-        if not weights or 0 in weights[0].shape:
-            continue
-        mean_squares = [
-            (weight.float() / weight.abs().amax(-1, keepdim=True)).nan_to_num_(0.0).square_().mean(-2)  # 0 / 0: 0
-            for weight in weights
-        ]
-        size = torch.stack(mean_squares).mean(0).sqrt()
-        middle = size.median(-1, keepdim=True).values.clamp(min=1e-30)
-        scales |= dict.fromkeys(group, (size / middle).clamp(1 / 1024, 1024).sqrt())
-    return scales
+def _with_offsets(tensors: Mapping[str, Tensor], inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
+    """The biases of all matrices, with what their products with the offsets of their inputs are."""
+    biases = {}
+    for name in (name for name in MATRICES if name in tensors):
+        weight, bias = tensors[name], tensors.get(name.replace("weight", "bias"))
+        product = (weight.double() @ inputs[name].offset.double()[..., None]).squeeze(-1)
+        biases[name.replace("weight", "bias")] = (product if bias is None else product + bias).to(weight.dtype)
+    return biases
 
 
 def is_replaceable(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> bool:
@@ -242,8 +250,8 @@ def is_replaceable(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> b
 class PreparedMLP(Prepared):
     """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding, or quantization."""
 
-    def __init__(self, mlp: nn.Module, quantize: str | None = None) -> None:
-        super().__init__(mlp, quantize)
+    def __init__(self, mlp: nn.Module, quantize: str | None = None, calibration: Calibration | None = None) -> None:
+        super().__init__(mlp, quantize, calibration)
         dense = read_mlp(mlp)
         self.activation = dense.activation
         named = mlp.named_children()
@@ -255,6 +263,16 @@ class PreparedMLP(Prepared):
     @staticmethod
     def read(plain: nn.Module) -> Mapping[str, Tensor | None]:
         return read_mlp(plain).parameters()
+
+    @staticmethod
+    def seen(plain: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
+        norm = read_mlp(plain).input_norm
+        return lambda x: [{"in_weight": x if norm is None else norm(x)}]
+
+    @staticmethod
+    def hidden(plain: nn.Module, expert: int, x: Tensor) -> Tensor:
+        dense = read_mlp(plain)
+        return hidden_rows(dense.parameters(), x, dense.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] in the type in which the MLP was prepared."""

@@ -5,7 +5,8 @@ Axis legend: ``B`` sequences, ``L`` tokens per sequence, ``D`` model width, ``h`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from clipup_kernels import self_attention
 
 from ..dense.transformers_models import PACKAGES, full_name
+from .calibration import Calibration
 from .prepared import is_replaceable
 from .prepared_linear import PreparedProjections
 
@@ -37,8 +39,8 @@ ATTENTIONS = frozenset(
 class PreparedAttention(PreparedProjections):
     """Self-attention by an ``nn.MultiheadAttention`` with packed projections. It returns no attention weights."""
 
-    def __init__(self, attention: Any, quantize: str | None = None) -> None:
-        super().__init__(attention, quantize)
+    def __init__(self, attention: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
+        super().__init__(attention, quantize, calibration)
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
 
     @staticmethod
@@ -46,6 +48,20 @@ class PreparedAttention(PreparedProjections):
         out = plain.out_proj
         projections = {"in_weight": plain.in_proj_weight, "in_bias": plain.in_proj_bias}
         return {**projections, "out_weight": out.weight, "out_bias": out.bias}
+
+    @staticmethod
+    def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
+        unprojected, projection = copy.copy(plain), copy.copy(plain.out_proj)
+        weight = plain.out_proj.weight
+        nothing = {"weight": torch.eye(weight.shape[-1]).to(weight), "bias": torch.zeros_like(weight[0])}
+        projection._parameters = {name: nn.Parameter(value, False) for name, value in nothing.items()}
+        unprojected._modules = {**plain._modules, "out_proj": projection}
+
+        def inputs(x: Tensor, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+            attended = unprojected.forward(x, *args, **kwargs)  # the layer has a hook by now
+            return [{"in_weight": x, "out_weight": attended if isinstance(attended, Tensor) else attended[0]}]
+
+        return inputs
 
     def forward(
         self,

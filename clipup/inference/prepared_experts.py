@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from ..moe.experts import Experts, SharedExpert
 from ..moe.layer import SHARED_GATE, SparseMoE
 from ..moe.layer_state import LastRouting
 from ..moe.router import Router
-from .prepared import MATRICES, Prepared
+from .calibration import BIASES, MATRICES, Calibration, hidden_rows
+from .prepared import Prepared
 
 
 class _PreparedExperts(Prepared, Experts):
@@ -24,8 +25,13 @@ class _PreparedExperts(Prepared, Experts):
     def read(plain: nn.Module) -> Mapping[str, Tensor | None]:
         return dict(plain.named_parameters())
 
+    @staticmethod
+    def hidden(plain: Any, expert: int, x: Tensor) -> Tensor:
+        tensors = {name: parameter[expert] for name, parameter in plain.named_parameters(recurse=False)}
+        return hidden_rows(tensors, x, plain.activation, plain.norm_eps)
+
     @classmethod
-    def of(cls, plain: Any, quantize: str | None = None) -> Prepared:
+    def of(cls, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> Prepared:
         """Makes plain experts a layer of this class."""
         experts, plain = plain, nn.Module()
         for name, parameter in list(experts.named_parameters(recurse=False)):
@@ -33,8 +39,11 @@ class _PreparedExperts(Prepared, Experts):
             del experts._parameters[name]
         for name in MATRICES:
             experts._parameters.pop(name, None)  # None, of experts without gates
+        for name in [name for name in BIASES if name in experts._parameters]:
+            del experts._parameters[name]  # None too, but calibration may add them
+            experts.register_buffer(name, None, persistent=False)
         experts.__class__ = cls
-        experts._prepare(plain, quantize)
+        experts._prepare(plain, quantize, calibration)
         return experts
 
     def expert_group(self) -> None:
@@ -47,9 +56,23 @@ class _PreparedExperts(Prepared, Experts):
 class PreparedSharedExpert(_PreparedExperts, SharedExpert):
     """A shared expert in a ``PreparedMoE``."""
 
+    @staticmethod
+    def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
+        return lambda tokens, *others: [{"in_weight": tokens}]
+
 
 class PreparedMoE(_PreparedExperts, SparseMoE):
     """A ``SparseMoE`` for inference, with bitwise identical results unless it is quantized."""
+
+    @staticmethod
+    def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
+        def inputs(x: Tensor, mask: Tensor | None = None) -> list[dict[str, Tensor]]:
+            _, routing = SparseMoE.forward(plain, x, mask, return_routing=True)
+            tokens = x.reshape(-1, x.shape[-1])
+            chosen = routing.experts.masked_fill(~routing.kept, -1).view(len(tokens), -1)
+            return [{"in_weight": tokens[(chosen == expert).any(-1)]} for expert in range(plain.config.num_experts)]
+
+        return inputs
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, return_routing: bool = False) -> Any:
         """``SparseMoE.forward``, as one op unless its parts are observed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from clipup_kernels import PackedWeight, grouped_linear
 from clipup_kernels.types import PLAIN_LAYOUT
 
 from ..dense.transformers_models import full_name
+from .calibration import Calibration
 from .prepared import Prepared, is_replaceable
 
 
@@ -40,8 +41,8 @@ class _OneMatrix(PreparedProjections):
 class PreparedLinear(_OneMatrix):
     """An ``nn.Linear`` with packed weights."""
 
-    def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
-        super().__init__(linear, quantize)
+    def __init__(self, linear: nn.Linear, quantize: str | None = None, calibration: Calibration | None = None) -> None:
+        super().__init__(linear, quantize, calibration)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def placed(self, parent: Any) -> None:
@@ -64,27 +65,37 @@ class PreparedLinear(_OneMatrix):
 class PreparedPatches(_OneMatrix):
     """The convolution that embeds an image's patches, as a linear layer on them."""
 
-    def __init__(self, convolution: nn.Conv2d, quantize: str | None = None) -> None:
-        super().__init__(convolution, quantize)
+    def __init__(
+        self, convolution: nn.Conv2d, quantize: str | None = None, calibration: Calibration | None = None
+    ) -> None:
+        super().__init__(convolution, quantize, calibration)
         self.kernel_size = self.stride = convolution.kernel_size
 
     @staticmethod
     def read(plain: nn.Conv2d) -> Mapping[str, Tensor | None]:
         return {"in_weight": plain.weight.flatten(1), "in_bias": plain.bias}
 
+    @staticmethod
+    def seen(plain: nn.Conv2d) -> Callable[..., list[dict[str, Tensor]]]:
+        return lambda x: [{"in_weight": _patches(x, plain.kernel_size)}]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, height, width] in the type in which the layer was prepared -> [B, D, rows, columns]."""
         self._check_type(x)
-        height, width = self.kernel_size
-        batch, channels = x.shape[:2]
-        rows, columns = x.shape[2] // height, x.shape[3] // width
-        whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
-        parts = whole.reshape(batch, channels, rows, height, columns, width)
-        patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)
-        return self._linear(patches, self.in_weight, self.bias).permute(0, 3, 1, 2)
+        return self._linear(_patches(x, self.kernel_size), self.in_weight, self.bias).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, quantize={self.quantize!r}"
+
+
+def _patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """x [B, C, height, width] -> [B, rows, columns, C * height * width of a patch]."""
+    height, width = size
+    batch, channels = x.shape[:2]
+    rows, columns = x.shape[2] // height, x.shape[3] // width
+    whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
+    parts = whole.reshape(batch, channels, rows, height, columns, width)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)
 
 
 PATCH_EMBEDDINGS = frozenset(

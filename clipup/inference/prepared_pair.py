@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dense.dense_mlp import read_activation
+from .calibration import Calibration
 from .prepared import Prepared, PreparedMLP
 from .prepared_linear import PreparedLinear
 
@@ -31,13 +32,15 @@ class PreparedIntermediate(PreparedMLP):
     out_weight = property(lambda self: self._output[0].dense.weight)
     out_bias = property(lambda self: self._output[0].dense.bias)
 
-    def __init__(self, intermediate: Any, quantize: str | None = None) -> None:
-        Prepared.__init__(self, intermediate, quantize)  # PreparedMLP's reads an MLP of one module
+    def __init__(self, intermediate: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
+        Prepared.__init__(self, intermediate, quantize, calibration)  # PreparedMLP's reads an MLP of one module
         self.activation, self.input_norm_name = read_activation(intermediate.intermediate_act_fn), None
 
     @staticmethod
     def read(plain: Any) -> Mapping[str, Tensor | None]:
         return PreparedLinear.read(plain.dense)
+
+    seen = staticmethod(Prepared.seen)
 
     def placed(self, parent: Any) -> None:
         self._output = (parent.output,)  # in a tuple, so that it is not registered as a submodule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def initialize_by_clusters(
     return results
 
 
-class _Sample:
+class RowSample:
     """A uniform choice of ``most`` of the rows that it was given: those with the smallest random keys."""
 
     def __init__(self, most: int, seed: int) -> None:
@@ -102,7 +102,7 @@ def _inputs_of(
     model: nn.Module, layers: dict[str, SparseMoE], batches: Iterable[Batch], tokens: int, seed: int
 ) -> dict[str, Tensor]:
     """[N, D] float32 on the CPU for every layer: tokens that are not masked, in the dense function."""
-    samples = {name: _Sample(tokens, seed + number) for number, name in enumerate(layers)}
+    samples = {name: RowSample(tokens, seed + number) for number, name in enumerate(layers)}
     hooks = [layer.register_forward_hook(partial(_record, samples[name])) for name, layer in layers.items()]
     configs = {layer: layer.config for layer in layers.values()}
     try:
@@ -125,14 +125,28 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
     """
     if is_hugging_face(model):
         raise TypeError("model is one of transformers, which is not supported here; use open_clip's or timm's")
-    first = next(model.parameters())
     with evaluating_dropless(model):
         for batch in batches:
-            parts = (part for part in batch if part is not None)
-            model(*(part.to(first.device, first.dtype if part.is_floating_point() else None) for part in parts))
+            run_batch(model, batch)
 
 
-def _record(sample: _Sample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
+def run_batch(model: nn.Module, batch: Tensor | Iterable[Tensor | None] | Mapping[str, Any]) -> None:
+    """Calls a model with a tensor, with several (None is left out), or with arguments by name. They go to the model's
+    device, those of floats to its type."""
+    first = next(model.parameters())
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(first.device, first.dtype if value.is_floating_point() else None)
+
+    if isinstance(batch, Mapping):
+        model(**{name: moved(value) for name, value in batch.items()})
+    else:
+        model(*(moved(part) for part in ([batch] if isinstance(batch, Tensor) else batch) if part is not None))
+
+
+def _record(sample: RowSample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mask = inputs if len(inputs) == 2 else (*inputs, None)
     rows = x.reshape(-1, x.shape[-1])
     sample.add(rows if mask is None else rows[mask.reshape(-1).bool()])

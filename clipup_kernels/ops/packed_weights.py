@@ -49,7 +49,10 @@ def check_layout(dtype: torch.dtype, layout: str) -> None:
 
 
 def pack_weight(
-    weight: Tensor | PackedWeight, quantize: str | None = None, input_scale: Tensor | None = None
+    weight: Tensor | PackedWeight,
+    quantize: str | None = None,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
 ) -> PackedWeight:
     """A copy of ``weight``, packed for this CPU's kernels.
 
@@ -64,15 +67,18 @@ def pack_weight(
         input_scale: [E, I] or [I] float32, for a quantized weight: ``w / input_scale`` and ``x * input_scale`` are
             quantized, so that inputs that are large in few places cost less precision (SmoothQuant, arXiv 2211.10438).
             ``gate_weight`` needs the scale of ``in_weight``.
+        input_offset: the same for what is subtracted from inputs before they are scaled, so that what all rows have in
+            common costs no precision. The product is that of ``x - input_offset``: the bias has to hold the rest,
+            ``weight @ input_offset``.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; a weight on another device.
         RuntimeError: no kernel here multiplies quantized weights: float64, or no compiled extension.
     """
     if isinstance(weight, PackedWeight):
-        if quantize is not None or input_scale is not None:
-            given = "quantize" if quantize is not None else "input_scale"
-            raise ValueError(f"{given} must be None for a weight that is packed already")
+        others = {"quantize": quantize, "input_scale": input_scale, "input_offset": input_offset}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{given[0]} must be None for a weight that is packed already")
         return _repack(weight)
     dims = weight.dim() if isinstance(weight, Tensor) else 3
     checks.tensor("weight", weight, ("O", "I") if dims == 2 else ("E", "O", "I"), checks.FLOATING, weight)
@@ -81,12 +87,10 @@ def pack_weight(
     shape = tuple(weight.shape)
     layout = packed_layout(weight.dtype, quantize)
     weight = weight.detach().resolve_neg()
-    if input_scale is not None:
-        if quantize is None:
-            raise ValueError("input_scale was given for a weight that is not quantized; pass quantize too, or neither")
-        lead = () if input_scale.dim() == 1 else weight.shape[:-2]
-        checks.tensor("input_scale", input_scale, (*lead, weight.shape[-1]), (torch.float32,), weight)
-        input_scale = input_scale.expand(*weight.shape[:-2], -1).contiguous()
+    input_scale, input_offset = (
+        value if value is None else _of_inputs(name, value, weight, quantize)
+        for name, value in (("input_scale", input_scale), ("input_offset", input_offset))
+    )
     if layout == PLAIN_LAYOUT:  # how torch's products round depends on strides, so these are kept
         return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
     weight = weight.contiguous()
@@ -95,9 +99,24 @@ def pack_weight(
     memory = extension.NATIVE.Block(max(num_bytes, 1), lasting=True)  # in huge pages
     block = torch.frombuffer(memory, dtype=torch.uint8)
     extension.NATIVE.pack_weight(
-        code, cpp.address(weight), *sizes, block.data_ptr(), packed_type, cpp.address(input_scale)
+        code,
+        cpp.address(weight),
+        *sizes,
+        block.data_ptr(),
+        packed_type,
+        cpp.address(input_scale),
+        cpp.address(input_offset),
     )
     return PackedWeight(block, shape, weight.dtype, layout)
+
+
+def _of_inputs(name: str, value: Tensor, weight: Tensor, quantize: str | None) -> Tensor:
+    """The values of all inputs of a weight, [E, I] or [I]."""
+    if quantize is None:
+        raise ValueError(f"{name} was given for a weight that is not quantized; pass quantize too, or neither")
+    lead = () if value.dim() == 1 else weight.shape[:-2]
+    checks.tensor(name, value, (*lead, weight.shape[-1]), (torch.float32,), weight)
+    return value.expand(*weight.shape[:-2], -1).contiguous()
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
@@ -106,20 +125,20 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
         return packed.block.clone()
     if 0 in packed.shape:
         return torch.empty(packed.shape, dtype=packed.dtype)
-    elements, scales, input_scales = _parts(packed)
+    elements, scales, inputs = _parts(packed)
     if scales is not None:
-        elements = elements * scales[..., None] * input_scales[:, None]
+        elements = elements * scales[..., None] * inputs[:, :1, : packed.shape[-1]]
     return elements.to(packed.dtype).reshape(packed.shape).clone()
 
 
 _INPUT_PADDING = 32
-"""Input scales of an expert are padded to a multiple of this (csrc/moe.h, PackedLayout)."""
+"""Scales and shifts of an expert's inputs are padded to a multiple of this (csrc/cpu/kernels.h)."""
 _WORDS = {"float32": (torch.float32, 1), "bfloat16x2": (torch.bfloat16, 2), "int8x4": (torch.int8, 4)}
 
 
 def _parts(packed: PackedWeight) -> tuple[Tensor, Any, Any]:
-    """The elements as they are stored, [E, O, I]; of a quantized weight also the scales, [E, O], and input scales,
-    [E, I], else None."""
+    """The elements as they are stored, [E, O, I]; of a quantized weight also the scales, [E, O], and the scales and
+    shifts of the inputs, [E, 2, padded I], else None."""
     word, panel = packed.layout.rsplit("x", 1)
     stored, per_word = _WORDS[word]
     experts, rows, columns = (1, *packed.shape)[-3:]
@@ -130,9 +149,9 @@ def _parts(packed: PackedWeight) -> tuple[Tensor, Any, Any]:
     if packed.quantization is None:
         return elements, None, None
     scales, _, inputs = packed.block[num_bytes:].split(
-        [4 * experts * channels, 4 * experts * channels, 4 * experts * (columns + -columns % _INPUT_PADDING)]
+        [4 * experts * channels, 4 * experts * channels, 8 * experts * (columns + -columns % _INPUT_PADDING)]
     )
-    inputs = inputs.view(torch.float32).view(experts, -1)[:, :columns]
+    inputs = inputs.view(torch.float32).view(experts, 2, -1)
     return elements, scales.view(torch.float32).view(experts, channels)[:, :rows], inputs
 
 
@@ -143,7 +162,7 @@ def _repack(packed: PackedWeight) -> PackedWeight:
         return pack_weight(unpack_weight(packed), packed.quantization)
     if layout == packed.layout:
         return packed._replace(block=packed.block.clone())
-    elements, scales, input_scales = _parts(packed)
+    elements, scales, inputs = _parts(packed)
     experts, rows, columns = elements.shape
     word, panel = layout.rsplit("x", 1)
     per_word = _WORDS[word][1]
@@ -151,6 +170,5 @@ def _repack(packed: PackedWeight) -> PackedWeight:
     padded = F.pad(elements, (0, -columns % per_word, 0, padding))
     words = padded.view(experts, -1, int(panel), padded.shape[-1] // per_word, per_word).permute(0, 1, 3, 2, 4)
     per_channel = F.pad(scales, (0, padding)), padded.sum(-1, dtype=torch.int32)
-    per_input = F.pad(input_scales, (0, -columns % _INPUT_PADDING), value=1.0)
-    parts = [part.contiguous().flatten().view(torch.uint8) for part in (words, *per_channel, per_input)]
+    parts = [part.contiguous().flatten().view(torch.uint8) for part in (words, *per_channel, inputs)]
     return packed._replace(block=torch.cat(parts), layout=layout)

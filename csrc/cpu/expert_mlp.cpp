@@ -48,7 +48,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
   const Int8Scales out_scales(int8 ? experts.packed_out : nullptr, E, D, H);
   check(!(int8 && gated) || gate_scales.same_inputs(in_scales, E),
-        "packed_gate: expected the input scales of packed_in, got others");
+        "packed_gate: expected the input scales and offsets of packed_in, got others");
   const Buffer<float> out_rows(identity ? 0 : used * D);
   const Workspace workspace(ks, gated ? 2 : 1);
 

@@ -101,7 +101,7 @@ Int8Scales::Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::
 }
 
 bool Int8Scales::same_inputs(const Int8Scales& other, std::int64_t E) const {
-  return std::memcmp(inputs_, other.inputs_, E * input_stride_ * sizeof(float)) == 0;
+  return std::memcmp(inputs_, other.inputs_, E * 2 * input_stride_ * sizeof(float)) == 0;
 }
 
 void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,

@@ -48,7 +48,8 @@ inline DType operand_type(DType dtype, PackedType packed_type) {
 }
 inline DType operand_type(const Experts& experts) { return operand_type(experts.dtype, experts.packed_type); }
 
-// What surrounds int8 products of E matrices [n, k]: the scales of the sums, and the input scales.
+// What surrounds int8 products of E matrices [n, k]: the scales of the sums, and the scales and shifts of the
+// inputs.
 class Int8Scales {
  public:
   Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k);
@@ -58,8 +59,9 @@ class Int8Scales {
     const std::int64_t at = expert * columns_ + column;
     return {row_scales, scales_ + at, sums_ + at};
   }
-  const float* of_inputs(std::int64_t expert) const { return inputs_ + expert * input_stride_; }
-  // Whether another matrix of the same inputs has the same input scales.
+  // As `TypedKernels::quantize_row` takes them.
+  const float* of_inputs(std::int64_t expert) const { return inputs_ + expert * 2 * input_stride_; }
+  // Whether another matrix of the same inputs has the same input scales and shifts.
   bool same_inputs(const Int8Scales& other, std::int64_t E) const;
 
  private:

@@ -155,6 +155,17 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
   }
 }
 
+Prefetch region_at(const void* first, std::int64_t rows, std::int64_t bytes, std::int64_t stride) {
+  constexpr std::int64_t kLineBytes = kLineWords * static_cast<std::int64_t>(sizeof(Word));
+  Prefetch region;
+  region.next = static_cast<const char*>(first);
+  region.rows = rows;
+  region.lines = ceil_div(bytes, kLineBytes);
+  region.left = region.lines;
+  region.skip = stride - region.lines * kLineBytes;
+  return region;
+}
+
 Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words) {
   if (right.k == 0) return {};  // no elements: the matrix may be null
@@ -165,32 +176,16 @@ Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std:
   const std::int64_t n_begin = panel * kernels.panel;
   const std::int64_t n = std::min(panels * kernels.panel, right.n - n_begin);
   const auto* const matrix = static_cast<const char*>(right.matrix);
-  Prefetch region;
-  std::int64_t bytes = 0;
-  std::int64_t stride = 0;
+  constexpr std::int64_t word = sizeof(Word);
   if (right.packed != nullptr) {
     const std::int64_t all_words = ceil_div(right.k, typed.per_word);
-    const std::int64_t word_bytes = kernels.panel * static_cast<std::int64_t>(sizeof(Word));
-    region.next = reinterpret_cast<const char*>(right.packed) + (panel * all_words + begin) * word_bytes;
-    region.rows = panels;
-    bytes = words * word_bytes;
-    stride = all_words * word_bytes;
-  } else if (right.transposed) {
-    region.next = matrix + (n_begin * right.k + k_begin) * size;
-    region.rows = n;
-    bytes = k * size;
-    stride = right.k * size;
-  } else {
-    region.next = matrix + (k_begin * right.n + n_begin) * size;
-    region.rows = k;
-    bytes = n * size;
-    stride = right.n * size;
+    return region_at(right.packed + (panel * all_words + begin) * kernels.panel, panels,
+                     words * kernels.panel * word, all_words * kernels.panel * word);
   }
-  constexpr std::int64_t kLineBytes = kLineWords * static_cast<std::int64_t>(sizeof(Word));
-  region.lines = ceil_div(bytes, kLineBytes);
-  region.left = region.lines;
-  region.skip = stride - region.lines * kLineBytes;
-  return region;
+  if (right.transposed) {
+    return region_at(matrix + (n_begin * right.k + k_begin) * size, n, k * size, right.k * size);
+  }
+  return region_at(matrix + (k_begin * right.n + n_begin) * size, k, n * size, right.n * size);
 }
 
 Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block) {

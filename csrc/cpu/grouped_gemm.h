@@ -151,6 +151,9 @@ W* a_panel_at(W* a_panels, std::int64_t row, std::int64_t words) {
 void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                 std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels);
 
+// `rows` rows of `bytes` bytes, `stride` bytes apart.
+Prefetch region_at(const void* first, std::int64_t rows, std::int64_t bytes, std::int64_t stride = 0);
+
 // The memory that pack_right, or the product with packed panels, will read; multiply_block sets `each`.
 Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words);
@@ -193,8 +196,8 @@ inline std::int64_t packed_words(const Kernels& kernels, DType dtype, std::int64
   return ceil_div(k, kernels.of(dtype).per_word) * round_up(n, kernels.panel);
 }
 
-// Floats from one expert's input scales of int8 products to the next one's: a multiple of every tier's panel.
-inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, 32); }
+// Floats of one expert's input scales of int8 products, which its input shifts follow.
+inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, kInputPadding); }
 
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
@@ -266,6 +269,13 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
         const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
         if (typed.before_rows != nullptr) typed.before_rows(rows);
         if (tile == from) beside.prefetch = ahead;
+        if (tile + 1 < tiles && !typed.interleaves) {
+          const std::int64_t more = std::min(typed.tile_rows, block.rows - row - rows);
+          const Word* const next = a_panel_at(terms[t].a_panels, row + rows, terms[t].row_words);
+          beside.next_tile =
+              region_at(next + begin * more, 1, more * round_up(length, kLineWords) * sizeof(Word));
+          ask_from(beside.next_tile, 1, block.panels * ceil_div(length, kLineWords));
+        }
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const std::int64_t index = tile * block.panels + p;
           const std::int64_t slot = two_buffers ? index % 2 : index;
@@ -295,26 +305,41 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
   }
 }
 
-// left^T . right over a piece's rows: column A panels and B panels of `words` words. finish(tile, panel, c):
-// column A panel `tile` times B panel `panel` is c.
+// left^T . right over a piece's rows: column A panels and B panels of `words` words, `all_panels` of these.
+// finish(tile, panel, c): column A panel `tile` times B panel `panel` is c.
 template <class Finish>
 void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
-                      std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
-                      const Finish& finish) {
-  Beside nothing;
+                      std::int64_t all_panels, std::int64_t words, const Block& block,
+                      const Workspace& workspace, std::int64_t thread, const Finish& finish) {
+  Beside beside;
   const std::int64_t step = sum_block(words);
   const std::int64_t tile_floats = kernels.column_tile * kernels.panel;
   const std::int64_t tiles = block.rows / kernels.column_tile;
   const std::int64_t first = block.row / kernels.column_tile;
+  const std::int64_t following = (block.panel + block.panels * thread_count()) % all_panels;
   for (std::int64_t begin = 0; begin < words; begin += step) {
     const std::int64_t length = begin + step < words ? step : words - begin;
+    const std::int64_t lines = block.panels * ceil_div(length, kLineWords);
+    const bool last = begin + length == words;
+    const std::int64_t next = last ? following * words : block.panel * words + begin + length;
+    const std::int64_t next_length = last ? std::min(step, words) : std::min(step, words - begin - length);
+    Prefetch ahead = region_at(
+        right + next * kernels.panel, last ? std::min(block.panels, all_panels - following) : block.panels,
+        next_length * kernels.panel * sizeof(Word), words * kernels.panel * sizeof(Word));
+    const std::int64_t from = ask_from(ahead, tiles, lines);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       const Word* const a = left + ((first + tile) * words + begin) * kernels.column_tile;
+      if (tile == from) beside.prefetch = ahead;
+      if (tile + 1 < tiles) {
+        beside.next_tile =
+            region_at(a + words * kernels.column_tile, 1, length * kernels.column_tile * sizeof(Word));
+        ask_from(beside.next_tile, 1, lines);
+      }
       for (std::int64_t p = 0; p < block.panels; ++p) {
         const Word* const b = right + ((block.panel + p) * words + begin) * kernels.panel;
         float* const c = workspace.sums(thread, 0) + (tile * block.panels + p) * tile_floats;
-        typed.by_columns(a, b, length, c, begin > 0, nothing);
-        if (begin + length == words) finish(first + tile, block.panel + p, c);
+        typed.by_columns(a, b, length, c, begin > 0, beside);
+        if (last) finish(first + tile, block.panel + p, c);
       }
     }
   }

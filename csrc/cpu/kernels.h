@@ -25,6 +25,8 @@ using Word = std::uint32_t;
 constexpr std::int64_t kLineWords = 16;  // 64 bytes
 constexpr std::int64_t kMostTileRows = 32;
 constexpr std::int64_t kMostColumnTile = 8;
+// Scales and shifts of the inputs of int8 products are padded to a multiple of this, one of every tier's panel.
+constexpr std::int64_t kInputPadding = 32;
 
 // The type of operands that are quantized, beside the storage types.
 constexpr DType kInt8Words{3};
@@ -44,7 +46,8 @@ struct Prefetch {
 // What a product does between its steps, so that it costs little time of its own: prefetching, and finishing
 // the tile of sums before, which is for tiers that multiply and compute in different units (`interleaves`).
 struct Beside {
-  Prefetch prefetch;
+  Prefetch prefetch;             // what is read after this step
+  Prefetch next_tile;            // the left operand of the next tile
   const void* finish = nullptr;  // null: there is no tile to finish
   void (*finish_rows)(const void* finish, std::int64_t begin, std::int64_t end) = nullptr;
   std::int64_t rows = 0;  // of that tile
@@ -181,9 +184,9 @@ struct TypedKernels {
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
 
-  // Quantizes one row of n elements, times input scales (null: 1), into an A panel of int8 words of `rows`
-  // rows, and returns its scale.
-  float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
+  // Quantizes one row of n elements into an A panel of int8 words of `rows` rows, and returns its scale. What
+  // is quantized is row * inputs[0..n) + inputs[m..m+n), m being n padded to kInputPadding; null: the row.
+  float (*quantize_row)(const void* row, const float* inputs, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
 
   // logits[rows,E] = x[rows,D] . weight[E,D]^T.

@@ -59,7 +59,7 @@ void quantize_channel(const void* weight, DType dtype, std::int64_t first, std::
 }
 
 void pack_int8(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I, void* packed,
-               const float* input_scale) {
+               const float* input_scale, const float* input_offset) {
   const Kernels& ks = kernels();
   const std::int64_t words = ceil_div(I, ks.int8.per_word);
   const std::int64_t panels = ceil_div(O, ks.panel);
@@ -69,9 +69,12 @@ void pack_int8(DType dtype, const void* weight, std::int64_t E, std::int64_t O, 
   float* const inputs = scales + 2 * E * panels * ks.panel;
   const std::int64_t input_stride = int8_input_stride(I);
   for (std::int64_t e = 0; e < E; ++e) {
-    float* const to = inputs + e * input_stride;
+    float* const to = inputs + e * 2 * input_stride;
+    float* const shifts = to + input_stride;
     std::fill_n(to, input_stride, 1.0F);
+    std::fill_n(shifts, input_stride, 0.0F);
     if (input_scale != nullptr) std::copy_n(input_scale + e * I, I, to);
+    for (std::int64_t i = 0; input_offset != nullptr && i < I; ++i) shifts[i] = -input_offset[e * I + i] * to[i];
   }
   parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
     Word* const b_panel = first + task * words * ks.panel;
@@ -83,7 +86,7 @@ void pack_int8(DType dtype, const void* weight, std::int64_t E, std::int64_t O, 
       sums[at] = 0;
       if (channel >= O) continue;
       quantize_channel(weight, dtype, (task / panels * O + channel) * I, I,
-                       inputs + task / panels * input_stride, ks.panel,
+                       inputs + task / panels * 2 * input_stride, ks.panel,
                        reinterpret_cast<std::int8_t*>(b_panel + column), scales[at], sums[at]);
     }
   });
@@ -96,22 +99,26 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, st
   check_sizes(dtype, E, O, I, type);
   const Kernels& ks = kernels();
   std::int64_t words = E * packed_words(ks, operand_type(dtype, type), O, I);
-  if (type == PackedType::kInt8) words += E * (2 * round_up(O, ks.panel) + int8_input_stride(I));
+  if (type == PackedType::kInt8) words += E * 2 * (round_up(O, ks.panel) + int8_input_stride(I));
   return words * static_cast<std::int64_t>(sizeof(Word));
 }
 
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
-                 void* packed, PackedType type, const float* input_scale) {
+                 void* packed, PackedType type, const float* input_scale, const float* input_offset) {
   check_sizes(dtype, E, O, I, type);
   check_pointer("weight", weight, E * O * I);
   check_pointer("packed", packed, E * O * I);
-  check(input_scale == nullptr || type == PackedType::kInt8,
-        "input_scale: expected none for an exact weight");
+  check((input_scale == nullptr && input_offset == nullptr) || type == PackedType::kInt8,
+        "input_scale and input_offset: expected none for an exact weight");
   for (std::int64_t i = 0; input_scale != nullptr && i < E * I; ++i) {
     check(std::isnormal(input_scale[i]) && input_scale[i] > 0.0F,
           [&] { return "input_scale: expected positive numbers, got " + std::to_string(input_scale[i]); });
   }
-  if (type == PackedType::kInt8) return pack_int8(dtype, weight, E, O, I, packed, input_scale);
+  for (std::int64_t i = 0; input_offset != nullptr && i < E * I; ++i) {
+    check(std::isfinite(input_offset[i]),
+          [&] { return "input_offset: expected finite numbers, got " + std::to_string(input_offset[i]); });
+  }
+  if (type == PackedType::kInt8) return pack_int8(dtype, weight, E, O, I, packed, input_scale, input_offset);
   const Kernels& ks = kernels();
   const std::int64_t words = ceil_div(I, ks.of(dtype).per_word);
   const std::int64_t panels = ceil_div(O, ks.panel);

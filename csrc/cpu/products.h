@@ -19,6 +19,9 @@ inline void ask_for_line(Prefetch& prefetch) {
 
 template <class Operand, int kRows, bool kByRows>
 void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Beside& beside) {
+  // One request a word leaves fill buffers free for what is multiplied now. Narrower vectors have no
+  // instructions to spare in the loop over words.
+  constexpr bool kSpread = kLanes == 16;
   F32x sum[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -27,8 +30,12 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
   }
   for (std::int64_t line = 0; line < words; line += kLineWords) {
     const std::int64_t count = smaller(kLineWords, words - line);
-    for (std::int64_t ask = beside.prefetch.each; ask > 0; --ask) ask_for_line(beside.prefetch);
+    for (std::int64_t ask = kSpread ? 0 : beside.prefetch.each; ask > 0; --ask) {
+      ask_for_line(beside.prefetch);
+    }
     for (std::int64_t k = 0; k < count; ++k) {
+      if (kSpread && k < beside.prefetch.each) ask_for_line(beside.prefetch);
+      if (kSpread && kLineWords - 1 - k < beside.next_tile.each) ask_for_line(beside.next_tile);
       const U32x low = load_as<U32x>(b);
       const U32x high = load_as<U32x>(b + kLanes);
 #pragma GCC unroll 16

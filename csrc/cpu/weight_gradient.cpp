@@ -58,7 +58,8 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
     }
   }
   if (weight_ == nullptr) return;
-  multiply_columns(*kernels_, typed, left_->of(piece), right_->of(piece), words, block, workspace, thread,
+  multiply_columns(*kernels_, typed, left_->of(piece), right_->of(piece), ceil_div(columns_, kernels_->panel),
+                   words, block, workspace, thread,
                    [&](std::int64_t tile_index, std::int64_t panel, const float* c) {
                      const std::int64_t row = tile_index * tile_rows;
                      const std::int64_t column = panel * kernels_->panel;

@@ -40,9 +40,12 @@ void add_linear(DType dtype) {
               bias = normal_array(dtype, E * O);
   std::vector<float> input_scale(E * I);
   for (float& scale : input_scale) scale = 0.5F + uniform();
+  std::vector<float> input_offset(E * I);
+  for (float& offset : input_offset) offset = normal();
   Array packed(DType::kFloat32, packed_weight_bytes(dtype, E, O, I, PackedType::kInt8) / 4),
       out(dtype, R * O);
-  pack_weight(dtype, weight.data(), E, O, I, packed.data(), PackedType::kInt8, input_scale.data());
+  pack_weight(dtype, weight.data(), E, O, I, packed.data(), PackedType::kInt8, input_scale.data(),
+              input_offset.data());
   grouped_linear(dtype, rows.data(), nullptr, bias.data(), random_offsets(E, R).data(), R, E, O, I,
                  out.data(), packed.data(), PackedType::kInt8);
   add_to_hash(out);

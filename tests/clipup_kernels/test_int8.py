@@ -86,8 +86,9 @@ def test_rows_of_any_size_are_scaled(size):
 CALL = """
 import pickle, sys, torch, clipup_kernels as ck
 x, weight, bias = pickle.load(sys.stdin.buffer)
-y = ck.grouped_linear(x, ck.pack_weight(weight, "int8"), bias, torch.tensor([0, len(x)], dtype=torch.int32))
-pickle.dump((y, ck.pack_weight(weight, "int8")), sys.stdout.buffer)
+packed = ck.pack_weight(weight, "int8", input_offset=x[0])
+y = ck.grouped_linear(x, packed, bias, torch.tensor([0, len(x)], dtype=torch.int32))
+pickle.dump((y, packed), sys.stdout.buffer)
 """
 
 
@@ -104,7 +105,7 @@ def test_tiers_agree_and_read_each_others_weights():
     refusal = on_tier("none", x, weight, bias).stderr.decode()
     tiers = refusal.split("one that this CPU has (")[1].split(")")[0].split(", ")
     assert "portable" in tiers
-    packed = ck.pack_weight(weight, "int8")
+    packed = ck.pack_weight(weight, "int8", input_offset=x[0])
     here = linear(x, packed, bias)
     for tier in tiers:
         there, foreign = pickle.loads(on_tier(tier, x, weight, bias).stdout)
@@ -127,6 +128,19 @@ def test_an_input_scale_balances_inputs_and_weights():
     assert plain > 10 * balanced and balanced < 2e-2
     back = ck.unpack_weight(ck.pack_weight(weight, "int8", scale))
     assert (back - weight).abs().max() <= weight.abs().max() / 127
+
+
+def test_an_input_offset_is_subtracted_from_rows_before_they_are_quantized():
+    x, weight, offset = randn(20, 40, seed=1), randn(3, 48, 40), torch.zeros(3, 40)
+    x[:, 7], offset[:, 7] = x[:, 7] + 100, 100
+    offsets = torch.tensor([0, 5, 5, 20], dtype=torch.int32)
+    packed = ck.pack_weight(weight, "int8", input_offset=offset)
+    found = ck.grouped_linear(x, packed, None, offsets)
+    expected = torch.cat([(x[:5] - offset[0]) @ weight[0].T, (x[5:] - offset[2]) @ weight[2].T]).double()
+    assert relative_error(found, expected) < 1e-2
+    same = ck.grouped_linear(x - offset[0], ck.pack_weight(weight, "int8"), None, offsets)
+    assert relative_error(found, same.double()) < 1e-5
+    assert torch.equal(ck.unpack_weight(packed), ck.unpack_weight(ck.pack_weight(weight, "int8")))
 
 
 @pytest.mark.parametrize("case", pairwise(dtype=DTYPES, activation=ck.ACTIVATIONS, gated=(False, True)))
@@ -171,6 +185,10 @@ WEIGHT = randn(2, 33, 40)
         ("input_scale", (WEIGHT, "int8", torch.ones(39))),
         ("input_scale", (WEIGHT, "int8", torch.full((40,), torch.nan))),
         ("input_scale", (WEIGHT, "int8", torch.zeros(40))),
+        ("input_offset", (WEIGHT, None, None, torch.zeros(40))),
+        ("input_offset", (WEIGHT, "int8", None, torch.zeros(3, 40))),
+        ("input_offset", (WEIGHT, "int8", None, torch.full((40,), torch.inf))),
+        ("input_offset", (ck.pack_weight(WEIGHT), None, None, torch.zeros(40))),
     ],
 )
 def test_wrong_calls_are_refused_by_name(named, arguments):

@@ -142,7 +142,6 @@ def test_sequential_mlps_with_a_hook_or_in_a_model_with_another_forward_are_left
         (["visual.*.out_proj"], {f"visual.transformer.resblocks.{i}.attn" for i in range(4)}),
         (["visual.*.router"], set()),
     ],
-    ids=str,
 )
 def test_layers_whose_names_match_a_pattern_are_left(patterns, left, weights):
     model = clipup.upcycle(tiny_clip().eval(), clipup.MoEConfig())

@@ -1,0 +1,182 @@
+"""``accelerate(weights="int8", calibrate=...)``: inputs are centred and scaled by what a few batches show."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_clip import tiny_clip
+from tiny_hugging_face import tiny_hugging_face
+from torch import nn
+
+import clipup
+from clipup.clip.inputs import random_inputs
+from clipup.inference.prepared import Prepared
+from clipup_kernels.backends import extension
+
+pytestmark = pytest.mark.skipif(extension.NATIVE is None, reason="there is no compiled extension")
+WIDTH, HIDDEN = 64, 256
+
+
+def int8(model, batches=None, **options):
+    return clipup.accelerate(model, weights="int8", calibrate=batches, **options)
+
+
+def lost(fast, plain, x):
+    """The error of a model's outputs, relative to how they vary between tokens."""
+    with torch.inference_mode():
+        y, exact = fast(x).float(), plain(x).float()
+    return ((y - exact).square().sum() / (exact - exact.mean(0)).square().sum()).sqrt().item()
+
+
+def mlp(dtype=torch.float32, bias=True):
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=bias), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=bias)).to(dtype)
+
+
+def experts(**options):
+    return clipup.SparseMoE(WIDTH, HIDDEN, num_experts=2, top_k=2, **options).eval()
+
+
+LAYERS = {
+    "dense": mlp,
+    "dense without biases": lambda: mlp(bias=False),
+    "dense, bfloat16": lambda: mlp(torch.bfloat16),
+    "experts": experts,
+    "experts with a norm": lambda: experts(norm="layer"),
+    "gated experts without biases": lambda: experts(gated=True, bias=False),
+    "shared expert": lambda: experts(shared_expert=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inputs_and_hidden_units_that_are_often_large_cost_little(name):
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    dtype = next(layer.parameters()).dtype
+    weights = [layer[0].weight] if isinstance(layer, nn.Sequential) else [
+        part.in_weight for part in layer.modules() if hasattr(part, "in_weight")
+    ]  # fmt: skip
+    with torch.no_grad():
+        for weight in weights:
+            weight[..., 3, :], weight[..., 7, :] = 0, 0
+            weight[..., 3, 0], weight[..., 7, 1] = 1, 30  # input 0 is always 30, input 1 is 1 in half of the tokens
+    x = torch.randn(2, 2000, WIDTH)
+    x[..., 0], x[..., 1] = 30, (x[..., 1] > 0).float()
+    seen, new = x.to(dtype)
+    plain, calibrated = lost(int8(layer), layer, new), int8(layer, [seen])
+    assert lost(calibrated, layer, new) < min(0.05, plain / 2)
+    rows = clipup.accelerate_report(calibrated)
+    assert [row.error for row in rows if row.error] == sorted((row.error for row in rows if row.error), reverse=True)
+    assert all(0 < row.error < 0.05 for row in rows if row.weights)
+
+
+def clip(sparse=True):
+    return clipup.upcycle(tiny_clip().eval(), clipup.MoEConfig()) if sparse else tiny_clip().eval()
+
+
+def bert_batch(model, samples=64, length=12):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, model.config.vocab_size, (samples, length), generator=generator)
+    lengths = torch.randint(4, length + 1, (samples,), generator=generator)
+    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_every_layer_of_a_clip_is_calibrated_on_images_and_texts(sparse):
+    model = clip(sparse)
+    fast = int8(model, [random_inputs(model, 32), random_inputs(model, 32, seed=1)])
+    rows = clipup.accelerate_report(fast)
+    assert all(0 < row.error < 0.1 for row in rows if row.weights)
+    for ours, theirs in zip(
+        fast(*random_inputs(model, 4, seed=2)), model(*random_inputs(model, 4, seed=2)), strict=True
+    ):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_towers_without_batches_are_quantized_as_without_calibration():
+    model = clip(sparse=False)
+    images, texts = random_inputs(model, 128)
+    fast = int8(model, [images])
+    assert torch.equal(fast.encode_text(texts), int8(model).encode_text(texts))
+    assert not torch.equal(fast.encode_image(images), int8(model).encode_image(images))
+
+
+def test_a_model_of_transformers_is_calibrated_by_named_arguments():
+    model = tiny_hugging_face("BertModel")
+    batch = bert_batch(model)
+    fast = int8(model, [batch])
+    assert all(0 < row.error < 0.1 for row in clipup.accelerate_report(fast) if row.weights)
+    ours, theirs = fast(**batch).last_hidden_state, model(**batch).last_hidden_state
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_padding_of_texts_is_left_out():
+    model = tiny_hugging_face("BertModel")
+    batch = bert_batch(model)
+    other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), 5)}
+    assert not torch.equal(batch["input_ids"], other["input_ids"])
+    ours, theirs = (int8(model, [seen])(**batch).last_hidden_state for seen in (batch, other))
+    assert torch.equal(ours, theirs)
+
+    model = clip(sparse=False)
+    _, texts = random_inputs(model, 64)
+    end = texts.max()
+    texts[:, 3:] = 0
+    texts[::2, 2], texts[1::2, -1] = end, end  # half of them end early
+    other = texts.clone()
+    other[::2, 3:] = 1
+    ours, theirs = (int8(model, [(random_inputs(model, 64)[0], seen)]) for seen in (texts, other))
+    assert torch.equal(ours.encode_text(texts), theirs.encode_text(texts))
+
+
+def test_a_copy_or_a_pickle_of_a_calibrated_layer_computes_the_same():
+    torch.manual_seed(0)
+    layer, x = mlp(), torch.randn(600, WIDTH) + 1
+    fast = int8(layer, [x])
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(again(x), fast(x)) and again.error == fast.error
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_loaded_weights_are_quantized_as_without_calibration(bias):
+    torch.manual_seed(0)
+    layer, other, x = mlp(bias=bias), mlp(bias=bias), torch.randn(600, WIDTH) + 1
+    fast = int8(layer, [x])
+    state = other.state_dict()
+    fast.load_state_dict(state)
+    assert torch.equal(fast(x), int8(other)(x)) and fast.error is None
+    fast = int8(layer, [x])
+    state.pop("2.weight")
+    fast.load_state_dict(state, strict=False)  # keeps what is not in the state dict, the plain biases too
+    other[2].weight = layer[2].weight
+    assert lost(fast, other, x) < 0.1
+    if bias:
+        fast = int8(layer, [x])
+        fast.load_state_dict({name: value for name, value in state.items() if "bias" not in name}, strict=False)
+        assert torch.equal(fast.out_bias, layer[2].bias) and torch.equal(fast.in_bias, layer[0].bias)
+
+
+def test_experts_that_see_few_rows_are_quantized_as_without_calibration():
+    torch.manual_seed(0)
+    layer = clipup.SparseMoE(WIDTH, HIDDEN, num_experts=8, top_k=1).eval()
+    x = torch.randn(200, WIDTH) + 1
+    assert torch.equal(int8(layer, [x])(x), int8(layer)(x))
+
+
+def test_a_batch_that_fails_leaves_the_model_as_it_was():
+    model = clip().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(RuntimeError, match=r"size|shape|expand"):
+        int8(model, [(torch.randn(2, 3, 5, 5), None)], inplace=True)
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+    assert all(module.training for module in model.modules())
+    assert not any(isinstance(module, Prepared) for module in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_calibration_without_batches_or_without_int8_is_refused():
+    with pytest.raises(ValueError, match="calibrate has no batches"):
+        int8(mlp(), [])
+    with pytest.raises(ValueError, match='calibrate was given without weights="int8"'):
+        clipup.accelerate(mlp(), calibrate=[torch.randn(2, WIDTH)])
