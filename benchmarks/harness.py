@@ -200,8 +200,8 @@ def alternate(
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
     and for ``min_rounds`` at least. Two untimed rounds come first: they allocate the memory that is kept between calls.
-    Calls of a few milliseconds that run on other threads need ``rest``, seconds before each: threads of the call before
-    spin for milliseconds while they wait for work, and take a core from the next one.
+    Calls of a few milliseconds by different engines need ``rest``, seconds before each pair: threads of the candidate
+    before spin for tens of milliseconds while they wait for work, and take a core from the baseline.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
@@ -212,7 +212,6 @@ def alternate(
         for name, run in candidates.items():
             time.sleep(rest)
             base = clock(candidates[baseline], device)
-            time.sleep(rest)
             taken = clock(run, device)
             times[name].append(taken)
             ratios[name].append(taken / base)

@@ -45,7 +45,7 @@ TESTED, CALIBRATION_BATCHES, CALIBRATION_BATCH, PAIRS = 1000, 8, 32, 5000
 BATCH = 16
 """Of the larger batch that is timed; the other one is the gloss of middle length."""
 PEER, CALIBRATED = "OpenVINO int8", "clipup int8 calibrated"
-REST = 0.02
+REST = 0.1
 TOKENS, WIDTH, HIDDEN, LARGE = 2048, 256, 1024, 30.0
 """Of the MLPs; LARGE is the value of the unit."""
 COLUMNS = "model form batch_size spearman cosine_mean cosine_min error median_ms ratio"
