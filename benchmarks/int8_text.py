@@ -15,9 +15,8 @@ is that of what is not int8. Accuracy is that of the embeddings of 1,000 glosses
 
 Time is that of one gloss, and of 16 padded to the longest; each form runs in turn with the faster of OpenVINO's int8
 programs, which are made for this one shape, and the ratio is to that. "compiled" is torch.compile for this shape, of
-which only the time is measured. At the end, ``error`` alone of two random MLPs,
-256/1024 with GELU, on tokens of noise: one with a hidden unit that is always 30, one with a unit that is 30 in a random
-half of the tokens and 0 in the others.
+which only the time is measured. At the end, ``error`` alone of two random MLPs, 256/1024 with GELU, on tokens of noise:
+one with a hidden unit that is always 30, one with a unit that is 30 in a random half of the tokens and 0 in the others.
 """
 
 from __future__ import annotations

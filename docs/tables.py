@@ -122,7 +122,7 @@ def accuracy(shown: list[list[str]]) -> Rows:
 def text_encoder(shown: list[list[str]]) -> Rows:
     batches = (measured("int8_text_cpu.csv", batch_size=size) for size in ("1", "16"))
     for one, many in zip(*batches, strict=True):
-        cosine = f"{one['cosine_mean']} ({one['cosine_min']})"
+        cosine = one["cosine_mean"] and f"{one['cosine_mean']} ({one['cosine_min']})"
         yield one["form"], one["spearman"], cosine, one["error"], ratio(one["ratio"]), ratio(many["ratio"])
 
 
