@@ -1,16 +1,17 @@
 """The registry of engines: other inference engines that run whole dense models on a CPU, for comparison.
 
-An engine gets a float32 tower and an example of its input, and returns a function of such inputs; a program is made for
-the shapes that it is timed with. Its features are compared with the tower's before it is timed.
+An engine gets a float32 tower and an example of its inputs, by their names, and returns a function of such inputs; a
+program is made for the shapes that it is timed with. Its features are compared with the tower's before it is timed.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import clock
@@ -18,7 +19,8 @@ from peers import missing
 from torch import Tensor, nn
 
 CALIBRATION_BATCHES = 4
-Run = Callable[[Tensor], Tensor]
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs], Tensor]
 
 
 class Tower(nn.Module):
@@ -33,42 +35,67 @@ class Tower(nn.Module):
         return getattr(self.model, self.method)(inputs)
 
 
-def onnxruntime_int8(tower: Tower, example: Tensor, threads: int) -> Run:
+def onnxruntime_int8(tower: nn.Module, example: Inputs, threads: int, **shapes: Any) -> Run:
     """onnxruntime's recipe for transformers on CPUs: export, ``quantize_dynamic`` with int8 weights per output channel.
-    Activations are quantized at every call, the rest is float32."""
+    Activations are quantized at every call, the rest is float32.
+
+    Args:
+        shapes: arguments of the export, such as ``dynamic_shapes``.
+    """
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as directory:
         exact, quantized = Path(directory) / "exact.onnx", Path(directory) / "int8.onnx"
-        torch.onnx.export(tower, (example,), exact, input_names=["inputs"], dynamo=True, verbose=False)
+        torch.onnx.export(tower, f=exact, kwargs=example, input_names=[*example], dynamo=True, verbose=False, **shapes)
         quantize_dynamic(exact, quantized, per_channel=True, weight_type=QuantType.QInt8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
+    return lambda inputs: torch.from_numpy(session.run(None, arrays(inputs))[0])
 
 
-def openvino(tower: Tower, example: Tensor, threads: int, quantize: bool) -> Run:
+def openvino(tower: nn.Module, example: Inputs, threads: int, quantize: bool) -> Run:
     """OpenVINO at its best for this: a static shape, one stream, and bfloat16 or float32, whichever is faster on this
     CPU. In int8: nncf's post-training quantization with its settings for transformers, on a few batches."""
-    import nncf
-    from openvino import Core, convert_model
+    from openvino import convert_model
 
-    program = convert_model(tower, example_input=example, input=[tuple(example.shape)])
+    program = convert_model(tower, example_input=example, input=[tuple(value.shape) for value in example.values()])
     if quantize:
-        batches = [_shuffled(example, seed) for seed in range(CALIBRATION_BATCHES)]
-        program = nncf.quantize(
-            program, nncf.Dataset(batches, Tensor.numpy), model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=CALIBRATION_BATCHES,
-        )  # fmt: skip
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    both = [
-        Core().compile_model(program, "CPU", {**settings, "INFERENCE_PRECISION_HINT": precision})
-        for precision in ("bf16", "f32")
-    ]
-    fastest = min(both, key=lambda compiled: min(clock(partial(compiled, example.numpy()), "cpu") for _ in range(4)))
-    return lambda inputs: torch.from_numpy(fastest(inputs.numpy())[0])
+        seeds = range(CALIBRATION_BATCHES)
+        batches = [{name: _shuffled(value, seed) for name, value in example.items()} for seed in seeds]
+        program = openvino_int8(program, batches)
+    both = [compiled_by_openvino(program, precision, threads) for precision in ("bf16", "f32")]
+    return min(both, key=lambda run: min(clock(partial(run, example), "cpu") for _ in range(4)))
+
+
+def openvino_int8(program: Any, batches: Sequence[Inputs]) -> Any:
+    """A program of OpenVINO in int8, by nncf's settings for transformers on all of the batches."""
+    import nncf
+
+    data = nncf.Dataset(batches, arrays)
+    return nncf.quantize(program, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+
+
+def compiled_by_openvino(program: Any, precision: str, threads: int, example: Inputs | None = None) -> Run:
+    """A function of a program's inputs, computed in one stream.
+
+    Args:
+        precision: "bf16" or "f32", of what is not int8.
+        example: inputs of the only shape that it shall take; without, those of the program.
+    """
+    from openvino import Core
+
+    if example is not None:
+        program = program.clone()
+        program.reshape({name: [*value.shape] for name, value in example.items()})
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+    compiled = Core().compile_model(program, "CPU", settings)
+    return lambda inputs: torch.from_numpy(compiled(arrays(inputs))[0])
+
+
+def arrays(inputs: Inputs) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in inputs.items()}
 
 
 def _shuffled(example: Tensor, seed: int) -> Tensor:
@@ -105,21 +132,21 @@ class OnEngine:
 
     def __init__(self, engine: str, model: nn.Module, images: Tensor, texts: Tensor, threads: int) -> None:
         self._run = {
-            method: _checked(engine, Tower(model.eval(), method), example, threads)
+            method: _checked(engine, Tower(model.eval(), method), {"inputs": example}, threads)
             for method, example in {"encode_image": images.float(), "encode_text": texts}.items()
         }
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return self._run["encode_image"](images.float())
+        return self._run["encode_image"]({"inputs": images.float()})
 
     def encode_text(self, texts: Tensor) -> Tensor:
-        return self._run["encode_text"](texts)
+        return self._run["encode_text"]({"inputs": texts})
 
 
 @torch.no_grad()
-def _checked(engine: str, tower: Tower, example: Tensor, threads: int) -> Run:
+def _checked(engine: str, tower: Tower, example: Inputs, threads: int) -> Run:
     run = ENGINES[engine][0](tower, example, threads)
-    cosine = torch.cosine_similarity(run(example), tower(example)).min()
+    cosine = torch.cosine_similarity(run(example), tower(**example)).min()
     if not cosine > 0.99:
         raise SystemExit(f"{engine}'s {tower.method} is not the model's: cosine {cosine:.3f}")
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from harness import clock
@@ -13,6 +14,8 @@ SHAPES = ((2048, 2048, 2048), (1024, 768, 3072), (1024, 3072, 768))
 """Rows, inputs and outputs of the products: a large one, and an MLP's two on rows that stay in the caches."""
 GPU_SHAPES = ((8192, 8192, 8192), (65536, 768, 3072), (65536, 3072, 768))
 """The same on a GPU, which smaller ones do not fill."""
+INT8_SHAPES = ((512, 4096, 8192), (512, 2048, 8192))
+"""Of packed int8 products. A call quantizes its rows, which takes little time beside many outputs."""
 ROUNDS = 2
 
 
@@ -27,6 +30,16 @@ def products(dtype: torch.dtype, device: str) -> Iterator[tuple[float, Callable[
         flops = 2.0 * rows * inputs * outputs
         yield flops, lambda x=x, w=transposed: torch.mm(x, w)
         yield flops, lambda x=x, w=weight, offsets=offsets: ck.grouped_linear(x, w, None, offsets)
+
+
+def int8_products() -> Iterator[tuple[float, Callable[[], object]]]:
+    """The same of ``grouped_linear`` with packed int8 weights on a CPU, rows and results in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inputs, outputs in INT8_SHAPES:
+        x = torch.randn(rows, inputs, generator=generator).bfloat16()
+        weight = ck.pack_weight(torch.randn(1, outputs, inputs, generator=generator).bfloat16(), "int8")
+        offsets = torch.tensor([0, rows], dtype=torch.int32)
+        yield 2.0 * rows * inputs * outputs, partial(ck.grouped_linear, x, weight, None, offsets)
 
 
 class GemmPeak:

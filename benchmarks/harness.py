@@ -189,12 +189,19 @@ def peak_megabytes(run: Callable[[], object]) -> float:
 
 
 def alternate(
-    candidates: dict[str, Callable[[], object]], baseline: str, seconds: float, device: str = "cpu", min_rounds: int = 5
+    candidates: dict[str, Callable[[], object]],
+    baseline: str,
+    seconds: float,
+    device: str = "cpu",
+    min_rounds: int = 5,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
     and for ``min_rounds`` at least. Two untimed rounds come first: they allocate the memory that is kept between calls.
+    Calls of a few milliseconds by different engines need ``rest``, seconds before each pair: threads of the candidate
+    before spin for tens of milliseconds while they wait for work, and take a core from the baseline.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
@@ -203,6 +210,7 @@ def alternate(
     start = time.perf_counter()
     while len(times[baseline]) < min_rounds or time.perf_counter() - start < seconds:
         for name, run in candidates.items():
+            time.sleep(rest)
             base = clock(candidates[baseline], device)
             taken = clock(run, device)
             times[name].append(taken)

@@ -119,6 +119,20 @@ def accuracy(shown: list[list[str]]) -> Rows:
         yield row["model"].split("/")[0], outliers, row["form"], *cosines, *recalls
 
 
+def text_encoder(shown: list[list[str]]) -> Rows:
+    batches = (measured("int8_text_cpu.csv", batch_size=size) for size in ("1", "16"))
+    for one, many in zip(*batches, strict=True):
+        cosine = one["cosine_mean"] and f"{one['cosine_mean']} ({one['cosine_min']})"
+        yield one["form"], one["spearman"], cosine, one["error"], ratio(one["ratio"]), ratio(many["ratio"])
+
+
+def large_units(shown: list[list[str]]) -> Rows:
+    for model, *_ in shown:
+        rows = {row["form"]: row["error"] for row in measured("int8_text_cpu.csv", model=model)}
+        forms = ("torch, bf16", "torch int8, fp32", "clipup int8, fp32", "clipup int8 calibrated, fp32")
+        yield model, *(rows[form] for form in forms)
+
+
 def requests(shown: list[list[str]]) -> Rows:
     for image, caption in zip(*(measured("latency_cpu.csv", input=of) for of in ("image", "caption")), strict=True):
         times = [[f"{float(row[at]):.1f}" for at in ("p50_ms", "p99_ms")] for row in (image, caption)]
@@ -153,6 +167,8 @@ TABLES: dict[str, Callable[[list[list[str]]], Rows]] = {
     "batches": partial(batches, file="clip_throughput_batches_xeon.csv"),
     "batches_amx": partial(batches, file="clip_throughput_batches_amx.csv"),
     "accuracy": accuracy,
+    "text_encoder": text_encoder,
+    "large_units": large_units,
     "requests": requests,
     "few_rows": partial(
         by_implementation,

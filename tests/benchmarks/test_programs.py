@@ -6,8 +6,10 @@ from pathlib import Path
 
 import clip_throughput
 import engines
+import gemm_peak
 import harness
 import int8_accuracy
+import int8_share
 import latency
 import padding_aware
 import pytest
@@ -101,6 +103,20 @@ def test_another_engine_computes_the_models_features(engine):
     texts = latency.get_tokenizer(TINY)(["red bird"])
     model, _, image = clip_throughput.build(f"{TINY} {engine}", torch.float32, texts)
     assert model.encode_image(image).shape == model.encode_text(texts).shape
+
+
+def test_a_towers_share_is_its_rate_over_that_of_packed_int8_products(rows_of, monkeypatch):
+    monkeypatch.setattr(gemm_peak, "INT8_SHAPES", ((64, 32, 64),))
+    monkeypatch.setattr(int8_share, "BASELINE", TINY)
+    monkeypatch.setattr(int8_share, "MODELS", (f"{TINY} int8", f"{TINY} CLIP-UP int8"))
+    monkeypatch.setattr(int8_share, "alternate", lambda runs, *others, **rest: {
+        name: harness.Timing(ms, ms, ms, ms) for ms, (name, run) in enumerate(runs.items(), 1) if run() is not None
+    })  # fmt: skip
+    rows = rows_of(int8_share, "--batch-size", "2", "--threads", "1", like="int8_share_cpu.csv")
+    assert of(rows, "model") == [(f"{TINY} int8",), (f"{TINY} CLIP-UP int8",)]
+    for row in rows:
+        rates = float(row["tflops"]) / float(row["product_tflops"])
+        assert float(row["share"]) == pytest.approx(rates, rel=0.01)
 
 
 PASSES, EXPERTS = ("fwd", "fwd_bwd"), ("grouped_mm", "eager", "batched_mm", "clipup")
