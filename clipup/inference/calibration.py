@@ -23,9 +23,10 @@ BIASES = ("in_bias", "out_bias", "gate_bias")
 """Those of what is added to their products."""
 MOST_ROWS, LEAST_ROWS = 1024, 256
 """Rows of a matrix's inputs that are kept; with fewer than the second, what follows from weights alone is used."""
-_FAR, _USUAL = 0.5, 2.0
-"""The least distance from 0, in standard deviations, of a mean that is taken out; and medians of the inputs' ranges up
-to which a range is usual. Chosen on a sentence encoder (docs/performance_log.md)."""
+_ALPHAS, _FAR, _USUAL = (0.5, 0.7, 0.9), (0.5, 1.5), 2.0
+"""How much ranges count beside sizes of weights; the least distance from 0, in standard deviations, of a mean that is
+taken out; and up to how many medians of the ranges one is usual. Chosen on a sentence encoder
+(docs/performance_log.md)."""
 _SHARED_INPUT = (("in_weight", "gate_weight"), ("out_weight",))
 """Matrices with the same inputs."""
 
@@ -61,7 +62,7 @@ def balanced(tensors: Mapping[str, Tensor]) -> dict[str, Inputs]:
     for group in _groups(tensors):
         weights = [tensors[name] for name in group]
         if 0 not in weights[0].shape:
-            scale = _scale(_column_sizes(weights))
+            scale = _relative(_column_sizes(weights)).sqrt()
             inputs |= dict.fromkeys(group, Inputs(scale, torch.zeros_like(scale)))
     return inputs
 
@@ -126,20 +127,23 @@ def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
-    """From weights [O, I] of one input, and rows of it, [N, I].
+    """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the one that loses least.
 
     What most rows have in common is taken out: the means of inputs that are far from 0 for how much they vary. Scales
-    follow equation 4 of SmoothQuant with alpha = 0.5, but inputs that are smaller than usual are not enlarged more
-    than others: those that are rarely active have a small range in a sample, and would fill the whole range of a row
-    with the one value that is not.
+    follow equation 4 of SmoothQuant with alpha from 0.5 on, but inputs that are smaller than usual are not enlarged
+    more than others: those that are rarely active have a small range in a sample, and would fill the whole range of a
+    row with the one value that is not.
     """
-    nothing = torch.zeros(x.shape[-1])
-    if 2 * len(x) < LEAST_ROWS:
-        return Inputs(_scale(_column_sizes(weights)), nothing)
-    mean = x.mean(0)
-    offset = torch.where(mean.abs() > _FAR * x.std(0), mean, nothing)
-    ranges = (x - offset).abs().amax(0)
-    return Inputs(_scale(_column_sizes(weights) / ranges.clamp(min=_USUAL * ranges.median())), offset)
+    sizes, mean, nothing = _column_sizes(weights), x.mean(0), torch.zeros(x.shape[-1])
+    choices = [Inputs(_relative(sizes).sqrt(), nothing)]
+    if 2 * len(x) >= LEAST_ROWS:
+        choices = []
+        for far in _FAR:
+            offset = torch.where(mean.abs() > far * x.std(0), mean, nothing)
+            ranges = (x - offset).abs().amax(0)
+            ranges = _relative(ranges.clamp(min=_USUAL * ranges.median()))
+            choices += [Inputs(_relative(sizes) ** (1 - alpha) / ranges**alpha, offset) for alpha in _ALPHAS]
+    return min(choices, key=lambda choice: float(_lost(weights, x, choice)[0]))
 
 
 def _lost(weights: list[Tensor], x: Tensor, inputs: Inputs) -> Tensor:
@@ -162,6 +166,6 @@ def _column_sizes(weights: list[Tensor]) -> Tensor:
     return torch.stack(mean_squares).mean(0).sqrt()
 
 
-def _scale(sizes: Tensor) -> Tensor:
-    middle = sizes.median(-1, keepdim=True).values.clamp(min=1e-30)
-    return (sizes / middle).clamp(1 / 1024, 1024).sqrt()
+def _relative(sizes: Tensor) -> Tensor:
+    """To the median, within a range that int8 can use."""
+    return (sizes / sizes.median(-1, keepdim=True).values.clamp(min=1e-30)).clamp(1 / 1024, 1024)

@@ -72,7 +72,7 @@ class Prepared(nn.Module):
     def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
         """A function of the arguments of a plain layer's call: of every expert (one in a dense layer), the inputs
         [.., I] of its matrices by their names. Those of the second matrix of an MLP are left to ``hidden``."""
-        return lambda x: [{"in_weight": x}]
+        return lambda *args, **kwargs: [{"in_weight": first_of(*args, **kwargs)}]
 
     @staticmethod
     def hidden(plain: Any, expert: int, x: Tensor) -> Tensor:
@@ -213,6 +213,11 @@ class Prepared(nn.Module):
                 self._keep(name, pack_weight(packed))
 
 
+def first_of(*args: Any, **kwargs: Any) -> Any:
+    """The first argument of a call, which may be given by its name."""
+    return (*args, *kwargs.values())[0]
+
+
 def _without_weights(plain: nn.Module) -> nn.Module:
     """A copy of a layer's modules on the meta device. Others may hold the layer, or a part of it, so it stays as it
     is."""
@@ -267,7 +272,12 @@ class PreparedMLP(Prepared):
     @staticmethod
     def seen(plain: nn.Module) -> Callable[..., list[dict[str, Tensor]]]:
         norm = read_mlp(plain).input_norm
-        return lambda x: [{"in_weight": x if norm is None else norm(x)}]
+
+        def inputs(*args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+            x = first_of(*args, **kwargs)
+            return [{"in_weight": x if norm is None else norm(x)}]
+
+        return inputs
 
     @staticmethod
     def hidden(plain: nn.Module, expert: int, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from clipup_kernels import self_attention
 
 from ..dense.transformers_models import PACKAGES, full_name
 from .calibration import Calibration
-from .prepared import is_replaceable
+from .prepared import first_of, is_replaceable
 from .prepared_linear import PreparedProjections
 
 ATTENTIONS = frozenset(
@@ -57,9 +57,10 @@ class PreparedAttention(PreparedProjections):
         projection._parameters = {name: nn.Parameter(value, False) for name, value in nothing.items()}
         unprojected._modules = {**plain._modules, "out_proj": projection}
 
-        def inputs(x: Tensor, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
-            attended = unprojected.forward(x, *args, **kwargs)  # the layer has a hook by now
-            return [{"in_weight": x, "out_weight": attended if isinstance(attended, Tensor) else attended[0]}]
+        def inputs(*args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+            attended = unprojected.forward(*args, **kwargs)  # the layer has a hook by now
+            attended = attended if isinstance(attended, Tensor) else attended[0]
+            return [{"in_weight": first_of(*args, **kwargs), "out_weight": attended}]
 
         return inputs
 

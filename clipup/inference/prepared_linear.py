@@ -14,7 +14,7 @@ from clipup_kernels.types import PLAIN_LAYOUT
 
 from ..dense.transformers_models import full_name
 from .calibration import Calibration
-from .prepared import Prepared, is_replaceable
+from .prepared import Prepared, first_of, is_replaceable
 
 
 class PreparedProjections(Prepared):
@@ -77,7 +77,7 @@ class PreparedPatches(_OneMatrix):
 
     @staticmethod
     def seen(plain: nn.Conv2d) -> Callable[..., list[dict[str, Tensor]]]:
-        return lambda x: [{"in_weight": _patches(x, plain.kernel_size)}]
+        return lambda *args, **kwargs: [{"in_weight": _patches(first_of(*args, **kwargs), plain.kernel_size)}]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, height, width] in the type in which the layer was prepared -> [B, D, rows, columns]."""
