@@ -87,16 +87,17 @@ def accelerate(
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
             or a single ``SparseMoE`` or MLP.
-        inplace: modify ``model`` instead of a copy, all of it or, after an error below, nothing. A single MLP is
-            always replaced: use the return value.
+        inplace: modify ``model`` instead of a copy, all of it or, after an error below, nothing (but text towers that
+            stop at the longest text do so already). A single MLP is always replaced: use the return value.
         weights: None to keep the weights' type, or "int8".
-        calibrate: with "int8", a few batches of your own data, on which the plain model runs first: the argument of a
-            model (images), several as a tuple (images and texts), or a dict of arguments by name (``input_ids``,
-            ``attention_mask``). What most rows of a layer's input have in common then costs no precision, and large
-            channels less (``clipup.inference.calibration``); still nothing is clipped, since rows are scaled at every
-            call. Padding of texts is left out. ``accelerate_report`` says how large the errors of each layer are on
-            these batches. An expert that sees fewer than 256 rows of up to 1,024, or a layer that sees none, is
-            quantized as without batches.
+        calibrate: with "int8", a list of a few batches of your own data, on which the plain model runs first: the
+            argument of a model (images), several as a tuple (images and texts), or a dict of arguments by name
+            (``input_ids``, ``attention_mask``). What most rows of a layer's input have in common then costs no
+            precision, and large channels less (``clipup.inference.calibration``); still nothing is clipped, since rows
+            are scaled at every call. Padding of texts and rows that are not finite are left out, and patch embeddings
+            are not calibrated. ``accelerate_report`` says how large the errors of each layer are on these batches. An
+            expert that sees fewer than 256 rows of up to 1,024, or a layer that sees none, is quantized as without
+            batches.
         exclude: patterns of names in ``model.named_modules()``, as of ``fnmatch``, such as ``["visual.*", "*.attn"]``.
             A layer is left as it is if its name, that of a module around it or that of a linear layer in it matches.
 
@@ -113,6 +114,8 @@ def accelerate(
         checks.one_of("weights", weights, QUANTIZATIONS)
     if calibrate is not None and weights is None:
         raise ValueError('calibrate was given without weights="int8": only quantized layers are calibrated')
+    if isinstance(calibrate, Tensor | Mapping):
+        raise TypeError(f"calibrate must be a list of batches, got one, a {type(calibrate).__name__}; pass [batch]")
     exclude = tuple(exclude)
     _check(model, weights)
     _check_layers(Selection(model, weights, exclude))
@@ -124,9 +127,10 @@ def accelerate(
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     samples = {} if calibrate is None else _samples(model, chosen, calibrate)
+    calibrations = {plain: _calibration(plain, chosen[plain], rows) for plain, rows in samples.items()}
     while chosen:  # a plain layer's memory is free before the next one is packed
         plain, kind = chosen.popitem()
-        layer = kind.of(plain, weights, _calibration(plain, kind, samples.pop(plain, None)))
+        layer = kind.of(plain, weights, calibrations.get(plain))
         for parent in model.modules():
             for name in [name for name, child in parent._modules.items() if child is plain]:
                 parent.add_module(name, layer)
@@ -182,11 +186,10 @@ def _samples(
 
 def _text_mask(model: nn.Module, batch: Batch) -> Tensor | None:
     """[B, L] bool: where a batch has text, not padding; None without texts, or where it is not known."""
-    if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask")
-        return None if mask is None or mask.dim() != 2 else mask.bool()
-    parts = [batch] if isinstance(batch, Tensor) else batch
-    texts = [part for part in parts if part is not None and part.dim() == 2 and not part.is_floating_point()]
+    if isinstance(batch, Mapping) and (mask := batch.get("attention_mask")) is not None:
+        return mask.bool() if mask.dim() == 2 else None
+    parts = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    texts = [part for part in parts if isinstance(part, Tensor) and part.dim() == 2 and not part.is_floating_point()]
     if not texts:
         return None
     from ..clip.padding_aware import text_mask
@@ -195,18 +198,19 @@ def _text_mask(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _without_padding(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [.., I] as [N, I]. Where they are [B, L, I], as the tokens of texts with a mask [B, L], or what is left of
-    them without what is padding in all texts, those of padding are left out."""
+    """Rows [.., I] as [N, I], those that are finite. Where they are [B, L, I], as the tokens of texts with a mask
+    [B, L], or what is left of them without what is padding in all texts, those of padding are left out."""
     if mask is not None and rows.dim() == 3 and len(rows) == len(mask):
         positions = torch.arange(1, mask.shape[1] + 1)
         if rows.shape[1] in (mask.shape[1], int((mask * positions).max())):
-            return rows[mask[:, : rows.shape[1]]]
-    return rows.reshape(-1, rows.shape[-1])
+            rows = rows[mask[:, : rows.shape[1]]]
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows[rows.isfinite().all(-1)]
 
 
-def _calibration(plain: nn.Module, kind: type[Prepared], samples: Samples | None) -> Calibration | None:
+def _calibration(plain: nn.Module, kind: type[Prepared], samples: Samples) -> Calibration | None:
     """None for a layer that saw no rows."""
-    rows = [{name: sample.rows for name, sample in of_expert.items()} for of_expert in samples or ()]
+    rows = [{name: sample.rows for name, sample in of_expert.items()} for of_expert in samples]
     if not any(len(seen["in_weight"]) for seen in rows):
         return None
     tensors = {name: tensor.detach() for name, tensor in kind.read(plain).items() if tensor is not None}

@@ -23,7 +23,7 @@ BIASES = ("in_bias", "out_bias", "gate_bias")
 """Those of what is added to their products."""
 MOST_ROWS, LEAST_ROWS = 1024, 256
 """Rows of a matrix's inputs that are kept; with fewer than the second, what follows from weights alone is used."""
-_ALPHAS, _FAR, _USUAL = (0.5, 0.7, 0.9), (0.5, 1.5), 2.0
+_ALPHAS, _FAR, _USUAL = (0.5, 0.7, 0.9), (0.5, 1.5, math.inf), 2.0
 """How much ranges count beside sizes of weights; the least distance from 0, in standard deviations, of a mean that is
 taken out; and up to how many medians of the ranges one is usual. Chosen on a sentence encoder
 (docs/performance_log.md)."""
@@ -45,8 +45,9 @@ class Calibration(NamedTuple):
 
     inputs: Mapping[str, Inputs]
     """By the names of the matrices."""
-    error: float
-    """Root mean square of the error of the layer's worst matrix, relative to how its outputs vary between rows."""
+    error: float | None
+    """Root mean square of the error of the layer's worst matrix, relative to how its outputs vary between rows; None
+    where none varies."""
 
 
 def balanced(tensors: Mapping[str, Tensor]) -> dict[str, Inputs]:
@@ -99,7 +100,10 @@ def calibrated(
             name: Inputs(*(torch.stack(each).view(*tensors[name].shape[:-2], -1) for each in zip(*parts, strict=True)))
             for name, parts in inputs.items()
         },
-        max(math.sqrt(lost / varies) if varies > 0 else 0.0 for lost, varies in (total.tolist() for total in totals)),
+        max(
+            (math.sqrt(lost / varies) for lost, varies, _ in (total.tolist() for total in totals) if varies),
+            default=None,
+        ),
     )
 
 
@@ -127,7 +131,9 @@ def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
-    """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the one that loses least.
+    """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the one that loses least, in all rows
+    together and, relative to its own size, in every row. Among rows of two kinds, what is best for the sum alone can
+    be bad for one kind.
 
     What most rows have in common is taken out: the means of inputs that are far from 0 for how much they vary. Scales
     follow equation 4 of SmoothQuant with alpha from 0.5 on, but inputs that are smaller than usual are not enlarged
@@ -141,19 +147,28 @@ def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
         for far in _FAR:
             offset = torch.where(mean.abs() > far * x.std(0), mean, nothing)
             ranges = (x - offset).abs().amax(0)
-            ranges = _relative(ranges.clamp(min=_USUAL * ranges.median()))
+            usual = ranges.median() if ranges.median() > 0 else ranges.mean()  # of an activation that is mostly 0
+            ranges = _relative(ranges.clamp(min=_USUAL * usual))
             choices += [Inputs(_relative(sizes) ** (1 - alpha) / ranges**alpha, offset) for alpha in _ALPHAS]
-    return min(choices, key=lambda choice: float(_lost(weights, x, choice)[0]))
+
+    def loss(choice: Inputs) -> float:
+        squares, _, relative = _lost(weights, x, choice).tolist()
+        return squares * relative
+
+    return min(choices, key=loss)
 
 
 def _lost(weights: list[Tensor], x: Tensor, inputs: Inputs) -> Tensor:
-    """[2]: the squared errors of products of x in int8, summed; and how far the products are from their means."""
+    """[3]: the squared errors of products of x in int8, how far the products are from their means, and the errors
+    relative to the product of the same row; sums."""
     offsets = torch.tensor([0, len(x)], dtype=torch.int32)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.float64)
     for weight in weights:
         y = F.linear(x - inputs.offset, weight)
-        error = grouped_linear(x, pack_weight(weight[None], "int8", *inputs), None, offsets) - y
-        total += torch.stack([part.double().square().sum() for part in (error, y - y.mean(0))])
+        errors = grouped_linear(x, pack_weight(weight[None], "int8", *inputs), None, offsets) - y
+        errors, sizes = (part.double().square().sum(-1) for part in (errors, F.linear(x, weight)))
+        varies = (y - y.mean(0)).double().square()
+        total += torch.stack([errors.sum(), varies.sum(), (errors / sizes.clamp(min=1e-30)).sum()])
     return total
 
 

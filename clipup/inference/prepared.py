@@ -195,15 +195,17 @@ class Prepared(nn.Module):
     ) -> None:
         plain = self._filled()
         names = {prefix + name: name for name in plain.state_dict()}
+        present = {name: state_dict[key] for key, name in names.items() if key in state_dict}
         others = OrderedDict((key, value) for key, value in state_dict.items() if key not in names)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys += [key for key in names if strict and key not in state_dict]
         try:
-            plain.load_state_dict({name: state_dict[key] for key, name in names.items() if key in state_dict}, False)
+            plain.load_state_dict(present, False)
         except RuntimeError as error:
             error_msgs.append(f"{prefix}: {error}")
         else:
-            self._put(plain)
+            if present:
+                self._put(plain)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -14,7 +14,7 @@ from clipup_kernels.types import PLAIN_LAYOUT
 
 from ..dense.transformers_models import full_name
 from .calibration import Calibration
-from .prepared import Prepared, first_of, is_replaceable
+from .prepared import Prepared, is_replaceable
 
 
 class PreparedProjections(Prepared):
@@ -77,25 +77,22 @@ class PreparedPatches(_OneMatrix):
 
     @staticmethod
     def seen(plain: nn.Conv2d) -> Callable[..., list[dict[str, Tensor]]]:
-        return lambda *args, **kwargs: [{"in_weight": _patches(first_of(*args, **kwargs), plain.kernel_size)}]
+        """None: what most patches have in common is background, and the others matter."""
+        return lambda *args, **kwargs: []
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, height, width] in the type in which the layer was prepared -> [B, D, rows, columns]."""
         self._check_type(x)
-        return self._linear(_patches(x, self.kernel_size), self.in_weight, self.bias).permute(0, 3, 1, 2)
+        height, width = self.kernel_size
+        batch, channels = x.shape[:2]
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
+        parts = whole.reshape(batch, channels, rows, height, columns, width)
+        patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)
+        return self._linear(patches, self.in_weight, self.bias).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, quantize={self.quantize!r}"
-
-
-def _patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """x [B, C, height, width] -> [B, rows, columns, C * height * width of a patch]."""
-    height, width = size
-    batch, channels = x.shape[:2]
-    rows, columns = x.shape[2] // height, x.shape[3] // width
-    whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
-    parts = whole.reshape(batch, channels, rows, height, columns, width)
-    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)
 
 
 PATCH_EMBEDDINGS = frozenset(

@@ -61,8 +61,8 @@ class LayerReport:
     reason: str | None = None
     """Why it was left; None if it is prepared."""
     error: float | None = None
-    """Of a layer that was calibrated: the root mean square of the errors of a product in int8, relative to how its
-    results vary between rows; of its products, the largest."""
+    """Of a layer that was calibrated: the root mean square of the errors of a product of its weights in int8, relative
+    to how its results vary between rows; of its products, the largest."""
 
     def __str__(self) -> str:
         error = "" if self.error is None else f", error {self.error:.2%}"

@@ -131,8 +131,8 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def run_batch(model: nn.Module, batch: Tensor | Iterable[Tensor | None] | Mapping[str, Any]) -> None:
-    """Calls a model with a tensor, with several (None is left out), or with arguments by name. They go to the model's
-    device, those of floats to its type."""
+    """Calls a model with a tensor, with several (None at the end is left out), or with arguments by name. They go to
+    the model's device, those of floats to its type."""
     first = next(model.parameters())
 
     def moved(value: Any) -> Any:
@@ -143,7 +143,10 @@ def run_batch(model: nn.Module, batch: Tensor | Iterable[Tensor | None] | Mappin
     if isinstance(batch, Mapping):
         model(**{name: moved(value) for name, value in batch.items()})
     else:
-        model(*(moved(part) for part in ([batch] if isinstance(batch, Tensor) else batch) if part is not None))
+        parts = [batch] if isinstance(batch, Tensor) else [*batch]
+        while parts and parts[-1] is None:
+            parts.pop()
+        model(*map(moved, parts))
 
 
 def _record(sample: RowSample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -43,8 +43,9 @@ class Backend(NamedTuple):
     imported at the op's first call."""
     unavailable: Callable[[int | None], str | None]
     """Why it cannot run; None where it can. Takes the index of a CUDA device; None asks about the installation."""
-    preferred: Callable[[torch.dtype], str | None]
-    """Why it comes before the backends below it for a type; None: it runs only if ``CLIPUP_BACKEND`` names it."""
+    preferred: Callable[[str, torch.dtype], str | None]
+    """Why it comes before the backends below it for an op and a type; None: it runs only if ``CLIPUP_BACKEND`` names
+    it."""
     float64: bool = False
     """Whether it also computes in float64."""
 
@@ -89,7 +90,7 @@ def _without_cuda_extension(index: int | None = None) -> str | None:
     return _without_extension() or (None if extension.NATIVE.build_info()["cuda"] else without_cuda)
 
 
-def _matmul_is_faster(dtype: torch.dtype) -> str | None:
+def _matmul_is_faster(op: str, dtype: torch.dtype) -> str | None:
     """Where torch uses threads or instructions that the kernels of csrc/cpu lack, or these were never timed."""
     if os.environ.get(FORCE_TIER):
         return None
@@ -102,6 +103,8 @@ def _matmul_is_faster(dtype: torch.dtype) -> str | None:
         return "the extension was built without g++'s OpenMP, so its kernels run on one thread"
     if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles() and tier != "amx":
         return f"this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels' tier {tier} does not use"
+    if dtype == torch.bfloat16 and tier == "amx" and op.endswith("_backward"):
+        return "this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels use for no gradient of a weight"
     return None
 
 
@@ -114,7 +117,7 @@ BACKENDS = (
         "cpu",
         dict.fromkeys((*ROUTING, *ROWS, *PRODUCTS, *PACKED), "backends.cpp"),
         _without_extension,
-        lambda dtype: "the extension is compiled",
+        lambda op, dtype: "the extension is compiled",
     ),
     Backend(
         "triton",
@@ -134,21 +137,21 @@ BACKENDS = (
             "expert_glu_backward": "triton.expert_mlp_backward",
         },
         _without_triton,
-        lambda dtype: "Triton is installed",
+        lambda op, dtype: "Triton is installed",
     ),
     Backend(  # not yet measured on a GPU (benchmarks/gpu_stages.py)
         "cpp_cuda",
         "cuda",
         dict.fromkeys(("topk_gating", "topk_gating_backward", "dispatch"), "backends.cpp_cuda"),
         _without_cuda_extension,
-        lambda dtype: None,
+        lambda op, dtype: None,
     ),
     Backend(
         "torch_eager",
         None,
         dict.fromkeys((*ROUTING, *ROWS, *PRODUCTS), "backends.torch_eager"),
         lambda index: None,
-        lambda dtype: "it computes every op in every type on any device",
+        lambda op, dtype: "it computes every op in every type on any device",
         float64=True,
     ),
 )
@@ -214,7 +217,7 @@ def choices(op: str, dtype: torch.dtype, device: str, index: int | None = None) 
     return [
         Choice(backend, reason)
         for backend in candidates
-        if backend.unavailable(index) is None and (reason := backend.preferred(dtype)) is not None
+        if backend.unavailable(index) is None and (reason := backend.preferred(op, dtype)) is not None
     ]
 
 

@@ -43,7 +43,6 @@ def modern_gpu(monkeypatch):
     [
         ("avx512_bf16", False, True, {}, set()),
         ("avx512_bf16", True, True, {}, {torch.bfloat16}),
-        ("amx", True, True, {}, set()),
         ("avx512_bf16", False, False, {}, set(DTYPES)),
         ("portable", False, True, {}, set(DTYPES)),
         ("neon_dotprod", False, True, {}, set(DTYPES)),
@@ -66,6 +65,19 @@ def test_matmul_computes_the_products_that_the_kernels_are_slower_at(
         assert {dtype for dtype in DTYPES if chosen(op, dtype, "cpu") == "torch_matmul"} == expected
         assert {chosen(op, dtype, "cpu") for dtype in set(DTYPES) - expected} <= {"cpp"}
     assert chosen("dispatch", torch.int32, "cpu") == "cpp"
+
+
+@compiled
+def test_matmul_computes_gradients_in_bfloat16_where_the_kernels_have_tiles_in_the_forward_pass_only(
+    force_backend, monkeypatch
+):
+    monkeypatch.delenv("CLIPUP_CPU_ISA", raising=False)
+    native = SimpleNamespace(
+        instruction_tier=lambda: "amx", has_matrix_tiles=lambda: True, build_info=lambda: {"openmp": True}
+    )
+    monkeypatch.setattr(extension, "NATIVE", native)
+    of_matmul = {(op, dtype) for op in registry.PRODUCTS for dtype in DTYPES if chosen(op, dtype, "cpu") != "cpp"}
+    assert of_matmul == {(op, torch.bfloat16) for op in registry.PRODUCTS if op.endswith("_backward")}
 
 
 @compiled
