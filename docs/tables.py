@@ -61,13 +61,13 @@ def costs_and_speeds(shown: list[list[str]]) -> Rows:
         yield label, f"{plain['params_m']} M{active}", f"{float(plain['gflops_per_pair']):.1f}", speeds
 
 
-def layers(shown: list[list[str]]) -> Rows:
+def layers(shown: list[list[str]], machine: str) -> Rows:
     for case, *_ in shown:
         tokens, width, hidden = re.fullmatch(r"([\d,]+) \(.*\), (\d+)/(\d+)", case).groups()
         layer = {"tokens": tokens.replace(",", ""), "d_model": width, "d_hidden": hidden, "experts": "8", "top_k": "2"}
         layer |= {"threads": "2", "routing": "balanced"}
         cells = []
-        passes = ("moe_forward_cpu.csv", "clipup_prepared"), ("moe_training_cpu.csv", "clipup")
+        passes = (f"moe_forward_{machine}.csv", "clipup_prepared"), (f"moe_training_{machine}.csv", "clipup")
         for (file, impl), dtype in product(passes, ("fp32", "bf16")):
             times = (ratio_of("ratio_to_dense_k", file, dtype=dtype, impl=of, **layer) for of in (impl, "loop_unbind"))
             cells.append("{} ({})".format(*times).removesuffix(" ()"))
@@ -153,7 +153,8 @@ def _speeds(row: dict[str, str], *rates: str) -> list[str]:
 
 TABLES: dict[str, Callable[[list[list[str]]], Rows]] = {
     "costs_and_speeds": costs_and_speeds,
-    "layers": layers,
+    "layers": partial(layers, machine="cpu"),
+    "layers_amx": partial(layers, machine="amx"),
     "models": models,
     "training_steps": training_steps,
     "int8_layers": partial(
