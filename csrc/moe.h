@@ -258,8 +258,8 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I,
                                  PackedType type = PackedType::kExact);
 //   input_scale[E,I], input_offset[E,I]
-//                        f and c of an int8 weight; null: all are 1 and 0. Those of a gate's weight have to be
-//                        those of W_in
+//                        f and c of an int8 weight; null: all are 1 and 0. Those of a gate's weight have to
+//                        be those of W_in
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed, PackedType type = PackedType::kExact, const float* input_scale = nullptr,
                  const float* input_offset = nullptr);

@@ -137,17 +137,15 @@ float quantize(std::int64_t n, std::int64_t rows, Word* a_panel, const Load& loa
 }
 
 template <class Storage>
-float quantize_row(const void* row, const float* inputs, std::int64_t n, std::int64_t rows,
-                   Word* a_panel) {
+float quantize_row(const void* row, const float* inputs, std::int64_t n, std::int64_t rows, Word* a_panel) {
   const auto* const elements = static_cast<const typename Storage::Element*>(row);
   const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
   const auto plain = [&](std::int64_t e) { return load_some<Storage>(elements + e, n - e); };
   if (inputs == nullptr) return quantize(padded, rows, a_panel, plain);
   const float* const shifts = inputs + (n + kInputPadding - 1) / kInputPadding * kInputPadding;
-  return quantize(padded, rows, a_panel,
-                  [&](std::int64_t e) {
-                    return multiply_add(plain(e), load_as<F32x>(inputs + e), load_as<F32x>(shifts + e));
-                  });
+  return quantize(padded, rows, a_panel, [&](std::int64_t e) {
+    return multiply_add(plain(e), load_as<F32x>(inputs + e), load_as<F32x>(shifts + e));
+  });
 }
 
 }  // namespace

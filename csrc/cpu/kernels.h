@@ -25,7 +25,8 @@ using Word = std::uint32_t;
 constexpr std::int64_t kLineWords = 16;  // 64 bytes
 constexpr std::int64_t kMostTileRows = 32;
 constexpr std::int64_t kMostColumnTile = 8;
-// Scales and shifts of the inputs of int8 products are padded to a multiple of this, one of every tier's panel.
+// Scales and shifts of the inputs of int8 products are padded to a multiple of this, one of every tier's
+// panel.
 constexpr std::int64_t kInputPadding = 32;
 
 // The type of operands that are quantized, beside the storage types.

@@ -74,7 +74,8 @@ void pack_int8(DType dtype, const void* weight, std::int64_t E, std::int64_t O, 
     std::fill_n(to, input_stride, 1.0F);
     std::fill_n(shifts, input_stride, 0.0F);
     if (input_scale != nullptr) std::copy_n(input_scale + e * I, I, to);
-    for (std::int64_t i = 0; input_offset != nullptr && i < I; ++i) shifts[i] = -input_offset[e * I + i] * to[i];
+    for (std::int64_t i = 0; input_offset != nullptr && i < I; ++i)
+      shifts[i] = -input_offset[e * I + i] * to[i];
   }
   parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
     Word* const b_panel = first + task * words * ks.panel;
