@@ -126,11 +126,10 @@ def accelerate(
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
-    samples = {} if calibrate is None else _samples(model, chosen, calibrate)
-    calibrations = {plain: _calibration(plain, chosen[plain], rows) for plain, rows in samples.items()}
+    calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
     while chosen:  # a plain layer's memory is free before the next one is packed
         plain, kind = chosen.popitem()
-        layer = kind.of(plain, weights, calibrations.get(plain))
+        layer = kind.of(plain, weights, calibrations.pop(plain, None))
         for parent in model.modules():
             for name in [name for name, child in parent._modules.items() if child is plain]:
                 parent.add_module(name, layer)
@@ -144,15 +143,11 @@ def accelerate(
     return model
 
 
-Samples = list[dict[str, RowSample]]
-"""The rows of ``Prepared.seen``."""
-
-
-def _samples(
+def _calibrations(
     model: nn.Module, chosen: dict[nn.Module, type[Prepared]], batches: Iterable[Batch]
-) -> dict[nn.Module, Samples]:
-    """Runs the model on the batches, and keeps rows of what its layers see."""
-    samples: dict[nn.Module, Samples] = {}
+) -> dict[nn.Module, Calibration]:
+    """Of the layers that see rows when the model runs on the batches."""
+    samples: dict[nn.Module, list[dict[str, RowSample]]] = {}
     mask: Tensor | None = None  # of the batch that runs
 
     def keep(
@@ -181,7 +176,15 @@ def _samples(
             hook.remove()
     if not samples:
         raise ValueError("calibrate has no batches, or none that reach a layer; pass a list of batches")
-    return samples
+    rows = {
+        layer: [{name: sample.rows for name, sample in of_expert.items()} for of_expert in kept]
+        for layer, kept in samples.items()
+    }
+    return {
+        layer: calibrated(chosen[layer].tensors(layer), seen, partial(chosen[layer].hidden, layer))
+        for layer, seen in rows.items()
+        if any(len(of_expert["in_weight"]) for of_expert in seen)
+    }
 
 
 def _text_mask(model: nn.Module, batch: Batch) -> Tensor | None:
@@ -206,15 +209,6 @@ def _without_padding(rows: Tensor, mask: Tensor | None) -> Tensor:
             rows = rows[mask[:, : rows.shape[1]]]
     rows = rows.reshape(-1, rows.shape[-1])
     return rows[rows.isfinite().all(-1)]
-
-
-def _calibration(plain: nn.Module, kind: type[Prepared], samples: Samples) -> Calibration | None:
-    """None for a layer that saw no rows."""
-    rows = [{name: sample.rows for name, sample in of_expert.items()} for of_expert in samples]
-    if not any(len(seen["in_weight"]) for seen in rows):
-        return None
-    tensors = {name: tensor.detach() for name, tensor in kind.read(plain).items() if tensor is not None}
-    return calibrated(tensors, rows, partial(kind.hidden, plain))
 
 
 def _check_layers(selection: Selection) -> None:

@@ -68,6 +68,11 @@ class Prepared(nn.Module):
         """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
         raise NotImplementedError
 
+    @classmethod
+    def tensors(cls, plain: Any) -> dict[str, Tensor]:
+        """Those of ``read`` that there are, without gradients."""
+        return {name: tensor.detach() for name, tensor in cls.read(plain).items() if tensor is not None}
+
     @staticmethod
     def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
         """A function of the arguments of a plain layer's call: of every expert (one in a dense layer), the inputs
@@ -86,7 +91,7 @@ class Prepared(nn.Module):
         self._plain = (_without_weights(plain),)
 
     def _put(self, plain: nn.Module, calibration: Calibration | None = None) -> None:
-        tensors = {name: tensor.detach() for name, tensor in self.read(plain).items() if tensor is not None}
+        tensors = self.tensors(plain)
         self.error = None if calibration is None else calibration.error
         inputs = calibration.inputs if calibration else {} if self.quantize is None else balanced(tensors)
         for name in [name for name in MATRICES if name in tensors]:
