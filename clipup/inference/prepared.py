@@ -297,7 +297,7 @@ class PreparedMLP(Prepared):
         if self.input_norm_name is not None:
             x = getattr(self, self.input_norm_name)(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        in_bias, out_bias, gate_bias = (getattr(self, name, None) for name in ("in_bias", "out_bias", "gate_bias"))
+        in_bias, out_bias, gate_bias = (getattr(self, name, None) for name in BIASES)
         y = dense_mlp(
             rows, self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
         )

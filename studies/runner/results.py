@@ -141,7 +141,7 @@ _T_95 = (
 )
 """0.975 quantiles of Student's t with 1 to 19 degrees of freedom."""
 _NATS = ("nll", "best_nll", "loss")
-"""Measures in nats, of which less is better."""
+"""Measures in nats: less is better."""
 
 
 class Lead(NamedTuple):
