@@ -25,9 +25,10 @@ def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, quantize
         heads: the number of heads.
         mask: None, or what is added to the scores: float32 [B or 1, heads or 1, L, L]. A query whose keys are all
             ``-inf`` gives 0.
-        quantize: "int8" for products in int8 where a kernel has them (the compiled extension); queries are quantized by
-            row, keys by row and values by channel after their mean over the sequence is subtracted, so that a result
-            depends on the whole sequence, masked tokens included.
+        quantize: "int8" for products in int8 where a kernel has them (the compiled extension; not for bfloat16 in AMX
+            tiles, where they are slower); queries are quantized by row, keys by row and values by channel after their
+            mean over the sequence is subtracted, so that a result depends on the whole sequence, masked tokens
+            included.
 
     Returns:
         [B, L, heads * d].

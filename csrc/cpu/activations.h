@@ -7,11 +7,13 @@
 namespace clipup {
 namespace {
 
+constexpr float kLog2E = 1.44269504F;
+
 // exp(x) for x <= 88; 0 below -87.3, where floats become subnormal. x = n ln 2 + r with |r| <= ln 2 / 2; the
 // polynomial is the minimax one of degree 6 with 1 + r in front (3e-9).
 inline F32x exp_of(F32x x) {
   const F32x kMagic = splat(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
-  const F32x shifted = x * 1.44269504F + kMagic;
+  const F32x shifted = x * kLog2E + kMagic;
   const F32x n = shifted - kMagic;
   const F32x r = (x - n * 0.693145752F) - n * 1.42860677e-6F;
   F32x p = splat(0.00138146128F);
@@ -24,16 +26,15 @@ inline F32x exp_of(F32x x) {
   return x < -87.3F ? F32x{} : scaled;
 }
 
-// The same to 3e-6, for x <= 0; 2^r by the minimax polynomial of degree 4.
-inline F32x coarse_exp(F32x x) {
-  const F32x powers = x * 1.44269504F;
+// 2^x to 3e-6, for x <= 0; 0 below -126. 2^r by the minimax polynomial of degree 4.
+inline F32x coarse_exp2(F32x x) {
 #ifdef __AVX512F__
-  const auto whole = reinterpret_cast<F32x>(_mm512_roundscale_ps(reinterpret_cast<__m512>(powers), 0));
-  const F32x r = powers - whole;
+  const auto whole = reinterpret_cast<F32x>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 0));
+  const F32x r = x - whole;
 #else
   const F32x kMagic = splat(12582912.0F);
-  const F32x shifted = powers + kMagic;
-  const F32x r = powers - (shifted - kMagic);
+  const F32x shifted = x + kMagic;
+  const F32x r = x - (shifted - kMagic);
 #endif
   F32x p = splat(0.00957010221F);
   p = p * r + 0.0559178628F;
@@ -45,9 +46,11 @@ inline F32x coarse_exp(F32x x) {
       _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
 #else
   const F32x scaled = from_bits(bits(p) + (bits(shifted) << 23));
-  return x < -87.3F ? F32x{} : scaled;
+  return x < -126.0F ? F32x{} : scaled;
 #endif
 }
+
+inline F32x coarse_exp(F32x x) { return coarse_exp2(x * kLog2E); }
 
 // max(z, 0) - u q(u) with u = |z|, at most 4.5; u q(u) approximates max(z, 0) - activation(z), which is even.
 template <int kTerms>

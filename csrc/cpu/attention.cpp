@@ -41,7 +41,10 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
   const TypedKernels& operands = int8 ? ks.int8 : typed;
   const std::int64_t stride = 3 * heads * d;  // elements from one token to the next
   const std::int64_t key_panels = ceil_div(L, ks.panel), value_panels = ceil_div(d, ks.panel);
-  const std::int64_t d_words = ceil_div(d, operands.per_word), key_words = ceil_div(L, operands.per_word);
+  const std::int64_t d_words = ceil_div(d, operands.per_word);
+  // Tiles take kLineWords at a time, and more for what is left over than for zeros.
+  const bool in_tiles = operands.before_rows != nullptr;
+  const std::int64_t key_words = round_up(ceil_div(L, operands.per_word), in_tiles ? kLineWords : 1);
   const std::int64_t query_row = a_row_words(d, operands);
   const std::int64_t share_row = a_row_words(key_panels * ks.panel, operands);
   const std::int64_t columns = std::max(key_panels, value_panels) * ks.panel;
@@ -79,7 +82,7 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
 
     if (int8) {
       typed.quantize_keys(part(0, 1), stride, L, d, scratch, int8_keys);
-      typed.quantize_values(part(0, 2), stride, L, d, int8_values);
+      typed.quantize_values(part(0, 2), stride, L, d, key_words, int8_values);
     } else {
       for (std::int64_t panel = 0; panel < key_panels; ++panel) {
         const std::int64_t key = panel * ks.panel;

@@ -17,81 +17,127 @@ namespace {
 
 // ---------------------------------------------------------------- shares
 
-// Scores and shares in floats.
+// Scores and shares in floats. at(c, key): the scores of a vector of keys, but for a factor that a row has in
+// common.
 struct FloatScores {
   static constexpr bool kExact = true;
   static constexpr float kOne = 1.0F;  // a share of 1 as it is stored
   explicit FloatScores(const AttentionTile&) {}
-  F32x at(const float* c, std::int64_t, std::int64_t, float scale) const { return load_as<F32x>(c) * scale; }
-  static F32x share(F32x e) { return e; }
-  template <class Operand>
-  static void store(Word* to, F32x share) {
-    Operand::store_along(to, share);
+  F32x at(const float* c, std::int64_t) const { return load_as<F32x>(c); }
+  static float factor(const AttentionTile& tile, std::int64_t) { return tile.scale; }
+  // Stores share_of(c) of all panels of a row, the next one's scores `stride` further.
+  template <class Operand, class Shares>
+  static void store(Word* to, std::int64_t rows, std::int64_t panels, const float* c,
+                    const Shares& share_of) {
+    for (std::int64_t panel = 0; panel < panels; ++panel, c += rows * kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        Operand::store_along(in_a_panel<Operand>(to, rows, panel * kPanel + v * kLanes),
+                             share_of(c + v * kLanes));
+      }
+    }
   }
 };
 
-// Those of int8 products.
+// Those of int8 products; shares are integers up to 255.
 struct Int8Scores {
   static constexpr bool kExact = false;
   static constexpr float kOne = 255.0F;
-  const Int8Scaling& scaling;
-  explicit Int8Scores(const AttentionTile& tile) : scaling(tile.scaling) {}
-  F32x at(const float* c, std::int64_t row, std::int64_t key, float scale) const {
-    const I32x offset = load_as<I32x>(scaling.sums + key) * static_cast<std::int32_t>(Int8Quads::kOffset);
-    const F32x sum = __builtin_convertvector(load_as<I32x>(c) - offset, F32x);
-    return sum * (load_as<F32x>(scaling.columns + key) * (scaling.rows[row] * scale));
+  const float* columns;
+  const std::int32_t* sums;
+  explicit Int8Scores(const AttentionTile& tile) : columns(tile.scaling.columns), sums(tile.scaling.sums) {}
+  F32x at(const float* c, std::int64_t key) const {
+    const I32x offset = load_as<I32x>(sums + key) * static_cast<std::int32_t>(Int8Quads::kOffset);
+    return __builtin_convertvector(load_as<I32x>(c) - offset, F32x) * load_as<F32x>(columns + key);
   }
-  // An integer up to 255.
-  static F32x share(F32x e) {
-    const F32x kRound = splat(12582912.0F);  // 3 * 2^22 rounds to an integer, ties to even
-    return multiply_add(e, splat(kOne), kRound) - kRound;
+  // Never 0, whose product with the -infinity of what is no key is NaN: where the query is 0, so are its
+  // products.
+  static float factor(const AttentionTile& tile, std::int64_t row) {
+    const float factor = tile.scaling.rows[row] * tile.scale;
+    return factor == 0.0F ? 1.0F : factor;
   }
-  template <class Operand>
-  static void store(Word* to, F32x share) {
-    const U32x levels =
-        reinterpret_cast<U32x>(__builtin_convertvector(share, I32x)) + (Int8Quads::kOffset - 128U);
-    store_as(to, lowest_bytes(levels));
+  template <class Operand, class Shares>
+  static void store(Word* to, std::int64_t rows, std::int64_t panels, const float* c,
+                    const Shares& share_of) {
+    // Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the lower bits.
+    const auto levels = [&](const float* c) {
+      return bits(multiply_add(share_of(c), splat(kOne), splat(12582912.0F))) + (Int8Quads::kOffset - 128U);
+    };
+    std::int64_t panel = 0;
+#ifdef __AVX512VBMI__
+    const std::int64_t next = rows * kPanel;
+    for (; panel + 2 <= panels; panel += 2, c += 2 * next) {
+      U32x words[4];  // in order: the shares are summed as they are computed
+      for (int v = 0; v < 4; ++v) words[v] = levels(c + v / 2 * next + v % 2 * kLanes);
+      store_as(in_a_panel<Operand>(to, rows, panel * kPanel),
+               lowest_bytes(words[0], words[1], words[2], words[3]));
+    }
+#endif
+    for (; panel < panels; ++panel, c += rows * kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        store_as(in_a_panel<Operand>(to, rows, panel * kPanel + v * kLanes),
+                 lowest_bytes(levels(c + v * kLanes)));
+      }
+    }
   }
 };
 
 template <class Storage, class Operand, class Scores>
 void attention_shares(const AttentionTile& tile) {
+  constexpr bool kExact = sizeof(typename Storage::Element) == 4 && Scores::kExact;
   const Scores scores(tile);
-  const std::int64_t rows = tile.rows, keys = tile.keys, end = (keys + kPanel - 1) / kPanel * kPanel;
+  const std::int64_t rows = tile.rows, keys = tile.keys, whole = keys / kPanel * kPanel;
+  const std::int64_t panels = (keys + kPanel - 1) / kPanel;
   const F32x lowest = splat(-__builtin_inff());
   U32x lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  // All rows' largest scores first: the shares of a row would wait for its own.
+  float largest[kMostTileRows], factors[kMostTileRows];
   for (std::int64_t row = 0; row < rows; ++row) {
-    float* const of_row = tile.scores + row * kPanel;
-    Word* const shares = tile.shares + row * kLineWords;
     const float* const mask = from(tile.mask, row * tile.mask_stride);
-    F32x most = lowest, unordered{};
-    float* panel = of_row;
-    for (std::int64_t first = 0; first < end; first += kPanel, panel += rows * kPanel) {
-      for (int v = 0; v < 2; ++v) {
-        const std::int64_t key = first + v * kLanes, left = keys - key;
-        F32x score = scores.at(panel + v * kLanes, row, key, tile.scale);
-        if (mask != nullptr) score += load_some<Float32>(mask + key, left);
-        if (left < kLanes) score = lane < static_cast<std::uint32_t>(left < 0 ? 0 : left) ? score : lowest;
-        store_as(panel + v * kLanes, score);
-        most = score > most ? score : most;
-        unordered = score == score ? unordered : score;
+    const float factor = Scores::factor(tile, row);
+    F32x most = lowest;
+    const auto keep = [&](float* c, F32x score) {
+      store_as(c, score);
+      most = score > most ? score : most;
+    };
+    float* c = tile.scores + row * kPanel;
+    std::int64_t key = 0;
+    if (mask == nullptr) {
+      for (; key < whole; key += kPanel, c += rows * kPanel) {
+        for (int v = 0; v < 2; ++v) keep(c + v * kLanes, scores.at(c + v * kLanes, key + v * kLanes));
       }
     }
-    const float largest = largest_of(most);
-    const bool masked = largest == -__builtin_inff();
-    F32x sum = unordered;
-    panel = of_row;
-    for (std::int64_t key = 0; key < end; key += kPanel, panel += rows * kPanel) {
+    for (; key < keys; key += kPanel, c += rows * kPanel) {
       for (int v = 0; v < 2; ++v) {
-        const F32x score = load_as<F32x>(panel + v * kLanes) - largest;
-        const F32x e =
-            sizeof(typename Storage::Element) == 4 && Scores::kExact ? exp_of(score) : coarse_exp(score);
-        const F32x share = masked ? F32x{} : e;
-        sum += share;
-        Scores::template store<Operand>(in_a_panel<Operand>(shares, rows, key + v * kLanes),
-                                        Scores::share(share));
+        const std::int64_t first = key + v * kLanes, left = keys - first;
+        F32x score = scores.at(c + v * kLanes, first);
+        if (mask != nullptr) score = score * factor + load_some<Float32>(mask + first, left);
+        keep(c + v * kLanes, lane < static_cast<std::uint32_t>(left < 0 ? 0 : left) ? score : lowest);
       }
+    }
+    largest[row] = largest_of(most);
+    factors[row] = (mask == nullptr ? factor : 1.0F) * (kExact ? 1.0F : kLog2E);
+  }
+  for (std::int64_t row = 0; row < rows; ++row) {
+    F32x sum{};
+    const float factor = factors[row], most = largest[row];
+    const auto share = [&](const float* c) {
+      const F32x power = (load_as<F32x>(c) - most) * factor;  // a mask may have the smallest of floats
+      const F32x e = kExact ? exp_of(power) : coarse_exp2(power);
+      sum += e;
+      return e;
+    };
+    const auto none = [&](const float* c) {  // but the sum is NaN where a score is
+      const F32x score = load_as<F32x>(c);
+      sum += score == score ? F32x{} : score;
+      return F32x{};
+    };
+    Word* const to = tile.shares + row * kLineWords;
+    const float* const c = tile.scores + row * kPanel;
+    if (largest[row] == -__builtin_inff()) {
+      Scores::template store<Operand>(to, rows, panels, c, none);
+    } else {
+      Scores::template store<Operand>(to, rows, panels, c, share);
     }
     const float total = sum_of(sum) * Scores::kOne;
     tile.inverse_sums[row] = total == 0.0F ? 0.0F : 1.0F / total;
@@ -131,15 +177,30 @@ void finish_int8_attention(const float* c, const float* scales, std::int64_t row
 
 // ---------------------------------------------------------------- int8 operands
 
+// means[kVectors * kLanes]: sums that do not wait for each other, of elements of which d exist.
+template <class Storage, int kVectors>
+void mean_of_columns(const typename Storage::Element* rows, std::int64_t stride, std::int64_t count,
+                     std::int64_t d, float* means) {
+  F32x sums[kVectors] = {};
+  for (std::int64_t row = 0; row < count; ++row, rows += stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[v] += load_some<Storage>(rows + v * kLanes, d - v * kLanes);
+  }
+  const float share = 1.0F / static_cast<float>(count);
+  for (int v = 0; v < kVectors; ++v) store_as(means + v * kLanes, sums[v] * share);
+}
+
 // means[d, rounded up to kPanel]
 template <class Storage>
 void mean_of_rows(const typename Storage::Element* rows, std::int64_t stride, std::int64_t count,
                   std::int64_t d, float* means) {
-  const float share = 1.0F / static_cast<float>(count);
-  for (std::int64_t e = 0; e < (d + kPanel - 1) / kPanel * kPanel; e += kLanes) {
-    F32x sum{};
-    for (std::int64_t row = 0; row < count; ++row) sum += load_some<Storage>(rows + row * stride + e, d - e);
-    store_as(means + e, sum * share);
+  constexpr int kTogether = 4;
+  std::int64_t e = 0;
+  for (; e + kTogether * kLanes <= d; e += kTogether * kLanes) {
+    mean_of_columns<Storage, kTogether>(rows + e, stride, count, d - e, means + e);
+  }
+  for (; e < (d + kPanel - 1) / kPanel * kPanel; e += kLanes) {
+    mean_of_columns<Storage, 1>(rows + e, stride, count, d - e, means + e);
   }
 }
 
@@ -176,9 +237,8 @@ void quantize_keys(const void* rows, std::int64_t stride, std::int64_t keys, std
 
 template <class Storage>
 void quantize_values(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
-                     const Int8Operand& to) {
+                     std::int64_t key_words, const Int8Operand& to) {
   const auto* const first = static_cast<const typename Storage::Element*>(rows);
-  const std::int64_t key_words = (keys + 3) / 4;
   mean_of_rows<Storage>(first, stride, keys, d, to.means);
   for (std::int64_t e = 0; e < (d + kPanel - 1) / kPanel * kPanel; e += kLanes) {
     const F32x mean = load_as<F32x>(to.means + e);

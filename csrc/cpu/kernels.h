@@ -167,11 +167,12 @@ struct TypedKernels {
   void (*attention_shares)(const AttentionTile&);
   void (*int8_attention_shares)(const AttentionTile&);
   // Quantize `keys` rows of d elements, `stride` elements apart, as the right operand of the scores (scales
-  // by key) or of the product with the shares (scales by channel). `scratch`: int8_key_words(d) words.
+  // by key) or of the product with the shares (scales by channel; zeros from the last key to `key_words`).
+  // `scratch`: int8_key_words(d) words.
   void (*quantize_keys)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
                         Word* scratch, const Int8Operand& to);
   void (*quantize_values)(const void* rows, std::int64_t stride, std::int64_t keys, std::int64_t d,
-                          const Int8Operand& to);
+                          std::int64_t key_words, const Int8Operand& to);
   // out[i, column] = c[i, column] * scales[i], c's rows `panel` floats apart, out's `stride` elements.
   void (*finish_attention)(const float* c, const float* scales, std::int64_t rows, std::int64_t columns,
                            void* out, std::int64_t stride);
