@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
@@ -32,6 +32,16 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
         OSError: the hub has no such model, or nothing of it is cached and the hub is unreachable.
     """
     return Path(snapshot_download(name.removeprefix(HUB_PREFIX), cache_dir=cache_dir, allow_patterns=list(files)))
+
+
+def will_download(name: str, *files: str) -> bool:
+    """Whether none of a repository's files is cached, and the hub responds.
+
+    Args:
+        name: ORG/NAME.
+    """
+    cached = (isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    return not any(cached) and _why_unreachable() is None
 
 
 @contextmanager
