@@ -32,18 +32,24 @@ class DeviceOptions(OptionGroup):
 
 
 @dataclass(kw_only=True)
-class EncodingOptions(DeviceOptions):
-    """Options of a command that encodes images."""
+class BatchOptions(DeviceOptions):
+    """Options of a command that reads images."""
+
+    batch_size: int = option(64, least=1)
+    """Images or texts per batch."""
+    workers: int = option(factory=default_workers, least=0)
+    """Processes that read images."""
+
+
+@dataclass(kw_only=True)
+class EncodingOptions(BatchOptions):
+    """Options of a command that evaluates a model on images."""
 
     precision: Precision = "fp32"
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
     int8: bool = False
     """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")), with fp32 or bf16; --device auto
     is then the CPU, which alone has int8."""
-    batch_size: int = option(64, least=1)
-    """Images or texts per batch."""
-    workers: int = option(factory=default_workers, least=0)
-    """Processes that read images."""
 
     def check(self) -> None:
         if self.int8 and self.device == "auto":
