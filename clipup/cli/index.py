@@ -66,10 +66,9 @@ def main(argv: list[str]) -> int:
     records = image_files(options.images)
     out = options.out or default_directory(options.images)
     earlier = encoder_of(out)
-    name, pretrained = options.model, options.pretrained
-    if name is None and pretrained is None:
+    name, pretrained = options.model or _DEFAULT[0], options.pretrained
+    if options.model is None and pretrained is None:
         name, pretrained = _DEFAULT if earlier is None else (earlier.model, earlier.pretrained)
-    name = name or _DEFAULT[0]
     model_names.refuse_random_weights("pretrained", name, pretrained)
     if model_names.get_model_config(name)["text_cfg"].get("hf_tokenizer_name") == "words:icons":
         print(f"clipup index: {name} was trained on icons, and finds little in photographs", file=sys.stderr)
@@ -93,12 +92,11 @@ def main(argv: list[str]) -> int:
         name = f"{model_names.LOCAL_PREFIX}{directory.resolve()}"
     if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
-    encoder = Encoder(name, pretrained, precision, int8, model_digest, agreement)
     index = update_index(
         out,
         options.images,
         records,
-        encoder,
+        Encoder(name, pretrained, precision, int8, model_digest, agreement),
         lambda images: encode_images(model, images, options.batch_size, precision),
         preprocess,
         batch_size=options.batch_size,
@@ -110,7 +108,9 @@ def main(argv: list[str]) -> int:
     for name in index.skipped:
         print(f"clipup index: skipped {printable(name)}", file=sys.stderr)
     if agreement is not None:
-        cosines = f"{agreement['mean']:.4f} on average, {agreement['least']:.4f} at least"
-        print(f"encoded in {'int8' if int8 else precision}: cosines of int8 and float32 are {cosines}")
+        print(
+            f"encoded in {'int8' if int8 else precision}: cosines of int8 and float32 are {agreement['mean']:.4f} on "
+            f"average, {agreement['least']:.4f} at least"
+        )
     print(f"{len(index.entries)} images, {len(index.skipped)} skipped: {out}")
     return 0

@@ -97,6 +97,5 @@ def main(argv: list[str]) -> int:
                 print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
         write_text(options.page, results_page(index, answers, shlex.join(["clipup", "search", *argv])))
-        if not options.paths_only:
-            print(f"page: {options.page}")
+        print(f"page: {options.page}", file=sys.stderr)
     return 0

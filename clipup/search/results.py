@@ -52,24 +52,7 @@ def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]
         found: every query, a text or the name of an image, with its images of ``index``.
         command: the command line that searches again.
     """
-    sections = [
-        {
-            "text": text,
-            "results": [
-                {
-                    "name": r.path.relative_to(index.images),
-                    "address": r.path.as_uri(),
-                    "score": r.score,
-                    "picture": _picture(r.path),
-                }
-                for r in results
-            ],
-        }
-        for text, results in found
-    ]
-    page = template("results.html.j2", __package__).render(
-        directory=index.images.name, images=len(index.entries), sections=sections, command=command
-    )
+    page = template("results.html.j2", __package__).render(index=index, found=found, command=command, picture=_picture)
     return svg.clean(page)
 
 
