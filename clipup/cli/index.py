@@ -17,10 +17,6 @@ from .logs import errors_only
 
 _DEFAULT = ("ViT-B-32-256", "datacomp_s34b_b86k")
 """Name and weights of the model for photographs."""
-_DEFAULT_FILES = (
-    *("laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-)
-"""Their repository, and the files of which open_clip downloads the first that is there."""
 _COMPARED = 128
 """Images, at most, on which int8 is tried."""
 
@@ -54,6 +50,8 @@ class Options(BatchOptions):
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
+    import open_clip
+
     from ..data.image_files import image_files, passed_over
     from ..data.skips import Skips
     from ..evaluate.encode import encode_images
@@ -72,7 +70,8 @@ def main(argv: list[str]) -> int:
     model_names.refuse_random_weights("pretrained", name, pretrained)
     if model_names.get_model_config(name)["text_cfg"].get("hf_tokenizer_name") == "words:icons":
         print(f"clipup index: {name} was trained on icons, and finds little in photographs", file=sys.stderr)
-    if (name, pretrained) == _DEFAULT and hub.will_download(*_DEFAULT_FILES):
+    repository = open_clip.get_pretrained_cfg(*_DEFAULT)["hf_hub"].rstrip("/")
+    if (name, pretrained) == _DEFAULT and hub.will_download(repository):
         print(f"clipup index: downloads {name} (151 M parameters, about 605 MB)", file=sys.stderr)
     int8, agreement = options.precision == "int8", None
     precision: Precision = "fp32" if options.precision is None or options.precision == "int8" else options.precision

@@ -34,14 +34,11 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
     return Path(snapshot_download(name.removeprefix(HUB_PREFIX), cache_dir=cache_dir, allow_patterns=list(files)))
 
 
-def will_download(name: str, *files: str) -> bool:
-    """Whether none of a repository's files is cached, and the hub responds.
-
-    Args:
-        name: ORG/NAME.
-    """
-    cached = (isinstance(try_to_load_from_cache(name, file), str) for file in files)
-    return not any(cached) and _why_unreachable() is None
+def will_download(repository: str) -> bool:
+    """Whether no weights of an open_clip model's repository, ORG/NAME, are cached, and the hub responds."""
+    files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    return not cached and _why_unreachable() is None
 
 
 @contextmanager

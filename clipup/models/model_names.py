@@ -72,7 +72,8 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
     if not (on_hub or tag or hf_name):
         yield
         return
-    what = f"pretrained={pretrained!r} of {model_name} ({tag.get('hf_hub') or tag.get('url')})" if tag else model_name
+    place = (tag.get("hf_hub") or tag.get("url", "")).rstrip("/")
+    what = f"pretrained={pretrained!r} of {model_name} ({place})" if tag else model_name
     trusted = not (on_hub or hf_name)  # open_clip's own models
     with nullcontext() if trusted else hub.refusing_code(what), hub.offline_if_unreachable(what, cache_dir):
         yield

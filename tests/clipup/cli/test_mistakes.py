@@ -100,7 +100,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ("doctor ViT-B-32 --device cpu", "pass a MODEL"),
         ("index nowhere out --model dense", "images: there is no directory"),
         ("index jpegs out --model ViT-B-32", "pretrained"),
-        ("search empty cat", "there is no index in"),
+        ("search empty cat", "empty is neither an index"),
         ("inspect dense --images jpegs", "has no sparse layers"),
         ("inspect none --images jpegs", "none"),
         ("inspect empty --images jpegs", "holds neither a model"),
