@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -22,7 +23,7 @@ class Pictograms:
     Example: clipup data pictograms data/pictograms --size 32
     """
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory to write; nothing is done if it contains this data set already."""
     size: int = 32
     """Side of the images, in pixels (8 to 512)."""
