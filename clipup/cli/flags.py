@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import shutil
 import textwrap
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
+from docstring_parser import parse_from_object
 
 from ..models import known_models
 from ..option_group import OptionGroup, option
@@ -102,30 +100,23 @@ def _groups(options: type) -> dict[str, type]:
 
 def join_help(options: type) -> None:
     """Gives tyro the docstrings of all options as single lines: it keeps the line breaks of those in the source."""
-    for group in (kind for kind in options.__mro__ if dataclasses.is_dataclass(kind)):
-        with suppress(OSError):  # a class without source, made at run time
-            [source] = ast.parse(textwrap.dedent(inspect.getsource(group))).body
-            assert isinstance(source, ast.ClassDef)
-            for each, text in pairwise(source.body):
-                match each, text:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                        field = group.__dataclass_fields__[name]
-                        field.metadata = MappingProxyType({**field.metadata, "help": " ".join(said.split())})
+    for group in filter(dataclasses.is_dataclass, options.__mro__):
+        for each in parse_from_object(group).params:
+            described = group.__dataclass_fields__[each.arg_name]
+            text = " ".join((each.description or "").split())
+            described.metadata = MappingProxyType({**described.metadata, "help": text})
     for kind in _groups(options).values():
         join_help(kind)
 
 
 def _description(options: type) -> str:
     """The docstring at the width of the terminal. An example can still be copied: its lines end with a backslash."""
-    width = shutil.get_terminal_size().columns
-    paragraphs = []
-    for paragraph in inspect.cleandoc(options.__doc__ or "").split("\n\n"):
-        end, indent = (" \\\n", "  ") if paragraph.startswith("Example:") else ("\n", "")
-        lines = textwrap.wrap(
-            paragraph, width - 2, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
-        paragraphs.append(end.join(lines))
-    return "\n\n".join(paragraphs)
+    width = shutil.get_terminal_size().columns - 4  # for backslash and indentation
+    wrapped = (
+        textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
+        for paragraph in inspect.cleandoc(options.__doc__ or "").split("\n\n")
+    )
+    return "\n\n".join(text.replace("\n", " \\\n  ") if text.startswith("Example:") else text for text in wrapped)
 
 
 def refuse_unknown_models(parsed: OptionGroup) -> None:

@@ -11,7 +11,7 @@ from clipup.cli import COMMANDS, main
 
 WIDTH, IN_A_BOX = 80, 76
 OWN = [[command] for command in COMMANDS if command not in ("clip-benchmark", "data")]  # whose help is others'
-OWN += [["data", "pictograms"]]
+OWN += [["data", "pictograms"], ["data", "pairs"]]
 
 
 @pytest.fixture
