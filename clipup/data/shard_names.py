@@ -22,7 +22,6 @@ from .. import checks
 from ..extras import needed_for
 from .samples import PackedTexts, digest_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
-from .tars import TAR
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
@@ -132,7 +131,7 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     return ValueError(
         f"{argument}: {root} is a directory: name shards, such as {root / shards}, or a CSV file with the columns "
         "filepath and title, separated by a tab, one image per line. Images with captions beside them (KEY.jpg, "
-        f"KEY.txt) make a shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar"
+        f"KEY.txt) become shards: clipup data pairs {shlex.quote(str(root))} OUT"
     )
 
 

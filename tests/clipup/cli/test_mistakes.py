@@ -85,6 +85,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ("eval short --val-data x.csv", "token id 49407"),
         ("inspect short_sparse --captions classes.txt", "token id 49407"),
         ("upcycle dense out --top-k 9", "--top-k (9) is larger than --num-experts (8)"),
+        ("train --num-experts 0", "--num-experts must be a positive int"),
         ("upcycle dense out --blocks 7", "blocks names [7]"),
         ("upcycle dense out --pretrained openai", "--pretrained='openai' cannot be used with the directory"),
         ("upcycle ViT-B-32 out --pretrained jpegs", "--pretrained: no open_clip_config.json in jpegs"),
