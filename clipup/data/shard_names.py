@@ -33,9 +33,9 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
 
     Args:
         argument: what messages call the source.
-        allow_pipe: whether `pipe:COMMAND` may run its command; None where there is no such option.
+        allow_pipe: whether `pipe:COMMAND` may run its command; None: the command lacks that option.
 
-    Raises FileNotFoundError when there is no shard or one is missing, and ValueError for a `pipe:` that is not allowed.
+    Raises FileNotFoundError when a shard is missing, or all are, and ValueError for a `pipe:` that is not allowed.
     """
     source = os.fspath(source)
     shards: list[str] = []
@@ -148,7 +148,7 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def _readable_without_token(shard: str) -> str:
-    """The https: URL of an hf: shard where there is no token: webdataset would send "None", which the hub refuses."""
+    """The https: URL of an hf: shard for users without a token: webdataset would send "None", which the hub refuses."""
     if not shard.startswith("hf:"):
         return shard
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url

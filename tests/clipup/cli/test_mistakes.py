@@ -71,7 +71,7 @@ TRAIN = "train --model dense --train-data x.csv"
     ("line", "named"),
     [
         ("export ViT-B-32 programs", "pretrained"),
-        ("demo --start clipup-tiny-32 --out demonstration", "start: clipup-tiny-32 is no directory"),
+        ("demo --start clipup-tiny-32 --out demonstration", "start: there is no directory clipup-tiny-32"),
         ("train", "--model is missing"),
         ("train --model dense", "--train-data is missing"),
         (
