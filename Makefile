@@ -1,5 +1,4 @@
-# make install | demo | test | test-all | test-faults | test-open-clip | bench | study | study-runs | study-converged |
-#      study-narrow | study-scenes | study-gpu | models | notebooks | docs | lint | build | clean
+# make help lists the targets.
 #
 # Everything runs in .venv, which is created if it is missing. Stamp files in it record the installed extras; they expire when
 # the packaging or the native code changes.
@@ -39,21 +38,24 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-scenes study-gpu models demo-start notebooks docs lint format build clean
+.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-scenes study-gpu models demo-start notebooks docs lint format build clean
 
-install: $(VENV)/.installed-all
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(call installed,demo)
+install: $(VENV)/.installed-all  ## the package with its extras, editable, in .venv (200 s)
+
+demo: $(call installed,demo)  ## upcycle a small CLIP, train and compare; a report (minutes)
 	$(BIN)/clipup demo --out runs/demo --overwrite
 
-test: $(call installed,test)
+test: $(call installed,test)  ## all but slow and cuda (6 to 10 minutes on two cores)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,ops.py packed_weights.py sparse_mlp.py transforms.py)
-test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-faults
+test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-faults  ## everything: slow ones, all backends and tiers, faults (hours)
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
 	CLIPUP_BACKEND=torch_eager $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
@@ -64,7 +66,7 @@ test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton 
 	done
 
 # The tests of models, data and training on a checkout of open_clip (SRC) in place of the installed release.
-test-open-clip: $(call installed,test)
+test-open-clip: $(call installed,test)  ## models, data and training on a checkout of open_clip: SRC=DIR
 	@test -d "$(SRC)/src/open_clip" || { echo "SRC=$(SRC) is no checkout of open_clip: it has no src/open_clip"; exit 1; }
 	PYTHONPATH=$(abspath $(SRC))/src OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) \
 	  --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS) tests/clipup
@@ -73,7 +75,7 @@ test-open-clip: $(call installed,test)
 # torch brings, and compiled under that of torch 2.13 for CUDA. The oldest interpreter fails under numpy 2.4.
 OLDEST_TRITON := build/triton-3.6
 CUDA_TRITON := build/triton-3.7.1
-test-triton: $(call installed,test)
+test-triton: $(call installed,test)  ## Triton kernels under the oldest Triton and that of CUDA
 	test -f $(OLDEST_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(OLDEST_TRITON) 'triton==3.6.*' 'numpy<2.4'
 	PYTHONPATH=$(OLDEST_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -m "interpreter and not cuda" tests/clipup_kernels
@@ -87,7 +89,7 @@ NATIVE_BUILD = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))
   -DCLIPUP_NATIVE_TESTS=ON
 native_tests = OMP_WAIT_POLICY=passive build/native-$(1)/native_tests
 
-test-native: $(VENV)/.build-tools
+test-native: $(VENV)/.build-tools  ## csrc under sanitizers and as shipped, on every tier
 	for sanitizer in address,undefined thread; do \
 	  $(NATIVE_BUILD) -B build/native-$$sanitizer -DCLIPUP_SANITIZE=$$sanitizer && \
 	  $(BIN)/cmake --build build/native-$$sanitizer || exit 1; \
@@ -108,21 +110,22 @@ test-native: $(VENV)/.build-tools
 	$(call native_tests,thread) --quick
 	tiers=$$($(call native_tests,release) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(call native_tests,release) --quick || exit 1; \
+	  CLIPUP_CPU_ISA=$$tier build/native-release/sparse_layer || exit 1; \
 	done
 
 # Random calls for FUZZ_SECONDS. A failure is printed with the seed that reproduces it.
-test-fuzz: test-native
+test-fuzz: test-native  ## test-native, then random native calls for FUZZ_SECONDS (60)
 	$(call native_tests,address$(comma)undefined) --fuzz $(FUZZ_SECONDS)
 
 # Training under random faults, on one process and then on two. A failure is printed with the seed of its faults. Full disks
 # are tested if a small one can be mounted (as root).
-test-faults: $(call installed,test)
+test-faults: $(call installed,test)  ## training under kills and damage for FAULT_SECONDS (600)
 	$(BIN)/python tests/fault_injection/inject.py --processes 1 2 --seconds $$(($(FAULT_SECONDS) / 2)) $(FAULT_ARGS)
 
 # Aarch64, emulated: a CPU with dot products and one without, each of which must choose its own tier.
 # Debian: apt install g++-aarch64-linux-gnu qemu-user
 QEMU_AARCH64 = $(firstword $(shell command -v qemu-aarch64; command -v qemu-aarch64-static))
-test-aarch64: $(VENV)/.build-tools
+test-aarch64: $(VENV)/.build-tools  ## the native tests on aarch64, emulated
 	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || [ -z "$(QEMU_AARCH64)" ]; then \
 	  echo "SKIPPED: native tests on aarch64 (no aarch64-linux-gnu-g++ or no qemu-aarch64)"; \
 	else \
@@ -136,32 +139,32 @@ test-aarch64: $(VENV)/.build-tools
 	fi
 
 # Runs the notebooks and saves their outputs.
-notebooks: $(call installed,test)
+notebooks: $(call installed,test)  ## run the notebooks and save their outputs
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
 
 # The manual as HTML, from docs/ and the docstrings, with its tables of measurements filled from benchmarks/results. A warning is an
 # error, and so is a figure that its program draws otherwise.
-docs: $(call installed,docs)
+docs: $(call installed,docs)  ## the manual as HTML: build/docs/index.html
 	$(BIN)/python docs/tables.py
 	$(BIN)/python -m pytest -q tests/docs/test_figures.py
 	$(BIN)/sphinx-build -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo build/docs/index.html
 
-bench: $(call installed,bench)
+bench: $(call installed,bench)  ## benchmarks
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
 
 # study: the study's page from its logs. study-runs: the runs that have no log yet, one at a time, at low priority. They take
 # days in total, can be stopped at any time, and resume.
-study: $(call installed,demo)
+study: $(call installed,demo)  ## the study's page from its logs
 	$(BIN)/python -m studies report studies/icons --out docs/study.md
 
-study-runs: $(call installed,all)
+study-runs: $(call installed,all)  ## the study's missing runs (days; can be stopped, and resume)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons --data $(ICONS) --runs $(STUDY_RUNS)
 
 # The runs of the second part, which start from converged dense models, under the conditions of their plan
 # (studies/converged/plan.md), and those at a higher rate, which stand apart.
 CONVERGED := runs/converged
-study-converged: $(call installed,all)
+study-converged: $(call installed,all)  ## the runs of the second part (days)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
@@ -170,21 +173,21 @@ study-converged: $(call installed,all)
 
 # The runs of the third part (studies/narrow/plan.md), on the second part's data.
 NARROW := runs/narrow
-study-narrow: $(call installed,all)
+study-narrow: $(call installed,all)  ## the runs of the third part (days)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow \
 	  --data $(CONVERGED)/data --runs $(NARROW)/runs
 
 # The runs on scenes (studies/scenes/plan.md), in the same way.
 SCENES := runs/scenes
-study-scenes: $(call installed,all)
+study-scenes: $(call installed,all)  ## the runs on scenes (days)
 	test -d $(SCENES)/data || $(BIN)/python -m studies scenes $(SCENES)/data --package $(ICONIFY)
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/scenes \
 	  --data $(SCENES)/data --runs $(SCENES)/runs
 
 # The same study with a model of width 384 on icons of 64 x 64 pixels, on a GPU, from the npm package in ICONIFY.
 W384 := runs/icons-w384
-study-gpu: $(call installed,all)
+study-gpu: $(call installed,all)  ## the study with a wider model, on a GPU
 	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
 	$(BIN)/python -m studies run studies/icons-w384 --device cuda --data $(W384)/data --runs $(W384)/runs
 	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
@@ -195,7 +198,7 @@ MODELS := runs/models
 DENSE_MODEL := dense-30000-lr0.002-s6
 SPARSE_MODEL := clip_up-5000-lr0.004-from30000-s6
 evaluate = $(BIN)/clipup eval $(MODELS)/$$run --val-data '$(CONVERGED)/data/test_names-*.tar' --multi-positive
-models: $(call installed,all)
+models: $(call installed,all)  ## the study's best sparse model and its dense one (hours)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run \
 	  studies/converged $(DENSE_MODEL) $(SPARSE_MODEL) \
@@ -209,27 +212,27 @@ models: $(call installed,all)
 
 # The dense model that the demonstration starts from, trained on icons of the npm package in ICONIFY; half an hour.
 START := runs/start
-demo-start: $(call installed,all)
+demo-start: $(call installed,all)  ## the dense model that the demo starts from (half an hour)
 	$(BIN)/python -m studies icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo --data $(START)/data --runs $(START)/runs
 	$(BIN)/python -m studies.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
-lint: $(call installed,lint)
+lint: $(call installed,lint)  ## ruff, mypy and clang-format (a minute)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: $(call installed,lint)
+format: $(call installed,lint)  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-build: $(VENV)/.build-tools
+build: $(VENV)/.build-tools  ## sdist and wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist *.egg-info clipup_kernels/_C.* $(VENV)/.installed-*
 
 $(VENV)/bin/python:

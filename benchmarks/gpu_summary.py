@@ -5,7 +5,7 @@
 
 Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints its end, where
 the verdict is. The exit status is 0 when every step ended well or was skipped for want of a tool, and every demand was
-measured and met. Peers that are faster are told and do not count, but without the strong peers there is no verdict.
+measured and met. Peers that are faster are told and do not count, but the verdict needs the strong peers.
 The last table applies the decisions that docs/gpu_kernels.md made before the measurements.
 """
 

@@ -82,7 +82,7 @@ def self_check(
 
     Raises:
         ValueError: another device or type.
-        torch.OutOfMemoryError: there is no memory for the check, which says nothing about the ops.
+        torch.OutOfMemoryError: not enough memory for the check, which says nothing about the ops.
     """
     device = _checked_device(device)
     findings = []

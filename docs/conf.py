@@ -19,6 +19,8 @@ python_maximum_signature_line_length = 100
 smartquotes = False  # it would turn the two hyphens of options into a dash
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"clipup {release}"
 html_copy_source = False
 html_show_copyright = False

@@ -1,4 +1,4 @@
-"""SparseMoE inside a transformer that is no CLIP: a small causal model learns to sort digits.
+"""SparseMoE inside a transformer other than CLIP: a small causal model learns to sort digits.
 
     python examples/sparse_transformer.py             # about 20 seconds on one CPU core
 

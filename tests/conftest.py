@@ -1,4 +1,4 @@
-"""Triton's kernels are interpreted on CPU tensors where there is no GPU that could run them.
+"""Triton's kernels are interpreted on CPU tensors without a GPU that could run them.
 
 Whether a process compiles kernels or interprets them is settled when it imports Triton, which torch and others do for
 reasons of their own, so it is settled here, in front of everything. On a machine with a GPU kernels are compiled, and

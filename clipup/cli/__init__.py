@@ -6,7 +6,9 @@ import difflib
 import importlib
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -150,6 +152,10 @@ def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
 
 def usage(program: str, commands: Mapping[str, str], kind: str = "command") -> str:
     width = max(map(len, commands))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    columns, indent = shutil.get_terminal_size().columns, " " * (width + 4)
+    lines = "\n".join(
+        textwrap.fill(f"  {name:<{width}}  {text}", columns, subsequent_indent=indent)
+        for name, text in commands.items()
+    )
     word = kind.upper().replace(" ", "")
     return f"usage: {program} {word} [OPTIONS]\n\n{lines}\n\n{program} {word} --help explains a {kind}'s options."

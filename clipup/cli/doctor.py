@@ -25,8 +25,9 @@ class Options(SparseOptions):
     """Shows what upcycle would do with a model: blocks, parameters before and after, what is refused and why. With
     --device, checks the kernels on that device: every op, forward and backward, against plain torch in float64.
 
-    Examples: clipup doctor ViT-B-16-SigLIP --towers image
-              clipup doctor --device cuda
+    Example: clipup doctor ViT-B-16-SigLIP --towers image
+
+    Example: clipup doctor --device cuda
     """
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None

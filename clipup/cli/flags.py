@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import shutil
+import textwrap
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
+from docstring_parser import parse_from_object
 
 from ..models import known_models
 from ..option_group import OptionGroup, option
@@ -32,18 +37,24 @@ class DeviceOptions(OptionGroup):
 
 
 @dataclass(kw_only=True)
-class EncodingOptions(DeviceOptions):
-    """Options of a command that encodes images."""
+class BatchOptions(DeviceOptions):
+    """Options of a command that reads images."""
+
+    batch_size: int = option(64, least=1)
+    """Images or texts per batch."""
+    workers: int = option(factory=default_workers, least=0)
+    """Processes that read images."""
+
+
+@dataclass(kw_only=True)
+class EncodingOptions(BatchOptions):
+    """Options of a command that evaluates a model on images."""
 
     precision: Precision = "fp32"
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
     int8: bool = False
     """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")), with fp32 or bf16; --device auto
     is then the CPU, which alone has int8."""
-    batch_size: int = option(64, least=1)
-    """Images or texts per batch."""
-    workers: int = option(factory=default_workers, least=0)
-    """Processes that read images."""
 
     def check(self) -> None:
         if self.int8 and self.device == "auto":
@@ -68,7 +79,10 @@ def parse(options: type[T], argv: Sequence[str], program: str, **kwargs: Any) ->
     """
     FLAG_OF.clear()
     FLAG_OF.update(flags(options))
-    parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
+    join_help(options)
+    if {"-h", "--help"} & set(argv):
+        print(_description(options), end="\n\n")  # tyro would not wrap it
+    parsed = tyro.cli(options, args=list(argv), prog=program, description="", **kwargs)
     if isinstance(parsed, OptionGroup):
         refuse_unknown_models(parsed)
         refuse_idle(argv, parsed.idle())
@@ -76,13 +90,39 @@ def parse(options: type[T], argv: Sequence[str], program: str, **kwargs: Any) ->
     return parsed
 
 
-def flags(options: Any) -> dict[str, str]:
+def flags(options: type) -> dict[str, str]:
     """The flags of options by their names; of groups of options those of the group. Positional ones have none."""
+    groups = _groups(options)
     kinds = get_type_hints(options, include_extras=True)
-    groups = {name: getattr(kind, "__origin__", kind) for name, kind in kinds.items()}  # without Annotated
-    groups = {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind)}
     own = [name for name, kind in kinds.items() if name not in groups and "Positional" not in repr(kind)]
     return dict(ChainMap({name: f"--{name.replace('_', '-')}" for name in own}, *map(flags, groups.values())))
+
+
+def _groups(options: type) -> dict[str, type]:
+    """The fields that are groups of options."""
+    hints: dict[str, type] = get_type_hints(options)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def join_help(options: type) -> None:
+    """Gives tyro the docstrings of all options as single lines: it keeps the line breaks of those in the source."""
+    for group in filter(dataclasses.is_dataclass, options.__mro__):
+        for each in parse_from_object(group).params:
+            described = group.__dataclass_fields__[each.arg_name]
+            text = " ".join((each.description or "").split())
+            described.metadata = MappingProxyType({**described.metadata, "help": text})
+    for kind in _groups(options).values():
+        join_help(kind)
+
+
+def _description(options: type) -> str:
+    """The docstring at the width of the terminal. An example can still be copied: its lines end with a backslash."""
+    width = shutil.get_terminal_size().columns - 4  # for backslash and indentation
+    wrapped = (
+        textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
+        for paragraph in inspect.cleandoc(options.__doc__ or "").split("\n\n")
+    )
+    return "\n\n".join(text.replace("\n", " \\\n  ") if text.startswith("Example:") else text for text in wrapped)
 
 
 def refuse_unknown_models(parsed: OptionGroup) -> None:

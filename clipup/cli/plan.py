@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..moe.config import MoEConfig
 from ..moe.options import SparseOptions
-from ..option_group import all_idle, option
+from ..option_group import OptionGroup, all_idle, option
 from ..precision import Precision
 from ..train.optimizer.options import TrainedPartsOptions
 from ..train.parallel.options import ParallelOptions
@@ -24,13 +24,8 @@ _SIGLIP = {"with --siglip": lambda group: group.siglip}
 
 
 @dataclass(kw_only=True)
-class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
-    """Plans a training run on several GPUs: memory of each, traffic of a step, hours, price, and a setting that fits.
-
-    Example: clipup plan --model ViT-B-16 --moe --gpus 64 --batch 32768 --fsdp --ep 8
-
-    Nothing is trained and no weights are read. Which numbers are exact, counted or modelled: docs/plan.md.
-    """
+class RunOptions(OptionGroup):
+    """What is planned, which the help shows first."""
 
     model: str
     """A model that open_clip knows, or a directory that clipup saved (dense or sparse)."""
@@ -40,6 +35,17 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions):
     """Image-text pairs of one optimizer step, over all GPUs and accumulated batches."""
     moe: bool = False
     """Make the model sparse, with the options of MoEConfig below."""
+
+
+@dataclass(kw_only=True)
+class Options(ParallelOptions, TrainedPartsOptions, SparseOptions, RunOptions):
+    """Plans a training run on several GPUs: memory of each, traffic of a step, hours, price, and a setting that fits.
+
+    Example: clipup plan --model ViT-B-16 --moe --gpus 64 --batch 32768 --fsdp --ep 8
+
+    Nothing is trained and no weights are read. Which numbers are exact, counted or modelled: docs/plan.md.
+    """
+
     precision: Precision = "amp_bf16"
     """As in clipup train, whose default on CUDA is amp; with it, nothing can be sharded."""
     grad_checkpointing: bool = False

@@ -1,8 +1,10 @@
-"""``clipup search``: the images of an index that fit a text best."""
+"""``clipup search``: the images of an index that fit a text, or another image, best."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,18 +20,25 @@ from .outputs import check_file, write_text
 
 @dataclass(kw_only=True)
 class Options(DeviceOptions):
-    """Finds the images of an index (clipup index) that fit texts best, with the model that made it. Prints their scores
-    and paths; with --page it also writes them as one HTML page with pictures.
+    """Finds the images that fit texts or another image best, in an index (clipup index), with the model that made it.
+    Prints their scores and paths; with --page it also writes them as one HTML page with pictures, which link to the
+    files.
 
-    Example: clipup search photos.index "a red bicycle" --page found.html
+    Example: clipup search ~/Pictures "a red bicycle" --page found.html
     """
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Directory of the index."""
-    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES_OR_INDEX")]
+    """Directory of images that was indexed, or directory of the index."""
+    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")]
     """What to look for; several texts are searched for one by one."""
+    image: Path | None = None
+    """Image file; images like this one are searched for."""
     count: int = option(12, least=1)
     """Images per text."""
+    min_score: float = -1.0
+    """Least score of an image: the cosine of its features and those of the text."""
+    paths_only: bool = False
+    """Print only the paths, one a line, as they are."""
     page: Path | None = None
     """File for a page with the pictures; an earlier one is replaced."""
 
@@ -39,36 +48,54 @@ class Options(DeviceOptions):
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
-        if not self.texts or not all(text.strip() for text in self.texts):
-            raise ValueError("texts: expected at least one text that is not blank")
+        if not (self.texts or self.image) or not all(text.strip() for text in self.texts):
+            raise ValueError("texts: expected at least one text that is not blank, or --image")
 
 
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
-    from ..evaluate.encode import encode_texts
+    import torch
+
+    from ..data.samples import Sample
+    from ..data.skips import Skips
+    from ..evaluate.encode import encode_images, encode_texts
     from ..inference.accelerate import for_inference
     from ..models import factory, tokenizers
     from ..search import ImageIndex, find, results_page
-    from ..search.image_index import digest
+    from ..search.image_index import digest, upright_samples
 
     if options.page is not None:
         check_file("page", options.page)
-    index = ImageIndex.load(options.index)
+    index = ImageIndex.load(options.source)
     encoder = index.encoder
     device = "cpu" if encoder.int8 else options.device  # where int8 runs
-    model, *_ = factory.create_model_and_transforms(
+    model, _, preprocess = factory.create_model_and_transforms(
         encoder.model, encoder.pretrained, precision=encoder.precision, device=device
     )
     index.check_model(digest(model, encoder.model))
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
-    texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
-    answers = list(zip(options.texts, find(index, texts, options.count), strict=True))
-    for text, results in answers:
-        print(text)
-        for result in results:
-            print(f"{result.score:8.4f}  {printable(str(result.path))}")
+    queries, features = [*options.texts], []
+    if options.texts:
+        tokenizer = tokenizers.get_tokenizer(encoder.model)
+        features.append(encode_texts(model, options.texts, tokenizer, precision=encoder.precision))
+    if options.image is not None:
+        queries.append(str(options.image))
+        samples = upright_samples(
+            [Sample(str(options.image), str(options.image), ())], preprocess, Skips(), strict=True
+        )
+        features.append(encode_images(model, (image for image, *_ in samples), precision=encoder.precision))
+    found = find(index, torch.cat(features), options.count, options.min_score)
+    answers = list(zip(queries, found, strict=True))
+    if options.paths_only:
+        paths = [os.fsencode(result.path) + b"\n" for _, results in answers for result in results]
+        sys.stdout.buffer.write(b"".join(paths))
+    else:
+        for query, results in answers:
+            print(printable(query))
+            for result in results:
+                print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
         write_text(options.page, results_page(index, answers, shlex.join(["clipup", "search", *argv])))
-        print(f"page: {options.page}")
+        print(f"page: {options.page}", file=sys.stderr)
     return 0

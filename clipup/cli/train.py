@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from copy import copy
+from dataclasses import field, fields, make_dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 
+from ..moe.config import MoEConfig
 from ..train.parallel.launched import Launched
 from ..train.train_options import TrainOptions
 from . import open_clip_flags, say
-from .flags import flags, parse, refuse_idle, refuse_unknown_models
+from .flags import flags, join_help, parse, refuse_idle, refuse_unknown_models
 from .logs import in_one_line
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
 
+_COMMON = ("model", "pretrained", "moe", "train_data", "val_data", "batch_size", "lr", "steps", "precision", "name")
+"""The options that most runs need. The help shows them before the groups that they belong to."""
+
+join_help(TrainOptions)
+_TYPES = get_type_hints(MoEConfig) | get_type_hints(TrainOptions, include_extras=True)
+_FIELDS = {each.name: copy(each) for each in (*fields(MoEConfig), *fields(TrainOptions))}
+for _name, _default in vars(MoEConfig.clip_up()).items():
+    _FIELDS[_name].default = _default
+
+
+def _shown(title: str, description: str | None, options: Iterable[str]) -> tuple[str, type, Any]:
+    """A group of options in the help, as a field of ``_Grouped``."""
+    members = [(name, _TYPES[name], _FIELDS[name]) for name in options]
+    group = make_dataclass(title, members, namespace={"__doc__": description})
+    return title, group, field(default_factory=group)
+
+
 def _title(group: type) -> str:
-    """Of a group of options in the help."""
     return re.sub("(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
 
 
-_Grouped: Any = dataclasses.make_dataclass(
+_Grouped: Any = make_dataclass(
     "TrainOptions",
-    [(_title(group), group, dataclasses.field(default_factory=group)) for group in TrainOptions.__bases__],
+    [
+        _shown("common", "Those that most runs need.", _COMMON),
+        *(
+            _shown(_title(group), group.__doc__, (name for name in flags(group) if name not in _COMMON))
+            for group in TrainOptions.__bases__
+        ),
+    ],
     namespace={"__doc__": TrainOptions.__doc__},
 )
-"""The options as the command line shows them: a field per group, without prefixes in the names of the flags."""
+"""The options as the command line shows them: a field per group, without prefixes in the names of the flags. Those of
+``MoEConfig`` are fields of a group like all others, so that it is ``MoEConfig`` that refuses a value, not tyro."""
 FLAGS = tuple(flags(_Grouped).values())
 """All flags of the command."""
 
@@ -91,7 +117,8 @@ def _options(argv: list[str]) -> TrainOptions:
     """
     open_clip_flags.refuse(argv, FLAGS)
     groups = vars(parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))).values()
-    options = TrainOptions(**{name: value for group in groups for name, value in vars(group).items()})
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    options = TrainOptions(moe_cfg=MoEConfig(**{name: values.pop(name) for name in flags(MoEConfig)}), **values)
     refuse_unknown_models(options)
     refuse_idle(argv, options.idle())
     return options

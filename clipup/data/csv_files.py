@@ -29,8 +29,8 @@ _MOST_SHOWN = 200
 class CsvOptions(OptionGroup):
     """The columns of a CSV file."""
 
-    csv_separator: str = option("\t", Resumed.MEASURED)
-    """Separates the columns of a CSV file."""
+    csv_separator: str = option(r"\t", Resumed.MEASURED)
+    r"""Separates the columns of a CSV file; \t is a tab."""
     csv_img_key: str = option("filepath", Resumed.MEASURED)
     """Column with the paths of the images."""
     csv_caption_key: str = option("title", Resumed.MEASURED)
@@ -102,7 +102,7 @@ def readable_rows(
         if column not in header:
             raise ValueError(
                 f"{name}: {path} has no column {column!r}, its columns are {checks.shown(header)}: "
-                f"correct {name}, or csv_separator (now {form.csv_separator!r})"
+                f"correct {name}, or csv_separator (now {separator!r})"
             )
     image_column, caption_column = header.index(form.csv_img_key), header.index(form.csv_caption_key)
     missing: set[str] = set()

@@ -80,7 +80,7 @@ FORMATS = {
 
 
 def name_of_format(source: str | None, dataset_type: str = "auto") -> str | None:
-    """The name of a source's format; None where there is no source or its name does not tell.
+    """The name of a source's format; None without a source, or if its name does not tell.
 
     Args:
         dataset_type: a format, or "auto" for the one that the source's ending tells.

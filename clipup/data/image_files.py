@@ -6,11 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 from .. import checks
+from ..extras import missing
+from .images import decodes_heic
 from .samples import Sample
 from .tars import IMAGE_EXTENSIONS
 
 _RAW = ("arw", "cr2", "cr3", "crw", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw", "x3f")
-_OTHER_KINDS = (*_RAW, "avif", "bmp", "gif", "heic", "heif", "jxl", "tif", "tiff")
+_HEIC = ("heic", "heif")
+_READ = IMAGE_EXTENSIONS + _HEIC * decodes_heic()
+_PASSED_OVER = {*_RAW, *_HEIC, "avif", "bmp", "gif", "jxl", "tif", "tiff"}.difference(_READ)
 
 
 def image_files(source: str | Path) -> list[Sample]:
@@ -21,17 +25,18 @@ def image_files(source: str | Path) -> list[Sample]:
     """
     root = Path(source)
     checks.directory(source, "one with images", "images")
-    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in _READ]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         others = passed_over(source) or "no image"
-        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(IMAGE_EXTENSIONS)}")
+        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(_READ)}")
     keys = [path.relative_to(root).as_posix() for path in paths]
     return [Sample(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
 
 
 def passed_over(source: str | Path) -> str:
     """How many pictures of which other kinds are below a directory, for a message; empty if none."""
-    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _OTHER_KINDS)
-    named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-    return f"pictures of other kinds ({kinds.total()}): {named}" if kinds else ""
+    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _PASSED_OVER)
+    named = ", ".join(f"{'RAW ' * (kind in _RAW)}{kind} ({count})" for kind, count in sorted(kinds.items()))
+    hint = f"; {missing('reading heic', 'pi_heif', 'heic')}" if kinds.keys() & {*_HEIC} else ""
+    return f"pictures of other kinds ({kinds.total()}): {named}{hint}" if kinds else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ MAX_ASPECT_RATIO = 200
 """The longest image to decode, as its longer side over the shorter one. Transforms resize the shorter side to that of
 the model: without a limit, a file of some kilobytes would take gigabytes."""
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """Decoded formats, whatever the file extension. Not EPS: Pillow runs it in Ghostscript, an interpreter."""
 _SPARE = 2
 """Pixels of a JPEG decoded at a smaller scale, on each side, for one of its target. With 2, resized photographs differ
@@ -119,11 +120,23 @@ def read_sample(
         raise ValueError(f"{type(error).__name__}: {error} (preprocess of {name()})") from error
 
 
+@cache
+def decodes_heic() -> bool:
+    """Whether pi_heif, an extra, is installed; Pillow then knows its format."""
+    try:
+        import pi_heif
+    except ModuleNotFoundError:
+        return False
+    pi_heif.register_heif_opener()
+    return True
+
+
 def _opened(file: str | BytesIO) -> Image:
     """The image, of which only the header is read. Pillow's own size limit, global to the process, is lifted."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    decodes_heic()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     with _PILLOWS_BOUND:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

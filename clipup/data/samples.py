@@ -86,7 +86,7 @@ def digest_of(*arrays: Any) -> str:
 
 
 def check_found(samples: int, skips: Skips, source: str, argument: str) -> None:
-    """Raises ValueError when there is no sample, or when more were skipped than may be."""
+    """Raises ValueError without a sample, and when more were skipped than may be."""
     if not samples:
         raise ValueError(
             f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped"

@@ -22,7 +22,6 @@ from .. import checks
 from ..extras import needed_for
 from .samples import PackedTexts, digest_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
-from .tars import TAR
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
@@ -34,9 +33,9 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
 
     Args:
         argument: what messages call the source.
-        allow_pipe: whether `pipe:COMMAND` may run its command; None where there is no such option.
+        allow_pipe: whether `pipe:COMMAND` may run its command; None: the command lacks that option.
 
-    Raises FileNotFoundError when there is no shard or one is missing, and ValueError for a `pipe:` that is not allowed.
+    Raises FileNotFoundError when a shard is missing, or all are, and ValueError for a `pipe:` that is not allowed.
     """
     source = os.fspath(source)
     shards: list[str] = []
@@ -132,7 +131,7 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     return ValueError(
         f"{argument}: {root} is a directory: name shards, such as {root / shards}, or a CSV file with the columns "
         "filepath and title, separated by a tab, one image per line. Images with captions beside them (KEY.jpg, "
-        f"KEY.txt) make a shard: {TAR} -cf data.tar -C {shlex.quote(str(root))} . and name data.tar"
+        f"KEY.txt) become shards: clipup data pairs {shlex.quote(str(root))} OUT"
     )
 
 
@@ -149,7 +148,7 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def _readable_without_token(shard: str) -> str:
-    """The https: URL of an hf: shard where there is no token: webdataset would send "None", which the hub refuses."""
+    """The https: URL of an hf: shard for users without a token: webdataset would send "None", which the hub refuses."""
     if not shard.startswith("hf:"):
         return shard
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from ..atomic_files import make_aside, remove_abandoned, remove_aside
@@ -21,14 +22,14 @@ Sample = tuple[str, dict[str, bytes]]
 """A key and its members by extension: `("twemoji-1f602", {"png": ..., "txt": ...})`."""
 
 
-def write_shards(directory: Path, split: str, samples: Sequence[Sample], samples_per_shard: int) -> list[dict]:
-    """Writes `<split>-000000.tar` etc. with `samples_per_shard` samples each (fewer in the last).
+def write_shards(directory: Path, split: str, samples: Iterable[Sample], samples_per_shard: int) -> list[dict]:
+    """Writes `<split>-000000.tar` etc. with `samples_per_shard` samples each (fewer in the last), one shard in memory.
 
     Returns for each shard its file name, number of samples and bytes, and sha256.
     """
     shards: list[dict] = []
-    for start in range(0, len(samples), samples_per_shard):
-        part = samples[start : start + samples_per_shard]
+    rest = iter(samples)
+    while part := list(islice(rest, samples_per_shard)):
         path = directory / f"{split}-{len(shards):06d}.tar"
         _write_tar(path, part)
         size = path.stat().st_size

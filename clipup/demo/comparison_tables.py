@@ -28,7 +28,7 @@ _COSTS = (
     ("training", "seconds", "seconds", 1),
     ("parameters, M", "all", "params", 1e6),
     ("parameters, M", "active", "active_params", 1e6),
-    ("GFLOPs", "per pair", "gflops_per_pair", 1),
+    ("GFLOP", "per pair", "gflops_per_pair", 1),
 )
 _TARGETS = {"text_to_image": "to image", "image_to_text": "to text"}
 _TERMINAL = str.maketrans({"→": "to", "−": "-", "–": "-", "×": "x", "\u00a0": " "})

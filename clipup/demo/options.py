@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import checks
 from ..option_group import OptionGroup, option
 
 START = Path(__file__).parent / "start"
@@ -39,5 +40,4 @@ class DemoOptions(OptionGroup):
 
     def check(self) -> None:
         super().check()
-        if not Path(self.start).is_dir():
-            raise ValueError(f"start: {self.start} is no directory, and the dense model to start from is in one")
+        checks.directory(self.start, "that of the dense model to start from", "start")

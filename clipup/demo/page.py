@@ -138,4 +138,7 @@ def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{key}.")
         else:
-            yield f"{path}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield (
+                f"{path}{key}",
+                ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value),
+            )

@@ -36,7 +36,7 @@ from .page import layer_title, template
 from .routing_trace import LayerRouting, route_images, route_texts
 from .token_words import PADDING, Piece, expert_words, pieces
 
-_MAP_WIDTH, _CELL_WITH_NUMBER = 130, 14  # px
+_MAP_WIDTH = 144  # px
 _MAP_MARGIN = 14  # px by which a map may shrink before the row wraps
 _MOST_SKIPPED = 20
 _NARROW = 2  # maps per image that leave room for a second image beside it
@@ -88,8 +88,8 @@ class ExpertReport:
             column("load", "tokens", lambda layer: count(layer.tokens)),
             column("load", "largest", lambda layer: _decimals(imbalance(layer.load), 2)),
             column("load", "unused", lambda layer: count((layer.load == 0).sum())),
-            column("entropy, share of ln E", "per token", lambda layer: _relative(layer.token_entropy, layer)),
-            column("entropy, share of ln E", "mean", lambda layer: _relative(layer.mean_entropy, layer)),
+            column("entropy, share of ln E", "per token", lambda layer: _share(layer.token_entropy, layer)),
+            column("entropy, share of ln E", "mean", lambda layer: _share(layer.mean_entropy, layer)),
             _cosines("experts' cosine", "first", [layer.first_mean for layer in layers]),
             _cosines("experts' cosine", "second", [layer.second_mean for layer in layers]),
         ]
@@ -103,22 +103,21 @@ class ExpertReport:
     def load(self, layer: str) -> Figure:
         """Each expert's share of the layer's choices, and the entropy of its router."""
         routing = self.layers[layer]
-        maximum = math.log(routing.num_experts)
-        entropy = f"entropy per token {_decimals(routing.token_entropy, 2)}, at most {maximum:.2f} nats"
-        return load_bars(routing.load, self.title(layer), entropy)
+        entropy = f"entropy per token: {_share(routing.token_entropy, routing)} of ln {routing.num_experts}"
+        longest = max(float(other.load.max()) for other in self.layers.values())
+        return load_bars(routing.load, self.title(layer), entropy, longest)
 
     def routing(self, picture: int) -> Figure:
         """An image, and for every sparse layer of the image tower a map of its patches' experts."""
         image = self.pictures[picture]
         layers = self.of_tower("image").items()
         maps = {name: layer.maps()[picture] for name, layer in layers if layer.grid is not None}
-        width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * experts.shape[1] for experts in maps.values())])
-        shown = [("input", whole_picture(image, self._label(picture), width))]
+        shown = [("input", whole_picture(image, self._label(picture), _MAP_WIDTH))]
         shown += [
-            (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), width))
+            (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), _MAP_WIDTH))
             for name, experts in maps.items()
         ]
-        maps_of_layers = _side_by_side(shown, narrowest=width - _MAP_MARGIN)
+        maps_of_layers = _side_by_side(shown, narrowest=_MAP_WIDTH - _MAP_MARGIN)
         if not self.labels:
             return maps_of_layers
         look = "margin-bottom:6px;overflow-wrap:anywhere;line-height:1.35;text-align:left"
@@ -137,14 +136,17 @@ class ExpertReport:
         return Figure(svg.element("div", *strips, "", style="margin:0"))
 
     def similarity(self, layer: str) -> Figure:
-        """Heatmaps of the cosines between the experts' first and between their second matrices; one line if all are
-        equal."""
+        """Heatmaps of the cosines between the experts' first and between their second matrices, in shades that fit the
+        cosines of all layers; one line if all are equal."""
         cosines, title = self.similarities[layer], self.title(layer)
         if cosines.granularity == 1 and in_words(cosines.first_mean) == in_words(cosines.second_mean) == EQUAL:
             line = f"the {len(cosines.first)} experts are equal, still copies of one dense MLP."
             return Figure(svg.element("div", svg.element("strong", f"{escape(svg.clean(title))}:"), f" {line}"))
-        first = similarity_heatmap(cosines.first, f"{title}: first", cosines.first_to_dense, cosines.granularity)
-        second = similarity_heatmap(cosines.second, f"{title}: second", cosines.second_to_dense, cosines.granularity)
+        least = min(float(between.min()) for layer in self.similarities.values() for between in layer[:2])
+        lightest = min(0.99, max(0.0, math.floor(100 * least) / 100))
+        scale = cosines.granularity, lightest
+        first = similarity_heatmap(cosines.first, f"{title}: first", cosines.first_to_dense, *scale)
+        second = similarity_heatmap(cosines.second, f"{title}: second", cosines.second_to_dense, *scale)
         return _side_by_side([("", first), ("", second)], narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
@@ -280,10 +282,18 @@ def _cosines(group: str, label: str, values: Sequence[float]) -> Column:
     return Column(group, label, tuple(_decimals(value, 3) for value in values))
 
 
-def _relative(entropy: float, routing: LayerRouting) -> str:
+def _relative(entropy: float, routing: LayerRouting) -> float:
     """An entropy as a share of its maximum, ln E, which is 0 for a single expert."""
     maximum = math.log(routing.num_experts)
-    return _decimals(entropy / maximum if maximum else math.nan, 2)
+    return entropy / maximum if maximum else math.nan
+
+
+def _share(entropy: float, routing: LayerRouting) -> str:
+    return _decimals(_relative(entropy, routing), 2)
+
+
+def _range(values: Sequence[float], decimals: int) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.{decimals}f}" for value in (min(values), max(values))))
 
 
 def _decimals(value: float, decimals: int) -> str:
@@ -291,11 +301,13 @@ def _decimals(value: float, decimals: int) -> str:
 
 
 def statements(report: ExpertReport) -> list[str]:
-    """The summary, in sentences: what was run, how similar the experts are, and whether all are used."""
+    """The summary, in sentences: what was run, how sure the routers are, how similar the experts are, and whether all
+    are used."""
     sentences = [
         f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
-        + (f" The model was trained for {_plural(report.steps, 'step')}." if report.steps else ""),
+        + (f" The model was trained for {_plural(report.steps, 'step')}." if report.steps else "")
+        + _entropy(report),
         " ".join(filter(None, (_similarity(report, tower) for tower in _TOWERS))),
     ]
     if report.layers:
@@ -314,17 +326,27 @@ def statements(report: ExpertReport) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def _entropy(report: ExpertReport) -> str:
+    shares = [_relative(layer.token_entropy, layer) for layer in report.layers.values()]
+    finite = [share for share in shares if math.isfinite(share)]
+    if not finite:
+        return ""
+    return (
+        f" Entropy of the router per token: {_range(finite, 2)} of its maximum, ln E, at which all experts are equally "
+        "probable. Maps and cards show the first choice, by however little it is ahead."
+    )
+
+
 def _similarity(report: ExpertReport, tower: str) -> str:
     prefix = f"{tower.capitalize()} tower"
     named = ((report.title(name), layer.first_mean) for name, layer in report.similarities.items())
     means = [mean for title, mean in named if title.startswith(prefix) and math.isfinite(mean)]
     if not means:
         return ""
-    low, high = min(means), max(means)
-    lie = " to ".join(dict.fromkeys((f"{low:.3f}", f"{high:.3f}")))
-    most, least = in_words(high), in_words(low)
+    most, least = in_words(max(means)), in_words(min(means))
     judged = f"are {most}" if most == least else f"range from {most} to {least}"
-    return f"The experts of the {tower} tower {judged}: mean cosine between two experts' first matrices {lie}."
+    mean = f"mean cosine between two experts' first matrices {_range(means, 3)}"
+    return f"The experts of the {tower} tower {judged}: {mean}."
 
 
 def _plural(number: int, noun: str) -> str:

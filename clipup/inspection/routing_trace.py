@@ -21,7 +21,7 @@ from ..moe.evaluation import evaluating
 from ..moe.layer import SparseMoE, moe_layers
 from ..moe.router import log_scores
 
-NO_SPARSE_LAYERS = "the model has no sparse layers, so there are no experts to inspect; clipup upcycle makes it sparse"
+NO_SPARSE_LAYERS = "the model has no sparse layers, so it has no experts to inspect; clipup upcycle makes it sparse"
 
 
 @dataclass(frozen=True)

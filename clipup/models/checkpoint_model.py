@@ -30,8 +30,8 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
         name: of the model, for a checkpoint without its config, or without its tokenizer.
 
     Raises:
-        ValueError: the checkpoint has no config and there is no name, or there are both and they differ; or the weights
-            do not fit.
+        ValueError: the checkpoint has no config and no name is given, or both are there and differ; or the weights do
+            not fit.
         FileNotFoundError: the tokenizer was in the directory of a model that is not there.
     """
     files = tokenizers.saved_in(weights.configs, path)

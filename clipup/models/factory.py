@@ -235,7 +235,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         TypeError: ``model`` is not a module.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the weights do not fit, the file's configs are those of another function, or it contains more than
             weights. The model is unchanged.
     """

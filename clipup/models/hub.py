@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
@@ -32,6 +32,13 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
         OSError: the hub has no such model, or nothing of it is cached and the hub is unreachable.
     """
     return Path(snapshot_download(name.removeprefix(HUB_PREFIX), cache_dir=cache_dir, allow_patterns=list(files)))
+
+
+def will_download(repository: str) -> bool:
+    """Whether no weights of an open_clip model's repository, ORG/NAME, are cached, and the hub responds."""
+    files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    return not cached and _why_unreachable() is None
 
 
 @contextmanager

@@ -115,8 +115,8 @@ def _gflops(model: nn.Module) -> list[str]:
         counts = flops.count(model)
     except Exception:  # from a user's module on the meta device: the model is saved all the same
         return []
-    text = [f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |"]
-    return [f"| GFLOPs per image | {counts.image_gflops:.3g} |", *text * bool(counts.text_gflops)]
+    text = [f"| GFLOP per text of full length | {counts.text_gflops:.3g} |"]
+    return [f"| GFLOP per image | {counts.image_gflops:.3g} |", *text * bool(counts.text_gflops)]
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:

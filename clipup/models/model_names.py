@@ -14,8 +14,6 @@ from ..extras import needed_for
 from . import hub, known_models, model_card, model_directory
 from .known_models import LOCAL_PREFIX as LOCAL_PREFIX
 
-_SHOWN_TAGS = 3
-
 open_clip.add_model_config(known_models.CONFIGS)  # clipup's models, by name
 
 
@@ -70,11 +68,12 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
     if hf_name:
         with needed_for(f"the text tower of {model_name}", "hf"):
             import transformers  # noqa: F401
-    is_tag = pretrained is not None and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
-    if not (on_hub or is_tag or hf_name):
+    tag = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else {}
+    if not (on_hub or tag or hf_name):
         yield
         return
-    what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
+    place = (tag.get("hf_hub") or tag.get("url", "")).rstrip("/")
+    what = f"pretrained={pretrained!r} of {model_name} ({place})" if tag else model_name
     trusted = not (on_hub or hf_name)  # open_clip's own models
     with nullcontext() if trusted else hub.refusing_code(what), hub.offline_if_unreachable(what, cache_dir):
         yield
@@ -109,8 +108,8 @@ def refuse_random_weights(argument: str, model_name: str, pretrained: str | None
     if known_models.has_weights(model_name, pretrained):
         return
     get_model_config(model_name)
-    tags = open_clip.list_pretrained_tags_by_model(model_name)[:_SHOWN_TAGS]
-    hint = f", or a tag such as {', '.join(tags)}" if tags else ""
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    hint = f", or one of its tags: {', '.join(tags)}" if tags else ""
     alternative = f", {alternative}" if alternative else ""
     raise ValueError(
         f"{argument} is missing, so {model_name} would have random weights; pass a file of weights{hint}{alternative}"

@@ -13,7 +13,7 @@ from .config import MoEConfig
 
 @dataclass(kw_only=True)
 class SparseOptions(OptionGroup):
-    """Sparse layers; the defaults are CLIP-UP's recipe."""
+    """Sparse layers. The defaults are CLIP-UP's recipe; the source of each is in docs/recipe.md."""
 
     moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = option(factory=MoEConfig.clip_up, resumed=Resumed.IDENTITY)
 

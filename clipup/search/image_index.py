@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ class Encoder:
     int8: bool
     model_digest: str
     """``digest`` of the model."""
+    int8_agreement: dict[str, float] | None = field(default=None, compare=False)
+    """``compare_int8`` on images of the index; None if they did not decide whether to encode in int8."""
 
     def __str__(self) -> str:
         weights = f" with the weights {self.pretrained}" if self.pretrained else ""
@@ -102,16 +105,18 @@ class ImageIndex:
 
     @classmethod
     def load(cls, directory: str | Path) -> ImageIndex:
-        """Reads an index.
+        """Reads an index: that in the directory, or the one of the images in it (``default_directory``).
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: its file is not what ``clipup index`` writes.
         """
-        path = Path(directory) / INDEX_FILE
-        if not path.is_file():
+        places = Path(directory), default_directory(directory)
+        path = next((file for place in places if (file := place / INDEX_FILE).is_file()), None)
+        if path is None:
             raise FileNotFoundError(
-                f"there is no index in {directory} ({INDEX_FILE}); make one: clipup index IMAGES OUT"
+                f"{directory} is neither an index ({INDEX_FILE}) nor a directory of images with one; make one: "
+                "clipup index IMAGES"
             )
         try:
             with safe_open(path, "pt") as file:
@@ -122,7 +127,7 @@ class ImageIndex:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
-                "clipup index IMAGES OUT"
+                f"clipup index IMAGES {path.parent}"
             ) from error
 
     def save(self, directory: Path) -> None:
@@ -146,6 +151,19 @@ class ImageIndex:
                 f"{self.encoder.model} is not the model that made the index: its weights, config, transform or "
                 "tokenizer have changed since; make the index again in another directory"
             )
+
+
+def default_directory(images: str | Path) -> Path:
+    """Where an index is kept if nothing else is said: among the user's data ($XDG_DATA_HOME, or ~/.local/share), by the
+    resolved path of the directory of images."""
+    images = Path(images).resolve()
+    name = f"{images.name}-{hashlib.blake2b(os.fsencode(images), digest_size=8).hexdigest()}"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "clipup", "indexes", name)
+
+
+def encoder_of(directory: Path) -> Encoder | None:
+    """The encoder of the index in a directory, also of one that is not finished; None if there is none."""
+    return next((index.encoder for index in _earlier(directory)), None)
 
 
 def update_index(
@@ -197,7 +215,7 @@ def update_index(
                 part.clear()
 
         try:
-            samples = EvalSamples(outdated, partial(_upright, preprocess), skips, resize=resize_of(preprocess))
+            samples = upright_samples(outdated, preprocess, skips)
             with Progress("encoding", "images", len(outdated), show=show_progress) as shown:
                 for batch, _, metadata in samples.batches(batch_size, workers):
                     features = encode(batch)
@@ -221,6 +239,17 @@ def update_index(
     return index
 
 
+def upright_samples(
+    records: Sequence[Sample], preprocess: Callable[[Any], Tensor], skips: Skips, strict: bool = False
+) -> EvalSamples:
+    """Images as an index reads them: turned as their EXIF orientation says, JPEGs decoded at a smaller scale.
+
+    Args:
+        strict: an unreadable one raises ValueError, which names it.
+    """
+    return EvalSamples(records, partial(_upright, preprocess), skips, strict, resize=resize_of(preprocess))
+
+
 def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
     return preprocess(upright(image))
 
@@ -234,13 +263,7 @@ def _reusable(directory: Path, images: Path, encoder: Encoder, entries: set[Entr
     """Features from a finished index and from the parts of an interrupted call. A moved directory of images is that of
     the index if the index has at least one of its ``entries``."""
     features_of: dict[Entry, Tensor] = {}
-    sources = [directory] if (directory / INDEX_FILE).exists() else []
-    for source in [*sources, *_parts(directory)]:
-        try:
-            index = ImageIndex.load(source)
-        except (FileNotFoundError, ValueError) as error:
-            _LOG.warning("%s is encoded again: %s", source, error)
-            continue
+    for index in _earlier(directory):
         indexed = index.images if entries.isdisjoint(index.entries) else images
         for name, actual, wanted in (("the model", index.encoder, encoder), ("the images", indexed, images)):
             if actual != wanted:
@@ -250,6 +273,16 @@ def _reusable(directory: Path, images: Path, encoder: Encoder, entries: set[Entr
                 )
         features_of |= dict(zip(index.entries, index.features, strict=True))
     return features_of
+
+
+def _earlier(directory: Path) -> Iterator[ImageIndex]:
+    """The finished index, and the parts of an interrupted call; damaged ones are logged."""
+    sources = [directory] if (directory / INDEX_FILE).exists() else []
+    for source in [*sources, *_parts(directory)]:
+        try:
+            yield ImageIndex.load(source)
+        except (FileNotFoundError, ValueError) as error:
+            _LOG.warning("%s is encoded again: %s", source, error)
 
 
 def _parts(directory: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The images that fit a text best, and a page that shows them."""
+"""The images that fit a text or another image best, and a page that shows them."""
 
 from __future__ import annotations
 
@@ -23,42 +23,36 @@ class Result(NamedTuple):
 
     path: Path
     score: float
-    """Cosine of its features and those of the text."""
+    """Cosine of its features and those of the query."""
 
 
-def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
-    """The ``count`` images with the largest cosines for every text, best first. The search is exact.
+def find(index: ImageIndex, queries: Tensor, count: int, min_score: float = -1.0) -> list[list[Result]]:
+    """For every query, the ``count`` images with the largest cosines of at least ``min_score``, best first. The search
+    is exact.
 
     Args:
-        texts: [T, D] float32, of length 1.
+        queries: [Q, D] float32, of length 1: features of texts or images.
     """
-    scores, rows = (texts.float() @ index.features.T).topk(min(count, len(index.entries)))
+    scores, rows = (queries.float() @ index.features.T).topk(min(count, len(index.entries)))
     return [
-        [Result(index.images / index.entries[row].name, score) for row, score in zip(*of_text, strict=True)]
-        for of_text in zip(rows.tolist(), scores.tolist(), strict=True)
+        [
+            Result(index.images / index.entries[row].name, score)
+            for row, score in zip(*of_query, strict=True)
+            if score >= min_score
+        ]
+        for of_query in zip(rows.tolist(), scores.tolist(), strict=True)
     ]
 
 
 def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]], command: str) -> str:
-    """One HTML page with the results of each text, pictures included, to be written as UTF-8.
+    """One HTML page with the results of each query, small pictures included, which link to the files; to be written as
+    UTF-8.
 
     Args:
-        found: every text with its images of ``index``.
+        found: every query, a text or the name of an image, with its images of ``index``.
         command: the command line that searches again.
     """
-    sections = [
-        {
-            "text": text,
-            "results": [
-                {"name": r.path.relative_to(index.images).as_posix(), "score": r.score, "picture": _picture(r.path)}
-                for r in results
-            ],
-        }
-        for text, results in found
-    ]
-    page = template("results.html.j2", __package__).render(
-        directory=index.images.name, images=len(index.entries), sections=sections, command=command
-    )
+    page = template("results.html.j2", __package__).render(index=index, found=found, command=command, picture=_picture)
     return svg.clean(page)
 
 

@@ -65,7 +65,7 @@ CARDS = {
 def card(name: str) -> Card:
     """
     Raises:
-        ValueError: there is no card of this name.
+        ValueError: no card has this name.
     """
     if name not in CARDS:
         raise ValueError(

@@ -44,9 +44,6 @@ class TrainOptions(
 ):
     """Trains a CLIP, dense or sparse, on image-text pairs.
 
-    Most runs need few options: --model, --pretrained and --moe; --train-data, and --val-data to measure retrieval;
-    --batch-size, --lr, and --steps or --epochs; --precision; --name.
-
     Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
     --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --steps 20000 --name b16-moe
 

@@ -42,7 +42,7 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
 
     Raises:
         TypeError: an unsupported model or argument, a named tower that the model lacks, or a selected block whose MLP
-            is of no supported family.
+            is not of a supported family.
         ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
         ImportError: a model of transformers before version 5.

@@ -165,7 +165,7 @@ def products(
 
 def usable(product: Product, tiles: Iterable[Config], kind: str, threads: int) -> list[Config]:
     """The first of ``tiles``, and those whose results agree with it. The others are named, except for those that do not
-    fit this GPU: a tile that does not compile is no reason to measure none.
+    fit this GPU: one tile that does not compile must not end the measurement.
 
     Every tile is compiled and launched once, in ``threads`` threads.
     """

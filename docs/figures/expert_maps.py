@@ -79,7 +79,7 @@ def figure(demo: Path) -> str:
     ]
     for name, layer in seen.of_tower("image").items():
         maps = [routing_map(*pair, width=SIDE) for pair in zip(drawings, layer.maps(), strict=True)]
-        rows.append((f"{seen.title(name)}: the expert of each patch", maps))
+        rows.append((f"{seen.title(name)}: the first choice for each patch", maps))
     parts = [_row(label, cells, number * HEIGHT) for number, (label, cells) in enumerate(rows)]
     report, top = json.loads((demo / "report.json").read_text("utf-8")), len(rows) * HEIGHT
     parts += [_text(line, top + number * LINE) for number, line in enumerate(result(report))]

@@ -25,7 +25,7 @@ STYLE_WORDS = frozenset(
     "variant expressive mirrored loop transition f o s r l d sm lg xs xl mini micro small large tiny big duocolor "
     "freeform ios md one two three four".split()
 )
-_TONES = re.compile(r"\b(two|duo) tone$")  # written as one word elsewhere; an emoji's "skin tone" is no style
+_TONES = re.compile(r"\b(two|duo) tone$")  # written as one word elsewhere; an emoji's "skin tone" is not a style
 
 
 def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]]:

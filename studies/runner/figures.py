@@ -8,10 +8,10 @@ from statistics import fmean
 from clipup.inspection.figures import svg
 from clipup.inspection.figures.charts import Series, line_chart
 
-from .results import Result
+from .results import Result, half_width
 from .tables import Tables, label
 
-_WIDTH, _HEIGHT = 640, 340
+_WIDTH, _HEIGHT = 400, 330  # px, whose text is legible on a phone
 
 
 def recall(tables: Tables) -> str:
@@ -29,19 +29,22 @@ def recall(tables: Tables) -> str:
 
 
 def models(studies: Sequence[Tables], arms: Mapping[str, str]) -> str:
-    """R@1 over the FLOPs of a pair in inference: one line per arm, one point per study (a width) that has the arm, each
-    at its smallest budget and the mean over its seeds.
+    """R@1 over the FLOPs of a pair in inference, as a percentage of those of the last study's first arm: one line per
+    arm, one point per study (a width) that has the arm, each at its smallest budget: the mean over its seeds and the
+    95 % interval of that.
 
     Args:
         arms: the name of each line, by arm.
     """
-    series = []
+    series, whole = [], studies[-1].shortest(next(iter(arms)))[0].cost["gflops_per_pair"]
     for arm, name in arms.items():
         groups = [runs for of in studies if (runs := of.shortest(arm))]
         groups.sort(key=lambda runs: runs[0].cost["gflops_per_pair"])
-        x = [1e3 * runs[0].cost["gflops_per_pair"] for runs in groups]
-        series.append(Series(name, x, [fmean(run.mean("R@1") for run in runs) for runs in groups], points=True))
-    return _drawn(series, "R@1 on styles and names by model", "MFLOP of an image and a text in inference")
+        x = [100 * runs[0].cost["gflops_per_pair"] / whole for runs in groups]
+        recalls = [[run.mean("R@1") for run in runs] for runs in groups]
+        errors = [half_width(of_seeds) or 0.0 for of_seeds in recalls]
+        series.append(Series(name, x, list(map(fmean, recalls)), points=True, errors=errors))
+    return _drawn(series, "How often the right icon comes first", "FLOPs of inference, % of the wider dense model")
 
 
 def _drawn(series: Sequence[Series], title: str, x: str) -> str:

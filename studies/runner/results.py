@@ -221,9 +221,13 @@ def lead_over_chord(
 
 
 def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | None:
-    count = len(differences)
-    half = _T_95[count - 2] * stdev(differences) / math.sqrt(count) if count > 1 else None
-    return Lead(fmean(differences), half, count, measure) if differences else None
+    return Lead(fmean(differences), half_width(differences), len(differences), measure) if differences else None
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of the mean of one value per seed, by Student's t; None for one seed."""
+    count = len(values)
+    return _T_95[count - 2] * stdev(values) / math.sqrt(count) if count > 1 else None
 
 
 def lead_over_captions(our: Result, their: Result, split: str) -> Lead:

@@ -75,7 +75,7 @@ _MOST_POINTS = 100
 @dataclass(frozen=True)
 class Series:
     """One line: ``y`` over ``x``, of equal length. ``points`` marks every point. ``dash``: lengths of a dash and of a
-    gap in pixels, "6 3"."""
+    gap in pixels, "6 3". ``errors``: halves of vertical intervals around ``y``."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -83,6 +83,7 @@ class Series:
     color: str | None = None
     dash: str | None = None
     points: bool = False
+    errors: Sequence[float] = ()
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
@@ -120,6 +121,8 @@ def line_chart(
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(line.dash or dash), "clip_on": False}
             x, y = np.array(line.x, dtype=float), np.array(line.y, dtype=float)
             axes.plot(x, y, marker="o" if line.points else "", label=line.label, **look)
+            if line.errors:
+                axes.errorbar(x, y, line.errors, fmt="none", ecolor=color, elinewidth=1.2, capsize=4)
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()

@@ -19,13 +19,16 @@ _WHITE_INK_ABOVE = 0.73  # where white and black text have the same contrast wit
 _MOST_WITH_VALUES = 8  # experts; the cells of more are too small for their values
 
 
-def load_bars(load: Iterable[SupportsFloat], title: str, subtitle: str = "", width: float = 300) -> Figure:
+def load_bars(
+    load: Iterable[SupportsFloat], title: str, subtitle: str = "", longest: float = 0, width: float = 300
+) -> Figure:
     """Each expert's share of a layer's routed (token, expert) pairs, one bar per expert; dashed: the uniform share.
 
-    load [E] fractions of 1. The largest share over the uniform one is written above the bars, under ``subtitle``.
+    load [E] fractions of 1. ``longest``: the share of the longest bar, which gives several charts one scale; default:
+    the layer's own. The largest share over the uniform one is written above the bars, under ``subtitle``.
     """
     shares = [float(share) for share in load]
-    longest = max([*shares, 1.25 / len(shares)])
+    longest = max([*shares, 1.25 / len(shares), longest])
     dashes = (
         f"position:absolute;left:{100 / len(shares) / longest:.1f}%;top:0;bottom:0;border-left:1px dashed;opacity:.75"
     )
@@ -45,9 +48,9 @@ def load_bars(load: Iterable[SupportsFloat], title: str, subtitle: str = "", wid
 
 
 def similarity_heatmap(
-    cosines: Any, title: str, to_dense: Any = None, granularity: int = 1, width: float = 300
+    cosines: Any, title: str, to_dense: Any = None, granularity: int = 1, lightest: float = 0, width: float = 300
 ) -> Figure:
-    """Cosines between all pairs of experts as a heatmap, from 0 (light) to 1 (dark).
+    """Cosines between all pairs of experts as a heatmap, from ``lightest`` (below 1) and less to 1, the darkest.
 
     cosines [E, E]; to_dense [E] adds a column for the dense MLP. Large cells show their value, and every cell has it as
     a tooltip. Under the title is the mean over all pairs of experts that were initialized equal: those whose indices
@@ -67,15 +70,21 @@ def similarity_heatmap(
     for row, cosines_of_row in enumerate(values):
         cells.append(svg.element("span", str(row), style="text-align:right;padding-right:6px"))
         cells += [
-            _shade(value, f"{row} and {other}", experts) for value, other in zip(cosines_of_row, others, strict=True)
+            _shade(value, (value - lightest) / (1 - lightest), f"{row} and {other}", experts)
+            for value, other in zip(cosines_of_row, others, strict=True)
         ]
     columns = f"26px repeat({len(others)},minmax(0,38px))"
     grid = f"display:grid;grid-template-columns:{columns};gap:1px;align-items:center;font-size:12px;margin-top:4px"
-    return _titled(title, [" · ".join(means)], svg.element("div", *cells, style=grid), width)
+    return _titled(
+        title,
+        [" · ".join(means), f"shades from {lightest:.2f} (light) to 1 (dark)"],
+        svg.element("div", *cells, style=grid),
+        width,
+    )
 
 
-def _shade(value: float, pair: str, experts: int) -> str:
-    part = min(1.0, max(0.0, value))
+def _shade(value: float, part: float, pair: str, experts: int) -> str:
+    part = min(1.0, max(0.0, part))
     ink = "#fff" if part > _WHITE_INK_ABOVE else "#000"
     look = f"background:color-mix(in srgb,{_DARK} {100 * part:.1f}%,{_LIGHT});color:{ink}"
     box = "aspect-ratio:1;display:grid;place-items:center;font-size:10.5px"

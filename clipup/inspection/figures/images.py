@@ -19,7 +19,6 @@ from .svg import Figure
 MOST_CAPTION_CHARACTERS = 200
 _MOST_PIXELS = 128
 _MOST_PNG_BYTES = 10_000
-_SMALLEST_CELL_WITH_NUMBER = 13
 _CONTEXT = 1  # patches shown around a patch, on each side
 _HIT = "#e0660a"
 _FRAME = (("#fff", 4), ("#111", 1.6))
@@ -59,21 +58,18 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
     """An image with each patch tinted in the color of its first-choice expert, as SVG.
 
     experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch was masked and stays
-    untinted). Large cells show the expert's number; in smaller ones a dot marks experts 8 to 15, which share the colors
-    of 0 to 7.
+    untinted). A dot marks experts 8 to 15, which share the colors of 0 to 7.
     """
     grid = np.asarray(experts)
     height = width * image.height / image.width
     cell_h, cell_w = height / grid.shape[0], width / grid.shape[1]
-    placed = [
-        (int(expert), column * cell_w, row * cell_h, cell_w, cell_h)
+    cells = [
+        draw(int(expert), column * cell_w, row * cell_h, cell_w, cell_h)
+        for draw in (_cell, _dot)
         for (row, column), expert in np.ndenumerate(grid)
         if expert >= 0
     ]
-    cells, numbers = ([draw(*place) for place in placed] for draw in (_cell, _number))
-    return svg.picture(
-        width, round(height, 1), name, *_backdrop(image, width, height), *cells, _numbers(numbers, cell_w, cell_h)
-    )
+    return svg.picture(width, round(height, 1), name, *_backdrop(image, width, height), *cells)
 
 
 def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:
@@ -102,14 +98,16 @@ def expert_mark(expert: int) -> Figure:
     place = (1, 1, size - 2, size - 2)
     outline = svg.element("rect", x=1, y=1, width=size - 2, height=size - 2, fill="none", stroke=expert_color(expert))
     parts = [svg.element("rect", width=size, height=size, fill="#fff"), _cell(expert, *place), outline]
-    number = _numbers([_number(expert, *place)], size, size)
+    number = svg.element("text", str(expert), x=size / 2, y=16, font_size=11, text_anchor="middle", fill="#111")
     return svg.picture(size, size, f"expert {expert}", *parts, number, style="flex:none")
 
 
 def expert_legend(experts: int) -> Figure:
     """The colors of all experts with their numbers; the legend of routing maps."""
-    marks = map(expert_mark, range(experts))
-    return Figure(svg.element("div", *marks, style="display:flex;flex-wrap:wrap;gap:6px"))
+    parts: list[str] = [expert_mark(expert) for expert in range(experts)]
+    if is_second_eight(experts - 1):
+        parts.append(svg.element("small", "from 8 on with a dot"))
+    return Figure(svg.element("div", *parts, style="display:flex;flex-wrap:wrap;align-items:center;gap:6px"))
 
 
 def retrieval_row(
@@ -170,34 +168,6 @@ def _cell(expert: int, x: float, y: float, width: float, height: float) -> str:
         stroke="#fff",
         stroke_width=0.5,
     )
-
-
-def _number(expert: int, x: float, y: float, width: float, height: float) -> str:
-    """The expert's number in the middle of its cell; in a small cell, the dot of experts 8 to 15."""
-    if min(width, height) < _SMALLEST_CELL_WITH_NUMBER:
-        return _dot(expert, x, y, width, height)
-    baseline = y + height / 2 + 0.36 * _font(width, height)
-    return svg.element("text", str(expert), x=x + width / 2, y=baseline)
-
-
-def _numbers(numbers: Sequence[str], width: float, height: float) -> str:
-    """Numbers of ``_number``, dark with a light outline, legible on every image."""
-    return svg.element(
-        "g",
-        "",
-        *numbers,
-        font_size=_font(width, height),
-        text_anchor="middle",
-        fill="#111",
-        stroke="#fff",
-        stroke_width=0.22 * _font(width, height),
-        stroke_opacity="0.85",
-        style="paint-order:stroke",
-    )
-
-
-def _font(width: float, height: float) -> float:
-    return max(8.5, min(13.0, min(width, height) * 0.42))
 
 
 def _dot(expert: int, x: float, y: float, width: float, height: float) -> str:

@@ -143,8 +143,8 @@ class Checkpointer:
             self._writer.wait_alone()
 
     def delete_kept(self, epoch: int, successor: int) -> None:
-        """Deletes the kept checkpoint of an epoch, if there is one, once that of the epoch ``successor`` is whole. If
-        there is no such checkpoint, as when it was not to be kept at the time, the former one stays."""
+        """Deletes the kept checkpoint of an epoch, if there is one, once that of the epoch ``successor`` is whole.
+        Without that, as when it was not to be kept at the time, the former one stays."""
         if self.directory is None:
             return
         self.wait()

@@ -16,8 +16,8 @@ from . import file, sharded
 class Format(Protocol):
     """A module that reads checkpoints of one format. Nothing in them is executed.
 
-    Its functions raise ValueError for what is no checkpoint, holds only weights, or is damaged, and OSError for what
-    could not be read.
+    Its functions raise ValueError for a file that is not a checkpoint, holds only weights, or is damaged, and OSError
+    for what could not be read.
     """
 
     NAME: re.Pattern[str]
@@ -53,6 +53,6 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is not a checkpoint, holds only weights, or is damaged.
-        OSError: there is no such file, or it could not be read.
+        OSError: the file does not exist, or could not be read.
     """
     return format_of(Path(path)).load(Path(path))

@@ -125,7 +125,7 @@ def joined(options: ProcessOptions, device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started. The processes stay connected until they end, for further runs.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device does not exist.
         ConnectionError: another rank did not start, died, failed, or has kept this one waiting for too long.
     """
     device = check_device(device)

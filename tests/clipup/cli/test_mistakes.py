@@ -71,7 +71,7 @@ TRAIN = "train --model dense --train-data x.csv"
     ("line", "named"),
     [
         ("export ViT-B-32 programs", "pretrained"),
-        ("demo --start clipup-tiny-32 --out demonstration", "start: clipup-tiny-32 is no directory"),
+        ("demo --start clipup-tiny-32 --out demonstration", "start: there is no directory clipup-tiny-32"),
         ("train", "--model is missing"),
         ("train --model dense", "--train-data is missing"),
         (
@@ -85,6 +85,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ("eval short --val-data x.csv", "token id 49407"),
         ("inspect short_sparse --captions classes.txt", "token id 49407"),
         ("upcycle dense out --top-k 9", "--top-k (9) is larger than --num-experts (8)"),
+        ("train --num-experts 0", "--num-experts must be a positive int"),
         ("upcycle dense out --blocks 7", "blocks names [7]"),
         ("upcycle dense out --pretrained openai", "--pretrained='openai' cannot be used with the directory"),
         ("upcycle ViT-B-32 out --pretrained jpegs", "--pretrained: no open_clip_config.json in jpegs"),
@@ -100,7 +101,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ("doctor ViT-B-32 --device cpu", "pass a MODEL"),
         ("index nowhere out --model dense", "images: there is no directory"),
         ("index jpegs out --model ViT-B-32", "pretrained"),
-        ("search empty cat", "there is no index in"),
+        ("search empty cat", "empty is neither an index"),
         ("inspect dense --images jpegs", "has no sparse layers"),
         ("inspect none --images jpegs", "none"),
         ("inspect empty --images jpegs", "holds neither a model"),

@@ -13,6 +13,7 @@ from tiny_families import build, coca_cfg, timm_model
 
 from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.inspection import inspect_experts
+from clipup.inspection.figures.palette import expert_color
 
 IMAGE_LAYER, TEXT_LAYER = "visual.transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -77,10 +78,27 @@ def test_the_page_holds_the_table_and_every_layer_and_stands_alone(seen):
     assert without.count("None are shown.") == 2 and "tower is dense" not in without
 
 
+def test_the_page_begins_with_the_entropy_of_the_routers_and_charts_of_all_layers_share_a_scale(seen):
+    shares = [float(row["entropy, share of ln E", "per token"]) for row in cells(seen).values()]
+    first = Page(seen.page()).text.split(" of its maximum")[0]
+    assert first.endswith(
+        f"per token: {' to '.join(dict.fromkeys(f'{end:.2f}' for end in (min(shares), max(shares))))}"
+    )
+    assert "similar" not in first
+    per_percent = []
+    for name, layer in seen.layers.items():
+        bars = re.findall(r"display:block;width:([\d.]+)%", seen.load(name))
+        per_percent += [float(bar) / (100 * share) for bar, share in zip(bars, layer.load, strict=True) if share]
+    assert max(per_percent) == pytest.approx(min(per_percent), rel=0.02)
+    shades = [re.findall(r"shades from ([\d.]+)", seen.similarity(name)) for name in seen.similarities]
+    least = min(float(cosines.min()) for layer in seen.similarities.values() for cosines in layer[:2])
+    assert {float(shade) for of_layer in shades for shade in of_layer} == {np.floor(100 * least) / 100}
+
+
 def test_maps_and_captions_show_the_first_choices(seen):
-    numbers = re.findall(r"<text[^>]*>(\d+)</text>", seen.routing(2))
+    colors = re.findall(r'fill="(#\w+)" fill-opacity', seen.routing(2))
     expected = [layer.maps()[2].flatten() for layer in seen.of_tower("image").values()]
-    assert list(map(int, numbers)) == np.concatenate(expected).tolist()
+    assert colors == [expert_color(expert) for expert in np.concatenate(expected)]
     strip = seen.tokens(1)
     chosen = [layer.expert_indices[1, :, 0] for layer in seen.of_tower("text").values()]
     taken = [expert for expert in np.concatenate(chosen).tolist() if expert >= 0]

@@ -136,7 +136,7 @@ def test_strongest_gives_the_most_probable_token_of_each_image():
 def test_a_dense_tower_gives_no_layers_and_what_has_no_experts_or_no_tower_is_refused():
     only_text = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
     assert route_images(only_text, images(1)) == {}
-    with pytest.raises(ValueError, match="no sparse layers, so there are no experts to inspect"):
+    with pytest.raises(ValueError, match="no sparse layers, so it has no experts to inspect"):
         route_images(dense_clip(), images(1))
     timm = upcycle(timm_model("Block/Mlp"), MoEConfig(num_experts=2, towers=("image",)))
     with pytest.raises(ValueError, match="has no text tower; leave the captions out"):

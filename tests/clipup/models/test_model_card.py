@@ -45,8 +45,8 @@ def test_card_describes_the_experts_and_their_cost(directory, sparse):
     assert "# Sparse CLIP: 3 experts, top 2" in card
     assert f"| parameters | {counts.params / 1e6:.1f} M |" in card
     assert f"| active parameters per token | {counts.active_params / 1e6:.1f} M |" in card
-    assert f"| GFLOPs per image | {counts.image_gflops:.3g} |" in card
-    assert f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |" in card
+    assert f"| GFLOP per image | {counts.image_gflops:.3g} |" in card
+    assert f"| GFLOP per text of full length | {counts.text_gflops:.3g} |" in card
     for name in moe_layers(sparse):
         assert f"| `{name}` | 3 | 2 | 32 | 128 | " in card
     assert "open_clip alone cannot load these weights" in card and "Not evaluated yet" in card

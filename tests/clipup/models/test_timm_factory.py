@@ -64,7 +64,7 @@ def test_a_model_of_gray_images_with_hooks_of_its_own_is_saved(tmp_path):
 
     save_pretrained(sparse, tmp_path, {"in_chans": 1, "num_classes": 5})
 
-    assert not seen and "GFLOPs per image" in (tmp_path / "README.md").read_text()
+    assert not seen and "GFLOP per image" in (tmp_path / "README.md").read_text()
 
 
 def test_dense_timm_model_loads_in_timm(tmp_path):

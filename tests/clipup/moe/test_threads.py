@@ -102,7 +102,7 @@ def test_losses_of_a_running_thread_are_refused_where_the_caller_has_not_run_the
 
 def test_losses_returned_from_the_threads_that_run_the_forwards_train_all_replicas():
     layer = make_layer()
-    replicas = [copy.copy(layer) for _ in range(THREADS)]  # as nn.DataParallel's, they share what is no module
+    replicas = [copy.copy(layer) for _ in range(THREADS)]  # as nn.DataParallel's, they share all but modules
 
     def replica(index, barrier):
         y = replicas[index](tokens(index))

@@ -4,6 +4,7 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clipup.inspection import Figure, Piece, load_bars, patch, similarity_heatmap, token_strip
@@ -40,6 +41,12 @@ def test_every_cell_of_the_heatmap_has_its_value():
     assert "color:#fff" in cells[0].get("style")
     assert "mean of all pairs: 0.250 · to dense: 0.625" in "".join(ElementTree.fromstring(figure).itertext())
     assert ">.00<" not in similarity_heatmap(np.eye(16), "t")
+
+
+def test_shades_of_the_heatmap_fit_cosines_that_are_nearly_equal():
+    figure = similarity_heatmap([[1.0, 0.97], [0.94, 1.0]], "t", lightest=0.94)
+    shares = re.findall(r"#174a8b ([\d.]+)%", figure)
+    assert [float(share) for share in shares] == pytest.approx([100, 50, 0, 100]) and "from 0.94 (light)" in figure
 
 
 def test_tokens_have_the_colour_the_number_and_the_other_choices_of_their_experts():

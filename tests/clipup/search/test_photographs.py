@@ -1,0 +1,146 @@
+"""clipup index and clipup search as a photographer calls them: without a place, a model or a precision."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+from benchmark_layouts import picture
+from huggingface_hub import constants
+from sparse_clip import sparse_clip, sparse_config
+
+import clipup
+import clipup_kernels
+from clipup.cli import main
+from clipup.data import image_files, images
+from clipup.models import hub
+from clipup.search import ImageIndex, default_directory, int8_agreement
+
+START = Path(clipup.__file__).parent / "demo" / "start"
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
+    "AAAAAERAAAEAAQAAAAABoQABAAAAAAAAAGoAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Wlw"
+    "cnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AA"
+    "AAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAA"
+    "QAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAIAAAAAEAAAAAAAAAAv///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWB"
+    "AgMFhAAAAHJtZGF0AAAAZigBrxOA9SeBP//uJUV/7RFq/01PMSrfIP9/+pmiL+NNJ24DBKtcZDhnZz3YDJQq1G1WFFEGvEcPlr5Pf+aGoBRr"
+    "GmVu/wBzK5h44mDnmxQMkvDiJrOw7kf+JjzP61zvBE3AdIf0MA=="
+)
+"""64 x 32 pixels: the left half blue, the right one red."""
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(6):
+        picture(number).resize((32, 32)).save(root / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def index(photos, tmp_path):
+    """Indexes the photos with a small model, of which the first call says where it is."""
+    clipup.save_pretrained(sparse_clip(), tmp_path / "model", sparse_config())
+
+    def run(*options, model=("--model", str(tmp_path / "model"))):
+        assert main(["index", str(photos), *model, "--workers", "0", "--device", "cpu", *options]) == 0
+        return ImageIndex.load(photos)
+
+    return run
+
+
+def test_an_index_is_found_by_the_directory_of_its_photographs(photos, index, tmp_path, monkeypatch, capsys):
+    index()
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    assert default_directory(photos).parent == tmp_path / "data" / "clipup" / "indexes"
+    for name in (str(photos), "link", "photos/", str(default_directory(photos))):
+        capsys.readouterr()
+        assert main(["search", name, "a red bicycle", "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.count(".png") == 6
+    assert main(["search", "data", "a red bicycle"]) == 2
+    assert "make one: clipup index IMAGES" in capsys.readouterr().err
+
+
+def test_photographs_added_later_are_encoded_as_the_others(photos, index):
+    encoder = index("--precision", "bf16").encoder
+    picture(7).save(photos / "new.png")
+    made = index(model=())
+    assert len(made.entries) == 7 and made.encoder == encoder and made.encoder.precision == "bf16"
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
+@pytest.mark.parametrize("least", [0.98, 1.1])
+def test_int8_is_used_if_the_photographs_agree_and_the_index_keeps_the_outcome(index, monkeypatch, capsys, least):
+    monkeypatch.setattr(int8_agreement, "_LEAST", least)
+    encoder = index().encoder
+    assert encoder.int8 == (least < 1) and encoder.int8_agreement["images"] == 6
+    assert 0.98 < encoder.int8_agreement["least"] <= encoder.int8_agreement["mean"] < 1.001
+    assert f"encoded in {'int8' if encoder.int8 else 'fp32'}" in capsys.readouterr().out
+    assert index("--precision", "int8" if encoder.int8 else "fp32").encoder.int8 == encoder.int8
+    monkeypatch.setattr(int8_agreement, "_LEAST", 1.1)
+    assert index(model=()).encoder == encoder
+
+
+def test_without_kernels_for_int8_photographs_are_encoded_in_float32(index, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise RuntimeError("no kernel multiplies int8")
+
+    monkeypatch.setattr(int8_agreement, "accelerate", refuses)
+    encoder = index().encoder
+    assert (encoder.precision, encoder.int8, encoder.int8_agreement) == ("fp32", False, None)
+
+
+def test_the_size_of_the_default_model_is_said_before_it_is_downloaded(photos, tmp_path, monkeypatch, capsys):
+    """Without a network, one line says what to do instead."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for offline, expected in ((False, "ViT-B-32-256 (151 M parameters, about 605 MB)"), (True, "pass the file")):
+        monkeypatch.setattr(hub, "_why_unreachable", lambda offline=offline: "there is no network" if offline else None)
+        monkeypatch.setattr(open_clip, "create_model_and_transforms", unreachable)
+        assert main(["index", str(photos)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert expected in lines[0] and len(lines) == (1 if offline else 2)
+
+
+def unreachable(*args, **kwargs):
+    raise hub.LocalEntryNotFoundError("not in the cache")
+
+
+def test_a_model_without_weights_is_answered_with_its_tags(photos, capsys):
+    assert main(["index", str(photos), "--model", "ViT-B-16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(tag in line for tag in open_clip.list_pretrained_tags_by_model("ViT-B-16"))
+
+
+def test_of_a_model_trained_on_icons_a_photographer_is_warned(index, capsys):
+    index(model=("--model", str(START)))
+    assert "was trained on icons" in capsys.readouterr().err
+
+
+def test_images_are_found_by_an_image_and_paths_are_printed_as_they_are(photos, index, capsysbinary):
+    os.rename(photos / "0.png", os.fsencode(photos) + b"/caf\xe9\n.png")
+    index()
+    capsysbinary.readouterr()
+    search = ["search", str(photos), "--image", str(photos / "3.png"), "--device", "cpu"]
+    assert main([*search, "--paths-only"]) == 0
+    out = capsysbinary.readouterr().out
+    assert out.startswith(os.fsencode(photos / "3.png") + b"\n") and b"caf\xe9\n.png\n" in out
+    assert main([*search, "--min-score", "0.99999"]) == 0
+    assert capsysbinary.readouterr().out.count(b".png") == 2  # the query and its file
+    assert main(["search", str(photos), "--image", "nowhere.png"]) == main(["search", str(photos)]) == 2
+    assert b"cannot read the image nowhere.png" in capsysbinary.readouterr().err
+
+
+def test_heic_is_read_with_its_extra_and_counted_without(photos):
+    (photos / "phone.HEIC").write_bytes(HEIC)
+    if images.decodes_heic():
+        image = images.load_image(str(photos / "phone.HEIC"))
+        assert image.size == (64, 32) and image.getpixel((5, 5))[2] > 150 and image.getpixel((60, 5))[0] > 150
+        assert len(image_files.image_files(photos)) == 7 and not image_files.passed_over(photos)
+    else:
+        assert len(image_files.image_files(photos)) == 6
+        assert re.search(r"heic \(1\); .* needs the package pi_heif.*\[heic\]", image_files.passed_over(photos))
