@@ -57,8 +57,8 @@ def costs_and_speeds(shown: list[list[str]]) -> Rows:
         name = f"ViT-{size.replace('/', '-')}{' CLIP-UP' if kind == 'CLIP-UP' else ''}"
         plain = rows[name]
         active = f" ({plain['active_params_m']} M)" if plain["active_params_m"] != plain["params_m"] else ""
-        speeds = " / ".join(ratio(rows[name + form]["speed_to_b16"]) for form in ("", " accelerated", " int8"))
-        yield label, f"{plain['params_m']} M{active}", f"{float(plain['gflops_per_pair']):.1f}", speeds
+        speeds = (ratio(rows[name + form]["speed_to_b16"]) for form in ("", " accelerated", " int8"))
+        yield label, f"{plain['params_m']} M{active}", f"{float(plain['gflops_per_pair']):.1f}", *speeds
 
 
 def layers(shown: list[list[str]], machine: str) -> Rows:
