@@ -57,10 +57,11 @@ class Pictograms:
 class Pairs(CsvOptions):
     """Your own image-text pairs, from a CSV file or a folder.
 
-    A CSV file is read as by clipup train; rows of one image are its captions. In a folder (searched with its
+    A CSV file is read as by clipup train, relative paths from the current directory; rows of one image are its
+    captions. In a folder (searched with its
     subfolders) the caption of a/b.jpg is in a/b.txt. What cannot be read is named and left out.
 
-    Example: clipup data pairs photos.csv data/photos --csv-img-key image --csv-caption-key caption
+    Example: clipup data pairs photos.csv data/photos --csv-separator , --csv-img-key image --csv-caption-key caption
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CSV|FOLDER")]

@@ -33,7 +33,7 @@ class Options(BatchOptions):
 
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Directory with images."""
-    out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = None
     """Directory for the index. None: in ~/.local/share/clipup/indexes ($XDG_DATA_HOME instead of ~/.local/share), where
     clipup search finds it by the directory of images."""
     model: str | None = None

@@ -128,10 +128,13 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
         shards: a pattern of shards.
     """
     root = Path(directory)
+    found = next((pattern for pattern in (shards, "*.tar") if any(root.glob(pattern))), None)
+    if found is not None:
+        return ValueError(f"{argument}: {root} is a directory: name shards, such as {root / found}")
     return ValueError(
-        f"{argument}: {root} is a directory: name shards, such as {root / shards}, or a CSV file with the columns "
-        "filepath and title, separated by a tab, one image per line. Images with captions beside them (KEY.jpg, "
-        f"KEY.txt) become shards: clipup data pairs {shlex.quote(str(root))} OUT"
+        f"{argument}: {root} is a directory: name shards, or a CSV file with the columns filepath and title, separated "
+        "by a tab, one image per line. Images with captions beside them (KEY.jpg, KEY.txt) become shards: "
+        f"clipup data pairs {shlex.quote(str(root))} OUT"
     )
 
 

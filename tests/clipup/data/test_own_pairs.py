@@ -92,3 +92,9 @@ def test_nothing_is_left_of_a_build_that_fails_or_has_no_pair(folder, monkeypatc
     with pytest.raises(ZeroDivisionError):
         own_pairs.build(folder, folder.parent / "out", processes=0)
     assert {path.name for path in folder.parent.iterdir()} == {"folder", "empty.csv"}
+
+
+def test_a_directory_of_shards_is_refused_with_the_shards_that_it_has(folder):
+    out = made_of(folder)
+    with pytest.raises(ValueError, match=r"is a directory: name shards, such as \S+/\*\.tar$"):
+        eval_samples(out, None)
