@@ -58,12 +58,16 @@ def main(argv: list[str]) -> int:
     from ..inference.accelerate import for_inference
     from ..models import factory, hub, model_names
     from ..search import default_directory, update_index
-    from ..search.image_index import Encoder, digest, encoder_of, upright_samples
+    from ..search.image_index import Encoder, digest, earlier_index, upright_samples
     from ..search.int8_agreement import compare_int8, int8_agrees
 
     records = image_files(options.images)
     out = options.out or default_directory(options.images)
-    earlier = encoder_of(out)
+    found = earlier_index(out)
+    earlier = None if found is None else found.encoder
+    gone = set() if found is None else {entry.name for entry in found.entries} - {record.key for record in records}
+    if gone:
+        print(f"clipup index: {len(gone)} images are not there any more, and leave the index", file=sys.stderr)
     name, pretrained = options.model or _DEFAULT[0], options.pretrained
     if options.model is None and pretrained is None:
         name, pretrained = _DEFAULT if earlier is None else (earlier.model, earlier.pretrained)

@@ -50,6 +50,8 @@ class Options(DeviceOptions):
         super().check()
         if not (self.texts or self.image) or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank, or --image")
+        if self.page is not None and self.page.suffix != ".html":
+            raise ValueError(f"page: expected a name that ends in .html, got {self.page}")
 
 
 @errors_only()

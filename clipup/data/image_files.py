@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from .. import checks
@@ -18,14 +19,15 @@ _PASSED_OVER = {*_RAW, *_HEIC, "avif", "bmp", "gif", "jxl", "tif", "tiff"}.diffe
 
 
 def image_files(source: str | Path) -> list[Sample]:
-    """The image files below a directory, by extension, in the order of their names; ``key`` is the path below it.
+    """The image files below a directory, by extension, in the order of their names; ``key`` is the path below it. What
+    is hidden by a dot, and the thumbnails of a network drive, are no pictures of the user's.
 
     Raises:
         FileNotFoundError: no such directory, or no image in it.
     """
     root = Path(source)
     checks.directory(source, "one with images", "images")
-    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in _READ]
+    named = [path for path in sorted(_visible(root)) if path.suffix.lower()[1:] in _READ]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         others = passed_over(source) or "no image"
@@ -34,9 +36,15 @@ def image_files(source: str | Path) -> list[Sample]:
     return [Sample(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
 
 
+def _visible(root: Path) -> Iterator[Path]:
+    for path in root.rglob("*"):
+        if not any(part.startswith((".", "@eaDir")) for part in path.relative_to(root).parts):
+            yield path
+
+
 def passed_over(source: str | Path) -> str:
     """How many pictures of which other kinds are below a directory, for a message; empty if none."""
-    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _PASSED_OVER)
+    kinds = Counter(kind for path in _visible(Path(source)) if (kind := path.suffix.lower()[1:]) in _PASSED_OVER)
     named = ", ".join(f"{'RAW ' * (kind in _RAW)}{kind} ({count})" for kind, count in sorted(kinds.items()))
     hint = f"; {missing('reading heic', 'pi_heif', 'heic')}" if kinds.keys() & {*_HEIC} else ""
     return f"pictures of other kinds ({kinds.total()}): {named}{hint}" if kinds else ""

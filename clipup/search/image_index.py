@@ -35,7 +35,7 @@ from ..precision import Precision
 from ..progress import Progress
 
 INDEX_FILE, PARTS = "index.safetensors", "parts"
-PART_IMAGES = 4096
+PART_IMAGES = 512
 """Images after which what is finished is written."""
 _LOG = logging.getLogger(__name__)
 
@@ -161,9 +161,9 @@ def default_directory(images: str | Path) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "clipup", "indexes", name)
 
 
-def encoder_of(directory: Path) -> Encoder | None:
-    """The encoder of the index in a directory, also of one that is not finished; None if there is none."""
-    return next((index.encoder for index in _earlier(directory)), None)
+def earlier_index(directory: Path) -> ImageIndex | None:
+    """The index in a directory, or the first part of one that is not finished; None if there is none."""
+    return next(_earlier(directory), None)
 
 
 def update_index(
@@ -194,11 +194,14 @@ def update_index(
 
     Raises:
         DirectoryInUse: another process writes the index.
-        ValueError: the directory holds an index of another encoder, model or other images; no image can be read;
-            features that are not finite.
+        ValueError: the directory holds other files than an index, or an index of another encoder, model or other
+            images; no image can be read; features that are not finite.
     """
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in directory.iterdir()} - {INDEX_FILE, PARTS, LOCK_FILE}
+    if others:
+        raise ValueError(f"out: {directory} holds {min(others)}; expected an index, or a new or empty directory")
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
         current = {record.key: _entry(record) for record in records}
         features_of = _reusable(directory, images, encoder, {*current.values()})

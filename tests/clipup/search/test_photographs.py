@@ -144,3 +144,26 @@ def test_heic_is_read_with_its_extra_and_counted_without(photos):
     else:
         assert len(image_files.image_files(photos)) == 6
         assert re.search(r"heic \(1\); .* needs the package pi_heif.*\[heic\]", image_files.passed_over(photos))
+
+
+def test_photographs_that_are_gone_are_counted_and_what_is_hidden_is_left_out(photos, index, capsys):
+    index()
+    for name in ("._0.png", ".Trash-1000/1.png", "@eaDir/2.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes((photos / "0.png").read_bytes())
+    (photos / "5.png").unlink()
+    assert len(index().entries) == 5
+    assert "1 images are not there any more, and leave the index" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over_or_among_photographs(photos, index, tmp_path, capsys):
+    index()
+    other = tmp_path / "other"
+    other.mkdir()
+    picture(7).save(other / "7.png")
+    before = (other / "7.png").read_bytes()
+    assert main(["index", str(photos), str(other), "--model", str(tmp_path / "model")]) == 2
+    assert main(["search", str(photos), "bicycle", "--page", str(other / "7.png")]) == 2
+    assert [path.name for path in other.iterdir()] == ["7.png"] and (other / "7.png").read_bytes() == before
+    messages = capsys.readouterr().err
+    assert f"out: {other} holds 7.png" in messages and "page: expected a name that ends in .html" in messages

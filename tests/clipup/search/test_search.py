@@ -100,7 +100,7 @@ def test_an_interrupted_index_is_continued_and_a_damaged_part_encoded_again(tmp_
     with pytest.raises(ZeroDivisionError):
         updated(index, photos, lambda batch: counted(batch) if counted.images < 4 else 1 / 0)
     assert not (index / "index.safetensors").exists()
-    assert image_index.encoder_of(index) == ENCODER
+    assert image_index.earlier_index(index).encoder == ENCODER
     if damaged:
         (index / "parts/00000/index.safetensors").write_bytes(b"nothing")
     made = updated(index, photos, rest := Counted())
