@@ -112,7 +112,7 @@ def batches(shown: list[list[str]], file: str) -> Rows:
 
 
 def accuracy(shown: list[list[str]]) -> Rows:
-    for row in measured("int8_accuracy_cpu.csv"):
+    for row in (row for row in measured("int8_accuracy_cpu.csv") if row["form"] != "bf16"):
         cosines = (f"{row[f'{tower}_cosine_mean']} ({row[f'{tower}_cosine_min']})" for tower in ("image", "text"))
         recalls = (f"{100 * float(row[f'{way}_R@1']):.2f}" for way in WAYS)
         outliers = "yes" if row["outliers"] == "1" else "no"
