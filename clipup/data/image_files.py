@@ -20,7 +20,7 @@ _PASSED_OVER = {*_RAW, *_HEIC, "avif", "bmp", "gif", "jxl", "tif", "tiff"}.diffe
 
 def image_files(source: str | Path) -> list[Sample]:
     """The image files below a directory, by extension, in the order of their names; ``key`` is the path below it. What
-    is hidden by a dot, and the thumbnails of a network drive, are no pictures of the user's.
+    is hidden by a dot, and the thumbnails of a network drive, are left out.
 
     Raises:
         FileNotFoundError: no such directory, or no image in it.

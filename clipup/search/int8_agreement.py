@@ -15,7 +15,7 @@ _LEAST_MEAN, _LEAST = 0.995, 0.98
 
 def compare_int8(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float] | None:
     """How well features in int8 agree with those in float32: the number of ``images`` compared, and ``mean`` and
-    ``least`` of their cosines. None where nothing can be computed in int8, or there is no image.
+    ``least`` of their cosines. None where nothing can be computed in int8, or without images.
 
     Int8 is that of ``accelerate`` without ``calibrate``. Calibrated features would depend on the images of the
     calibration, which may be gone when images are added to the index, or another one is searched by.
