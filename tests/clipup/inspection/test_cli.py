@@ -29,7 +29,7 @@ def images(tmp_path):
     for index, picture in enumerate(pictures(4)):
         picture.save(directory / ("more" if index % 2 else "") / f"{index}.{'JPG' if index else 'png'}")
     (directory / "notes.txt").write_text("no image")
-    (directory / "photo.heic").write_text("a kind that is not read")
+    (directory / "photo.bmp").write_text("a kind that is not read")
     return directory
 
 
@@ -50,7 +50,7 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     html = made(out, model, "--images", images, "--captions", captions)
     printed = capsys.readouterr()
     assert printed.out == f"4 images and {len(CAPTIONS)} captions: {out}\n"
-    assert "passed over pictures of other kinds (1): heic (1)" in printed.err
+    assert "passed over pictures of other kinds (1): bmp (1)" in printed.err
     assert_stands_alone(html)
     text = Page(html).text
     assert "The experts of tiny-moe" in text and "4 sparse layers, run on 4 images and 5 captions." in text
