@@ -199,7 +199,7 @@ def update_index(
     """
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    others = {path.name for path in directory.iterdir()} - {INDEX_FILE, PARTS, LOCK_FILE}
+    others = {path.name for path in directory.iterdir() if path.name[0] != "."} - {INDEX_FILE, PARTS}
     if others:
         raise ValueError(f"out: {directory} holds {min(others)}; expected an index, or a new or empty directory")
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):

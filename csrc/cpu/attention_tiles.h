@@ -25,7 +25,7 @@ struct FloatScores {
   explicit FloatScores(const AttentionTile&) {}
   F32x at(const float* c, std::int64_t) const { return load_as<F32x>(c); }
   static float factor(const AttentionTile& tile, std::int64_t) { return tile.scale; }
-  // Stores share_of(c) of all panels of a row, the next one's scores `stride` further.
+  // Stores share_of(c) for all panels of a row, whose scores are `rows` panels apart.
   template <class Operand, class Shares>
   static void store(Word* to, std::int64_t rows, std::int64_t panels, const float* c,
                     const Shares& share_of) {
@@ -124,7 +124,7 @@ void attention_shares(const AttentionTile& tile) {
     const auto share = [&](const float* c) {
       const F32x power = (load_as<F32x>(c) - most) * factor;  // a mask may have the smallest of floats
       const F32x e = kExact ? exp_of(power) : coarse_exp2(power);
-      sum += e;
+      sum += power == power ? e : power;  // exp_of shifts bits of a NaN's payload into its exponent
       return e;
     };
     const auto none = [&](const float* c) {  // but the sum is NaN where a score is

@@ -43,7 +43,7 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.fixture
 def index(photos, tmp_path):
-    """Indexes the photos with a small model, of which the first call says where it is."""
+    """Indexes the photos with a small model, which the first call names."""
     clipup.save_pretrained(sparse_clip(), tmp_path / "model", sparse_config())
 
     def run(*options, model=("--model", str(tmp_path / "model"))):
@@ -144,6 +144,12 @@ def test_heic_is_read_with_its_extra_and_counted_without(photos):
     else:
         assert len(image_files.image_files(photos)) == 6
         assert re.search(r"heic \(1\); .* needs the package pi_heif.*\[heic\]", image_files.passed_over(photos))
+
+
+def test_what_a_killed_call_left_in_an_index_does_not_stop_the_next_one(index, photos):
+    index()
+    (default_directory(photos) / ".writing-left").mkdir()
+    assert len(index().entries) == 6
 
 
 def test_photographs_that_are_gone_are_counted_and_what_is_hidden_is_left_out(photos, index, capsys):
