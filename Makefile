@@ -38,7 +38,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-scenes study-gpu models demo-start notebooks docs lint format build clean
+.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-gpu models demo-start notebooks docs lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -177,13 +177,6 @@ study-narrow: $(call installed,all)  ## the runs of the third part (days)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow \
 	  --data $(CONVERGED)/data --runs $(NARROW)/runs
-
-# The runs on scenes (studies/scenes/plan.md), in the same way.
-SCENES := runs/scenes
-study-scenes: $(call installed,all)  ## the runs on scenes (days)
-	test -d $(SCENES)/data || $(BIN)/python -m studies scenes $(SCENES)/data --package $(ICONIFY)
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/scenes \
-	  --data $(SCENES)/data --runs $(SCENES)/runs
 
 # The same study with a model of width 384 on icons of 64 x 64 pixels, on a GPU, from the npm package in ICONIFY.
 W384 := runs/icons-w384

@@ -14,38 +14,12 @@ from clipup.cli import reporting_errors, run_subcommand
 
 from .icon_data.build import Sets, build
 from .runner import config, page, runner
-from .scene_data import build as scenes
 
 PROGRAM = "python -m studies"
 
 
 @dataclass
-class _DataSet:
-    out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done if it already holds this data set."""
-    package: Path
-    """Directory of the unpacked npm package @iconify/json."""
-    seed: int = 0
-    """Seed of the splits, and of the scenes for evaluation."""
-    overwrite: bool = False
-    """Replace another data set in OUT."""
-    processes: int | None = None
-    """Rendering processes. None: one per CPU."""
-
-    def show(self, dataset: dict) -> int:
-        print(f"{dataset['name']} in {self.out}:")
-        for name, split in dataset["splits"].items():
-            twins = dataset["left_out_twins"].get(name, {"same": 0, "near": 0})
-            print(
-                f"  {name:<13}{split['images']:>8,} images; "
-                f"{twins['same']:,} duplicates, {twins['near']:,} near-duplicates left out"
-            )
-        print("captions, rules and skipped drawings: dataset.json; makers and licences: LICENSES.md")
-        return 0
-
-
-@dataclass
-class Icons(_DataSet):
+class Icons:
     """251,000 openly licensed icons (220,611 for training) with their names as captions, from the npm package
     @iconify/json; no network.
 
@@ -56,6 +30,16 @@ class Icons(_DataSet):
     Example: python -m studies icons data/icons --package package
     """
 
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done if it already holds this data set."""
+    package: Path
+    """Directory of the unpacked npm package @iconify/json."""
+    seed: int = 0
+    """Seed of the splits."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+    processes: int | None = None
+    """Rendering processes. None: one per CPU."""
     size: int = 32
     """Side of the images, in pixels."""
     leave_out: tuple[str, ...] = ()
@@ -64,31 +48,25 @@ class Icons(_DataSet):
     """Also hold out drawings whose name and set are in the training split; the other held-out splits are unchanged."""
 
     def run(self) -> int:
-        return self.show(
-            build(
-                self.out,
-                self.package,
-                self.size,
-                self.seed,
-                self.overwrite,
-                self.processes,
-                sets=Sets.read().without(self.leave_out),
-                test_drawings=self.test_drawings,
+        dataset = build(
+            self.out,
+            self.package,
+            self.size,
+            self.seed,
+            self.overwrite,
+            self.processes,
+            sets=Sets.read().without(self.leave_out),
+            test_drawings=self.test_drawings,
+        )
+        print(f"{dataset['name']} in {self.out}:")
+        for name, split in dataset["splits"].items():
+            twins = dataset["left_out_twins"].get(name, {"same": 0, "near": 0})
+            print(
+                f"  {name:<13}{split['images']:>8,} images; "
+                f"{twins['same']:,} duplicates, {twins['near']:,} near-duplicates left out"
             )
-        )
-
-
-@dataclass
-class Scenes(_DataSet):
-    """Scenes of two coloured icons of @iconify/json, side by side or one above the other; every step draws its own.
-
-    Example: python -m studies scenes data/scenes --package package
-    """
-
-    def run(self) -> int:
-        return self.show(
-            scenes.build(self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes)
-        )
+        print("captions, rules and skipped drawings: dataset.json; makers and licences: LICENSES.md")
+        return 0
 
 
 @dataclass
@@ -147,7 +125,7 @@ class Report:
         return 0
 
 
-COMMANDS = {"icons": Icons, "scenes": Scenes, "run": Run, "report": Report}
+COMMANDS = {"icons": Icons, "run": Run, "report": Report}
 
 
 def main(argv: list[str] | None = None) -> int:

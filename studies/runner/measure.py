@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipup.evaluate.encode import encode_images, encode_texts
-from clipup.evaluate.retrieval import WAYS, hits_at, merge_equal, nll_both_ways, ranks_both_ways
+from clipup.evaluate.retrieval import hits_at, merge_equal, nll_both_ways, ranks_both_ways
 from clipup.inspection.expert_similarity import model_similarity
 
 BATCH = 256
@@ -23,7 +23,6 @@ def retrieval_numbers(
     samples: Sequence[tuple[Tensor, Sequence[str], dict[str, Any]]],
     tokenizer: Callable[[list[str]], Tensor],
     with_hits: bool = False,
-    group_size: int | None = None,
     best_temperature: bool = False,
 ) -> dict[str, Any]:
     """Retrieval in which all images of a caption count as correct.
@@ -32,9 +31,6 @@ def retrieval_numbers(
         samples: (image, captions, metadata) triples, from ``clipup.data.loaders.eval_samples``.
         with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
             of the samples) as base64 of packed bits, for paired statistics.
-        group_size: number of consecutive samples in a group, each with one caption. Adds ``group``, the recall at
-            rank 1 among the texts and images of a group, and ``pairs``: for every scene of a group after the first,
-            how often that scene and the first prefer their own text or image over each other's (half for a tie).
         best_temperature: adds ``best_nll`` of both ways at the logit scale whose mean of both is least, so that models
             are compared by what they know and not by how sure they are.
 
@@ -58,24 +54,7 @@ def retrieval_numbers(
         of_scale = (nll_both_ways(images, texts, pairs, scale) for scale in _SCALES)
         best = min(of_scale, key=lambda of_way: sum(of_way.values()))
         numbers |= {f"{way}_best_nll": value for way, value in best.items()}
-    if group_size is not None:
-        rows = {caption: row for row, caption in enumerate(distinct)}
-        own = texts[[rows[caption] for caption in captions]]
-        scores = images.view(-1, group_size, images.shape[1]) @ own.view(-1, group_size, own.shape[1]).mT
-        for way, of_way in zip(WAYS, (scores.mT, scores), strict=True):
-            numbers |= {f"{way}_{name}": value for name, value in _within_groups(of_way).items()}
     return numbers
-
-
-def _within_groups(scores: Tensor) -> dict[str, Any]:
-    """``group`` and ``pairs`` of scores [groups, query, answer]."""
-    own = scores.diagonal(dim1=1, dim2=2)  # [groups, query]
-    best = (scores.argmax(2) == torch.arange(scores.shape[1])).float().mean().item()
-    pairs = []
-    for other in range(1, scores.shape[1]):
-        ahead = torch.stack([own[:, 0] - scores[:, 0, other], own[:, other] - scores[:, other, 0]])
-        pairs.append(((ahead > 0).float() + (ahead == 0).float() / 2).mean().item())
-    return {"group": best, "pairs": pairs}
 
 
 def expert_cosines(model: nn.Module) -> dict[str, float]:

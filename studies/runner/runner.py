@@ -27,7 +27,6 @@ from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
 from studies.icon_data.views import FreshViews
-from studies.scene_data.stream import SceneStream
 
 from . import log, measure
 from .config import StudyRun
@@ -47,7 +46,7 @@ def run(
 
     Args:
         runs: those of the study (``config.read``).
-        data: directory of the icons or of the scenes: training data, and the splits validation and test... .
+        data: directory of the data set: training data, and the splits validation and test... .
         runs_directory: for checkpoints and models, one directory per run.
         logs: directory of the logs.
         device: where to train and evaluate; on the CPU with one thread.
@@ -69,7 +68,7 @@ def run(
         if config.start is not None and not _model(runs_directory, config.start).is_dir():
             make(config.start)
         _keep_config(config, runs_directory)
-        records = _Run(config, data, runs_directory, device, _generation(runs, name)).records()
+        records = _Run(config, data, runs_directory, device).records()
         path = log_of(name)
         if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
             log.write(path, records)  # an equal log is kept, with the cost of the first time
@@ -96,23 +95,13 @@ def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _generation(runs: Mapping[str, StudyRun], name: str) -> int:
-    """The number of runs before this one, each starting from the last."""
-    start = runs[name].start
-    return 0 if start is None else 1 + _generation(runs, start)
-
-
 class _Run:
     """One run: its model, data, training and log records."""
 
-    def __init__(
-        self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu", part: int = 0
-    ) -> None:
-        """part: of the scenes, which no run before has had."""
+    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu") -> None:
         if torch.device(device).type == "cpu":
             torch.set_num_threads(1)
-        self.device, self.part = device, part
-        self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
+        self.config, self.data, self.runs, self.device = config, Path(data), Path(runs_directory), device
         self.dataset = describe(data)
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.tokenizer = tokenizers.get_tokenizer(config.model)
@@ -190,8 +179,6 @@ class _Run:
 
     def _loader(self) -> Any:
         config = self.config
-        if self.dataset["name"] == "scenes":
-            return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, self.part)
         data = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size, config.seed)
         return replace(data, dataloader=FreshViews(data, config.seed)) if config.views else data
 
@@ -200,8 +187,7 @@ class _Run:
 
     def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
         at_best = with_hits and self.config.views
-        group = self.dataset.get("group_size")
-        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, group, at_best)
+        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, at_best)
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""

@@ -16,7 +16,6 @@ from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
 from studies.icon_data import views as icon_views
 from studies.runner import config, log, measure, runner
-from studies.scene_data.stream import SceneStream
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 MODEL_CFG = {
@@ -161,31 +160,6 @@ def test_a_log_has_as_many_windows_whatever_the_number_of_steps(steps):
     assert len(lines) == min(len(history), log.WINDOWS) and ends[-1] == history[-1]["step"]
     means = [(a + every + b) / 2 for a, b in zip([0, *ends], ends, strict=False)]
     assert [line["loss"] for line in lines] == pytest.approx(means)
-
-
-def test_a_run_on_scenes_draws_new_ones_and_is_resumed_to_the_bit(scenes_data, tmp_path, monkeypatch):
-    configs = {"dense": DENSE | {"model": "wide"}, "sparse": SPARSE | {"model": "wide"}}
-    whole, stopped = (Study(tmp_path / name, scenes_data, **configs) for name in ("whole", "stopped"))
-    batch, seen, parts = SceneStream.batch, [], set()
-
-    def stops_once(stream, step):
-        seen.append(step)
-        parts.add(stream.part)
-        if len(seen) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(stream, step)
-
-    monkeypatch.setattr(SceneStream, "batch", stops_once)
-    with pytest.raises(TrainingInterrupted):
-        stopped.run("dense")
-    records = whole.run("sparse")
-
-    assert log.reproducible(stopped.run("dense")) == log.reproducible(whole.run("dense"))
-    assert parts == {0, 1}  # every generation of runs has scenes of its own
-    (test,) = kinds(records, "test")
-    assert list(test)[1:] == ["test", "validation"] and test["test"]["gallery"] == 20
-    assert all(0 <= test["test"][f"{way}_group"] <= 1 for way in ("text_to_image", "image_to_text"))
-    assert len({line["contrastive"] for line in kinds(records, "train")}) == 12
 
 
 def test_a_run_on_fresh_views_sees_others_in_every_epoch_and_is_resumed_to_the_bit(data, tmp_path, monkeypatch):
