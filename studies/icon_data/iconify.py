@@ -92,11 +92,6 @@ def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
     return described, [Icon(prefix, name, _document({**frame, **icon})) for name, icon in icons]
 
 
-def is_monochrome(package: Path, prefix: str) -> bool:
-    """Whether a set is drawn in one colour, which its users choose."""
-    return _read(package / "json" / f"{prefix}.json").get("info", {}).get("palette") is False
-
-
 def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:
     """Several sets, and all their icons in the order of the prefixes."""
     read = [read_set(package, prefix) for prefix in shown(prefixes, "reading icon sets", "sets", show=progress)]

@@ -153,24 +153,16 @@ class Lead(NamedTuple):
     seeds: int
     measure: str = "R@1"
 
-    @property
-    def verdict(self) -> str:
-        """For the first arm, in the same words whether it wins or loses."""
-        if not self.sure:
-            return "one seed" if self.half_width is None else "not decided"
-        return "better" if (self.mean > 0) != (self.measure in _NATS) else "worse"
-
-    @property
-    def sure(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
     def __str__(self) -> str:
-        """In points or nats, with the interval; bold if it excludes 0."""
+        """In points or nats, with the interval. If that excludes 0: bold if the first arm is better, italic if the
+        other one is."""
         scale, decimals = (1, 3) if self.measure in _NATS else (100, 2)
         text = f"{scale * self.mean:+.{decimals}f}"
-        text += "" if self.half_width is None else f" ± {scale * self.half_width:.{decimals}f}"
-        return f"**{text}**" if self.sure else text
+        if self.half_width is None:
+            return text
+        text += f" ± {scale * self.half_width:.{decimals}f}"
+        mark = "**" if (self.mean > 0) != (self.measure in _NATS) else "*"
+        return f"{mark}{text}{mark}" if abs(self.mean) > self.half_width else text
 
 
 def lead(

@@ -146,19 +146,22 @@ class Tables:
         ways = [_way(split, way) for split, way in product(splits, WAYS)]
         return [["minus", f"steps of {label(arm)}", "seeds", *ways, "mean", "NLL"], *rows]
 
-    def leads_with_verdicts(self, arm: str, others: dict[str, str]) -> Table:
-        """The leads over other arms, by budget and then in the order of ``others``, without a head: the wording of the
-        comparison, the steps of the arm, seeds, the lead in R@1 and its verdict, the lead in NLL and its verdict.
+    def comparisons(self, arm: str, others: dict[str, str]) -> Table:
+        """An arm beside others of the same budget, by budget and then in the order of ``others``, without a head: the
+        wording of the comparison, the steps of the arm, seeds, R@1 of the other and of the arm over these, and the lead
+        in R@1 and in NLL.
 
         Args:
-            others: the wording of each comparison by arm, "at equal steps" for ``dense_continued``.
+            others: the other arms, with the wording of the comparison, such as "at equal steps" for
+                ``dense_continued``.
         """
         rows, order = [], list(others)
         rivals = [rival for rival in self._rivals(arm) if rival[0].arm in others]
         for group, ours, theirs in sorted(rivals, key=lambda rival: (rival[0].budget, order.index(rival[0].arm))):
-            leads = [results.lead(ours, theirs, measure=measure) for measure in ("R@1", "nll")]
-            cells = [cell for lead in leads for cell in (str(lead), lead.verdict)]
-            rows.append([others[group.arm], f"{group.budget:,}", str(leads[0].seeds), *cells])
+            ours, theirs = results.shared(ours, theirs)
+            leads = [str(results.lead(ours, theirs, measure=measure)) for measure in ("R@1", "nll")]
+            recalls = _recall(theirs), _recall(ours)
+            rows.append([others[group.arm], f"{group.budget:,}", str(len(ours)), *recalls, *leads])
         return rows
 
     def leads_by_rate(self, arm: str, others: Sequence[str]) -> Table:
