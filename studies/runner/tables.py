@@ -117,16 +117,6 @@ class Tables:
         ends = [tables.shortest(end) for tables in (self, larger)]
         return str(results.lead_over_chord(self.shortest(arm), ends, math.log if scale == "log" else float))
 
-    def gap_closed(
-        self, arm: str, end: str, larger: Tables, measure: str = "R@1", splits: Sequence[str] = TESTS
-    ) -> str:
-        """The share of the difference between a larger model's ``end`` and this one's that an arm gains, in percent."""
-        ours, narrow, wide = (
-            fmean(run.mean(measure, splits) for run in of.shortest(name))
-            for of, name in ((self, arm), (self, end), (larger, end))
-        )
-        return percent((ours - narrow) / (wide - narrow), 0)
-
     def lead_of_run(self, run: str, other: str) -> str:
         """The lead of a run over another one, for a sentence."""
         return str(results.lead([self.results[run]], [self.results[other]]))
@@ -164,7 +154,7 @@ class Tables:
             rows.append([others[group.arm], f"{group.budget:,}", str(len(ours)), *recalls, *leads])
         return rows
 
-    def leads_by_rate(self, arm: str, others: Sequence[str]) -> Table:
+    def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = TESTS) -> Table:
         """The lead of an arm over others at the same learning rate and the arm's smallest budget, in R@1 and NLL, with
         the number of seeds."""
         budget = self.shortest(arm)[0].group.budget
@@ -173,7 +163,7 @@ class Tables:
         rows = []
         for rate, ours in sorted(rates[arm].items()):
             theirs = [rates.get(other, {}).get(rate, {}) for other in others]
-            rows.append([f"{rate:g}", *(cell for runs in theirs for cell in _lead_cells(ours.values(), runs.values()))])
+            rows.append([f"{rate:g}", *(cell for runs in theirs for cell in _lead_cells(ours.values(), runs.values(), splits))])
         heads = [head for other in others for head in (f"minus {label(other)}", "NLL", "seeds")]
         return [["learning rate of both", *heads], *rows]
 
@@ -340,9 +330,9 @@ def _way(split: str, way: str) -> str:
     return f"{split.removeprefix('test_')} {way}"
 
 
-def _lead_cells(ours: Collection[Result], theirs: Collection[Result]) -> list[str]:
+def _lead_cells(ours: Collection[Result], theirs: Collection[Result], splits: Sequence[str]) -> list[str]:
     """The leads in R@1 and in NLL, and the number of seeds."""
-    leads = [lead for measure in ("R@1", "nll") if (lead := results.lead(ours, theirs, measure=measure))]
+    leads = [lead for measure in ("R@1", "nll") if (lead := results.lead(ours, theirs, splits, measure=measure))]
     return [*map(str, leads), str(leads[0].seeds)] if leads else [MISSING] * 3
 
 

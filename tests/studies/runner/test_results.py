@@ -135,7 +135,7 @@ def test_leads_over_a_larger_model_are_not_paired_and_costs_are_shares_of_its_fl
     assert ">dense<" in drawn and ">clip up<" in drawn
 
 
-def test_an_arm_is_compared_with_the_line_between_two_widths_and_its_share_of_their_gap_is_given(write, make_records):
+def test_an_arm_is_compared_with_the_line_between_two_widths(write, make_records):
     narrow = of_width(write, make_records, "narrow", 0.004, [(0.40, {"clip_up": 0.48}), (0.44, {"clip_up": 0.52})])
     wide = of_width(write, make_records, "wide", 0.016, [(0.60, {}), (0.64, {})])
     for run in narrow.shortest("clip_up"):
@@ -144,5 +144,4 @@ def test_an_arm_is_compared_with_the_line_between_two_widths_and_its_share_of_th
     # at half of the way in log FLOPs and a third in FLOPs; four cells hold 0.45 of a score
     assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "*-0.90 ± 0.00*"
     assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "**+0.60 ± 0.00**"
-    assert narrow.gap_closed("clip_up", "dense", wide) == "40"
     assert narrow.lead("clip_up", "dense", measure="loss") == "**-0.160 ± 0.000**"
