@@ -163,7 +163,8 @@ class Tables:
         rows = []
         for rate, ours in sorted(rates[arm].items()):
             theirs = [rates.get(other, {}).get(rate, {}) for other in others]
-            rows.append([f"{rate:g}", *(cell for runs in theirs for cell in _lead_cells(ours.values(), runs.values(), splits))])
+            cells = (cell for runs in theirs for cell in _lead_cells(ours.values(), runs.values(), splits))
+            rows.append([f"{rate:g}", *cells])
         heads = [head for other in others for head in (f"minus {label(other)}", "NLL", "seeds")]
         return [["learning rate of both", *heads], *rows]
 
