@@ -1,4 +1,4 @@
-"""Captions as fixed vectors in place of a text tower, so that what has to be remembered is asked of the image tower."""
+"""Captions as fixed vectors instead of a text tower, so that only the image tower learns."""
 
 from __future__ import annotations
 
