@@ -33,8 +33,7 @@ from clipup.progress import progress as shown
 
 from ..icon_data.splits import order
 from ..sentence_encoder import read_sentence_encoder
-from . import fixed_texts
-from .definitions import read_definitions
+from . import definitions, fixed_texts
 
 FORMAT = 1
 """Incremented when the same packages and options give a different data set."""
@@ -76,7 +75,7 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
     fonts = {split: [_file(unpacked, path) for path in paths] for split, paths in _typefaces().items()}
     readings = unpacked / _DEFINITIONS
     source = {
-        "definitions": hashlib.sha256((readings / "usr/share/unicode/ReadMe.txt").read_bytes()).hexdigest(),
+        "definitions": hashlib.sha256((readings / definitions.FILE).read_bytes()).hexdigest(),
         "typefaces": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for of in fonts.values() for path in of},
         "pillow": PIL.__version__,
     }
@@ -86,9 +85,9 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
             return describe(out)
         shard_writer.check_target(out, overwrite)
         with shard_writer.appearing_whole(out) as directory:
-            definitions = read_definitions(readings)
+            meaning_of = definitions.read_definitions(readings)
             drawn = {
-                split: [glyph for path in paths for glyph in _glyphs(path, definitions)]
+                split: [glyph for path in paths for glyph in _glyphs(path, meaning_of)]
                 for split, paths in fonts.items()
             }
             taken = _most_drawn(drawn["train"], meanings)
@@ -131,11 +130,11 @@ def _file(unpacked: Path, path: str) -> Path:
     return files[0]
 
 
-def _glyphs(path: Path, definitions: dict[str, str]) -> Iterator[Glyph]:
+def _glyphs(path: Path, meaning_of: dict[str, str]) -> Iterator[Glyph]:
     """The characters with a definition that a typeface draws, in the order of their codes."""
     font = ImageFont.truetype(str(path), _POINTS)
     missing = _drawn(font, "\uffff")
-    for character, meaning in sorted(shown(list(definitions.items()), path.name, "characters", show=True)):
+    for character, meaning in shown(sorted(meaning_of.items()), path.name, "characters", show=True):
         picture = _drawn(font, character)
         if picture is not None and picture != missing:
             yield Glyph(f"U+{ord(character):04X}/{path.stem}", path.stem, meaning, picture)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,7 +40,6 @@ def save(directory: Path, texts: Sequence[str], encoder: SentenceEncoder, tokeni
     save_file({"vectors": vectors - vectors.mean(0)}, directory / FILE, {"texts": json.dumps(list(texts))})
 
 
-@lru_cache(maxsize=1)
 def read(directory: Path) -> tuple[Tensor, Callable[[str | Sequence[str]], Tensor]] | None:
     """The vectors of a data set and its tokenizer, from texts to rows [B, 1]; None if its captions are not fixed."""
     if not (directory / FILE).is_file():

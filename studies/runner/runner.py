@@ -109,7 +109,7 @@ class _Run:
         self.dataset = describe(data)
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.fixed = fixed_texts.read(self.data)
-        self.tokenizer = tokenizers.get_tokenizer(config.model) if self.fixed is None else self.fixed[1]
+        self.tokenizer = _tokenizer(self.data, config.model)
         self.model, self.step0 = self._model()
 
     def records(self) -> list[log.Record]:
@@ -202,9 +202,7 @@ class _Run:
 
     def _loader(self) -> Any:
         config = self.config
-        data = _training_data(
-            self.data, self.dataset["fingerprint"], config.model, self.tokenizer, config.batch_size, config.seed
-        )
+        data = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size, config.seed)
         return replace(data, dataloader=FreshViews(data, config.seed)) if config.views else data
 
     def _samples(self, split: str) -> list[Any]:
@@ -240,10 +238,17 @@ class _Run:
 
 
 @lru_cache(maxsize=1)
-def _training_data(data: Path, fingerprint: str, model: str, tokenizer: Any, batch_size: int, seed: int) -> Any:
+def _training_data(data: Path, fingerprint: str, model: str, batch_size: int, seed: int) -> Any:
     """The data in the order of a seed, read once for consecutive runs of one seed."""
     _, _, preprocess = _create(model, load_weights=False)
+    tokenizer = _tokenizer(data, model)
     return train_loader(data, preprocess, tokenizer, batch_size, workers=0, seed=seed, cache=True)
+
+
+def _tokenizer(data: Path, model: str) -> Any:
+    """That of the model, or of the data's fixed texts."""
+    fixed = fixed_texts.read(data)
+    return tokenizers.get_tokenizer(model) if fixed is None else fixed[1]
 
 
 def _model(runs_directory: str | Path, name: str) -> Path:

@@ -23,7 +23,6 @@ def unpacked(tmp_path, monkeypatch):
     readings.mkdir(parents=True)
     lines = (f"U+{ord(character):04X}\tkDefinition\t{meaning}" for character, meaning in MEANINGS.items())
     (readings / "Unihan_Readings.txt.bz2").write_bytes(bz2.compress("\n".join(["# Unihan", *lines]).encode()))
-    (readings / "ReadMe.txt").write_text("15.1")
     for package in ("unicode-data", "fonts-one", "fonts-two", "fonts-three"):
         said = tmp_path / "unpacked" / package / "usr/share/doc" / package
         said.mkdir(parents=True)
