@@ -14,6 +14,7 @@ from clipup.cli import reporting_errors, run_subcommand
 
 from .character_data import build as characters
 from .icon_data.build import Sets, build
+from .lexicon_data import build as lexicon
 from .runner import config, page, runner
 
 PROGRAM = "python -m studies"
@@ -102,6 +103,31 @@ class Characters:
 
 
 @dataclass
+class Lexicon:
+    """Icons of the icons data set with a random vector each as its caption, and fresh views of them to test.
+
+    Example: python -m studies lexicon data/lexicon --icons data/icons
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done if it already holds this data set."""
+    icons: Path
+    """Directory of the icons data set (`python -m studies icons`)."""
+    drawings: int = 1000
+    """Number of icons."""
+    seed: int = 0
+    """Seed of vectors and views."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+
+    def run(self) -> int:
+        dataset = lexicon.build(self.out, self.icons, self.drawings, self.seed, self.overwrite)
+        for name, split in dataset["splits"].items():
+            print(f"  {name:<12}{split['images']:>8,} images")
+        return 0
+
+
+@dataclass
 class Run:
     """Runs or resumes runs, seed by seed, shortest first and each after the run it starts from; those that have a log
     are skipped.
@@ -157,7 +183,7 @@ class Report:
         return 0
 
 
-COMMANDS = {"icons": Icons, "characters": Characters, "run": Run, "report": Report}
+COMMANDS = {"icons": Icons, "characters": Characters, "lexicon": Lexicon, "run": Run, "report": Report}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,19 +28,18 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
 from clipup.data import shard_writer
-from clipup.data.loaders import describe
 from clipup.progress import progress as shown
 
+from .. import data_set, fixed_texts
 from ..icon_data.splits import order
 from ..sentence_encoder import read_sentence_encoder
-from . import definitions, fixed_texts
+from . import definitions
 
 FORMAT = 1
 """Incremented when the same packages and options give a different data set."""
 SIDE, _POINTS = 32, 28  # pixels
 _DEFINITIONS = "unicode-data"
 _TYPEFACES = Path(__file__).with_name("typefaces.json")
-_SAMPLES_PER_SHARD = 4096
 _SHOWS = 100  # a smaller range of gray levels, out of 255, is no character
 
 
@@ -79,38 +78,30 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
         "typefaces": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for of in fonts.values() for path in of},
         "pillow": PIL.__version__,
     }
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, source, options]).encode()).hexdigest()
-    with shard_writer.only_writer(out):
-        if shard_writer.finished(out, fingerprint):
-            return describe(out)
-        shard_writer.check_target(out, overwrite)
-        with shard_writer.appearing_whole(out) as directory:
-            meaning_of = definitions.read_definitions(readings)
-            drawn = {
-                split: [glyph for path in paths for glyph in _glyphs(path, meaning_of)]
-                for split, paths in fonts.items()
-            }
-            taken = _most_drawn(drawn["train"], meanings)
-            splits = {}
-            for split, glyphs in drawn.items():
-                glyphs = [glyph for glyph in glyphs if glyph.meaning in taken]
-                glyphs = [glyphs[row] for row in order([glyph.key for glyph in glyphs], seed)]
-                shards = shard_writer.write_shards(directory, split, list(_files(split, glyphs)), _SAMPLES_PER_SHARD)
-                splits[split] = {
-                    "images": len(glyphs),
-                    "typefaces": [path.name for path in fonts[split]],
-                    "shards": shards,
-                }
-            shard_writer.write_sizes(directory, [shard for split in splits.values() for shard in split["shards"]])
-            fixed_texts.save(directory, sorted(taken), *read_sentence_encoder(encoder))
-            (directory / "licences").mkdir()
-            for package in packages():
-                (said,) = (unpacked / package / "usr/share/doc").glob("*/copyright")
-                shutil.copyfile(said, directory / "licences" / package)
-            about = {"name": "characters", "format": FORMAT, "fingerprint": fingerprint, "options": options}
-            dataset = {**about, "splits": splits, "source": source}
-            shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
-    return dataset
+
+    def make(directory: Path) -> dict:
+        meaning_of = definitions.read_definitions(readings)
+        drawn = {
+            split: [glyph for path in paths for glyph in _glyphs(path, meaning_of)] for split, paths in fonts.items()
+        }
+        taken = _most_drawn(drawn["train"], meanings)
+        splits = {}
+        for split, glyphs in drawn.items():
+            glyphs = [glyph for glyph in glyphs if glyph.meaning in taken]
+            glyphs = [glyphs[row] for row in order([glyph.key for glyph in glyphs], seed)]
+            samples = (data_set.captioned(one.key, one.png, one.meaning, one.typeface, split) for one in glyphs)
+            shards = shard_writer.write_shards(directory, split, samples, data_set.SAMPLES_PER_SHARD)
+            typefaces = [path.name for path in fonts[split]]
+            splits[split] = {"images": len(glyphs), "typefaces": typefaces, "shards": shards}
+        texts = sorted(taken)
+        fixed_texts.save(directory, texts, fixed_texts.embed(texts, *read_sentence_encoder(encoder)))
+        (directory / "licences").mkdir()
+        for package in packages():
+            (said,) = (unpacked / package / "usr/share/doc").glob("*/copyright")
+            shutil.copyfile(said, directory / "licences" / package)
+        return {"splits": splits}
+
+    return data_set.build(out, "characters", FORMAT, source, options, overwrite, make)
 
 
 def _typefaces() -> dict[str, list[str]]:
@@ -158,10 +149,3 @@ def _most_drawn(glyphs: list[Glyph], count: int) -> set[str]:
     for glyph in glyphs:
         numbers[glyph.meaning] = numbers.get(glyph.meaning, 0) + 1
     return set(sorted(numbers, key=lambda meaning: (-numbers[meaning], meaning))[:count])
-
-
-def _files(split: str, glyphs: list[Glyph]) -> Iterator[shard_writer.Sample]:
-    for glyph in glyphs:
-        about = json.dumps({"captions": [glyph.meaning], "group": glyph.typeface}).encode()
-        content = {"png": glyph.png, "txt": glyph.meaning.encode()}
-        yield glyph.key, content if split == "train" else content | {"json": about}

@@ -20,7 +20,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,16 +31,25 @@ from clipup.data import shard_writer
 from clipup.data.processes import each
 from clipup.progress import progress as shown
 
-from . import captions, data_set, iconify, near_duplicates, splits
-from .iconify import Icon
+from .. import data_set
+from . import captions, iconify, near_duplicates, splits
+from .iconify import Icon, IconSet
 
 FORMAT = 1
 """Incremented when the same package and options give a different data set."""
 WORDS_AT_LEAST = 5
 """Minimum number of training captions that contain a word of the vocabulary."""
 
-_SAMPLES_PER_SHARD = 4096
 _BLANK = 2  # a drawing with a smaller range of gray levels, out of 255, shows nothing
+_LICENCES = """# Makers and licences of the icons
+
+The drawings were scaled and put on white, and are otherwise unchanged. An icon's key names its set (`SET/NAME`). They
+were taken from {package} {version}.
+
+| set | name | made by | licence | images | from |
+|---|---|---|---|---|---|
+"""
+_LICENCE = "| {set} | {gives} | {made_by} | {licence} | {images} | {url} |\n"
 _RULES = {
     "train": "icons of the training sets",
     "validation": f"{splits.VALIDATION_SHARE:.0%} of the names of the training sets, held out of all of them, for "
@@ -126,18 +135,34 @@ def build(
             from the training split; the other held-out splits stay bitwise the same.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as of `data_set.build`.
+        FileNotFoundError: the package is missing.
+        ImportError: resvg-py is not installed.
+        ValueError: as of `data_set.build`.
     """
     sets = sets or Sets.read()
-    options = {"size": size, "seed": seed, "samples_per_shard": _SAMPLES_PER_SHARD}
+    options = {"size": size, "seed": seed, "samples_per_shard": data_set.SAMPLES_PER_SHARD}
     options |= {"test_drawings": True} if test_drawings else {}
-    make = partial(_make, package=Path(package), options=options, sets=sets, processes=processes, progress=progress)
-    return data_set.build(out, package, "icons", FORMAT, options, (sets.train, sets.test), overwrite, make)
+    source = {
+        "package": iconify.PACKAGE,
+        "version": iconify.version(Path(package)),
+        "resvg_py": iconify.renderer_version(),
+    }
+
+    def make(directory: Path) -> dict:
+        content, described, used = _make(directory, Path(package), options, sets, processes, progress)
+        images = Counter(used)
+        makers = [{**asdict(of), "images": images[of.set]} for of in described if images[of.set]]
+        rows = "".join(_LICENCE.format(**maker) for maker in makers)
+        (directory / "LICENSES.md").write_text(_LICENCES.format(**source) + rows, "utf-8")
+        return {**content, "sources": makers}
+
+    return data_set.build(out, "icons", FORMAT, source, options, overwrite, make, sets.train, sets.test)
 
 
 def _make(
     directory: Path, package: Path, options: dict[str, int], sets: Sets, processes: int | None, progress: bool
-) -> data_set.Made:
+) -> tuple[dict, list[IconSet], list[str]]:
+    """The content of ``dataset.json``, all sets, and the set of every drawing."""
     seed, test_drawings = options["seed"], "test_drawings" in options
     described, icons = iconify.read_sets(package, (*sets.train, *sets.test), progress)
     texts, cut = captions.of_icons(icons)
@@ -156,7 +181,7 @@ def _make(
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
     written = {
-        split: shard_writer.write_shards(directory, split, list(_files(split, members)), _SAMPLES_PER_SHARD)
+        split: shard_writer.write_shards(directory, split, list(_files(split, members)), data_set.SAMPLES_PER_SHARD)
         for split, members in by_split.items()
     }
     vocabulary = count_vocabulary((sample.caption for sample in by_split["train"]), WORDS_AT_LEAST)
@@ -170,7 +195,7 @@ def _make(
         "skipped": skipped,
         "left_out_twins": duplicates,
     }
-    return data_set.Made(content, described, [sample.icon.set for sample in samples])
+    return content, described, [sample.icon.set for sample in samples]
 
 
 def _render(
@@ -210,9 +235,7 @@ def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:
 
 def _files(split: str, members: Iterable[Sample]) -> Iterator[shard_writer.Sample]:
     for sample in members:
-        about = json.dumps({"captions": [sample.caption], "group": sample.icon.set}).encode()
-        content = {"png": sample.png, "txt": sample.caption.encode()}
-        yield sample.icon.key, content if split == "train" else content | {"json": about}
+        yield data_set.captioned(sample.icon.key, sample.png, sample.caption, sample.icon.set, split)
 
 
 def _counts(members: Sequence[Sample]) -> dict:

@@ -28,7 +28,7 @@ from clipup.upcycling.clusters import initialize_by_clusters
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
-from studies.character_data import fixed_texts
+from studies import fixed_texts
 from studies.icon_data.views import FreshViews
 
 from . import log, measure

@@ -10,7 +10,8 @@ from PIL import ImageFont
 from torchvision.transforms.functional import pil_to_tensor
 
 from clipup.data.loaders import eval_samples
-from studies.character_data import build, fixed_texts
+from studies import fixed_texts
+from studies.character_data import build
 from studies.character_data.definitions import read_definitions
 
 MEANINGS = {"a": "one; (of birds) to sing", "b": "variant of U+0061 a; two", "c": "old form", "d": "one", "e": "to eat"}

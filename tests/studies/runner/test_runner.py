@@ -17,7 +17,7 @@ from clipup.data import shard_writer
 from clipup.moe.layer import moe_layers
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
-from studies.character_data import fixed_texts
+from studies import fixed_texts
 from studies.icon_data import views as icon_views
 from studies.runner import config, log, measure, runner
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..sentence_encoder import SentenceEncoder, Tokenize
+from .sentence_encoder import SentenceEncoder, Tokenize
 
 FILE = "vectors.safetensors"
 _BATCH = 64
@@ -29,15 +29,20 @@ class FixedTexts(nn.Module):
         return self.vectors[rows[:, 0]]
 
 
-def save(directory: Path, texts: Sequence[str], encoder: SentenceEncoder, tokenize: Tokenize) -> None:
-    """Writes the embeddings of texts, minus their mean, and the texts."""
+def embed(texts: Sequence[str], encoder: SentenceEncoder, tokenize: Tokenize) -> Tensor:
+    """The embeddings of texts [N, D], minus their mean."""
     rows = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # batches of like lengths
     vectors = torch.empty(len(texts), encoder.bert.config.hidden_size)
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
             vectors[batch] = encoder(**tokenize([texts[row] for row in batch]))
-    save_file({"vectors": vectors - vectors.mean(0)}, directory / FILE, {"texts": json.dumps(list(texts))})
+    return vectors - vectors.mean(0)
+
+
+def save(directory: Path, texts: Sequence[str], vectors: Tensor) -> None:
+    """Writes texts and their vectors [N, D]."""
+    save_file({"vectors": vectors}, directory / FILE, {"texts": json.dumps(list(texts))})
 
 
 def read(directory: Path) -> tuple[Tensor, Callable[[str | Sequence[str]], Tensor]] | None:

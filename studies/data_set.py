@@ -1,0 +1,57 @@
+"""The directory of a data set: written once, and named by all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from clipup.data import shard_writer
+from clipup.data.loaders import describe
+
+SAMPLES_PER_SHARD = 4096
+
+
+def build(
+    out: str | Path,
+    name: str,
+    rule: int,
+    source: dict,
+    options: dict,
+    overwrite: bool,
+    make: Callable[[Path], dict],
+    *others: tuple[str, ...],
+) -> dict:
+    """Builds a data set in ``out`` unless it is there, and returns the content of its ``dataset.json``.
+
+    Args:
+        rule: incremented when the same source and options give a different data set.
+        source, options, others: all that the data depend on.
+        make: writes the shards into a directory that is put in the place of ``out``, and returns the rest of
+            ``dataset.json``, with "splits".
+
+    Raises:
+        ValueError: ``out`` holds something else, which is left unchanged.
+    """
+    out = Path(out)
+    fingerprint = hashlib.sha256(json.dumps([rule, source, options, *others]).encode()).hexdigest()
+    with shard_writer.only_writer(out):
+        if shard_writer.finished(out, fingerprint):
+            return describe(out)
+        shard_writer.check_target(out, overwrite)
+        with shard_writer.appearing_whole(out) as directory:
+            content = make(directory)
+            shards = [shard for split in content["splits"].values() for shard in split["shards"]]
+            shard_writer.write_sizes(directory, shards)
+            about = {"name": name, "format": rule, "fingerprint": fingerprint, "options": options}
+            dataset = {**about, **content, "source": source}
+            shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
+    return dataset
+
+
+def captioned(key: str, png: bytes, caption: str, group: str, split: str) -> shard_writer.Sample:
+    """An image with its caption; outside of training also its .json, ``{"captions": [...], "group": ...}``."""
+    content = {"png": png, "txt": caption.encode()}
+    about = json.dumps({"captions": [caption], "group": group}).encode()
+    return key, content if split == "train" else content | {"json": about}

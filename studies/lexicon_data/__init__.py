@@ -1,0 +1,1 @@
+"""The lexicon data set: icons whose captions are random vectors, which only memory can give."""
