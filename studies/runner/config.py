@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -52,6 +52,8 @@ class StudyRun:
     views: bool = False
     """Whether every step sees fresh views of the icons (``icon_data.views``). The log then has NLL at the model's best
     temperature too."""
+    choice: Literal["", "random", "position"] = ""
+    """How the tokens of an image tower choose experts: by the router, at random at each pass, or by their position."""
     why: str = ""
     """Purpose of the run, in one sentence."""
     batch_size: int = 256
@@ -69,11 +71,12 @@ class StudyRun:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything the run depends on, for its log; ``clusters`` and ``views`` only where they are set."""
-        values = {name: value for name in _NAMES if (value := getattr(self, name)) or name not in ("clusters", "views")}
+        """Everything the run depends on, for its log; ``clusters``, ``views`` and ``choice`` only where set."""
+        values = {name: value for name in _NAMES if (value := getattr(self, name)) or name not in _LEFT_OUT}
         return values | {"moe_cfg": None if self.moe_cfg is None else self.moe_cfg.to_dict()}
 
 
+_LEFT_OUT = ("clusters", "views", "choice")  # without a value
 _NAMES = [each.name for each in dataclasses.fields(StudyRun)]
 
 

@@ -32,6 +32,7 @@ from studies import fixed_texts
 from studies.icon_data.views import FreshViews
 
 from . import log, measure
+from .choices import replace_routers
 from .config import StudyRun
 
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
@@ -144,6 +145,8 @@ class _Run:
         if config.moe_cfg is None:
             return dense, None
         sparse = upcycle(dense, config.moe_cfg)
+        if config.choice:
+            replace_routers(sparse, config.choice)
         if config.clusters:
             loader = self._loader()
             loader.set_epoch(0)

@@ -171,6 +171,19 @@ def test_with_fixed_texts_only_the_image_tower_learns_and_a_run_starts_from_the_
     assert not torch.equal(study.model("dense").visual.conv1.weight, trained["visual.conv1.weight"])
 
 
+def test_a_control_chooses_experts_by_chance_or_by_place_and_starts_at_the_dense_models_outputs(data, tmp_path):
+    arm = SPARSE | {"moe": {"towers": ["image"], "num_experts": 4, "capacity_factor": None}, "steps": 2}
+    study = Study(tmp_path, data, dense=DENSE, random=arm | {"choice": "random"}, position=arm | {"choice": "position"})
+    tokens = torch.randn(3, 5, 32)  # of three images
+    for name in ("random", "position"):
+        assert study.run(name)[0]["step0_difference"] < 1e-5
+        for layer in moe_layers(study.model(name).eval()).values():
+            first, second = (layer(tokens, return_routing=True)[1].experts for _ in range(2))
+            assert torch.equal(first, second) == (name == "position")
+            assert torch.equal(first[0], first[1]) == (name == "position")
+            assert not torch.equal(first[:, 0], first[:, 1]) or not torch.equal(first[:, 0], first[:, 2])
+
+
 @pytest.mark.parametrize("steps", [2500, 3287, 7])
 def test_a_log_has_as_many_windows_whatever_the_number_of_steps(steps):
     every = 1 if steps < 100 else 10
