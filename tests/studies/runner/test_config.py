@@ -74,3 +74,22 @@ def test_dense_runs_at_equal_flops_cost_what_their_arm_says_and_every_start_is_a
     costs = [sum(flops.count(one)[:2]) for one in (dense, upcycle(dense, MoEConfig.clip_up(**moe)))]
     assert equal and all(run.steps == round(run.budget * costs[1] / costs[0]) for run in equal)
     assert all(run.why and (run.start is None or run.start in runs) for run in runs.values())
+
+
+@pytest.mark.parametrize(("study", "dimensions"), [("lexicon", 16), ("memory", 384)])
+def test_runs_that_train_the_image_tower_alone_cost_the_flops_of_their_budget_in_it(study, dimensions):
+    runs = config.read(STUDIES / study)
+
+    def gflops(model, moe=None):
+        with factory.expecting_random_weights():
+            one, *_ = factory.create_model_and_transforms(model, embed_dim=dimensions)
+        return flops.count(one if moe is None else upcycle(one, moe)).image_gflops
+
+    (experts,) = {run.moe_cfg for run in runs.values() if run.arm == "experts_16"}
+    budget, start = gflops("clipup-icons-w16", experts), gflops("clipup-icons-w16")
+    for run in runs.values():
+        if run.budget:
+            share = run.budget * (budget if run.start else budget + start)
+            assert run.steps == round(share / gflops(run.model, run.moe_cfg))
+        assert run.why and (run.start is None or run.start in runs)
+    assert any(run.budget for run in runs.values())
