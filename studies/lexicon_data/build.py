@@ -8,7 +8,7 @@ that neither looks nor words give it away and retrieval asks for memory alone.
     OUT/LICENSES.md             makers and licences of the icons data set
     OUT/dataset.json, sizes.json
 
-The same icons data set and options give the same bytes.
+The same icons data set, options and libraries give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Controls of the mechanism: tokens whose experts depend on no content, so that no expert can remember anything of its
-own."""
+"""Controls of the mechanism: experts that are chosen without a look at the token."""
 
 from __future__ import annotations
 
@@ -10,31 +9,49 @@ from clipup.moe.config import MoEConfig
 from clipup.moe.layer import moe_layers
 from clipup.moe.router import Router
 
-
-class RandomRouter(Router):
-    """Experts drawn anew for every token at each pass."""
-
-    def logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return torch.randn(len(x), self.config.num_experts, device=x.device)
+_NEVER = -30.0  # a logit
 
 
-class PositionRouter(Router):
-    """Experts fixed by the place of a token in its image, as in hash layers (arXiv 2106.04426)."""
-
-    table: Tensor
+class BlindRouter(Router):
+    """Chooses K experts for each of the ``places`` of an image's tokens, with equal gates."""
 
     def __init__(self, d_model: int, config: MoEConfig, places: int) -> None:
         super().__init__(d_model, config)
-        table = torch.randn(places, config.num_experts)
-        self.register_buffer("table", table, persistent=False)  # made again from the seed
+        self.places = places
+
+    def choices(self, tokens: int) -> Tensor:
+        """Experts [tokens, K], different ones in a row."""
+        raise NotImplementedError
 
     def logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.table.repeat(len(x) // len(self.table), 1)
+        never = torch.full((len(x), self.config.num_experts), _NEVER, device=x.device)
+        return never.scatter(1, self.choices(len(x)).to(x.device), 0.0)
 
 
-def replace_routers(model: nn.Module, choice: str) -> None:
-    """Makes every sparse layer of the image tower choose ``random``ly or by ``position``, drawn from torch's state."""
-    places = len(model.visual.positional_embedding)
-    for layer in moe_layers(model).values():
-        fixed = layer.d_model, layer.config
-        layer.router = RandomRouter(*fixed) if choice == "random" else PositionRouter(*fixed, places)
+class RandomRouter(BlindRouter):
+    """Draws experts anew for every token at each pass, also in evaluation."""
+
+    def choices(self, tokens: int) -> Tensor:
+        return torch.rand(tokens, self.config.num_experts).topk(self.config.top_k).indices
+
+
+class PositionRouter(BlindRouter):
+    """Experts by the place of a token in its image (after hash layers, arXiv 2106.04426), each for as many places."""
+
+    def __init__(self, d_model: int, config: MoEConfig, places: int) -> None:
+        super().__init__(d_model, config, places)
+        turns = torch.arange(places * config.top_k) % config.num_experts
+        table = torch.randperm(config.num_experts)[turns].view(places, config.top_k)
+        self.register_buffer("table", table, persistent=False)  # made again from the seed
+
+    def choices(self, tokens: int) -> Tensor:
+        return self.table.repeat(tokens // self.places, 1)
+
+
+_ROUTERS = {"random": RandomRouter, "position": PositionRouter}
+
+
+def replace_routers(tower: nn.Module, choice: str) -> None:
+    """Makes every sparse layer of an image tower choose by ``random`` or ``position``, drawn from torch's state."""
+    for layer in moe_layers(tower).values():
+        layer.router = _ROUTERS[choice](layer.d_model, layer.config, len(tower.positional_embedding))

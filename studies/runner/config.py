@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -52,8 +52,8 @@ class StudyRun:
     views: bool = False
     """Whether every step sees fresh views of the icons (``icon_data.views``). The log then has NLL at the model's best
     temperature too."""
-    choice: Literal["", "random", "position"] = ""
-    """How the tokens of an image tower choose experts: by the router, at random at each pass, or by their position."""
+    choice: str = ""
+    """How tokens of the image tower choose experts if not by the router: ``random`` or ``position`` (``choices``)."""
     why: str = ""
     """Purpose of the run, in one sentence."""
     batch_size: int = 256
@@ -65,8 +65,10 @@ class StudyRun:
     """The config of the sparse layers, from ``moe``."""
 
     def __post_init__(self) -> None:
-        if self.clusters and (self.start is None or self.moe is None):
-            raise ValueError("clusters make a dense start sparse: set start and moe, or leave clusters out")
+        if (self.clusters or self.choice) and (self.start is None or self.moe is None):
+            raise ValueError(
+                "clusters and choice are of a dense start made sparse: set start and moe, or leave them out"
+            )
         if self.moe is not None:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 

@@ -146,7 +146,7 @@ class _Run:
             return dense, None
         sparse = upcycle(dense, config.moe_cfg)
         if config.choice:
-            replace_routers(sparse, config.choice)
+            replace_routers(sparse.visual, config.choice)
         if config.clusters:
             loader = self._loader()
             loader.set_epoch(0)

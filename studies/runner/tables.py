@@ -117,6 +117,12 @@ class Tables:
         ends = [tables.shortest(end) for tables in (self, larger)]
         return str(results.lead_over_chord(self.shortest(arm), ends, math.log if scale == "log" else float))
 
+    def line_closes(self, run: str, ends: Sequence[str]) -> float:
+        """The percentage of the gap between two models that the straight line between them, over the logarithm of inference
+        FLOPs, closes at the FLOPs of a run."""
+        own, narrow, wide = (math.log(self.results[name].cost["gflops_per_pair"]) for name in (run, *ends))
+        return 100 * (own - narrow) / (wide - narrow)
+
     def lead_of_run(self, run: str, other: str) -> str:
         """The lead of a run over another one, for a sentence."""
         return str(results.lead([self.results[run]], [self.results[other]]))

@@ -178,10 +178,11 @@ def test_a_control_chooses_experts_by_chance_or_by_place_and_starts_at_the_dense
     for name in ("random", "position"):
         assert study.run(name)[0]["step0_difference"] < 1e-5
         for layer in moe_layers(study.model(name).eval()).values():
-            first, second = (layer(tokens, return_routing=True)[1].experts for _ in range(2))
-            assert torch.equal(first, second) == (name == "position")
-            assert torch.equal(first[0], first[1]) == (name == "position")
-            assert not torch.equal(first[:, 0], first[:, 1]) or not torch.equal(first[:, 0], first[:, 2])
+            first, second = (layer(tokens, return_routing=True)[1] for _ in range(2))
+            assert torch.equal(first.experts, second.experts) == (name == "position")
+            assert torch.equal(first.experts[0], first.experts[1]) == (name == "position")
+            assert (first.experts[..., 0] != first.experts[..., 1]).all() and len(first.experts.unique()) == 4
+            torch.testing.assert_close(first.gates, torch.full((3, 5, 2), 0.5))
 
 
 @pytest.mark.parametrize("steps", [2500, 3287, 7])
