@@ -118,8 +118,8 @@ class Tables:
         return str(results.lead_over_chord(self.shortest(arm), ends, math.log if scale == "log" else float))
 
     def line_closes(self, run: str, ends: Sequence[str]) -> float:
-        """The percentage of the gap between two models that the straight line between them closes, over the logarithm of
-        inference FLOPs, at those of a run."""
+        """The percentage of the gap between two models that the straight line between them closes, over the logarithm
+        of inference FLOPs, at those of a run."""
         own, narrow, wide = (math.log(self.results[name].cost["gflops_per_pair"]) for name in (run, *ends))
         return 100 * (own - narrow) / (wide - narrow)
 
