@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+from PIL.Image import Image
 
 from clipup.data import shard_writer
 from clipup.data.loaders import describe
 
 SAMPLES_PER_SHARD = 4096
+
+
+class Sample(NamedTuple):
+    """An image with its caption; ``group`` tells images of one maker apart from others."""
+
+    key: str
+    png: bytes
+    caption: str
+    group: str
 
 
 def build(
@@ -50,8 +63,22 @@ def build(
     return dataset
 
 
-def captioned(key: str, png: bytes, caption: str, group: str, split: str) -> shard_writer.Sample:
-    """An image with its caption; outside of training also its .json, ``{"captions": [...], "group": ...}``."""
-    content = {"png": png, "txt": caption.encode()}
-    about = json.dumps({"captions": [caption], "group": group}).encode()
-    return key, content if split == "train" else content | {"json": about}
+def write_split(directory: Path, split: str, samples: Iterable[Sample]) -> dict:
+    """Writes the shards of a split, and returns their description for ``dataset.json``. Outside of training a sample
+    also has a .json, ``{"captions": [...], "group": ...}``."""
+    written = (_files(sample, split) for sample in samples)
+    shards = shard_writer.write_shards(directory, split, written, SAMPLES_PER_SHARD)
+    return {"images": sum(shard["samples"] for shard in shards), "shards": shards}
+
+
+def _files(sample: Sample, split: str) -> shard_writer.Sample:
+    content = {"png": sample.png, "txt": sample.caption.encode()}
+    about = json.dumps({"captions": [sample.caption], "group": sample.group}).encode()
+    return sample.key, content if split == "train" else content | {"json": about}
+
+
+def png(picture: Image) -> bytes:
+    """The file of a picture."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

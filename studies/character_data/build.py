@@ -15,22 +15,21 @@ libraries give the same bytes, but for the last bits of the embeddings.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
-from clipup.data import shard_writer
 from clipup.progress import progress as shown
 
 from .. import data_set, fixed_texts
+from ..data_set import Sample
 from ..icon_data.splits import order
 from ..sentence_encoder import read_sentence_encoder
 from . import definitions
@@ -41,15 +40,6 @@ SIDE, _POINTS = 32, 28  # pixels
 _DEFINITIONS = "unicode-data"
 _TYPEFACES = Path(__file__).with_name("typefaces.json")
 _SHOWS = 100  # a smaller range of gray levels, out of 255, is no character
-
-
-class Glyph(NamedTuple):
-    """A character as a typeface draws it."""
-
-    key: str
-    typeface: str
-    meaning: str
-    png: bytes
 
 
 def packages() -> list[str]:
@@ -87,12 +77,10 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
         taken = _most_drawn(drawn["train"], meanings)
         splits = {}
         for split, glyphs in drawn.items():
-            glyphs = [glyph for glyph in glyphs if glyph.meaning in taken]
-            glyphs = [glyphs[row] for row in order([glyph.key for glyph in glyphs], seed)]
-            samples = (data_set.captioned(one.key, one.png, one.meaning, one.typeface, split) for one in glyphs)
-            shards = shard_writer.write_shards(directory, split, samples, data_set.SAMPLES_PER_SHARD)
-            typefaces = [path.name for path in fonts[split]]
-            splits[split] = {"images": len(glyphs), "typefaces": typefaces, "shards": shards}
+            glyphs = [glyph for glyph in glyphs if glyph.caption in taken]
+            shuffled = (glyphs[row] for row in order([glyph.key for glyph in glyphs], seed))
+            written = data_set.write_split(directory, split, shuffled)
+            splits[split] = written | {"typefaces": [path.name for path in fonts[split]]}
         texts = sorted(taken)
         fixed_texts.save(directory, texts, fixed_texts.embed(texts, *read_sentence_encoder(encoder)))
         (directory / "licences").mkdir()
@@ -121,14 +109,14 @@ def _file(unpacked: Path, path: str) -> Path:
     return files[0]
 
 
-def _glyphs(path: Path, meaning_of: dict[str, str]) -> Iterator[Glyph]:
+def _glyphs(path: Path, meaning_of: dict[str, str]) -> Iterator[Sample]:
     """The characters with a definition that a typeface draws, in the order of their codes."""
     font = ImageFont.truetype(str(path), _POINTS)
     missing = _drawn(font, "\uffff")
     for character, meaning in shown(sorted(meaning_of.items()), path.name, "characters", show=True):
         picture = _drawn(font, character)
         if picture is not None and picture != missing:
-            yield Glyph(f"U+{ord(character):04X}/{path.stem}", path.stem, meaning, picture)
+            yield Sample(f"U+{ord(character):04X}/{path.stem}", picture, meaning, path.stem)
 
 
 def _drawn(font: FreeTypeFont, character: str) -> bytes | None:
@@ -139,13 +127,9 @@ def _drawn(font: FreeTypeFont, character: str) -> bytes | None:
     ImageDraw.Draw(picture).text(place, character, fill=0, font=font)
     if np.ptp(np.asarray(picture)) < _SHOWS:
         return None
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
+    return data_set.png(picture)
 
 
-def _most_drawn(glyphs: list[Glyph], count: int) -> set[str]:
-    numbers: dict[str, int] = {}
-    for glyph in glyphs:
-        numbers[glyph.meaning] = numbers.get(glyph.meaning, 0) + 1
-    return set(sorted(numbers, key=lambda meaning: (-numbers[meaning], meaning))[:count])
+def _most_drawn(glyphs: list[Sample], count: int) -> set[str]:
+    numbers = Counter(sorted(glyph.caption for glyph in glyphs))  # of equal numbers the first by name
+    return {meaning for meaning, _ in numbers.most_common(count)}

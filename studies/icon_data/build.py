@@ -16,10 +16,9 @@ The .json is `{"captions": [...], "group": SET}`. The same package, options and 
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,8 +179,8 @@ def _make(
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
-    written = {
-        split: shard_writer.write_shards(directory, split, list(_files(split, members)), data_set.SAMPLES_PER_SHARD)
+    counted = {
+        split: _counts(members) | data_set.write_split(directory, split, map(_file, members))
         for split, members in by_split.items()
     }
     vocabulary = count_vocabulary((sample.caption for sample in by_split["train"]), WORDS_AT_LEAST)
@@ -189,7 +188,7 @@ def _make(
     said = {**_CAPTION_RULES, "style_words": sorted(captions.STYLE_WORDS), "cut": cut}
     shard_writer.write_json(directory / "captions.json", said)
     content = {
-        "splits": {split: _counts(members) | {"shards": written[split]} for split, members in by_split.items()},
+        "splits": counted,
         "rules": _RULES | ({splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS} if test_drawings else {}),
         "vocabulary": {"words": len(vocabulary), "captions_a_word_at_least": WORDS_AT_LEAST},
         "skipped": skipped,
@@ -228,14 +227,11 @@ def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:
         picture = iconify.render(svg, size)
     except (OSError, ValueError):
         return None, None
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue(), near_duplicates.grey(picture)
+    return data_set.png(picture), near_duplicates.grey(picture)
 
 
-def _files(split: str, members: Iterable[Sample]) -> Iterator[shard_writer.Sample]:
-    for sample in members:
-        yield data_set.captioned(sample.icon.key, sample.png, sample.caption, sample.icon.set, split)
+def _file(sample: Sample) -> data_set.Sample:
+    return data_set.Sample(sample.icon.key, sample.png, sample.caption, sample.icon.set)
 
 
 def _counts(members: Sequence[Sample]) -> dict:

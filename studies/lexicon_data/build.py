@@ -13,20 +13,16 @@ The same icons data set, options and libraries give the same bytes.
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clipup.data import shard_writer
 from clipup.data.loaders import describe, eval_samples
 
 from .. import data_set, fixed_texts
@@ -41,12 +37,8 @@ _GALLERY = 2000
 _ALIKE = 0.9  # cosine of hashes; views of drawings that are more alike are too hard to tell apart
 
 
-class Drawing(NamedTuple):
-    """An icon of the icons data set's training split."""
-
-    key: str
-    picture: Tensor
-    """uint8 [3, H, W]."""
+Drawing = tuple[str, Tensor]
+"""An icon of the training split: its key, and uint8 [3, H, W]."""
 
 
 def build(out: Path, icons: Path, drawings: int, seed: int = 0, overwrite: bool = False) -> dict:
@@ -68,14 +60,10 @@ def build(out: Path, icons: Path, drawings: int, seed: int = 0, overwrite: bool 
         chosen = list(_unlike(icons, drawings))
         draw = torch.Generator().manual_seed(seed)
         vectors = F.normalize(torch.randn(drawings, DIMENSIONS, generator=draw), dim=-1)
-        fixed_texts.save(directory, [drawing.key for drawing in chosen], vectors)
+        fixed_texts.save(directory, [key for key, _ in chosen], vectors)
         gallery = chosen[:_GALLERY]
         shown = {"train": chosen, "validation": _views(gallery, draw), "test_views": _views(gallery, draw)}
-        splits = {}
-        for split, of in shown.items():
-            samples = (data_set.captioned(one.key, _png(one), one.key, one.key.split("/")[0], split) for one in of)
-            shards = shard_writer.write_shards(directory, split, samples, data_set.SAMPLES_PER_SHARD)
-            splits[split] = {"images": len(of), "shards": shards}
+        splits = {split: data_set.write_split(directory, split, map(_sample, of)) for split, of in shown.items()}
         shutil.copyfile(icons / "LICENSES.md", directory / "LICENSES.md")
         return {"splits": splits}
 
@@ -90,20 +78,18 @@ def _unlike(icons: Path, number: int) -> Iterator[Drawing]:
         own /= max(float(np.linalg.norm(own)), 1.0)
         if own.any() and (hashes[:found] @ own).max(initial=0) < _ALIKE:
             hashes[found], found = own, found + 1
-            yield Drawing(about["key"], picture)
+            yield about["key"], picture
         if found == number:
             return
     raise ValueError(f"drawings: {icons} has only {found} training icons that look different enough, got {number}")
 
 
 def _views(drawings: list[Drawing], draw: torch.Generator) -> list[Drawing]:
-    pictures = fresh(torch.stack([one.picture for one in drawings]) / 255, draw)
-    return [
-        Drawing(one.key, (255 * view).round().to(torch.uint8)) for one, view in zip(drawings, pictures, strict=True)
-    ]
+    views = fresh(torch.stack([picture for _, picture in drawings]) / 255, draw)
+    pictures = (255 * views).round().to(torch.uint8)
+    return [(key, picture) for (key, _), picture in zip(drawings, pictures, strict=True)]
 
 
-def _png(drawing: Drawing) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(drawing.picture.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()
+def _sample(drawing: Drawing) -> data_set.Sample:
+    key, picture = drawing
+    return data_set.Sample(key, data_set.png(to_pil_image(picture)), key, key.split("/")[0])

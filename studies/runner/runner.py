@@ -110,7 +110,7 @@ class _Run:
         self.dataset = describe(data)
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.fixed = fixed_texts.read(self.data)
-        self.tokenizer = _tokenizer(self.data, config.model)
+        self.tokenizer = _tokenizer(self.fixed, config.model)
         self.model, self.step0 = self._model()
 
     def records(self) -> list[log.Record]:
@@ -244,13 +244,12 @@ class _Run:
 def _training_data(data: Path, fingerprint: str, model: str, batch_size: int, seed: int) -> Any:
     """The data in the order of a seed, read once for consecutive runs of one seed."""
     _, _, preprocess = _create(model, load_weights=False)
-    tokenizer = _tokenizer(data, model)
+    tokenizer = _tokenizer(fixed_texts.read(data), model)
     return train_loader(data, preprocess, tokenizer, batch_size, workers=0, seed=seed, cache=True)
 
 
-def _tokenizer(data: Path, model: str) -> Any:
-    """That of the model, or of the data's fixed texts."""
-    fixed = fixed_texts.read(data)
+def _tokenizer(fixed: tuple[Any, Any] | None, model: str) -> Any:
+    """That of the data's fixed texts, or of the model."""
     return tokenizers.get_tokenizer(model) if fixed is None else fixed[1]
 
 

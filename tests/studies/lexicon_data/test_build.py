@@ -1,14 +1,16 @@
 """Building the lexicon data set from a small icons data set."""
 
 import json
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clipup.data.loaders import eval_samples
 from studies import fixed_texts
-from studies.icon_data.near_duplicates import SIDE
+from studies.icon_data.near_duplicates import SIDE, grey, hashes
 from studies.lexicon_data import build as lexicon
 
 
@@ -31,11 +33,22 @@ def test_every_icon_has_a_vector_and_is_tested_in_other_views_than_it_is_trained
     assert all(torch.equal(picture, pictures(icons, "train")[key]) for key, picture in list(trained.items())[:2])
     for key, picture in trained.items():
         assert picture.shape == (3, SIDE, SIDE)
-        assert not torch.equal(picture, validated[key]) and not torch.equal(validated[key], tested[key])
+        assert not any(torch.equal(*two) for two in combinations((picture, validated[key], tested[key]), 2))
         assert (picture.float() - validated[key].float()).abs().mean() < 64  # of the same drawing
     assert sorted(tokenize(list(trained)).flatten().tolist()) == list(range(40))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(40))
     assert set(read(tmp_path / "out", "train").popitem()[1]) == {"png", "txt"}
+
+
+def test_icons_that_look_alike_are_left_out(build, tmp_path):
+    def add_copies(sets):
+        sets["mdi"]["icons"] |= {f"{name}-again": icon for name, icon in sets["mdi"]["icons"].items()}
+
+    icons, _ = build(add_copies)
+    lexicon.build(tmp_path / "out", icons, 40)
+    of_gray = np.stack([grey(to_pil_image(picture)) for picture in pictures(tmp_path / "out", "train").values()])
+    cosines = np.triu(hashes(of_gray) @ hashes(of_gray).T / 1000**2, 1)
+    assert cosines.max() < 0.91
 
 
 def test_the_same_icons_give_the_same_bytes_and_too_few_are_refused(icons, tmp_path):

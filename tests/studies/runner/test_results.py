@@ -144,4 +144,6 @@ def test_an_arm_is_compared_with_the_line_between_two_widths(write, make_records
     # at half of the way in log FLOPs and a third in FLOPs; four cells hold 0.45 of a score
     assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "*-0.90 ± 0.00*"
     assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "**+0.60 ± 0.00**"
+    both = Tables(narrow.results | wide.results)
+    assert both.line_closes("clip_up-narrow-0", ["narrow-0", "wide-0"]) == pytest.approx(50)
     assert narrow.lead("clip_up", "dense", measure="loss") == "**-0.160 ± 0.000**"
