@@ -153,10 +153,11 @@ docs: $(call installed,docs)  ## the manual as HTML: build/docs/index.html
 bench: $(call installed,bench)  ## benchmarks
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
 
-# study: the study's page from its logs. study-runs: the runs that have no log yet, one at a time, at low priority. They take
+# study: the studies' pages from their logs. study-runs: the runs that have no log yet, one at a time, at low priority. They take
 # days in total, can be stopped at any time, and resume.
-study: $(call installed,demo)  ## the study's page from its logs
+study: $(call installed,test)  ## the studies' pages from their logs
 	$(BIN)/python -m studies report studies/icons --out docs/study.md
+	$(BIN)/python -m studies report studies/memory --out docs/where_experts_pay.md
 
 study-runs: $(call installed,all)  ## the study's missing runs (days; can be stopped, and resume)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons --data $(ICONS) --runs $(STUDY_RUNS)

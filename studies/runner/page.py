@@ -7,6 +7,8 @@ The template (``studies/icons/page.md.j2``) calls the methods of ``Tables`` for 
 * ``by(COLUMN, FILE, NAME)``: the rows of a CSV file of its directory by the values of a column; default: of this study;
 * ``saved(FILE, COLUMN, TABLES)``: a link to a CSV file in a directory beside the page, which holds several tables, told
   apart by the first column;
+* ``results``: the module, for leads between any arms;
+* ``hypothesis(...)`` and ``decided([...])``: what a plan asks, and what the runs say;
 * ``figure(NAME, ...)``: the path of a figure beside the page, which the function of that name in ``figures`` draws.
 
 The same logs, configs and template give the same bytes.
@@ -26,7 +28,7 @@ from clipup.atomic_files import replace_files
 from clipup.inspection.figures.format import MISSING
 
 from . import config, figures, results
-from .tables import Table, Tables
+from .tables import Hypothesis, Table, Tables, decided
 
 TEMPLATE = "page.md.j2"
 
@@ -73,7 +75,15 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         keep_trailing_newline=True,
     )
     written[out] = environment.get_template(TEMPLATE).render(
-        tables=tables_of(study.name), study=tables_of, pending=pending, by=by, saved=saved, figure=figure
+        tables=tables_of(study.name),
+        study=tables_of,
+        pending=pending,
+        by=by,
+        saved=saved,
+        figure=figure,
+        results=results,
+        hypothesis=Hypothesis,
+        decided=decided,
     )
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)

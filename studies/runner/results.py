@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy
+from scipy import stats
+
 from clipup.evaluate.retrieval import WAYS
 
 from . import log, measure
@@ -39,6 +42,10 @@ class Result:
     @property
     def name(self) -> str:
         return self.config["name"]
+
+    @property
+    def arm(self) -> str:
+        return self.config["arm"]
 
     @property
     def seed(self) -> int:
@@ -135,11 +142,6 @@ def shared(*arms: Iterable[Result]) -> list[list[Result]]:
     return [[runs[seed] for seed in seeds] for runs in of_seed]
 
 
-_T_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
-)
-"""0.975 quantiles of Student's t with 1 to 19 degrees of freedom."""
 _NATS = ("nll", "best_nll", "loss")
 """Measures in nats: less is better."""
 
@@ -152,6 +154,8 @@ class Lead(NamedTuple):
     """Half of the 95 % interval of the mean; None for one seed."""
     seeds: int
     measure: str = "R@1"
+    p: float | None = None
+    """Of a mean of 0, two-sided; None without an interval."""
 
     def __str__(self) -> str:
         """In points or nats, with the interval. If that excludes 0: bold if the first arm is better, italic if the
@@ -180,46 +184,100 @@ def lead(
     )
 
 
-def lead_unpaired(
-    ours: Sequence[Result], theirs: Sequence[Result], splits: Sequence[str] = TESTS, measure: str = "R@1"
+def contrast(
+    plus: Sequence[Sequence[Result]],
+    minus: Sequence[Sequence[Result]],
+    splits: Sequence[str] = TESTS,
+    measure: str = "R@1",
 ) -> Lead | None:
-    """The lead of an arm over another one whose runs share nothing with its own but the number of their seed. The
-    interval is Welch's, with the degrees of freedom rounded down. None if either has fewer than two runs."""
-    arms = [[run.mean(measure, splits) for run in runs] for runs in (ours, theirs)]
+    """The sum of the means of some arms minus that of others, whose runs share nothing but the numbers of their seeds.
+    Interval and p are Welch's. None if an arm has fewer than two runs."""
+    arms = [[run.mean(measure, splits) for run in runs] for runs in (*plus, *minus)]
     if min(map(len, arms)) < 2:
         return None
+    means = [fmean(values) for values in arms]
     squares = [stdev(values) ** 2 / len(values) for values in arms]  # of the standard errors
     parts = (square**2 / (len(values) - 1) for square, values in zip(squares, arms, strict=True))
-    freedom = int(sum(squares) ** 2 / sum(parts))
-    half = _T_95[freedom - 1] * math.sqrt(sum(squares))
-    return Lead(fmean(arms[0]) - fmean(arms[1]), half, min(map(len, arms)), measure)
+    difference = sum(means[: len(plus)]) - sum(means[len(plus) :])
+    return _tested(difference, sum(squares), sum(squares) ** 2 / sum(parts), min(map(len, arms)), measure)
 
 
-def lead_over_chord(
-    ours: Iterable[Result], ends: Sequence[Iterable[Result]], scale: Callable[[float], float]
+def lead_over_line(
+    arms: Sequence[Iterable[Result]],
+    line: Sequence[Iterable[Result]],
+    splits: Sequence[str] = TESTS,
+    scale: Callable[[float], float] = math.log,
 ) -> Lead | None:
-    """The lead in R@1 of an arm over the straight line through two others, over the FLOPs of a pair in inference. None
-    without a shared seed.
+    """The lead in R@1, mean over the arms, over others at the same FLOPs of a pair in inference. Between these, in
+    ascending FLOPs, the line is straight. None without a shared seed.
 
     Args:
-        scale: of the axis, such as ``math.log``.
+        scale: of the axis of FLOPs.
     """
     differences = []
-    for our, *others in zip(*shared(ours, *ends), strict=True):
-        x, left, right = (scale(run.cost["gflops_per_pair"]) for run in (our, *others))
-        low, high = (run.mean("R@1") for run in others)
-        differences.append(our.mean("R@1") - low - (high - low) * (x - left) / (right - left))
+    for ours, others in _by_seed(arms, line):
+        x, y = _line(others, splits, scale)
+        leads = (run.mean("R@1", splits) - numpy.interp(scale(_flops(run)), x, y) for run in ours)
+        differences.append(float(fmean(leads)))
     return _over_seeds(differences)
 
 
+def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> list[float]:
+    """By seed: the FLOPs at which the line of ``lead_over_line`` has the R@1 of an arm, at most those of its end, over
+    the arm's."""
+    ratios = []
+    for (run,), others in _by_seed([ours], line):
+        x, y = _line(others, splits, math.log)
+        ratios.append(math.exp(numpy.interp(run.mean("R@1", splits), y, x)) / _flops(run))
+    return ratios
+
+
+def _by_seed(
+    arms: Sequence[Iterable[Result]], others: Sequence[Iterable[Result]]
+) -> list[tuple[tuple[Result, ...], tuple[Result, ...]]]:
+    """For each seed that all have, the runs of the arms and those of the others."""
+    of_seed = zip(*shared(*arms, *others), strict=True)
+    return [(runs[: len(arms)], runs[len(arms) :]) for runs in of_seed]
+
+
+def _line(
+    runs: Sequence[Result], splits: Sequence[str], scale: Callable[[float], float]
+) -> tuple[list[float], list[float]]:
+    return [scale(_flops(run)) for run in runs], [run.mean("R@1", splits) for run in runs]
+
+
+def _flops(run: Result) -> float:
+    return run.cost["gflops_per_pair"]
+
+
 def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | None:
-    return Lead(fmean(differences), half_width(differences), len(differences), measure) if differences else None
+    """The mean of one difference per seed, whose interval and p are Student's; None without a seed."""
+    count = len(differences)
+    if count < 2:
+        return Lead(differences[0], None, count, measure) if differences else None
+    return _tested(fmean(differences), stdev(differences) ** 2 / count, count - 1, count, measure)
+
+
+def _tested(mean: float, square: float, freedom: float, seeds: int, measure: str) -> Lead:
+    """A lead from its mean, the square of its standard error, and the degrees of freedom of Student's t."""
+    error = math.sqrt(square)
+    p = 2 * stats.t.sf(abs(mean), freedom, scale=error)
+    return Lead(mean, float(stats.t.ppf(0.975, freedom)) * error, seeds, measure, float(p))
 
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of the mean of one value per seed, by Student's t; None for one seed."""
-    count = len(values)
-    return _T_95[count - 2] * stdev(values) / math.sqrt(count) if count > 1 else None
+    over_seeds = _over_seeds(values)
+    return over_seeds and over_seeds.half_width
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p-values of several tests, corrected for their number by Holm's method."""
+    corrected, highest = [0.0] * len(p), 0.0
+    for rank, test in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[test]))
+        corrected[test] = highest
+    return corrected
 
 
 def lead_over_captions(our: Result, their: Result, split: str) -> Lead:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from clipup.evaluate.retrieval import WAYS
 from clipup.inspection.figures.format import MISSING, percent
 
 from . import results
-from .results import TESTS, Group, Result
+from .results import TESTS, Group, Lead, Result
 
 Table = list[list[str]]
 """The head and the rows."""
@@ -54,6 +55,11 @@ class Tables:
         """The tables of the runs from starts of so many steps, and all that those start from in turn."""
         runs = [run for run in self.results.values() if [s.config["steps"] for s in self.starts_of([run])] == [steps]]
         return Tables({run.name: run for of in runs for run in (of, *self.before(of))})
+
+    def of_seeds(self, seeds: Collection[int]) -> Tables:
+        """The tables of the runs with these seeds, at the learning rates that all runs chose."""
+        kept = [run for _, runs in self.groups for run in runs if run.seed in seeds]
+        return Tables({run.name: run for run in kept})
 
     def with_runs_of(self, other: Tables) -> Tables:
         """The tables of these runs and another study's."""
@@ -115,13 +121,7 @@ class Tables:
             scale: of the axis, ``linear`` or ``log``.
         """
         ends = [tables.shortest(end) for tables in (self, larger)]
-        return str(results.lead_over_chord(self.shortest(arm), ends, math.log if scale == "log" else float))
-
-    def line_closes(self, run: str, ends: Sequence[str]) -> float:
-        """The percentage of the gap between two models that the straight line between them closes, over the logarithm
-        of inference FLOPs, at those of a run."""
-        own, narrow, wide = (math.log(self.results[name].cost["gflops_per_pair"]) for name in (run, *ends))
-        return 100 * (own - narrow) / (wide - narrow)
+        return str(results.lead_over_line([self.shortest(arm)], ends, scale=math.log if scale == "log" else float))
 
     def lead_of_run(self, run: str, other: str) -> str:
         """The lead of a run over another one, for a sentence."""
@@ -158,6 +158,28 @@ class Tables:
             leads = [str(results.lead(ours, theirs, measure=measure)) for measure in ("R@1", "nll")]
             recalls = _recall(theirs), _recall(ours)
             rows.append([others[group.arm], f"{group.budget:,}", str(len(ours)), *recalls, *leads])
+        return rows
+
+    def beside_line(self, arms: dict[str, str], line: Sequence[str], splits: Sequence[str]) -> Table:
+        """Arms beside the line of dense ones in R@1 over the logarithm of inference FLOPs, without a head: the wording
+        of the arm, MFLOP of a pair in inference, millions of parameters, PFLOP of training, seeds, R@1, NLL at the best
+        temperature, the lead over the line, and how many times the arm's FLOPs the line has at the arm's R@1.
+
+        Args:
+            arms: those that have runs are in the table, with their wording.
+            line: in ascending FLOPs.
+        """
+        rows, ends = [], [self.shortest(arm) for arm in line]
+        for arm, words in arms.items():
+            if not (runs := self.shortest(arm)):
+                continue
+            cost, others = runs[0].cost, arm not in line and all(ends)
+            lead = results.lead_over_line([runs], ends, splits) if others else None
+            saved = results.flops_saved(runs, ends, splits) if lead else []
+            recalls, nlls = ([run.mean(measure, splits) for run in runs] for measure in ("R@1", "best_nll"))
+            costs = f"{1000 * cost['gflops_per_pair']:.2f}", f"{cost['params'] / 1e6:.3f}", f"{self.pflop(runs[0]):.4f}"
+            cells = _interval(recalls, 100, 2), _interval(nlls, 1, 3), str(lead or ""), _interval(saved, 1, 2)
+            rows.append([words, *costs, str(len(runs)), *cells])
         return rows
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = TESTS) -> Table:
@@ -235,7 +257,7 @@ class Tables:
             gflops = runs[0].cost["gflops_per_pair"]
             costs = f"{gflops:.4f}", percent(gflops / of_larger, 0), f"{self.pflop(runs[0]):.3f}"
             leads = (
-                str(results.lead_unpaired(runs, larger.shortest(rival), splits, measure) or MISSING)
+                str(results.contrast([runs], [larger.shortest(rival)], splits, measure) or MISSING)
                 for rival, measure in product(rivals, ("R@1", "nll"))
             )
             rows.append([*_about(runs), *costs, _recall(runs, splits), *leads])
@@ -317,6 +339,33 @@ class Tables:
                 yield group, ours, theirs
 
 
+class Hypothesis(NamedTuple):
+    """What a plan asks: whether a lead is above 0."""
+
+    words: str
+    lead: Lead | None
+    seeds: int
+    """How many the plan asks for. A lead of fewer is not tested."""
+    parts: Sequence[Lead | None] = ()
+    """Leads that must be above 0 too."""
+
+
+def decided(hypotheses: Sequence[Hypothesis]) -> Table:
+    """The hypotheses of a plan, without a head: words, lead, p, p corrected for their number by Holm's method, and what
+    5 % decides. One that is not tested counts with a p of 1."""
+    complete = [of.lead is not None and of.lead.seeds == of.seeds for of in hypotheses]
+    p = [of.lead.p if of.lead and tested else 1.0 for of, tested in zip(hypotheses, complete, strict=True)]
+    rows = []
+    for of, tested, corrected, own in zip(hypotheses, complete, results.holm(p), p, strict=True):
+        if tested:
+            holds = all(part and part.mean > 0 for part in (of.lead, *of.parts))
+            verdict = "open" if corrected >= 0.05 else "holds" if holds else "does not hold"
+            rows.append([of.words, str(of.lead), f"{own:.2g}", f"{corrected:.2g}", verdict])
+        else:
+            rows.append([of.words, MISSING, MISSING, MISSING, "not tested"])
+    return rows
+
+
 def _of_layers(run: Result, name: str, over: Callable[[list[float]], float], written: Callable[[float], str]) -> str:
     """A number of the sparse layers, such as their mean load."""
     return written(over([layer[name] for layer in run.layers.values()])) if run.layers else MISSING
@@ -345,6 +394,14 @@ def _lead_cells(ours: Collection[Result], theirs: Collection[Result], splits: Se
 
 def _recall(runs: Sequence[Result], splits: Sequence[str] = TESTS) -> str:
     return percent(fmean(run.mean("R@1", splits) for run in runs), 2)
+
+
+def _interval(values: Sequence[float], scale: float, decimals: int) -> str:
+    """Mean, and ± half of its 95 % interval if there are several values; nothing if there is none."""
+    if not values:
+        return ""
+    half = results.half_width(values)
+    return f"{scale * fmean(values):.{decimals}f}" + (f" ± {scale * half:.{decimals}f}" if half is not None else "")
 
 
 def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:

@@ -50,6 +50,7 @@ def records(
         record: log.Record = {"gallery": 8, "captions": captions}
         for way, part in (("text_to_image", 1.0), ("image_to_text", 0.5)):
             record |= {f"{way}_R@1": r1 * part, f"{way}_R@5": r1 * part * 1.5, f"{way}_nll": 2 - r1 * part}
+            record[f"{way}_best_nll"] = 1 - r1 * part
             record[f"{way}_hits"] = measure.pack(answered)
         return record
 

@@ -4,18 +4,21 @@ import csv
 import shutil
 from pathlib import Path
 
+import pytest
+
 from studies import cli
 from studies.runner import page as study_page
 
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_committed_page_and_tables_are_those_of_the_committed_logs(tmp_path):
-    paths = study_page.write(ROOT / "studies" / "icons", tmp_path / "study.md")
+@pytest.mark.parametrize("study, page", [("icons", "study"), ("memory", "where_experts_pay")])
+def test_the_committed_page_and_tables_are_those_of_the_committed_logs(tmp_path, study, page):
+    paths = study_page.write(ROOT / "studies" / study, tmp_path / f"{page}.md")
     written = {path.relative_to(tmp_path) for path in paths}
     for path in written:
         assert (tmp_path / path).read_bytes() == (ROOT / "docs" / path).read_bytes(), f"{path}: run `make study`"
-    committed = [*ROOT.glob("docs/study/*"), *ROOT.glob("docs/study[._]*")]
+    committed = [*ROOT.glob(f"docs/{page}/*"), *ROOT.glob(f"docs/{page}[._]*")]
     assert {path.relative_to(ROOT / "docs") for path in committed} == written
 
 

@@ -4,9 +4,10 @@ import math
 
 import numpy
 import pytest
+from scipy import stats
 
 from studies.runner import figures, log, results
-from studies.runner.tables import Tables
+from studies.runner.tables import Hypothesis, Tables, decided
 
 CHOICES = {
     "a bad seed that the other rate lacks": ({0.1: {0: 0.50}, 0.2: {0: 0.52, 1: 0.10}}, 0.2),
@@ -61,7 +62,8 @@ def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records)
     lead = results.lead(ours, theirs, ["test_styles"], ["text_to_image"])
 
     expected = 4.302653 * numpy.std([0.02, 0.03, 0.07], ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert lead == (pytest.approx(0.04), pytest.approx(expected, rel=1e-3), 3, "R@1")
+    assert lead[:4] == (pytest.approx(0.04), pytest.approx(expected), 3, "R@1")
+    assert lead.p == pytest.approx(stats.ttest_1samp([0.02, 0.03, 0.07], 0).pvalue)
     every = results.lead(ours, theirs)  # a half of it from images to texts, a fifth of both on names
     assert every.mean == pytest.approx(0.04 * (1 + 0.5 + 0.2 + 0.1) / 4)
     nll = results.lead(ours, theirs, ["test_names"], ["image_to_text"], "nll")
@@ -99,6 +101,13 @@ def test_logs_that_cannot_be_compared_are_refused(write, make_records):
         Tables(runs).data()
 
 
+def welch(ours, theirs):
+    """The p of Welch's test and half of its 95 % interval."""
+    test = stats.ttest_ind(ours, theirs, equal_var=False)
+    interval = test.confidence_interval()
+    return test.pvalue, (interval.high - interval.low) / 2
+
+
 def of_width(write, make_records, width, gflops, scores):
     """Tables of one model: a start for each of the scores, and the arms that continue it."""
     logs = []
@@ -124,9 +133,8 @@ def test_leads_over_a_larger_model_are_not_paired_and_costs_are_shares_of_its_fl
 
     row, dense = (dict(zip(head, one, strict=True)) for one in rows)
     assert (row["seeds"], row["share %"], row["PFLOP"], row["R@1 %"]) == ("2", "25", "3.000", "39.00")
-    # three quarters of a score: images to texts have half of it. Welch: 4 and 1.5 degrees of freedom
-    assert dense["minus dense"] == f"*-6.00 ± {0.75 * 2.776 * 100 * 0.02 * math.sqrt(2 / 3):.2f}*"
-    assert row["minus more"] == f"-6.75 ± {0.75 * 12.706 * 100 * math.sqrt(0.02**2 / 1 + 0.01**2 * 1):.2f}"
+    assert dense["minus dense"] == f"*-6.00 ± {75 * welch([0.40, 0.42, 0.44], [0.48, 0.50, 0.52])[1]:.2f}*"
+    assert row["minus more"] == f"-6.75 ± {75 * welch([0.50, 0.54], [0.60, 0.62])[1]:.2f}"
     assert row["minus more, NLL"].startswith("+0.067 ± ")
     one_seed = of_width(write, make_records, "one", 0.004, [(0.40, {})])
     assert one_seed.leads_over_larger(wide, ["dense"])[1][-1] == "–"
@@ -136,14 +144,71 @@ def test_leads_over_a_larger_model_are_not_paired_and_costs_are_shares_of_its_fl
 
 
 def test_an_arm_is_compared_with_the_line_between_two_widths(write, make_records):
-    narrow = of_width(write, make_records, "narrow", 0.004, [(0.40, {"clip_up": 0.48}), (0.44, {"clip_up": 0.52})])
+    narrow = of_width(write, make_records, "narrow", 0.004, [(0.40, {"clip_up": 0.48}), (0.44, {"clip_up": 0.54})])
     wide = of_width(write, make_records, "wide", 0.016, [(0.60, {}), (0.64, {})])
     for run in narrow.shortest("clip_up"):
         run.cost["gflops_per_pair"] = 0.008
 
     # at half of the way in log FLOPs and a third in FLOPs; four cells hold 0.45 of a score
-    assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "*-0.90 ± 0.00*"
-    assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "**+0.60 ± 0.00**"
-    both = Tables(narrow.results | wide.results)
-    assert both.line_closes("clip_up-narrow-0", ["narrow-0", "wide-0"]) == pytest.approx(50)
-    assert narrow.lead("clip_up", "dense", measure="loss") == "**-0.160 ± 0.000**"
+    assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "-0.45 ± 5.72"
+    assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "+1.05 ± 5.72"
+    assert results.flops_saved(
+        narrow.shortest("clip_up")[:1], [of.shortest("dense") for of in (narrow, wide)], ["test_styles"]
+    ) == [pytest.approx(0.004 * 4**0.4 / 0.008)]
+    assert narrow.lead("clip_up", "dense", measure="loss") == "-0.180 ± 0.254"
+
+
+def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_welchs(write, make_records):
+    scores = {
+        "small": ([0.10, 0.12, 0.13], 1),
+        "middle": ([0.30, 0.36, 0.33], 2),
+        "large": ([0.40, 0.41, 0.48], 8),
+        "sparse": ([0.34, 0.35, 0.37], math.sqrt(2)),
+        "sparser": ([0.36, 0.40, 0.41], 4),
+    }
+    logs = []
+    for arm, (of_seed, mflop) in scores.items():
+        for seed, score in enumerate(of_seed):
+            logs.append(make_records(f"{arm}-{seed}", arm, seed=seed, score=score))
+            logs[-1][-1]["gflops_per_pair"] = mflop / 1000
+    tables = Tables(write(*logs))
+    values = {arm: numpy.array(of_seed) for arm, (of_seed, _) in scores.items()}
+    runs = {arm: tables.shortest(arm) for arm in scores}
+
+    # at half of the way from small to middle in log FLOPs, and of that from middle to large
+    sparse = values["sparse"] - (values["small"] + values["middle"]) / 2
+    sparser = values["sparser"] - (values["middle"] + values["large"]) / 2
+    line = [runs["small"], runs["middle"], runs["large"]]
+    both = results.lead_over_line([runs["sparse"], runs["sparser"]], line, ["test_styles"])
+    assert both.mean == pytest.approx(0.75 * ((sparse + sparser) / 2).mean())
+    assert both.p == pytest.approx(stats.ttest_1samp((sparse + sparser) / 2, 0).pvalue)
+
+    difference = results.contrast([runs["sparser"]], [runs["large"]], ["test_styles"])
+    assert difference.p == pytest.approx(welch(values["sparser"], values["large"])[0])
+    arms = [[runs["sparser"], runs["small"]], [runs["large"], runs["sparse"]]]
+    of_four = results.contrast(*arms, ["test_styles"])
+    squares = [values[arm].var(ddof=1) / 3 for arm in ("sparser", "small", "large", "sparse")]
+    freedom = sum(squares) ** 2 / sum(square**2 / 2 for square in squares)
+    assert of_four.half_width == pytest.approx(0.75 * stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares)))
+    mean = 0.75 * (values["sparser"] + values["small"] - values["large"] - values["sparse"]).mean()
+    assert of_four.mean == pytest.approx(mean)
+
+    rows = tables.beside_line(
+        {"small": "dense", "sparse": "experts", "none": "no runs"}, list(values)[:3], ["test_styles"]
+    )
+    assert [row[0] for row in rows] == ["dense", "experts"] and rows[0][7:] == ["", ""]
+    assert rows[1][7] == str(results.lead_over_line([runs["sparse"]], line, ["test_styles"]))
+
+
+def test_hypotheses_are_decided_together_and_one_without_all_its_runs_is_not_tested():
+    assert results.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert results.holm([0.5, 0.02, 0.6]) == pytest.approx([1, 0.06, 1])
+    above, below = results.Lead(0.1, 0.05, 5, p=0.001), results.Lead(-0.1, 0.05, 5, p=0.016)
+    few, weak = results.Lead(0.1, 0.01, 3, p=0.0001), results.Lead(0.1, 0.09, 5, p=0.04)
+
+    def verdicts(*leads, parts=()):
+        return [row[-1] for row in decided([Hypothesis("h", lead, 5, parts) for lead in leads])]
+
+    assert verdicts(above, below, few) == ["holds", "does not hold", "not tested"]
+    assert verdicts(above, weak, None) == ["holds", "open", "not tested"]
+    assert verdicts(above, parts=[above, below]) == ["does not hold"]
