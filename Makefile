@@ -38,7 +38,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow study-gpu models demo-start notebooks docs lint format build clean
+.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow models demo-start notebooks docs lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -178,13 +178,6 @@ study-narrow: $(call installed,all)  ## the runs of the third part (days)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512 nice -n 19 $(BIN)/python -m studies run studies/narrow \
 	  --data $(CONVERGED)/data --runs $(NARROW)/runs
-
-# The same study with a model of width 384 on icons of 64 x 64 pixels, on a GPU, from the npm package in ICONIFY.
-W384 := runs/icons-w384
-study-gpu: $(call installed,all)  ## the study with a wider model, on a GPU
-	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
-	$(BIN)/python -m studies run studies/icons-w384 --device cuda --data $(W384)/data --runs $(W384)/runs
-	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
 
 # The study's CLIP-UP that is best on validation, and the dense model that it starts from, as directories for others to take: with
 # their results, also in int8 (int8.json), in the model cards, and a page about the experts. Trains them first, in hours.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,7 +14,7 @@ from scipy import stats
 
 from clipup.evaluate.retrieval import WAYS
 
-from . import log, measure
+from . import log
 
 TESTS = ("test_styles", "test_names")
 
@@ -206,18 +206,18 @@ def lead_over_line(
     arms: Sequence[Iterable[Result]],
     line: Sequence[Iterable[Result]],
     splits: Sequence[str] = TESTS,
-    scale: Callable[[float], float] = math.log,
+    linear: bool = False,
 ) -> Lead | None:
     """The lead in R@1, mean over the arms, over others at the same FLOPs of a pair in inference. Between these, in
     ascending FLOPs, the line is straight. None without a shared seed.
 
     Args:
-        scale: of the axis of FLOPs.
+        linear: over FLOPs, not over their logarithm.
     """
     differences = []
     for ours, others in _by_seed(arms, line):
-        x, y = _line(others, splits, scale)
-        leads = (run.mean("R@1", splits) - numpy.interp(scale(_flops(run)), x, y) for run in ours)
+        x, y = zip(*((_flops(run, linear), run.mean("R@1", splits)) for run in others), strict=True)
+        leads = (run.mean("R@1", splits) - numpy.interp(_flops(run, linear), x, y) for run in ours)
         differences.append(float(fmean(leads)))
     return _over_seeds(differences)
 
@@ -227,8 +227,8 @@ def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits
     the arm's."""
     ratios = []
     for (run,), others in _by_seed([ours], line):
-        x, y = _line(others, splits, math.log)
-        ratios.append(math.exp(numpy.interp(run.mean("R@1", splits), y, x)) / _flops(run))
+        x, y = zip(*((_flops(run), run.mean("R@1", splits)) for run in others), strict=True)
+        ratios.append(math.exp(numpy.interp(run.mean("R@1", splits), y, x) - _flops(run)))
     return ratios
 
 
@@ -240,14 +240,9 @@ def _by_seed(
     return [(runs[: len(arms)], runs[len(arms) :]) for runs in of_seed]
 
 
-def _line(
-    runs: Sequence[Result], splits: Sequence[str], scale: Callable[[float], float]
-) -> tuple[list[float], list[float]]:
-    return [scale(_flops(run)) for run in runs], [run.mean("R@1", splits) for run in runs]
-
-
-def _flops(run: Result) -> float:
-    return run.cost["gflops_per_pair"]
+def _flops(run: Result, linear: bool = False) -> float:
+    flops = run.cost["gflops_per_pair"]
+    return flops if linear else math.log(flops)
 
 
 def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | None:
@@ -278,11 +273,3 @@ def holm(p: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p) - rank) * p[test]))
         corrected[test] = highest
     return corrected
-
-
-def lead_over_captions(our: Result, their: Result, split: str) -> Lead:
-    """The lead in R@1 of texts to images of one run over another on the same captions, whose interval is normal."""
-    way, count = WAYS[0], our.test[split]["captions"]
-    hits = [measure.unpack(run.test[split][f"{way}_hits"], count).astype(float) for run in (our, their)]
-    differences = hits[0] - hits[1]
-    return Lead(float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -113,20 +112,6 @@ class Tables:
         ours = [run for run in self.shortest(arm) if seeds is None or run.seed in seeds]
         return str(results.lead(ours, self.shortest(other), splits, measure=measure) or MISSING)
 
-    def lead_over_chord(self, arm: str, end: str, larger: Tables, scale: str) -> str:
-        """The lead of an arm over the straight line between ``end`` of this and of a larger model, over the FLOPs of a
-        pair in inference, for a sentence.
-
-        Args:
-            scale: of the axis, ``linear`` or ``log``.
-        """
-        ends = [tables.shortest(end) for tables in (self, larger)]
-        return str(results.lead_over_line([self.shortest(arm)], ends, scale=math.log if scale == "log" else float))
-
-    def lead_of_run(self, run: str, other: str) -> str:
-        """The lead of a run over another one, for a sentence."""
-        return str(results.lead([self.results[run]], [self.results[other]]))
-
     def lead_over_start(self, arm: str) -> str:
         """The lead of an arm over its starts, at its smallest budget, for a sentence."""
         return str(results.lead(self.shortest(arm), self.starts_of(self.shortest(arm))))
@@ -196,57 +181,6 @@ class Tables:
         heads = [head for other in others for head in (f"minus {label(other)}", "NLL", "seeds")]
         return [["learning rate of both", *heads], *rows]
 
-    def leads_by_length(self, arm: str, others: Sequence[str]) -> Table:
-        """R@1 of an arm and others by length of the runs, mean over splits and directions, and the arm's leads. A row
-        is over the seeds that all of its arms have; the first is the start of the shortest runs."""
-        of_group = dict(self.groups)
-        rows: Table = []
-        for group in (group for group, _ in self.groups if group.arm == arm):
-            names = [name for name in (*others, arm) if group._replace(arm=name) in of_group]
-            runs = results.shared(*(of_group[group._replace(arm=name)] for name in names))
-            of_arm, seeds = dict(zip(names, runs, strict=True)), str(len(runs[0]))
-            starts = self.starts_of(of_arm[arm])
-            if starts and not rows:
-                rows.append(["0", seeds, *[_recall(starts)] * (1 + len(others)), *[MISSING] * len(others)])
-            recalls = [_recall(of_arm[name]) if name in of_arm else MISSING for name in (*others, arm)]
-            leads = [results.lead(of_arm[arm], of_arm.get(name, ())) or MISSING for name in others]
-            rows.append([str(group.budget), seeds, *recalls, *map(str, leads)])
-        head = ["steps", "seeds", *map(label, (*others, arm)), *(f"minus {label(other)}" for other in others)]
-        return [head, *rows]
-
-    def leads_by_start(self, arm: str, others: Sequence[str]) -> Table:
-        """By the steps of the dense start: the lead of ``others[1]`` over ``others[0]`` on validation, and the arm's
-        leads over both, at its smallest budget, over the seeds that all arms of all rows have. Starts with a single
-        seed, which have no interval, are left out."""
-        fewer, more = others
-        steps = sorted({start.config["steps"] for start in self.starts_of(list(self.results.values()))})
-        of_start = {start_steps: self.of_start(start_steps) for start_steps in steps}
-        seeds = {
-            start_steps: {run.seed for run in results.shared(*(of.shortest(name) for name in (arm, *others)))[0]}
-            for start_steps, of in of_start.items()
-        }
-        compared = {start_steps: of for start_steps, of in of_start.items() if len(seeds[start_steps]) > 1}
-        common = set.intersection(*(seeds[start_steps] for start_steps in compared)) if compared else set()
-        rows = []
-        for start_steps, of in compared.items():
-            leads = [
-                of.lead(more, fewer, ["validation"], common),
-                *(of.lead(arm, name, TESTS, common) for name in others),
-            ]
-            rows.append([str(start_steps), str(len(common)), *leads])
-        gain = f"{label(more)} minus {label(fewer)}, validation"
-        return [["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], *rows]
-
-    def leads_by_caption(self, arm: str, splits: Sequence[str] = TESTS) -> Table:
-        """The leads over every other arm of the same budget, on the same captions, one row per pair of runs with the
-        same seed. Images are left out: many share a caption, so they are not independent."""
-        rows = []
-        for _, ours, theirs in self._rivals(arm):
-            for our, their in zip(*results.shared(ours, theirs), strict=True):
-                leads = [results.lead_over_captions(our, their, split) for split in splits]
-                rows.append([our.name, their.name, *map(str, leads)])
-        return [["run", "minus", *(_way(split, WAYS[0]) for split in splits)], *rows]
-
     def leads_over_larger(self, larger: Tables, rivals: Sequence[str], splits: Sequence[str] = TESTS) -> Table:
         """Every arm beside arms of a larger dense model, ``rivals``: the FLOPs of a pair in inference, also as a share
         of the larger model's; those of training, the start's included; R@1, mean over splits and directions; and the
@@ -263,25 +197,6 @@ class Tables:
             rows.append([*_about(runs), *costs, _recall(runs, splits), *leads])
         heads = [f"minus {label(rival)}{of}" for rival, of in product(rivals, ("", ", NLL"))]
         return [["arm", "steps", "lr", "seeds", "GFLOP per pair", "share %", "PFLOP", "R@1 %", *heads], *rows]
-
-    def recovery(self, arms: Sequence[str]) -> Table:
-        """How far a run falls below its start: R@1 on validation, mean of both directions, of the start, at the lowest
-        evaluation and at the end, and the share of the steps after which the runs are at the start's level again. Means
-        over the seeds of each arm at its smallest budget and chosen rate."""
-        rows = []
-        for arm in arms:
-            runs = self.shortest(arm)
-            start = fmean(run.selection for run in self.starts_of(runs))
-            steps = [record["step"] for record in runs[0].validations]
-            of_step = zip(*(run.validations for run in runs), strict=True)
-            curve = [fmean(record[f"{way}_R@1"] for record in records for way in WAYS) for records in of_step]
-            lowest = min(range(len(steps)), key=curve.__getitem__)
-            back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
-            share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
-            first, least, last = (percent(value, 2) for value in (start, curve[lowest], curve[-1]))
-            rows.append([label(arm), str(steps[-1]), str(len(runs)), first, least, *share, last])
-        head = ["arm", "steps", "seeds", "start", "lowest", "after", "at the start's level after", "end"]
-        return [head, *rows]
 
     def runs(self) -> Table:
         """Every run: R@1 on validation at the end, mean of both directions, and whether its learning rate is the chosen

@@ -101,14 +101,15 @@ def line_chart(
     percent: bool = False,
     y_range: tuple[float, float] | None = None,
     levels: Sequence[tuple[float, str]] = (),
+    log_ticks: Sequence[float] = (),
     width: float = 440,
     height: float = 290,
 ) -> Figure:
     """Lines over a shared x axis, as SVG.
 
     ``percent``: fractions of 1 are written as percentages. ``y_range``: ends of the y axis; by default those of the
-    values. ``levels``: (y, label) of dashed horizontal lines. Series without a color cycle through the palette, dashed
-    from the second cycle on.
+    values. ``levels``: (y, label) of dashed horizontal lines. ``log_ticks``: ticks of a logarithmic x axis. Series
+    without a color cycle through the palette, dashed from the second cycle on.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -128,6 +129,10 @@ def line_chart(
             right = axes.get_yaxis_transform()
             axes.annotate(label, (1, level), (-2, 4), right, "offset points", color=_SOFT, ha="right")
         axes.set_ylim(y_range)
+        if log_ticks:
+            axes.set_xscale("log")
+            axes.set_xticks(log_ticks, [short(tick) for tick in log_ticks])
+            axes.minorticks_off()
 
     labels = [line.label for line in series] if len(series) > 1 else []
     return _drawn(paint, title, x_label, y_label, labels, percent, width, height)

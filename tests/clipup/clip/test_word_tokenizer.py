@@ -95,7 +95,7 @@ def test_saved_model_includes_its_vocabulary_and_one_of_another_size_is_refused(
         clipup.get_tokenizer("words")
 
 
-@pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w384-64px"])
+@pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w16"])
 def test_every_icon_model_ships_with_its_vocabulary(name):
     tokenizer = clipup.get_tokenizer(name)
     text_cfg = clipup.get_model_config(name)["text_cfg"]

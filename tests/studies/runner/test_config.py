@@ -61,7 +61,7 @@ def test_an_invalid_file_is_refused_by_the_name_of_its_fault(read, before, after
         read(text)
 
 
-PRESET = ["icons", "icons-w384", "converged", "converged_rate", "narrow"]
+PRESET = ["icons", "converged", "converged_rate", "narrow"]
 ALL_BLOCKS = [("controls", {"blocks": "every"}), ("fresh", {"blocks": "every", "num_experts": 16})]
 
 

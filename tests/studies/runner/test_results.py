@@ -139,8 +139,9 @@ def test_leads_over_a_larger_model_are_not_paired_and_costs_are_shares_of_its_fl
     one_seed = of_width(write, make_records, "one", 0.004, [(0.40, {})])
     assert one_seed.leads_over_larger(wide, ["dense"])[1][-1] == "–"
 
-    drawn = figures.models([wide, narrow], {"dense": "dense", "clip_up": "clip up"})
-    assert ">dense<" in drawn and ">clip up<" in drawn
+    lines = {"start": [narrow.shortest("dense"), wide.shortest("dense")], "clip up": [narrow.shortest("clip_up")]}
+    drawn = figures.models(lines, "which is better")
+    assert all(f">{text}<" in drawn for text in ("which is better", "start", "clip up", "25", "100"))
 
 
 def test_an_arm_is_compared_with_the_line_between_two_widths(write, make_records):
@@ -150,11 +151,11 @@ def test_an_arm_is_compared_with_the_line_between_two_widths(write, make_records
         run.cost["gflops_per_pair"] = 0.008
 
     # at half of the way in log FLOPs and a third in FLOPs; four cells hold 0.45 of a score
-    assert narrow.lead_over_chord("clip_up", "dense", wide, "log") == "-0.45 ± 5.72"
-    assert narrow.lead_over_chord("clip_up", "dense", wide, "linear") == "+1.05 ± 5.72"
-    assert results.flops_saved(
-        narrow.shortest("clip_up")[:1], [of.shortest("dense") for of in (narrow, wide)], ["test_styles"]
-    ) == [pytest.approx(0.004 * 4**0.4 / 0.008)]
+    line = [of.shortest("dense") for of in (narrow, wide)]
+    assert str(results.lead_over_line([narrow.shortest("clip_up")], line)) == "-0.45 ± 5.72"
+    assert str(results.lead_over_line([narrow.shortest("clip_up")], line, linear=True)) == "+1.05 ± 5.72"
+    saved = results.flops_saved(narrow.shortest("clip_up")[:1], line, ["test_styles"])
+    assert saved == [pytest.approx(0.004 * 4**0.4 / 0.008)]
     assert narrow.lead("clip_up", "dense", measure="loss") == "-0.180 ± 0.254"
 
 
