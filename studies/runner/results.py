@@ -223,12 +223,19 @@ def lead_over_line(
 
 
 def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> list[float]:
-    """By seed: the FLOPs at which the line of ``lead_over_line`` has the R@1 of an arm, at most those of its end, over
-    the arm's."""
+    """By seed: the FLOPs at which the line of ``lead_over_line`` has the R@1 of an arm, over the arm's; 0 and infinity
+    where the line has it at no FLOPs, as it begins higher or ends lower.
+
+    Raises:
+        ValueError: the line falls, so that it may have an R@1 twice.
+    """
     ratios = []
     for (run,), others in _by_seed([ours], line):
-        x, y = zip(*((_flops(run), run.mean("R@1", splits)) for run in others), strict=True)
-        ratios.append(math.exp(numpy.interp(run.mean("R@1", splits), y, x) - _flops(run)))
+        x, y = zip(*((_flops(other), other.mean("R@1", splits)) for other in others), strict=True)
+        if list(y) != sorted(y):
+            raise ValueError(f"the line of seed {run.seed} falls: {y}")
+        at = numpy.interp(run.mean("R@1", splits), y, x, left=-math.inf, right=math.inf)
+        ratios.append(float(numpy.exp(at - _flops(run))))
     return ratios
 
 
@@ -236,8 +243,7 @@ def _by_seed(
     arms: Sequence[Iterable[Result]], others: Sequence[Iterable[Result]]
 ) -> list[tuple[tuple[Result, ...], tuple[Result, ...]]]:
     """For each seed that all have, the runs of the arms and those of the others."""
-    of_seed = zip(*shared(*arms, *others), strict=True)
-    return [(runs[: len(arms)], runs[len(arms) :]) for runs in of_seed]
+    return [(runs[: len(arms)], runs[len(arms) :]) for runs in zip(*shared(*arms, *others), strict=True)]
 
 
 def _flops(run: Result, linear: bool = False) -> float:
@@ -255,9 +261,8 @@ def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | No
 
 def _tested(mean: float, square: float, freedom: float, seeds: int, measure: str) -> Lead:
     """A lead from its mean, the square of its standard error, and the degrees of freedom of Student's t."""
-    error = math.sqrt(square)
-    p = 2 * stats.t.sf(abs(mean), freedom, scale=error)
-    return Lead(mean, float(stats.t.ppf(0.975, freedom)) * error, seeds, measure, float(p))
+    error = stats.t(freedom, scale=math.sqrt(square))
+    return Lead(mean, float(error.ppf(0.975)), seeds, measure, 2 * float(error.sf(abs(mean))))
 
 
 def half_width(values: Sequence[float]) -> float | None:

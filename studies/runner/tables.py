@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -56,9 +57,8 @@ class Tables:
         return Tables({run.name: run for of in runs for run in (of, *self.before(of))})
 
     def of_seeds(self, seeds: Collection[int]) -> Tables:
-        """The tables of the runs with these seeds, at the learning rates that all runs chose."""
-        kept = [run for _, runs in self.groups for run in runs if run.seed in seeds]
-        return Tables({run.name: run for run in kept})
+        """The tables of the runs with these seeds."""
+        return Tables({name: run for name, run in self.results.items() if run.seed in seeds})
 
     def with_runs_of(self, other: Tables) -> Tables:
         """The tables of these runs and another study's."""
@@ -147,8 +147,9 @@ class Tables:
 
     def beside_line(self, arms: dict[str, str], line: Sequence[str], splits: Sequence[str]) -> Table:
         """Arms beside the line of dense ones in R@1 over the logarithm of inference FLOPs, without a head: the wording
-        of the arm, MFLOP of a pair in inference, millions of parameters, PFLOP of training, seeds, R@1, NLL at the best
-        temperature, the lead over the line, and how many times the arm's FLOPs the line has at the arm's R@1.
+        of the arm, MFLOP of a pair in inference, thousands of parameters, seeds, R@1 on validation and in the splits,
+        NLL at the best temperature, training loss, the lead over the line, and how many times the arm's FLOPs the line
+        has at the arm's R@1.
 
         Args:
             arms: those that have runs are in the table, with their wording.
@@ -158,13 +159,19 @@ class Tables:
         for arm, words in arms.items():
             if not (runs := self.shortest(arm)):
                 continue
-            cost, others = runs[0].cost, arm not in line and all(ends)
-            lead = results.lead_over_line([runs], ends, splits) if others else None
-            saved = results.flops_saved(runs, ends, splits) if lead else []
-            recalls, nlls = ([run.mean(measure, splits) for run in runs] for measure in ("R@1", "best_nll"))
-            costs = f"{1000 * cost['gflops_per_pair']:.2f}", f"{cost['params'] / 1e6:.3f}", f"{self.pflop(runs[0]):.4f}"
-            cells = _interval(recalls, 100, 2), _interval(nlls, 1, 3), str(lead or ""), _interval(saved, 1, 2)
-            rows.append([words, *costs, str(len(runs)), *cells])
+            cost, beside = runs[0].cost, arm not in line and all(ends)
+            spreads = [
+                _interval([(100 if measure == "R@1" else 1) * run.mean(measure, over) for run in runs])
+                for over, measure in ((["validation"], "R@1"), (splits, "R@1"), (splits, "best_nll"), (splits, "loss"))
+            ]
+            saved = results.flops_saved(runs, ends, splits) if beside else []
+            if math.inf in saved:
+                times = f"> {ends[-1][0].cost['gflops_per_pair'] / cost['gflops_per_pair']:.2f}"
+            else:
+                times = MISSING if 0 in saved else _interval(saved)
+            costs = f"{1000 * cost['gflops_per_pair']:.2f}", f"{cost['params'] / 1e3:.0f}", str(len(runs))
+            lead = str(results.lead_over_line([runs], ends, splits) or MISSING) if beside else ""
+            rows.append([words, *costs, *spreads, lead, times])
         return rows
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = TESTS) -> Table:
@@ -202,7 +209,6 @@ class Tables:
         """Every run: R@1 on validation at the end, mean of both directions, and whether its learning rate is the chosen
         one; the similarity of its experts and the balance of their load at the end; its cost."""
         chosen = {run.name for _, runs in self.groups for run in runs}
-        train = self.data()["images"]["train"]
         columns: dict[str, Callable[[Result], str]] = {
             "run": lambda run: run.name,
             "arm": lambda run: label(run.config["arm"]),
@@ -216,11 +222,11 @@ class Tables:
             "worst layer": lambda run: _of_layers(run, "load", max, "{:.2f}".format),
             "dropped %": lambda run: _of_layers(run, "dropped", fmean, percent),
             "M pairs": lambda run: f"{run.cost['pairs'] / 1e6:.2f}",
-            "epochs": lambda run: f"{run.cost['pairs'] / train:.1f}",
-            "GFLOP per pair": lambda run: f"{run.cost['gflops_per_pair']:.4f}",
-            "PFLOP": lambda run: f"{run.cost['train_gflops'] / 1e6:.3f}",
-            "M params": lambda run: f"{run.cost['params'] / 1e6:.2f}",
-            "active": lambda run: f"{run.cost['active_params'] / 1e6:.2f}",
+            "epochs": lambda run: f"{run.cost['pairs'] / run.config['data']['images']['train']:.1f}",
+            "GFLOP per pair": lambda run: f"{run.cost['gflops_per_pair']:.4g}",
+            "PFLOP": lambda run: f"{run.cost['train_gflops'] / 1e6:.4g}",
+            "M params": lambda run: f"{run.cost['params'] / 1e6:.4g}",
+            "active": lambda run: f"{run.cost['active_params'] / 1e6:.4g}",
             "hours, 1 thread": lambda run: f"{run.cost['seconds'] / 3600:.2f}",
             "machine": lambda run: run.cost["machine"]["processor"],
         }
@@ -275,7 +281,7 @@ def decided(hypotheses: Sequence[Hypothesis]) -> Table:
         if tested:
             holds = all(part and part.mean > 0 for part in (of.lead, *of.parts))
             verdict = "open" if corrected >= 0.05 else "holds" if holds else "does not hold"
-            rows.append([of.words, str(of.lead), f"{own:.2g}", f"{corrected:.2g}", verdict])
+            rows.append([of.words, str(of.lead).strip("*"), f"{own:.2g}", f"{corrected:.2g}", verdict])
         else:
             rows.append([of.words, MISSING, MISSING, MISSING, "not tested"])
     return rows
@@ -311,12 +317,10 @@ def _recall(runs: Sequence[Result], splits: Sequence[str] = TESTS) -> str:
     return percent(fmean(run.mean("R@1", splits) for run in runs), 2)
 
 
-def _interval(values: Sequence[float], scale: float, decimals: int) -> str:
+def _interval(values: Sequence[float]) -> str:
     """Mean, and ± half of its 95 % interval if there are several values; nothing if there is none."""
-    if not values:
-        return ""
     half = results.half_width(values)
-    return f"{scale * fmean(values):.{decimals}f}" + (f" ± {scale * half:.{decimals}f}" if half is not None else "")
+    return (f"{fmean(values):.2f}" if values else "") + (f" ± {half:.2f}" if half is not None else "")
 
 
 def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
