@@ -148,8 +148,8 @@ class Tables:
     def beside_line(self, arms: dict[str, str], line: Sequence[str], splits: Sequence[str]) -> Table:
         """Arms beside the line of dense ones in R@1 over the logarithm of inference FLOPs, without a head: the wording
         of the arm, MFLOP of a pair in inference, thousands of parameters, seeds, R@1 on validation and in the splits,
-        NLL at the best temperature, training loss, the lead over the line, and how many times the arm's FLOPs the line
-        has at the arm's R@1.
+        NLL at the best temperature, training loss, and of sparse arms the lead over the line and how many times the
+        arm's FLOPs the line has at the arm's R@1.
 
         Args:
             arms: those that have runs are in the table, with their wording.
@@ -159,7 +159,7 @@ class Tables:
         for arm, words in arms.items():
             if not (runs := self.shortest(arm)):
                 continue
-            cost, beside = runs[0].cost, arm not in line and all(ends)
+            cost, beside = runs[0].cost, runs[0].layers and all(ends)
             spreads = [
                 _interval([(100 if measure == "R@1" else 1) * run.mean(measure, over) for run in runs])
                 for over, measure in ((["validation"], "R@1"), (splits, "R@1"), (splits, "best_nll"), (splits, "loss"))

@@ -176,7 +176,8 @@ def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_we
     logs = []
     for arm, (of_seed, mflop) in scores.items():
         for seed, score in enumerate(of_seed):
-            logs.append(make_records(f"{arm}-{seed}", arm, seed=seed, score=score))
+            layers = {"visual": {"load": 1.0}} if "sparse" in arm else None
+            logs.append(make_records(f"{arm}-{seed}", arm, seed=seed, score=score, layers=layers))
             logs[-1][-1]["gflops_per_pair"] = mflop / 1000
     tables = Tables(write(*logs))
     values = {arm: numpy.array(of_seed) for arm, (of_seed, _) in scores.items()}
