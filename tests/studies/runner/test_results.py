@@ -172,6 +172,7 @@ def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_we
         "large": ([0.40, 0.41, 0.48], 8),
         "sparse": ([0.34, 0.35, 0.37], math.sqrt(2)),
         "sparser": ([0.36, 0.40, 0.41], 4),
+        "sparse and best": ([0.39, 0.40, 0.50], 5),
     }
     logs = []
     for arm, (of_seed, mflop) in scores.items():
@@ -202,9 +203,12 @@ def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_we
     assert of_four.mean == pytest.approx(mean)
 
     rows = tables.beside_line(
-        {"small": "dense", "sparse": "experts", "none": "no runs"}, list(values)[:3], ["test_styles"]
+        {"small": "dense", "sparse": "experts", "sparse and best": "best", "none": "no runs"},
+        list(values)[:3],
+        ["test_styles"],
     )
-    assert [row[0] for row in rows] == ["dense", "experts"] and rows[0][8:] == ["", ""]
+    assert [row[0] for row in rows] == ["dense", "experts", "best"] and rows[0][8:] == ["", ""]
+    assert rows[2][9] == "> 1.60"  # the line ends at 8 MFLOP, with less than the arm has in one seed
     assert rows[1][8] == str(results.lead_over_line([runs["sparse"]], line, ["test_styles"]))
 
 
