@@ -261,14 +261,14 @@ def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | No
 
 def _tested(mean: float, square: float, freedom: float, seeds: int, measure: str) -> Lead:
     """A lead from its mean, the square of its standard error, and the degrees of freedom of Student's t."""
-    error = stats.t(freedom, scale=math.sqrt(square))
-    return Lead(mean, float(error.ppf(0.975)), seeds, measure, 2 * float(error.sf(abs(mean))))
+    error, student = math.sqrt(square), stats.t(freedom)
+    p = 2 * student.sf(abs(mean) / error) if error else 0.0
+    return Lead(mean, float(student.ppf(0.975) * error), seeds, measure, float(p))
 
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of the mean of one value per seed, by Student's t; None for one seed."""
-    over_seeds = _over_seeds(values)
-    return over_seeds and over_seeds.half_width
+    return None if len(values) < 2 else _over_seeds(values).half_width
 
 
 def holm(p: Sequence[float]) -> list[float]:
