@@ -4,7 +4,7 @@
 {"kind": "train", ...}        means over a window of steps: loss, contrastive, aux; sparse also balance, z, dropped,
                               router_entropy, and load: the largest expert's over the mean, mean over layers
 {"kind": "validation", ...}   ``measure.retrieval_numbers`` during training, and the experts' similarity
-{"kind": "test", ...}         at the end: the same for the test splits and validation, with hits
+{"kind": "test", ...}         at the end: the same for the test splits and validation
 {"kind": "layers", ...}       at the end, sparse models only: similarity, load and dropped by layer
 {"kind": "cost", ...}         steps, pairs, FLOPs, parameters; seconds and machine, which differ from run to run
 """

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +20,12 @@ def retrieval_numbers(
     model: nn.Module,
     samples: Sequence[tuple[Tensor, Sequence[str], dict[str, Any]]],
     tokenizer: Callable[[list[str]], Tensor],
-    with_hits: bool = False,
     best_temperature: bool = False,
 ) -> dict[str, Any]:
     """Retrieval in which all images of a caption count as correct.
 
     Args:
         samples: (image, captions, metadata) triples, from ``clipup.data.loaders.eval_samples``.
-        with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
-            of the samples) as base64 of packed bits, for paired statistics.
         best_temperature: adds ``best_nll`` of both ways at the logit scale whose mean of both is least, so that models
             are compared by what they know and not by how sure they are.
 
@@ -48,8 +43,6 @@ def retrieval_numbers(
     numbers: dict[str, Any] = {"gallery": len(images), "captions": len(texts)}
     for way, ranks in ranks_both_ways(images, texts, pairs).items():
         numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in (1, 5)} | {f"{way}_nll": nll[way]}
-        if with_hits:
-            numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
     if best_temperature:
         of_scale = (nll_both_ways(images, texts, pairs, scale) for scale in _SCALES)
         best = min(of_scale, key=lambda of_way: sum(of_way.values()))
@@ -61,13 +54,3 @@ def expert_cosines(model: nn.Module) -> dict[str, float]:
     """Mean cosine between the experts' first matrices by sparse layer; of fine-grained experts, between those that were
     initialized as the same shard."""
     return {name: similarity.first_mean for name, similarity in model_similarity(model).items()}
-
-
-def pack(hits: Tensor) -> str:
-    """Base64 of packed bits."""
-    return base64.b64encode(np.packbits(hits.numpy())).decode()
-
-
-def unpack(hits: str, count: int) -> np.ndarray:
-    """bool [count], the inverse of ``pack``."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(hits), np.uint8), count=count).astype(bool)

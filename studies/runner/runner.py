@@ -117,7 +117,8 @@ class _Run:
         result = self._train()
         tests = [split for split in self.dataset["splits"] if split.startswith("test")]
         test = {
-            split: self._measure(result.model, self._samples(split), with_hits=True) for split in (*tests, "validation")
+            split: self._measure(result.model, self._samples(split), self.config.views)
+            for split in (*tests, "validation")
         }
         data = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
         data["images"] = {split: content["images"] for split, content in self.dataset["splits"].items()}
@@ -191,7 +192,7 @@ class _Run:
         loader, validation = self._loader(), self._samples("validation")
 
         def validate(model: nn.Module) -> dict[str, Any]:
-            numbers = self._measure(model, validation, with_hits=False)
+            numbers = self._measure(model, validation)
             cosines = measure.expert_cosines(model)
             return {"numbers": numbers | ({"similarity": sum(cosines.values()) / len(cosines)} if cosines else {})}
 
@@ -211,9 +212,8 @@ class _Run:
     def _samples(self, split: str) -> list[Any]:
         return list(eval_samples(self.data / f"{split}-*.tar", self.preprocess))
 
-    def _measure(self, model: nn.Module, samples: list[Any], with_hits: bool) -> dict[str, Any]:
-        at_best = with_hits and self.config.views
-        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits, at_best)
+    def _measure(self, model: nn.Module, samples: list[Any], best_temperature: bool = False) -> dict[str, Any]:
+        return measure.retrieval_numbers(model, samples, self.tokenizer, best_temperature)
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
         """The sparse layers at the end; load and dropped are those of the last batch."""
