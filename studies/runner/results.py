@@ -169,6 +169,16 @@ class Lead(NamedTuple):
         return f"{mark}{text}{mark}" if abs(self.mean) > self.half_width else text
 
 
+class Saved(NamedTuple):
+    """FLOPs of a line over an arm's."""
+
+    ratios: list[float]
+    """By seed; none if the line falls in a seed, so that it may have an R@1 twice."""
+    bound: str
+    """">" if the line ends lower than the arm in a seed, so that its end counts there; "<" if it begins higher; "<>" if
+    both."""
+
+
 def lead(
     ours: Iterable[Result],
     theirs: Iterable[Result],
@@ -222,21 +232,17 @@ def lead_over_line(
     return _over_seeds(differences)
 
 
-def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> list[float]:
-    """By seed: the FLOPs at which the line of ``lead_over_line`` has the R@1 of an arm, over the arm's; 0 and infinity
-    where the line has it at no FLOPs, as it begins higher or ends lower.
-
-    Raises:
-        ValueError: the line falls, so that it may have an R@1 twice.
-    """
-    ratios = []
+def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> Saved:
+    """How many times an arm's FLOPs the line of ``lead_over_line`` has where it has the arm's R@1."""
+    ratios, bounds = [], ""
     for (run,), others in _by_seed([ours], line):
         x, y = zip(*((_flops(other), other.mean("R@1", splits)) for other in others), strict=True)
         if list(y) != sorted(y):
-            raise ValueError(f"the line of seed {run.seed} falls: {y}")
-        at = numpy.interp(run.mean("R@1", splits), y, x, left=-math.inf, right=math.inf)
-        ratios.append(float(numpy.exp(at - _flops(run))))
-    return ratios
+            return Saved([], "")
+        recall = run.mean("R@1", splits)
+        bounds += ">" if recall > y[-1] else "<" if recall < y[0] else ""
+        ratios.append(float(numpy.exp(numpy.interp(recall, y, x) - _flops(run))))
+    return Saved(ratios, "".join(sorted(set(bounds))))
 
 
 def _by_seed(

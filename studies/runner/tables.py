@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -164,11 +163,7 @@ class Tables:
                 _interval([(100 if measure == "R@1" else 1) * run.mean(measure, over) for run in runs])
                 for over, measure in ((["validation"], "R@1"), (splits, "R@1"), (splits, "best_nll"), (splits, "loss"))
             ]
-            saved = results.flops_saved(runs, ends, splits) if beside else []
-            if math.inf in saved:
-                times = f"> {ends[-1][0].cost['gflops_per_pair'] / cost['gflops_per_pair']:.2f}"
-            else:
-                times = MISSING if 0 in saved else _interval(saved)
+            times = _times(results.flops_saved(runs, ends, splits)) if beside else ""
             costs = f"{1000 * cost['gflops_per_pair']:.2f}", f"{cost['params'] / 1e3:.0f}", str(len(runs))
             lead = str(results.lead_over_line([runs], ends, splits) or MISSING) if beside else ""
             rows.append([words, *costs, *spreads, lead, times])
@@ -321,6 +316,14 @@ def _interval(values: Sequence[float]) -> str:
     """Mean, and ± half of its 95 % interval if there are several values; nothing if there is none."""
     half = results.half_width(values)
     return (f"{fmean(values):.2f}" if values else "") + (f" ± {half:.2f}" if half is not None else "")
+
+
+def _times(saved: results.Saved) -> str:
+    """Mean over seeds and its interval, or a bound of the mean."""
+    ratios, bound = saved
+    if not ratios or len(bound) > 1:
+        return MISSING
+    return f"{bound} {fmean(ratios):.2f}" if bound else _interval(ratios)
 
 
 def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
