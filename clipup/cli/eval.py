@@ -212,7 +212,9 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 def _benchmark(options: Options) -> DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
+    from ..data.image_files import passed_over
     from ..evaluate import datasets, image_folder, read_lines
+    from ..evaluate.labelled_images import KINDS
     from ..evaluate.zero_shot import TEMPLATES
 
     templates = [] if options.templates is None else read_lines(options.templates)
@@ -224,6 +226,8 @@ def _benchmark(options: Options) -> DataSet | None:
         if isinstance(images[0], tuple):  # names, numbers or the order may have decided
             pairs = [f"{path.relative_to(options.images).parts[0]} is {names[label]!r}" for path, label in images]
             print(printable(f"clipup eval: in --images, {pairs[0]}, ..., {pairs[-1]}"), file=sys.stderr)
+            if others := passed_over(options.images, KINDS):
+                print(f"clipup eval: passed over {others}", file=sys.stderr)
     elif options.root is not None:
         root, split = options.root, options.split
         readers: dict[str | None, Callable[[], DataSet]] = {

@@ -18,6 +18,13 @@ _LISTS: tuple[str, ...] = ("resblocks", "blocks", "stages", "layers")
 _HUGGING_FACE_LISTS: tuple[str, ...] = ("encoder.layer", "block", "layers")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, DataParallel, AveragedModel or what ``torch.compile`` returns."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 def towers(model: nn.Module) -> tuple[str, ...]:
     """The names of a model's towers: "image" and "text" of a CLIP, also "decoder" of a CoCa; "image" of a timm model;
     those of a transformers model.
@@ -37,7 +44,7 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         return ("image",)
     if is_hugging_face(model):
         return tuple(hugging_face_blocks(model))
-    unwrap = ", without a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
+    unwrap = "" if model is unwrapped(model) else ", without a wrapper"
     raise TypeError(
         f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a model of timm or transformers{unwrap}, got "
         f"{type(model).__name__}"

@@ -67,12 +67,12 @@ def csv_samples(
     Args:
         directory: which paths are relative to; they may not lead out of it.
     """
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, tuple[str, list[str]]] = {}
     for _, image, caption in readable_rows(path, form, skips, argument, directory, of_images=True):
-        captions.setdefault(image, []).append(caption)
+        captions.setdefault(os.path.abspath(image), (image, []))[1].append(caption)
     return [
         Sample(image, image, tuple(dict.fromkeys(of_image)), metadata={"key": image})
-        for image, of_image in captions.items()
+        for image, of_image in captions.values()
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .. import checks
@@ -14,8 +14,9 @@ from .tars import IMAGE_EXTENSIONS
 
 _RAW = ("arw", "cr2", "cr3", "crw", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw", "x3f")
 _HEIC = ("heic", "heif")
-_READ = IMAGE_EXTENSIONS + _HEIC * decodes_heic()
-_PASSED_OVER = {*_RAW, *_HEIC, "avif", "bmp", "gif", "jxl", "tif", "tiff"}.difference(_READ)
+READ = IMAGE_EXTENSIONS + _HEIC * decodes_heic()
+"""Kinds of files that are read as images."""
+_PASSED_OVER = {*_RAW, *_HEIC, "avif", "bmp", "gif", "jxl", "tif", "tiff"}.difference(READ)
 
 
 def image_files(source: str | Path) -> list[Sample]:
@@ -27,11 +28,11 @@ def image_files(source: str | Path) -> list[Sample]:
     """
     root = Path(source)
     checks.directory(source, "one with images", "images")
-    named = [path for path in sorted(_visible(root)) if path.suffix.lower()[1:] in _READ]
+    named = [path for path in sorted(_visible(root)) if path.suffix.lower()[1:] in READ]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         others = passed_over(source) or "no image"
-        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(_READ)}")
+        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(READ)}")
     keys = [path.relative_to(root).as_posix() for path in paths]
     return [Sample(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
 
@@ -42,9 +43,10 @@ def _visible(root: Path) -> Iterator[Path]:
             yield path
 
 
-def passed_over(source: str | Path) -> str:
-    """How many pictures of which other kinds are below a directory, for a message; empty if none."""
-    kinds = Counter(kind for path in _visible(Path(source)) if (kind := path.suffix.lower()[1:]) in _PASSED_OVER)
+def passed_over(source: str | Path, read: Collection[str] = READ) -> str:
+    """How many pictures of kinds that are not read are below a directory, for a message; empty if none."""
+    others = _PASSED_OVER.difference(read)
+    kinds = Counter(kind for path in _visible(Path(source)) if (kind := path.suffix.lower()[1:]) in others)
     named = ", ".join(f"{'RAW ' * (kind in _RAW)}{kind} ({count})" for kind, count in sorted(kinds.items()))
     hint = f"; {missing('reading heic', 'pi_heif', 'heic')}" if kinds.keys() & {*_HEIC} else ""
     return f"pictures of other kinds ({kinds.total()}): {named}{hint}" if kinds else ""

@@ -12,12 +12,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import checks
 from ..data.evaluation import EvalSamples
+from ..data.image_files import READ
 from ..data.images import MAX_PIXELS, load_image
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips
 from ..data.tars import lines, read_samples
 
+KINDS = sorted({*READ, *(extension[1:] for extension in IMG_EXTENSIONS)})
+"""Kinds of files that ``image_folder`` reads."""
 _SHOWN = 3
 """Names that a message lists."""
 
@@ -55,10 +58,10 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
         (path, label)
         for folder, label in zip(folders, labels, strict=True)
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMG_EXTENSIONS
+        if path.suffix.lower()[1:] in KINDS
     ]
     if not images:
-        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
+        raise ValueError(f"no image ({', '.join(KINDS)}) in the subdirectories of {directory}")
     return images
 
 

@@ -49,7 +49,8 @@ def save_pretrained(
     ``clipup.create_timm_model(directory)``.
 
     Args:
-        model: a model from ``clipup.upcycle``, open_clip or timm, not wrapped.
+        model: a model from ``clipup.upcycle``, open_clip or timm, also in a wrapper (``DistributedDataParallel``,
+            ``AveragedModel``, ``torch.compile``), of which nothing is saved.
         directory: created if it does not exist. A model and card in it are replaced, or unchanged if writing fails.
         model_cfg: open_clip's architecture config, as returned by ``clipup.get_model_config(name)``. For a timm model:
             arguments of ``timm.create_model`` that timm does not record itself.
@@ -95,6 +96,7 @@ def save_with_tokenizer(
         TypeError, ValueError: as in ``save_pretrained``.
     """
     checks.module("model", model)
+    model = towers.unwrapped(model)
     if is_hugging_face(model):
         raise TypeError(f"model is a {type(model).__name__} of transformers: use its own save_pretrained(directory)")
     checks.plain_weights("model", model)

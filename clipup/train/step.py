@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..clip.towers import unwrapped
 from ..moe.global_batch import StepCounting
 from ..moe.layer import aux_loss
 from ..moe.metrics import moe_metrics
@@ -23,7 +24,6 @@ from .parallel.sharding import (
     finish_gradients,
     gradient_norm,
     synchronize_gradients,
-    unwrapped,
 )
 
 LOGIT_SCALE_MAX = math.log(100)

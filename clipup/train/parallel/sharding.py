@@ -83,11 +83,6 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_distributed(parameter) for parameter in model.parameters())
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``wrapped`` was given."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def batch_statistics(model: nn.Module) -> list[Tensor]:
     """The running statistics of batch norms, which a forward pass in training changes."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]

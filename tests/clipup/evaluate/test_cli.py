@@ -59,6 +59,13 @@ def test_eval_says_which_directory_is_which_class(directory, classes, tmp_path, 
     assert "cat is 'katze', ..., dog is 'hund'" in capsys.readouterr().err
 
 
+def test_pictures_of_a_class_that_are_not_read_are_counted(directory, classes, tmp_path, capsys):
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "cat" / "1.tif")
+    (tmp_path / "images" / "dog" / "1.CR2").write_text("a raw photograph")
+    assert run(directory, *classes) == 0
+    assert "passed over pictures of other kinds (1): RAW cr2 (1)" in capsys.readouterr().err
+
+
 def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, tmp_path, capsys):
     out = tmp_path / "out" / "results.json"
     assert (

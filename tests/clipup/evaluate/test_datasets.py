@@ -96,7 +96,7 @@ def test_clip_benchmarks_shards_give_their_own_type(tmp_path):
 
 def test_a_csv_of_a_directory_names_images_inside_it(tmp_path):
     layouts.picture(0).save(tmp_path / "0.jpg")
-    (tmp_path / "test.csv").write_text("filepath\ttitle\n0.jpg\ta cat\n0.jpg\ta dog\n")
+    (tmp_path / "test.csv").write_text("filepath\ttitle\n0.jpg\ta cat\n./0.jpg\ta dog\n")
 
     (record,) = datasets.csv(tmp_path, "test", CsvOptions()).records
 

@@ -45,6 +45,13 @@ def test_saved_model_loads_unchanged(tmp_path, kind, prefix):
     assert step0_difference(model, loaded) == 0
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel, torch.nn.DataParallel])
+def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path, wrap):
+    model = make_sparse()
+    save_pretrained(wrap(model), tmp_path, tiny_config())
+    assert step0_difference(model, clipup.create_model_and_transforms(str(tmp_path))[0]) == 0
+
+
 def test_preprocessing_is_saved_and_loaded(tmp_path):
     preprocess = {
         "mean": [0.1, 0.2, 0.3],
