@@ -49,8 +49,8 @@ def save_pretrained(
     ``clipup.create_timm_model(directory)``.
 
     Args:
-        model: a model from ``clipup.upcycle``, open_clip or timm, also in a wrapper (``DistributedDataParallel``,
-            ``AveragedModel``, ``torch.compile``), of which nothing is saved.
+        model: a model from ``clipup.upcycle``, open_clip or timm. A wrapper (``DistributedDataParallel``,
+            ``AveragedModel``, ``torch.compile``) is removed.
         directory: created if it does not exist. A model and card in it are replaced, or unchanged if writing fails.
         model_cfg: open_clip's architecture config, as returned by ``clipup.get_model_config(name)``. For a timm model:
             arguments of ``timm.create_model`` that timm does not record itself.
