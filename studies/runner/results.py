@@ -217,19 +217,26 @@ def lead_over_line(
     line: Sequence[Iterable[Result]],
     splits: Sequence[str] = TESTS,
     linear: bool = False,
+    curved: bool = False,
 ) -> Lead | None:
     """The lead in R@1, mean over the arms, over others at the same FLOPs of a pair in inference. Between these, in
     ascending FLOPs, the line is straight. None without a shared seed.
 
     Args:
         linear: over FLOPs, not over their logarithm.
+        curved: the line is a polynomial through all the others, with one coefficient for each.
     """
+    at = _polynomial if curved else numpy.interp
     differences = []
     for ours, others in _by_seed(arms, line):
         x, y = zip(*((_flops(run, linear), run.mean("R@1", splits)) for run in others), strict=True)
-        leads = (run.mean("R@1", splits) - numpy.interp(_flops(run, linear), x, y) for run in ours)
+        leads = (run.mean("R@1", splits) - at(_flops(run, linear), x, y) for run in ours)
         differences.append(float(fmean(leads)))
     return _over_seeds(differences)
+
+
+def _polynomial(at: float, x: Sequence[float], y: Sequence[float]) -> float:
+    return float(numpy.polyval(numpy.polyfit(x, y, len(x) - 1), at))
 
 
 def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> Saved:

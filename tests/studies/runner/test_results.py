@@ -191,6 +191,10 @@ def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_we
     assert both.mean == pytest.approx(0.75 * ((sparse + sparser) / 2).mean())
     assert both.p == pytest.approx(stats.ttest_1samp((sparse + sparser) / 2, 0).pvalue)
 
+    curve = (10 * values["small"] + 15 * values["middle"] - values["large"]) / 24  # Lagrange, at 1/2 of 0, 1 and 3
+    curved = results.lead_over_line([runs["sparse"]], line, ["test_styles"], curved=True)
+    assert curved.mean == pytest.approx(0.75 * (values["sparse"] - curve).mean())
+
     difference = results.contrast([runs["sparser"]], [runs["large"]], ["test_styles"])
     assert difference.p == pytest.approx(welch(values["sparser"], values["large"])[0])
     arms = [[runs["sparser"], runs["small"]], [runs["large"], runs["sparse"]]]
