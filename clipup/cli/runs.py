@@ -23,37 +23,28 @@ from ..train.log.records import read_records
 
 
 def model_directory(name: str) -> Path | None:
-    """The directory of the model that a directory stands for; None for other names, and for runs that are not finished
-    or have gone on."""
+    """The directory of the model that a directory stands for; None for other names, and for runs that go on."""
     root = model_names.directory_of(name)
-    if root is None or not (root / CONFIG_NAME).is_file():
-        return None
-    run = RunDirectory(_path(name))
-    return root if root == run.root or _is_finished(run) else None
-
-
-def _path(name: str) -> Path:
-    return Path(name.removeprefix(model_names.LOCAL_PREFIX))
+    return root if root is not None and (root / CONFIG_NAME).is_file() else None
 
 
 @contextmanager
 def model_of(name: str) -> Iterator[str]:
     """The model that a name, a model's directory or a training run's stands for, as ``factory`` takes it.
 
-    For a run that is not finished, or has gone on, this is its newest checkpoint, in a directory that is removed
-    afterwards.
+    For a run that goes on, this is its newest checkpoint, in a directory that is removed afterwards.
 
     Raises:
         FileNotFoundError: a directory holds neither a model nor a checkpoint.
     """
-    if model_names.directory_of(name) is None:
+    root = model_names.directory_of(name)
+    if root is None:
         yield name
         return
     directory = model_directory(name)
     if directory is not None:
         yield f"{model_names.LOCAL_PREFIX}{directory}"
         return
-    root = _path(name)
     latest = kept.newest(RunDirectory(root).checkpoints)
     if latest is None:
         raise FileNotFoundError(
@@ -71,18 +62,8 @@ def model_of(name: str) -> Iterator[str]:
 def trained_steps(directory: Path) -> int | None:
     """Steps of a finished run, from its directory or that of its model; None for any other directory."""
     run = RunDirectory(directory.parent if directory.name == "model" else directory)
-    records = read_records(run.root / "metrics.jsonl") if _is_finished(run) else []
+    records = read_records(run.root / "metrics.jsonl") if (run.model / CONFIG_NAME).is_file() else []
     return records[-1]["step"] if records else None
-
-
-def _is_finished(run: RunDirectory) -> bool:
-    """Whether a run has a model, and does not go on: its newest checkpoint is the last one, or older than the model."""
-    config = run.model / CONFIG_NAME
-    checkpoints, _ = kept.in_order(run.checkpoints) if config.is_file() else ([], [])
-    if not checkpoints:
-        return config.is_file()
-    (_, _, finished), newest = checkpoints[-1]
-    return finished or newest.stat().st_mtime <= config.stat().st_mtime
 
 
 def load_for_inference(

@@ -28,7 +28,7 @@ def image_files(source: str | Path) -> list[Sample]:
     """
     root = Path(source)
     checks.directory(source, "one with images", "images")
-    named = [path for path in sorted(_visible(root)) if path.suffix.lower()[1:] in READ]
+    named = [path for path in sorted(visible(root)) if path.suffix.lower()[1:] in READ]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         others = passed_over(source) or "no image"
@@ -37,8 +37,9 @@ def image_files(source: str | Path) -> list[Sample]:
     return [Sample(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
 
 
-def _visible(root: Path) -> Iterator[Path]:
-    for path in root.rglob("*"):
+def visible(root: Path, pattern: str = "**/*") -> Iterator[Path]:
+    """What is below a directory, but for what is hidden by a dot and the thumbnails of a network drive."""
+    for path in root.glob(pattern):
         if not any(part.startswith((".", "@eaDir")) for part in path.relative_to(root).parts):
             yield path
 
@@ -46,7 +47,7 @@ def _visible(root: Path) -> Iterator[Path]:
 def passed_over(source: str | Path, read: Collection[str] = READ) -> str:
     """How many pictures of kinds that are not read are below a directory, for a message; empty if none."""
     others = _PASSED_OVER.difference(read)
-    kinds = Counter(kind for path in _visible(Path(source)) if (kind := path.suffix.lower()[1:]) in others)
+    kinds = Counter(kind for path in visible(Path(source)) if (kind := path.suffix.lower()[1:]) in others)
     named = ", ".join(f"{'RAW ' * (kind in _RAW)}{kind} ({count})" for kind, count in sorted(kinds.items()))
     hint = f"; {missing('reading heic', 'pi_heif', 'heic')}" if kinds.keys() & {*_HEIC} else ""
     return f"pictures of other kinds ({kinds.total()}): {named}{hint}" if kinds else ""

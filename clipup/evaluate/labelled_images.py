@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import checks
 from ..data.evaluation import EvalSamples
-from ..data.image_files import READ
+from ..data.image_files import READ, visible
 from ..data.images import MAX_PIXELS, load_image
 from ..data.samples import Sample
 from ..data.shard_names import expand_shards, open_shard
@@ -40,7 +40,7 @@ def read_lines(path: str | Path, kind: str = "name") -> list[str]:
 
 
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """The images of a directory with one subdirectory per class, with their class indices.
+    """The images of a directory with one subdirectory per class, with their class indices. Hidden ones are left out.
 
     If subdirectories are named by classes, names decide; upper and lower case, and "_", "-" and " ", count as the same.
     If all are numbers, these are the indices. Otherwise the sorted subdirectories are the classes in the order of the
@@ -52,12 +52,12 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
     """
     root = Path(directory)
     checks.directory(directory, "one with a subdirectory per class")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in visible(root, "*") if path.is_dir())
     labels = _labels(directory, [folder.name for folder in folders], classes)
     images = [
         (path, label)
         for folder, label in zip(folders, labels, strict=True)
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(visible(folder))
         if path.suffix.lower()[1:] in KINDS
     ]
     if not images:

@@ -15,7 +15,7 @@ import torch
 from ..data.options import StepOptions
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..evaluate.retrieval import NonFiniteFeatures
-from .checkpoints import file
+from .checkpoints import file, kept
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.options import RunDirectoryOptions
 from .checkpoints.position import RunState
@@ -358,6 +358,8 @@ class Trainer:
             self.state.skipped_samples = self.data.skipped(self.ranks.gather)
             self.state.evaluations = len(self.reports.recorder.records("evaluations"))
             self.guard.check_weights(self.model, self.step.optimizer, self.ranks)
+            if self.ranks.first and not self._is_done:
+                self.directory.set_model_aside()
         path = self.checkpoints.save(*names)
         self.clock.restart()
         return path
@@ -389,3 +391,5 @@ class Trainer:
             results += validation.results(numbers) if numbers else []
         precision = {"precision": self.step.precision}
         self.trained_model.save(self.ranks, [each | precision for each in results])
+        if self.ranks.first and self.directory is not None:
+            kept.delete(self.directory.former_model)

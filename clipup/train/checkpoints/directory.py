@@ -9,6 +9,7 @@ LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epo
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
+LOGS/NAME/model_before/           the model of a former end, while the run goes on after it
 LOGS/NAME/.lock                   while a process writes there
 """
 
@@ -29,7 +30,7 @@ from .options import RunDirectoryOptions
 _OPTIONS = "options.json"
 _PARTS = (
     *("checkpoints", "metrics.jsonl", "evaluations.jsonl", "warnings.jsonl", _OPTIONS, "tensorboard", "wandb"),
-    *("model", "out.log"),
+    *("model", "model_before", "out.log"),
 )
 
 
@@ -40,6 +41,7 @@ class RunDirectory:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
+        self.former_model = root / "model_before"
 
     @contextmanager
     def locked(self, options: RunDirectoryOptions) -> Iterator[None]:
@@ -84,6 +86,12 @@ class RunDirectory:
             if part != _OPTIONS:
                 kept.delete(self.root / part)
         self.checkpoints.mkdir(exist_ok=True)
+
+    def set_model_aside(self) -> None:
+        """For a run that goes on after its end: from its next checkpoint on it no longer stands for that model."""
+        if self.model.exists():
+            kept.delete(self.former_model)
+            self.model.rename(self.former_model)
 
     def start(self) -> Path | None:
         """The checkpoint of another run that this one begins from, as long as it has none of its own."""

@@ -97,9 +97,11 @@ def test_mistakes_of_a_classification_are_refused(oracle, number_tokenizer, numb
     ],
 )
 def test_subdirectories_are_classes_by_name_by_number_or_in_order(tmp_path, folders, classes, labels):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
     for name in folders:
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "._1.png").touch()  # what macOS writes on a foreign disk
     if labels is None:
         with pytest.raises(ValueError, match=str(tmp_path)):
             image_folder(tmp_path, classes)

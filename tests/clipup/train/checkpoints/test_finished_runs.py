@@ -68,19 +68,23 @@ def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_e
     assert (latest["epoch"], latest["step"], latest["step_of_epoch"]) == (1, 3, 0)
 
 
-def test_a_run_that_goes_on_after_its_end_is_evaluated_at_its_newest_checkpoint(run, tmp_path):
-    first = run(steps=3)
-    model = first.directory / "model"
-    assert weights_of(first.directory) == weights_of(model) and trained_steps(first.directory) == 3
-    (first.directory / "checkpoints" / "epoch_latest.pt").rename(tmp_path / "kept.pt")  # epoch_1.pt is left
-    assert weights_of(first.directory) == weights_of(model)
-    (tmp_path / "kept.pt").rename(first.directory / "checkpoints" / "epoch_latest.pt")
+def test_a_run_that_goes_on_after_its_end_stands_for_its_newest_checkpoint_and_not_for_its_former_model(run):
+    directory = run(steps=3).directory
+    former = weights_of(directory)
+    assert former == weights_of(directory / "model") and trained_steps(directory) == 3
+
     with pytest.raises(Killed):
         run(steps=9, resume="latest", save_every_n_steps=2, callbacks=[Every(5, killed)])
 
-    latest = load(first.directory / "checkpoints" / "epoch_latest.pt")["state_dict"]
-    assert weights_of(first.directory) == digest(latest) != weights_of(model)
-    assert trained_steps(first.directory) is None
+    latest = load(directory / "checkpoints" / "epoch_latest.pt")["state_dict"]
+    assert weights_of(directory) == digest(latest) != former == weights_of(directory / "model_before")
+    assert trained_steps(directory) is None
+    with pytest.raises(FileNotFoundError):
+        clipup.create_model_and_transforms(str(directory))
+
+    run(steps=9, resume="latest")
+    assert weights_of(directory) == weights_of(directory / "model") != digest(latest)
+    assert not (directory / "model_before").exists()
 
 
 def weights_of(directory):
