@@ -358,8 +358,8 @@ class Trainer:
             self.state.skipped_samples = self.data.skipped(self.ranks.gather)
             self.state.evaluations = len(self.reports.recorder.records("evaluations"))
             self.guard.check_weights(self.model, self.step.optimizer, self.ranks)
-            if self.ranks.first and not self._is_done:
-                self.directory.set_model_aside()
+            if not self.state.finished:
+                self.ranks.on_first(self.directory.set_model_aside)
         path = self.checkpoints.save(*names)
         self.clock.restart()
         return path
@@ -391,5 +391,5 @@ class Trainer:
             results += validation.results(numbers) if numbers else []
         precision = {"precision": self.step.precision}
         self.trained_model.save(self.ranks, [each | precision for each in results])
-        if self.ranks.first and self.directory is not None:
-            kept.delete(self.directory.former_model)
+        if self.directory is not None:
+            self.ranks.on_first(partial(kept.delete, self.directory.former_model))

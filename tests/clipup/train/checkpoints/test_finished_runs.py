@@ -68,13 +68,17 @@ def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_e
     assert (latest["epoch"], latest["step"], latest["step_of_epoch"]) == (1, 3, 0)
 
 
-def test_a_run_that_goes_on_after_its_end_stands_for_its_newest_checkpoint_and_not_for_its_former_model(run):
+@pytest.mark.parametrize("place, every", [("_end_epoch", 5), ("_save_model", 0)])
+def test_a_run_that_goes_on_after_its_end_stands_for_its_newest_checkpoint_and_not_for_its_former_model(
+    run, monkeypatch, place, every
+):
     directory = run(steps=3).directory
     former = weights_of(directory)
     assert former == weights_of(directory / "model") and trained_steps(directory) == 3
 
-    with pytest.raises(Killed):
-        run(steps=9, resume="latest", save_every_n_steps=2, callbacks=[Every(5, killed)])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, place, killed)
+        run(steps=6, resume="latest", save_every_n_steps=every)
 
     latest = load(directory / "checkpoints" / "epoch_latest.pt")["state_dict"]
     assert weights_of(directory) == digest(latest) != former == weights_of(directory / "model_before")
@@ -82,8 +86,8 @@ def test_a_run_that_goes_on_after_its_end_stands_for_its_newest_checkpoint_and_n
     with pytest.raises(FileNotFoundError):
         clipup.create_model_and_transforms(str(directory))
 
-    run(steps=9, resume="latest")
-    assert weights_of(directory) == weights_of(directory / "model") != digest(latest)
+    run(steps=6, resume="latest")
+    assert weights_of(directory) == weights_of(directory / "model") != former
     assert not (directory / "model_before").exists()
 
 
