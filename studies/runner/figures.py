@@ -14,18 +14,20 @@ _WIDTH, _HEIGHT = 400, 330  # px, whose text is legible on a phone
 
 
 def models(lines: Mapping[str, Sequence[Sequence[Result]]], title: str, splits: Sequence[str] = TESTS) -> str:
-    """R@1 over the logarithm of the FLOPs of a pair in inference, as a percentage of those of the first line's last
-    point. A point is the mean over seeds, with its 95 % interval.
+    """R@1 over the logarithm of the FLOPs of a pair in inference. A point is the mean over seeds, with its 95 %
+    interval.
 
     Args:
         lines: the runs of each point of a line, in ascending FLOPs, by the line's name.
     """
-    series, first = [], next(iter(lines.values()))
+    series = []
     for name, points in lines.items():
-        x = [100 * runs[0].cost["gflops_per_pair"] / first[-1][0].cost["gflops_per_pair"] for runs in points]
+        x = [1000 * runs[0].cost["gflops_per_pair"] for runs in points]
         recalls = [[run.mean("R@1", splits) for run in runs] for runs in points]
         errors = [half_width(of_seeds) or 0.0 for of_seeds in recalls]
         series.append(Series(name, x, list(map(fmean, recalls)), points=True, errors=errors))
-    ticks, label = [round(float(x)) for x in series[0].x], "FLOPs of inference, % of the widest dense model"
-    chart = line_chart(series, title, label, "R@1", percent=True, log_ticks=ticks, width=_WIDTH, height=_HEIGHT)
+    ticks = [float(f"{x:.2g}") for x in series[0].x]
+    chart = line_chart(
+        series, title, "MFLOP of inference", "R@1", percent=True, log_ticks=ticks, width=_WIDTH, height=_HEIGHT
+    )
     return svg.on_white(chart, _WIDTH, _HEIGHT)
