@@ -358,9 +358,9 @@ class Trainer:
             self.state.skipped_samples = self.data.skipped(self.ranks.gather)
             self.state.evaluations = len(self.reports.recorder.records("evaluations"))
             self.guard.check_weights(self.model, self.step.optimizer, self.ranks)
-            if not self.state.finished:
-                self.ranks.on_first(self.directory.set_model_aside)
         path = self.checkpoints.save(*names)
+        if self.directory is not None and names and not self.state.finished:
+            self.ranks.on_first(self.directory.set_model_aside)
         self.clock.restart()
         return path
 

@@ -24,6 +24,7 @@ from typing import Any
 from ... import checks
 from ...atomic_files import remove_abandoned, replace_files
 from ...locks import LOCK_FILE, exclusive
+from ...models.model_directory import CONFIG_NAME
 from . import kept
 from .options import RunDirectoryOptions
 
@@ -89,7 +90,7 @@ class RunDirectory:
 
     def set_model_aside(self) -> None:
         """For a run that goes on after its end: from its next checkpoint on it no longer stands for that model."""
-        if self.model.exists():
+        if (self.model / CONFIG_NAME).is_file():  # a model that could not be written is none
             kept.delete(self.former_model)
             self.model.rename(self.former_model)
 

@@ -91,6 +91,23 @@ def test_a_run_that_goes_on_after_its_end_stands_for_its_newest_checkpoint_and_n
     assert not (directory / "model_before").exists()
 
 
+@pytest.mark.parametrize("write, kept", [("torch.save", "model"), ("safetensors.torch.save_file", "model_before")])
+def test_a_full_disk_takes_no_finished_model(run, monkeypatch, write, kept):
+    """It fills at the first new checkpoint, or at the new model."""
+    directory = run(steps=3).directory
+    former = weights_of(directory)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(write, full)
+        run(steps=6, resume="latest", save_every_n_steps=5)
+
+    assert weights_of(directory / kept) == former
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
 def weights_of(directory):
     with model_of(str(directory)) as name:
         return digest(clipup.create_model_and_transforms(name)[0].state_dict())
