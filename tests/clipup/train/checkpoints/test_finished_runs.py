@@ -39,11 +39,8 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_still_be_extended_ex
 
 @pytest.mark.parametrize("error", [Killed, OSError])
 def test_a_run_that_ends_before_its_model_was_saved_is_finished_by_the_next(run, tmp_path, monkeypatch, error):
-    def full(*args, **kwargs):
-        raise error(28, "No space left on device")
-
     with monkeypatch.context() as patch, pytest.raises(error, match="No space left"):
-        patch.setattr("clipup.models.saving.save_with_tokenizer", full)
+        patch.setattr("clipup.models.saving.save_with_tokenizer", full(error))
         run(steps=4, save_every_n_steps=4)
     state = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")
     assert state["step"] == 4 and not state["finished"]
@@ -98,14 +95,17 @@ def test_a_full_disk_takes_no_finished_model(run, monkeypatch, write, kept):
     former = weights_of(directory)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(write, full)
+        patch.setattr(write, full(OSError))
         run(steps=6, resume="latest", save_every_n_steps=5)
 
     assert weights_of(directory / kept) == former
 
 
-def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
+def full(error):
+    def write(*args, **kwargs):
+        raise error(28, "No space left on device")
+
+    return write
 
 
 def weights_of(directory):
