@@ -179,7 +179,7 @@ class MoEConfig:
         check("reinit_ratio", self.reinit_ratio, self.reinit_ratio <= 1, "between 0 and 1")
         self._check_blocks()
         self._check_combinations()
-        if self.top_k == 1 < self.num_experts and self.routing == "token_choice" and self.normalize_gates != "none":
+        if self.top_k == 1 < self.num_experts and self.routing != "expert_choice" and self.normalize_gates != "none":
             warnings.warn(
                 "with top_k=1, normalized gates are always 1, so the task loss does not train the router; "
                 "normalize_gates='none' lets it, and an upcycled model then starts from another function",
@@ -247,7 +247,7 @@ class MoEConfig:
     @property
     def mean_choices(self) -> int:
         """Experts that compute a token, without dropping; on average and rounded up where experts choose."""
-        if self.routing == "token_choice":
+        if self.routing != "expert_choice":
             return self.top_k
         return min(self.num_experts, math.ceil(self.top_k * self.expert_choice_factor(training=True)))
 
@@ -263,7 +263,7 @@ class MoEConfig:
     @property
     def keeps_function(self) -> bool:
         """Whether an upcycled model computes the same function as the dense one if nothing is dropped."""
-        return self.normalize_gates != "none" and self.reinit_ratio == 0 and self.routing == "token_choice"
+        return self.normalize_gates != "none" and self.reinit_ratio == 0 and self.routing != "expert_choice"
 
     def differing(self, other: MoEConfig) -> list[str]:
         """The fields for which layers with the same weights compute something else in evaluation."""

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import clipup
 from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics
+from clipup.moe.config import RoutingKind
 from clipup_kernels import ACTIVATIONS
 from clipup_kernels.reference import activate
 
@@ -353,3 +355,18 @@ def test_every_form_of_the_layer_returns_its_routing():
         found, same = other(x, return_routing=True)
         torch.testing.assert_close(found, y)
         assert torch.equal(same.experts, routing.experts) and torch.equal(same.kept, routing.kept)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.7])
+@pytest.mark.parametrize("rule", get_args(RoutingKind))
+def test_the_config_says_of_every_routing_rule_how_many_experts_a_token_has_and_what_upcycling_keeps(
+    rule, capacity_factor
+):
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
+    config = MoEConfig(num_experts=E, top_k=K, routing=rule, capacity_factor=capacity_factor)
+    layer, x = SparseMoE.from_dense(mlp, config).eval(), torch.randn(20, D)
+    y, routing = layer(x, return_routing=True)
+    experts = routing.kept.sum().item() / len(x)
+    assert config.mean_choices - 1 < experts <= config.mean_choices
+    assert torch.allclose(y, mlp(x), atol=1e-5) == config.keeps_function
