@@ -109,30 +109,30 @@ class _SparseModel:
         make_sparse(self, saved.replace(towers=towers))  # type: ignore[arg-type]
         adopt(self, saved.replace(towers=towers))
 
-    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        """transformers calls this for every module once it has read a file, for the model itself last. Here it also
-        initializes the parameters of sparse layers that the file lacks."""
-        super()._initialize_weights(module, *args)  # type: ignore[misc]
-        for part in module.modules() if module is self else ():
-            if isinstance(part, Experts | Router) and not getattr(part, "holds_values", True):
-                self._initialize_missing(part)
-                part.holds_values = True  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: to custom code transformers does not apply a family's rules for attention, MLPs and heads."""
+        return False
 
-    def _initialize_missing(self, module: Experts | Router) -> None:
-        """Experts become copies of one MLP, as in a model that is made of a config."""
-        named = module.named_parameters(recurse=False)
-        missing = {name: value for name, value in named if not getattr(value, "_is_hf_initialized", False)}
-        if isinstance(module, Router):  # transformers lets functions of nn.init leave what was read
-            module.reset_to_virtual_groups() if missing else module.reset_parameters()
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        """transformers calls this for every module once it has read a file, for the model itself last. The tensors of
+        sparse layers that the file lacks become those of a model that is made of the config: there, the family's rule
+        for an MLP holds for all experts."""
+        super()._initialize_weights(module, *args)  # type: ignore[misc]
+        if module is not self:
             return
-        config: Any = self.config  # type: ignore[attr-defined]
-        for name, parameter in missing.items():
-            mlp = parameter[: config.moe_cfg["granularity"]]
-            if parameter.ndim == 3:
-                nn.init.normal_(mlp, std=getattr(config, "initializer_range", 0.02))
-            else:
-                nn.init.constant_(mlp, float(name == "ln_weight"))
-            parameter.copy_(mlp.repeat(len(parameter) // len(mlp), *[1] * (parameter.ndim - 1)))
+        parts = [part for part in self.modules() if not getattr(part, "holds_values", True)]  # type: ignore[attr-defined]
+        tensors = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+        missing = {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()  # type: ignore[attr-defined]
+            if id(tensor) in tensors and not getattr(tensor, "_is_hf_initialized", False)
+        }
+        made = type(self)(self.config).state_dict() if missing else {}  # type: ignore[attr-defined]
+        for name, tensor in missing.items():
+            tensor.copy_(made[name])
+        for part in parts:
+            part.holds_values = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's forward. A loss with gradients that it returns includes the weighted losses of the sparse

@@ -130,27 +130,75 @@ def test_changed_configs_of_layers_are_saved(name, tmp_path):
         assert type(sparse.vision_model).from_pretrained(tmp_path).moe_config.top_k == 1
 
 
+def assert_drawn_alike(found, expected):
+    """Two random states have the same deviation in every tensor."""
+    assert found.keys() == expected.keys()
+    for key, values in found.items():
+        assert values.isfinite().all(), key
+        if values.numel() > 1:
+            independent = values[0].numel() if values.dim() == 3 else values.numel()  # experts may be copies
+            error = 5 * independent**-0.5
+            assert values.std().item() == pytest.approx(expected[key].std().item(), rel=error, abs=1e-4), key
+
+
 @FAMILIES
-def test_experts_that_a_file_lacks_are_copies_of_an_mlp_of_transformers_initializer_range(name, tmp_path):
-    dense = tiny_hugging_face(name)
-    sparse = upcycle(dense, sparse_config(dense, granularity=2, top_k=2, shared_expert=True))
+def test_tensors_that_a_file_lacks_are_initialized_as_in_an_upcycled_new_model(name, tmp_path):
+    dense = type(tiny_hugging_face(name))(CONFIGS[name]())
+    expected = upcycle(dense, sparse_config(dense, granularity=2, top_k=2, shared_expert=True))
+    expected.save_pretrained(tmp_path)
+    safetensors.torch.save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+
+    for model in (type(expected).from_pretrained(tmp_path), type(expected)(expected.config)):
+        assert_drawn_alike(model.state_dict(), expected.state_dict())
+        for layer in moe_layers(model).values():
+            assert torch.equal(layer.in_weight[:2], layer.in_weight[2:])
+            assert not torch.equal(layer.in_weight[0], layer.in_weight[1])  # shards
+            assert torch.equal(layer.router.weight[0], layer.router.weight[1])
+
+
+@FAMILIES
+def test_experts_that_a_file_has_stay_beside_those_that_it_lacks(name, tmp_path):
+    sparse = upcycle(tiny_hugging_face(name))
     sparse.save_pretrained(tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    names = [key for key in weights if re.search(r"(in_weight|in_bias|gate_weight|router.weight)$", key)]
-    lacking = {key: value for key, value in weights.items() if key not in names}
+    lacking = {key: value for key, value in weights.items() if not re.search(r"(in_weight|router.weight)$", key)}
     safetensors.torch.save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
 
     loaded = type(sparse).from_pretrained(tmp_path)
 
     for key, layer in moe_layers(loaded).items():
-        for experts in (layer, layer.shared):
-            drawn = [weight for weight in (experts.in_weight, experts.gate_weight) if weight is not None]
-            assert all(weight.std().item() == pytest.approx(0.02, rel=0.1) for weight in drawn)
-            assert experts.in_bias is None or not experts.in_bias.any()
-        assert torch.equal(layer.in_weight[:2], layer.in_weight[2:])
-        assert not torch.equal(layer.in_weight[0], layer.in_weight[1])  # shards
-        assert torch.equal(layer.router.weight[0], layer.router.weight[1]) and layer.router.weight.std() > 0.01
         assert torch.equal(layer.out_weight, sparse.get_submodule(key).out_weight)
+        assert torch.equal(layer.in_weight[0], layer.in_weight[1]) and layer.in_weight.std() > 0.01
+        assert layer.router.weight.std() > 0.01
+
+
+HEADS = {
+    "CLIPModel": "Image",
+    "SiglipModel": "Image",
+    "Siglip2Model": "Image",
+    "ViTModel": "Image",
+    "Dinov2Model": "Image",
+    "BertModel": "Sequence",
+    "RobertaModel": "Sequence",
+    "XLMRobertaModel": "Sequence",
+    "ModernBertModel": "Sequence",
+}
+
+
+@pytest.mark.parametrize("name", quick(HEADS))
+def test_a_new_head_on_a_sparse_model_is_initialized_as_on_the_dense_model(name, tmp_path):
+    dense = tiny_hugging_face(name)
+    sparse, auto = upcycle(dense), getattr(transformers, f"AutoModelFor{HEADS[name]}Classification")
+    for model, path in ((dense, tmp_path / "dense"), (sparse, tmp_path / "sparse")):
+        model.save_pretrained(path)
+
+    head = auto.from_pretrained(tmp_path / "dense", num_labels=40).state_dict()
+    loaded = auto.from_pretrained(tmp_path / "sparse", num_labels=40)
+
+    assert moe_layers(loaded)
+    new = [key for key in head if "classifier" in key]
+    assert new
+    assert_drawn_alike({key: loaded.state_dict()[key] for key in new}, {key: head[key] for key in new})
 
 
 def trained(model, batch, path, **options):
