@@ -1,23 +1,16 @@
-"""The formats of image-text data, in one table."""
+"""The formats of image-text data: by which names they are known. How each is read: ``loaders``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..option_group import OptionGroup, all_idle
-from .csv_files import CsvOptions, CsvSource, csv_samples
-from .samples import Sample, Source
-from .skips import Skips
-
-if TYPE_CHECKING:
-    from .options import DataOptions, SourceOptions
-    from .train_data import Reader
+from .csv_files import CsvOptions
 
 
 class Format(NamedTuple):
-    """How a format is recognised and read."""
+    """How a format is recognised."""
 
     noun: str
     """Names its data in messages."""
@@ -25,56 +18,13 @@ class Format(NamedTuple):
     """Of the names of its data."""
     options: type[OptionGroup]
     """The options that only this format has; a base class of ``SourceOptions``."""
-    shards: Callable[[DataOptions], list[str]]
-    """The shards of the training data, which may be streamed; none for a format without shards."""
-    source: Callable[[DataOptions, list[str], Reader, bool], Source]
-    """Training samples, from the options, the shards and the reader; with True a progress bar is shown."""
-    samples: Callable[[str, SourceOptions, Skips, str], list[Sample]]
-    """Evaluation samples of data with this name; the last argument is what messages call the name."""
     cut_short: bool = False
     """Whether more may follow the ending, as in a URL."""
 
 
-def _shards(options: DataOptions) -> list[str]:
-    from .shard_names import expand_shards
-
-    return expand_shards(options.source, "train_data", options.allow_pipe)
-
-
-def _shard_source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
-    from .shards import ShardSource
-
-    first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
-    return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
-
-
-def _shard_samples(source: str, options: SourceOptions, skips: Skips, argument: str) -> list[Sample]:
-    from .shard_names import expand_shards
-    from .shards import tar_samples
-
-    return tar_samples(expand_shards(source, argument), skips, argument)
-
-
 FORMATS = {
-    "csv": Format(
-        "a CSV file",
-        (".csv", ".tsv"),
-        CsvOptions,
-        lambda options: [],
-        lambda options, shards, reader, progress: CsvSource(
-            options.source, options, reader.skips, options.data_retries
-        ),
-        csv_samples,
-    ),
-    "webdataset": Format(
-        "shards",
-        (".tar",),
-        OptionGroup,
-        _shards,
-        _shard_source,
-        _shard_samples,
-        cut_short=True,
-    ),
+    "csv": Format("a CSV file", (".csv", ".tsv"), CsvOptions),
+    "webdataset": Format("shards", (".tar",), OptionGroup, cut_short=True),
 }
 """By the names that ``dataset_type`` gives them."""
 

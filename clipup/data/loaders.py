@@ -6,19 +6,21 @@ import os
 from collections.abc import Callable
 from multiprocessing import Value
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..checks import check
 from ..extras import needed_for
+from .csv_files import CsvSource, csv_samples
 from .evaluation import EvalSamples
-from .formats import FORMATS, Format
+from .formats import FORMATS
 from .indexed import indexed_data
 from .options import DataOptions, SourceOptions, StepOptions
-from .samples import check_found
-from .shard_names import describe, is_remote, listed_shards, not_a_source
+from .samples import Sample, Source, check_found
+from .shard_names import describe, expand_shards, is_remote, listed_shards, not_a_source
 from .shard_writer import DATASET_FILE
+from .shards import ShardSource, tar_samples
 from .skips import Skips
 from .train_data import Reader, TrainData
 
@@ -32,6 +34,39 @@ __all__ = [
     "load_train_data",
     "train_loader",
 ]
+
+
+class Reading(NamedTuple):
+    """How a format is read."""
+
+    shards: Callable[[DataOptions], list[str]]
+    """The shards of the training data, which may be streamed; none for a format without shards."""
+    source: Callable[[DataOptions, list[str], Reader, bool], Source]
+    """Training samples, from the options, the shards and the reader; with True a progress bar is shown."""
+    samples: Callable[[str, SourceOptions, Skips, str], list[Sample]]
+    """Evaluation samples of the data with this name; the last argument: the option's name in messages."""
+
+
+def _shard_source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
+    first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
+    return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
+
+
+_READINGS = {
+    "csv": Reading(
+        lambda options: [],
+        lambda options, shards, reader, progress: CsvSource(
+            options.source, options, reader.skips, options.data_retries
+        ),
+        csv_samples,
+    ),
+    "webdataset": Reading(
+        lambda options: expand_shards(options.source, "train_data", options.allow_pipe),
+        _shard_source,
+        lambda source, options, skips, argument: tar_samples(expand_shards(source, argument), skips, argument),
+    ),
+}
+"""By the names in ``FORMATS``."""
 
 
 def train_loader(
@@ -109,24 +144,24 @@ def load_train_data(
     reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped))
     form, shards = _format_and_shards(options)
     if not options.cache_data and (options.dataset_resampled or any(map(is_remote, shards))):
-        check("dataset_resampled", True, bool(shards), f"False on {form.noun}")
+        check("dataset_resampled", True, bool(shards), f"False on {FORMATS[form].noun}")
         with needed_for("streaming shards", "train"):
             from .streamed import streamed_data
         data = streamed_data(options, shards, reader)
     else:
-        data = indexed_data(options, form.source(options, shards, reader, progress), reader, progress)
+        data = indexed_data(options, _READINGS[form].source(options, shards, reader, progress), reader, progress)
     data.set_epoch(epoch)
     return data
 
 
-def _format_and_shards(options: DataOptions) -> tuple[Format, list[str]]:
-    """The format of the training data, and the shards of one that has them."""
+def _format_and_shards(options: DataOptions) -> tuple[str, list[str]]:
+    """The name of the format of the training data, and the shards of one that has them."""
     if not os.path.isdir(options.source):
         form = options.format_of(options.source, "train_data")
-        return form, form.shards(options)
+        return form, _READINGS[form].shards(options)
     if not (Path(options.source) / DATASET_FILE).is_file():
         raise not_a_source("train_data", options.source, "train-*.tar")
-    return FORMATS["webdataset"], listed_shards(options.source, "train", "train_data")
+    return "webdataset", listed_shards(options.source, "train", "train_data")
 
 
 def eval_samples(
@@ -154,6 +189,6 @@ def load_eval_samples(
     if os.path.isdir(source):
         raise not_a_source(argument, source, "test-*.tar")
     skips = Skips(options.max_skipped)
-    samples = options.format_of(source, argument).samples(source, options, skips, argument)
+    samples = _READINGS[options.format_of(source, argument)].samples(source, options, skips, argument)
     check_found(len(samples), skips, source, argument)
     return EvalSamples(samples, preprocess, skips, max_image_pixels=options.max_image_pixels)

@@ -9,7 +9,7 @@ from ..checks import check, one_of
 from ..option_group import OptionGroup, Resumed, option
 from ..precision import default_workers
 from .csv_files import CsvOptions
-from .formats import FORMATS, Format, name_of_format
+from .formats import FORMATS, name_of_format
 from .images import MAX_PIXELS
 from .skips import MAX_SKIPPED, RETRIES
 
@@ -32,8 +32,8 @@ class SourceOptions(CsvOptions):
         one_of("dataset_type", self.dataset_type, ("auto", *FORMATS))
         check("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share from 0 to 1 (0.1: a tenth)")
 
-    def format_of(self, source: str, argument: str) -> Format:
-        """The format of a source.
+    def format_of(self, source: str, argument: str) -> str:
+        """The name of a source's format.
 
         Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
         """
@@ -44,7 +44,7 @@ class SourceOptions(CsvOptions):
                 f"{argument}: cannot tell the format of {source!r} from its name, expected {expected}: rename it, or "
                 "set dataset_type"
             )
-        return FORMATS[name]
+        return name
 
 
 @dataclass(kw_only=True)

@@ -28,8 +28,6 @@ INSIDE_FUNCTIONS = {
     "clipup.inference.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
-    "clipup.data.formats -> clipup.data.shard_names": "tarfile and more, for which the help need not wait",
-    "clipup.data.formats -> clipup.data.shards": "numpy and more, for which the help need not wait",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",
 }
 """Imports of our own inside functions, and what each spares. Commands import what needs torch when their options are
@@ -48,9 +46,8 @@ def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[
     """Modules of ours that a module imports, with whether it does so inside a function."""
     tree = ast.parse(path.read_text("utf-8"))
     inner = {id(node) for function in ast.walk(tree) if is_function(function) for node in ast.walk(function)}
-    typing_only = {id(node) for branch in ast.walk(tree) if for_typing(branch) for node in ast.walk(branch)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
+        if isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
             for alias in node.names:
                 names = (f"{base}.{alias.name}", f"{base}.{alias.name}.__init__", base, f"{base}.__init__")
@@ -59,10 +56,6 @@ def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[
 
 def is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-
-
-def for_typing(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def room(module: str, package: str) -> str:
