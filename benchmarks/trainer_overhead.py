@@ -58,7 +58,7 @@ def bare_loop(model: nn.Module, batch: Batch, lr: float, steps: int) -> Callable
 def measure_pairs(model: nn.Module, loader: object, batch: Batch, args: argparse.Namespace) -> dict[str, str]:
     """The numbers of a row. The first pair is not counted: memory that is kept between steps is there after it."""
     bare, per_step = bare_loop(model, batch, args.lr, args.steps_of_pair), []
-    options = TrainOptions(
+    options = TrainOptions.flat(
         logs=None,
         steps=args.steps_of_pair * (args.pairs + 1),
         log_every_n_steps=args.steps_of_pair,

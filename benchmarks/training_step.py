@@ -52,14 +52,14 @@ def real_batch(args: argparse.Namespace, preprocess: Callable) -> Batch:
 def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Callable[[], object]:
     """A run of one step on the same batch."""
     device = torch.device(args.device)
-    options = TrainOptions(model=args.model, lr=1e-4, device=args.device)
+    options = TrainOptions.flat(model=args.model, lr=1e-4, device=args.device)
     model = model.train().to(device, torch.bfloat16 if args.precision == "bf16" else None)
     images, texts = batch[0].to(device, next(model.parameters()).dtype), batch[1].to(device)
-    objective = create_objective(options, model, Ranks(device), args.precision)
+    objective = create_objective(options.loss, model, Ranks(device), args.precision)
     train_step = TrainStep(
-        model, objective, create_optimizer(model, options), device, args.precision, grad_clip_norm=1.0
+        model, objective, create_optimizer(model, options.optimizer), device, args.precision, grad_clip_norm=1.0
     )
-    if not train_step([(images, texts)]).total.isfinite():
+    if not train_step([(images, texts)]).losses.total.isfinite():
         raise SystemExit(f"{args.model} in {args.precision}: a loss that is not finite; nothing was timed")
     return lambda: train_step([(images, texts)])
 

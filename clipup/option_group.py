@@ -79,13 +79,16 @@ class OptionGroup:
                 value.check()
 
     def idle(self) -> dict[str, str]:
-        """The options that have no effect beside the others, by name, with the reason."""
-        return {
+        """The options that have no effect beside the others of their group, by name, with the reason."""
+        idle = {
             each.name: why
             for each in fields(self)
             for why, holds in each.metadata.get("idle", {}).items()
             if holds(self)
         }
+        for group in vars(self).values():
+            idle |= group.idle() if isinstance(group, OptionGroup) else {}
+        return idle
 
 
 def all_idle(group: type, why: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 _AUDIO = "clipup trains towers of images and texts, not of audio"
 _NAFLEX = "clipup trains on images of one size"
+_REMOTE = "copy the directory of the run by another program, such as rclone copy logs/NAME REMOTE:PATH"
 _BUCKETS = "on a CPU the text towers stop at the longest text of a batch; elsewhere sparse layers skip the padding"
 
 INSTEAD = {
@@ -25,7 +26,7 @@ INSTEAD = {
     "--train-loss-ema-samples": "metrics.jsonl has the loss of every logged step, to be smoothed as you like",
     "--debug": "set the environment variable CLIPUP_DEBUG=1 for tracebacks",
     "--copy-codebase": "every checkpoint holds the options, and the version of an installed package is known",
-    "--remote-sync-protocol": "the URL of --remote-sync says it: s3://BUCKET/PATH needs the package s3fs",
+    **dict.fromkeys(("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"), _REMOTE),
     "--use-bn-sync": "each rank keeps the batch norm statistics of its own images",
     "--val-retrieval-chunk-size": "retrieval is always computed in parts",
     "--val-retrieval-precision": "retrieval is computed in float32; the encoders run in --precision",

@@ -13,7 +13,7 @@ from ..option_group import OptionGroup, all_idle, option
 from ..precision import Precision
 from ..train.optimizer.options import TrainedPartsOptions
 from ..train.parallel.options import ParallelOptions
-from ..train.train_options import TrainOptions
+from ..train.train_options import RESUMED, TrainOptions
 from .flags import parse
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions, RunOptions):
         return idle if self.moe else idle | all_idle(MoEConfig, "without --moe, which makes the model sparse")
 
     def train_options(self) -> TrainOptions:
-        given = {each.name: getattr(self, each.name, None) for each in dataclasses.fields(TrainOptions)}
-        return TrainOptions(**{name: value for name, value in given.items() if value is not None})
+        given = {name: getattr(self, name, None) for name in RESUMED}
+        return TrainOptions.flat(**{name: value for name, value in given.items() if value is not None})
 
     def cluster(self) -> Cluster:
         from ..plan import Cluster, Rates, card
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
     trained = options.train_options()
     moe = options.moe_cfg if options.moe else None
     subject = Subject.create(options.model, moe, options.precision, options.siglip)
-    lock_parts(subject.model, trained)
+    lock_parts(subject.model, trained.trained_parts)
     made = plan(subject, trained, cluster, options.batch, options.caption_tokens)
     proposed = propose(subject, trained, cluster, options.batch, options.caption_tokens)
     length = options.length()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import copy
@@ -14,7 +13,7 @@ import tyro
 
 from ..moe.config import MoEConfig
 from ..train.parallel.launched import Launched
-from ..train.train_options import TrainOptions
+from ..train.train_options import GROUPS, TrainOptions
 from . import open_clip_flags, say
 from .flags import flags, join_help, parse, refuse_idle, refuse_unknown_models
 from .logs import in_one_line
@@ -27,8 +26,9 @@ _COMMON = ("model", "pretrained", "moe", "train_data", "val_data", "batch_size",
 """The options that most runs need. The help shows them before the groups that they belong to."""
 
 join_help(TrainOptions)
-_TYPES = get_type_hints(MoEConfig) | get_type_hints(TrainOptions, include_extras=True)
-_FIELDS = {each.name: copy(each) for each in (*fields(MoEConfig), *fields(TrainOptions))}
+_KINDS: tuple[Any, ...] = (MoEConfig, *GROUPS.values())
+_TYPES = {name: hint for kind in _KINDS for name, hint in get_type_hints(kind, include_extras=True).items()}
+_FIELDS = {each.name: copy(each) for kind in _KINDS for each in fields(kind)}
 for _name, _default in vars(MoEConfig.clip_up()).items():
     _FIELDS[_name].default = _default
 
@@ -40,17 +40,13 @@ def _shown(title: str, description: str | None, options: Iterable[str]) -> tuple
     return title, group, field(default_factory=group)
 
 
-def _title(group: type) -> str:
-    return re.sub("(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
-
-
 _Grouped: Any = make_dataclass(
     "TrainOptions",
     [
         _shown("common", "Those that most runs need.", _COMMON),
         *(
-            _shown(_title(group), group.__doc__, (name for name in flags(group) if name not in _COMMON))
-            for group in TrainOptions.__bases__
+            _shown(title, group.__doc__, (name for name in flags(group) if name not in _COMMON))
+            for title, group in GROUPS.items()
         ),
     ],
     namespace={"__doc__": TrainOptions.__doc__},
@@ -65,9 +61,9 @@ def main(argv: list[str]) -> int:
     """Returns 0, 1 when loss, gradients or weights are not finite, 130 after Ctrl-C, SIGTERM or SIGHUP (with a
     checkpoint to continue from)."""
     options = _parse(argv)
-    if options.logs is None:
+    if options.checkpoints.logs is None:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
-    check_directory("logs", options.logs)
+    check_directory("logs", options.checkpoints.logs)
     from ..train import TrainingInterrupted, train
     from ..train.parallel.ranks import ElsewhereRaised
 
@@ -118,7 +114,9 @@ def _options(argv: list[str]) -> TrainOptions:
     open_clip_flags.refuse(argv, FLAGS)
     groups = vars(parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))).values()
     values = {name: value for group in groups for name, value in vars(group).items()}
-    options = TrainOptions(moe_cfg=MoEConfig(**{name: values.pop(name) for name in flags(MoEConfig)}), **values)
-    refuse_unknown_models(options)
+    moe_cfg = MoEConfig(**{name: values.pop(name) for name in flags(MoEConfig)})
+    options = TrainOptions.flat(moe_cfg=moe_cfg, **values)
+    for group in options.groups():
+        refuse_unknown_models(group)
     refuse_idle(argv, options.idle())
     return options

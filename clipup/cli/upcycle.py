@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..data.formats import idle_options, name_of_format
-from ..data.options import DataOptions, SourceOptions
+from ..data.options import SourceOptions, StepOptions, TrainingDataOptions
 from ..models import known_models
 from ..moe.options import SparseOptions
 from ..option_group import all_idle, option
@@ -129,17 +129,16 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
 
     assert options.calibrate_data is not None
     FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
-    data = DataOptions(
+    step = StepOptions(batch_size=options.calibrate_batch_size, seed=options.seed)
+    data = TrainingDataOptions(
         **asdict(options.source),
         train_data=options.calibrate_data,
-        batch_size=options.calibrate_batch_size,
         workers=1,
-        seed=options.seed,
         train_num_samples=options.calibrate_steps * options.calibrate_batch_size,
         allow_pipe=options.allow_pipe,
     )
     tokenizer = CheckedTokenizer(tokenizers.get_tokenizer(options.model), dense).check()
-    loader = load_train_data(data, preprocess, tokenizer)
+    loader = load_train_data(data, step, preprocess, tokenizer)
     steps = progress(loader.dataloader, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
     for name, values in errors.items():

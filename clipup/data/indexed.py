@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, default_collate
 from ..progress import Progress
 from .epoch_order import RULE, EpochOrder, GlobalBatches
 from .images import read_sample
-from .options import DataOptions
+from .options import TrainingDataOptions
 from .processes import each
 from .samples import Source, check_found, digest_of
 from .skips import Notes, Report, Retries
@@ -35,7 +35,7 @@ _FILLING = -1
 """In place of an epoch in the seeds of augmentations in a cache."""
 
 
-def indexed_data(options: DataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:
+def indexed_data(options: TrainingDataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:
     """Training data from a source.
 
     Raises ValueError when there are too few samples for a step, when more are unreadable than may be skipped, or when a
@@ -49,7 +49,7 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
     if options.cache_data:
         samples, tokens = _Cached(read, options, reader, progress), cache(tokens)
         check_found(len(samples), skips, options.source, "train_data")
-    size, accum_freq, rows = options.batch_size, options.accum_freq, len(samples)
+    size, accum_freq, rows = reader.step.batch_size, reader.step.accum_freq, len(samples)
     batches = GlobalBatches(options.train_num_samples or rows, size, accum_freq, reader.rank, reader.world_size)
     if batches.steps == 0:
         accumulated = f", and {accum_freq} of them per step" if accum_freq > 1 else ""
@@ -59,7 +59,7 @@ def indexed_data(options: DataOptions, source: Source, reader: Reader, progress:
         )
     known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by its own samples
     return read_by_workers(
-        IndexedBatches(samples, tokens, EpochOrder(rows, options.seed), batches, options.max_skipped),
+        IndexedBatches(samples, tokens, EpochOrder(rows, reader.step.seed), batches, options.max_skipped),
         options,
         reader,
         batches.of_rank,
@@ -84,7 +84,7 @@ def _tokens(tokenizer: Callable[[list[str]], Tensor], text: str) -> Tensor:
 class _Samples:
     """The samples of a source, preprocessed."""
 
-    def __init__(self, source: Source, options: DataOptions, reader: Reader) -> None:
+    def __init__(self, source: Source, options: TrainingDataOptions, reader: Reader) -> None:
         self.source, self.preprocess, self.max_pixels = source, reader.preprocess, options.max_image_pixels
         self.digest, self.notes, self.retried = source.digest, Notes(), Retries(options.data_retries)
 
@@ -153,13 +153,13 @@ class IndexedBatches(Dataset):
 class _Cached:
     """The readable samples of a source, in memory. Augmentations depend on the seed and a sample's number alone."""
 
-    def __init__(self, samples: _Samples, options: DataOptions, reader: Reader, progress: bool) -> None:
+    def __init__(self, samples: _Samples, options: TrainingDataOptions, reader: Reader, progress: bool) -> None:
         self.notes = Notes()
         self.images: list[Tensor] = []
         self.captions: list[list[str]] = []
         rows: list[int] = []
         numbers = np.arange(len(samples))
-        seeds = EpochOrder(len(samples), options.seed).seeds(_FILLING, numbers)
+        seeds = EpochOrder(len(samples), reader.step.seed).seeds(_FILLING, numbers)
         places = np.array_split(np.stack([numbers.astype(np.uint64), seeds], 1), -(-len(samples) // _READ_AT_ONCE))
         with Progress("reading images into memory", "images", len(samples), show=progress) as bar:
             for images, captions, report in each(partial(_read, samples), places, options.workers):

@@ -16,7 +16,7 @@ from .csv_files import CsvSource, csv_samples
 from .evaluation import EvalSamples
 from .formats import FORMATS
 from .indexed import indexed_data
-from .options import DataOptions, SourceOptions, StepOptions
+from .options import SourceOptions, StepOptions, TrainingDataOptions
 from .samples import Sample, Source, check_found
 from .shard_names import describe, expand_shards, is_remote, listed_shards, not_a_source
 from .shard_writer import DATASET_FILE
@@ -25,7 +25,6 @@ from .skips import Skips
 from .train_data import Reader, TrainData
 
 __all__ = [
-    "DataOptions",
     "EvalSamples",
     "SourceOptions",
     "describe",
@@ -39,15 +38,15 @@ __all__ = [
 class Reading(NamedTuple):
     """How a format is read."""
 
-    shards: Callable[[DataOptions], list[str]]
+    shards: Callable[[TrainingDataOptions], list[str]]
     """The shards of the training data, which may be streamed; none for a format without shards."""
-    source: Callable[[DataOptions, list[str], Reader, bool], Source]
+    source: Callable[[TrainingDataOptions, list[str], Reader, bool], Source]
     """Training samples, from the options, the shards and the reader; with True a progress bar is shown."""
     samples: Callable[[str, SourceOptions, Skips, str], list[Sample]]
     """Evaluation samples of the data with this name; the last argument: the option's name in messages."""
 
 
-def _shard_source(options: DataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
+def _shard_source(options: TrainingDataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
     first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
     return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
 
@@ -77,6 +76,7 @@ def train_loader(
     workers: int = 1,
     seed: int = StepOptions.seed,
     *,
+    accum_freq: int = StepOptions.accum_freq,
     cache: bool = False,
     world_size: int = 1,
     rank: int = 0,
@@ -96,8 +96,8 @@ def train_loader(
     `world_size`.
 
     Args:
-        train_data, batch_size, workers, seed, options: fields of `clipup.data.options.DataOptions`, which describes
-            them.
+        train_data, workers, options: fields of `clipup.data.options.TrainingDataOptions`, which describes them.
+        batch_size, seed, accum_freq: those of its `StepOptions`.
         cache: its `cache_data`.
         preprocess: PIL image to tensor; must be picklable where workers are spawned.
         tokenizer: texts to tokens [N, L].
@@ -114,21 +114,16 @@ def train_loader(
         FileNotFoundError, ValueError: the data or an argument, by name, with how to fix it. Iterating raises ValueError
             as soon as more than `max_skipped` turned out to be unreadable.
     """
-    data = DataOptions(
-        train_data=os.fspath(train_data),
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        cache_data=cache,
-        **options,
-    )
+    data = TrainingDataOptions(train_data=os.fspath(train_data), workers=workers, cache_data=cache, **options)
+    step = StepOptions(batch_size=batch_size, accum_freq=accum_freq, seed=seed)
     return load_train_data(
-        data, preprocess, tokenizer, world_size=world_size, rank=rank, epoch=epoch, progress=progress
+        data, step, preprocess, tokenizer, world_size=world_size, rank=rank, epoch=epoch, progress=progress
     )
 
 
 def load_train_data(
-    options: DataOptions,
+    options: TrainingDataOptions,
+    step: StepOptions,
     preprocess: Callable,
     tokenizer: Callable[[list[str]], Tensor],
     *,
@@ -137,11 +132,12 @@ def load_train_data(
     epoch: int = 0,
     progress: bool = True,
 ) -> TrainData:
-    """`train_loader` with its options as one object."""
+    """`train_loader` with its options in groups."""
     options.check()
+    step.check()
     check("rank", rank, 0 <= rank < world_size, f"0 to {world_size - 1} for world_size {world_size}")
     progress = progress and rank == 0
-    reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped))
+    reader = Reader(preprocess, tokenizer, rank, world_size, Value("q", epoch), Skips(options.max_skipped), step)
     form, shards = _format_and_shards(options)
     if not options.cache_data and (options.dataset_resampled or any(map(is_remote, shards))):
         check("dataset_resampled", True, bool(shards), f"False on {FORMATS[form].noun}")
@@ -154,7 +150,7 @@ def load_train_data(
     return data
 
 
-def _format_and_shards(options: DataOptions) -> tuple[str, list[str]]:
+def _format_and_shards(options: TrainingDataOptions) -> tuple[str, list[str]]:
     """The name of the format of the training data, and the shards of one that has them."""
     if not os.path.isdir(options.source):
         form = options.format_of(options.source, "train_data")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ..checks import check, one_of
 from ..option_group import OptionGroup, Resumed, option
@@ -75,6 +75,12 @@ class TrainingDataOptions(SourceOptions):
     workers: int = option(factory=default_workers, resumed=Resumed.STREAM, least=0, own_rank=True)
     """Data loader processes per rank."""
 
+    @property
+    def source(self) -> str:
+        """``train_data`` of a run that has some."""
+        assert self.train_data is not None
+        return self.train_data
+
     def check(self) -> None:
         super().check()
         if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
@@ -99,24 +105,3 @@ class StepOptions(OptionGroup):
     """Batches per step: the loss is over all of them, with the memory of one."""
     seed: int = option(0, Resumed.IDENTITY | Resumed.ORDER, least=0)
     """Seed of weights, data order and noise."""
-
-
-@dataclass(kw_only=True)
-class DataOptions(TrainingDataOptions, StepOptions):
-    """What training batches are made of."""
-
-    @classmethod
-    def of(cls, reading: TrainingDataOptions, step: StepOptions) -> DataOptions:
-        """The options of a run's groups."""
-        groups = (TrainingDataOptions, reading), (StepOptions, step)
-        return cls(**{each.name: getattr(group, each.name) for kind, group in groups for each in fields(kind)})
-
-    @property
-    def source(self) -> str:
-        """``train_data`` of a run that has some."""
-        assert self.train_data is not None
-        return self.train_data
-
-    def of_all_ranks(self) -> dict[str, Any]:
-        """The options that must be the same on all ranks, by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if not each.metadata["own_rank"]}

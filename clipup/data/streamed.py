@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import read_sample
-from .options import DataOptions
+from .options import TrainingDataOptions
 from .shard_names import names_digest, open_shard, shard_weights, sizes_of
 from .shard_writer import SIZES_FILE
 from .skips import Notes, Report, Retries, raise_lack
@@ -34,7 +34,7 @@ _DRAWN = 1000
 """Draws with replacement in a pass. If none of these shards can be read, the next pass is not begun."""
 
 
-def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
+def streamed_data(options: TrainingDataOptions, shards: list[str], reader: Reader) -> TrainData:
     """Training data from shards.
 
     Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them. A worker that
@@ -55,7 +55,7 @@ def streamed_data(options: DataOptions, shards: list[str], reader: Reader) -> Tr
         )
     if num_samples is None:
         num_samples = sum(sizes[shard] for shard in shards)
-    worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
+    worker_batches = math.ceil(math.ceil(num_samples / (reader.step.batch_size * reader.world_size)) / workers)
     return read_by_workers(
         StreamedBatches(options, shards, max(1, num_samples // len(shards)), worker_batches, reader),
         options,
@@ -73,7 +73,9 @@ class StreamedBatches(IterableDataset):
     Iterating raises ValueError when a pass gives no batch: the next one would not either.
     """
 
-    def __init__(self, options: DataOptions, shards: list[str], usual: int, batches: int, reader: Reader) -> None:
+    def __init__(
+        self, options: TrainingDataOptions, shards: list[str], usual: int, batches: int, reader: Reader
+    ) -> None:
         """
         Args:
             usual: samples of a shard whose number is unknown.
@@ -87,18 +89,18 @@ class StreamedBatches(IterableDataset):
         self.retried = Retries(options.data_retries)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Report]]:
-        served = 0
+        served, size = 0, self.reader.step.batch_size
         for number in count():
             before = served
             samples = self._decoded(number)
-            while len(batch := list(islice(samples, self.options.batch_size))) == self.options.batch_size:
+            while len(batch := list(islice(samples, size))) == size:
                 yield (*default_collate(batch), self.notes.report())
                 served += 1
                 if served == self.batches:
                     return
             if served == before:
                 raise ValueError(
-                    f"batch_size: the shards of one worker hold fewer than {self.options.batch_size} readable samples: "
+                    f"batch_size: the shards of one worker hold fewer than {size} readable samples: "
                     f"use a smaller batch or fewer workers{self.notes.first()}"
                 )
 
@@ -145,7 +147,7 @@ class StreamedBatches(IterableDataset):
         self.notes.add(name, reason, samples)
 
     def _random(self, *parts: int) -> random.Random:
-        return random.Random(mixed_seed(self.options.seed, self.reader.epoch.value, *parts))
+        return random.Random(mixed_seed(self.reader.step.seed, self.reader.epoch.value, *parts))
 
 
 def _content(members: Members) -> tuple[bytes, list[str]]:

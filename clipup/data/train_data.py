@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..checks import check
-from .options import DataOptions
+from .options import StepOptions, TrainingDataOptions
 from .processes import reading, worker_init_fn
 from .skips import Skips
 
 
 class Reader(NamedTuple):
-    """How the samples of one process are read: its transforms and its place among the processes."""
+    """How the samples of one process are read: its transforms, its place among the processes, and their steps."""
 
     preprocess: Callable[[Any], Tensor]
     """PIL image to tensor."""
@@ -33,6 +33,7 @@ class Reader(NamedTuple):
     epoch: Synchronized[int]
     """The current epoch. Worker processes that were started in an earlier epoch see it change."""
     skips: Skips
+    step: StepOptions
 
 
 @dataclass
@@ -56,7 +57,7 @@ class TrainData:
 
     dataloader: Any
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
-    options: DataOptions
+    options: TrainingDataOptions
     reader: Reader
     generator: torch.Generator
     """The data loader's, which seeds its workers; re-seeded every epoch."""
@@ -70,7 +71,17 @@ class TrainData:
 
     @property
     def accum_freq(self) -> int:
-        return self.options.accum_freq
+        return self.reader.step.accum_freq
+
+    def of_all_ranks(self) -> dict[str, Any]:
+        """The options that must be the same on all ranks, by name."""
+        groups = self.options, self.reader.step
+        return {
+            each.name: getattr(group, each.name)
+            for group in groups
+            for each in fields(group)
+            if not each.metadata["own_rank"]
+        }
 
     @property
     def skips(self) -> Skips:
@@ -92,7 +103,7 @@ class TrainData:
         else:
             check("first_step", first_step, first_step == 0, "0 for streamed data, which start at an epoch's beginning")
         own = (self.reader.rank,) if self.reader.rank else ()  # so that ranks do not augment alike
-        self.generator.manual_seed(mixed_seed(self.options.seed, epoch, *own))
+        self.generator.manual_seed(mixed_seed(self.reader.step.seed, epoch, *own))
 
 
 class CountedBatches:
@@ -105,7 +116,6 @@ class CountedBatches:
     def __init__(
         self,
         loader: Any,
-        options: DataOptions,
         reader: Reader,
         num_batches: int,
         total: int,
@@ -113,7 +123,7 @@ class CountedBatches:
     ) -> None:
         """`total`: samples per pass over all processes, including those `known` to be unreadable before."""
         self.loader, self.skips, self.world_size = loader, reader.skips, reader.world_size
-        self.num_samples, self.num_batches = num_batches * options.batch_size * reader.world_size, num_batches
+        self.num_samples, self.num_batches = num_batches * reader.step.batch_size * reader.world_size, num_batches
         self._known, self._expected = known, total / reader.world_size
         self.pass_counts = self._expected, self._known
         """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
@@ -137,7 +147,7 @@ class CountedBatches:
 
 def read_by_workers(
     dataset: Dataset,
-    options: DataOptions,
+    options: TrainingDataOptions,
     reader: Reader,
     num_batches: int,
     total: int,
@@ -165,7 +175,7 @@ def read_by_workers(
         pin_memory=torch.cuda.is_available(),
         generator=generator,
     )
-    batches = CountedBatches(loader, options, reader, num_batches, total, known or {})
+    batches = CountedBatches(loader, reader, num_batches, total, known or {})
     return TrainData(batches, options, reader, generator, places, **described)
 
 

@@ -116,7 +116,7 @@ class _Stages:
         self.pictures = [to_pil_image(picture) for picture, _, _ in eval_samples(data / "test-*.tar", pil_to_tensor)]
 
     def train(self, model: nn.Module, name: str) -> TrainResult:
-        options = TrainOptions(
+        options = TrainOptions.flat(
             model=self.options.start,
             logs=self.options.out,
             name=name,

@@ -65,15 +65,15 @@ def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
     """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one. A
     tower that is locked whole has forward passes alone; one that is locked in part counts as trained."""
     counts, of_trained = subject.counts, subject.trained_towers(options)
-    own = options.batch_size * options.accum_freq
+    own = options.step.batch_size * options.step.accum_freq
     forward = forward_passes(options)
-    trained = forward + options.accum_freq * (3 if options.grad_checkpointing else 2)
+    trained = forward + options.step.accum_freq * (3 if options.speed.grad_checkpointing else 2)
     passes = {tower: trained if tower in of_trained else forward for tower in ("image", "text")}
     gflops = counts.image_gflops * passes["image"] + counts.text_gflops * passes["text"]
-    towers = gflops * 1e9 * options.batch_size
-    loss = selected(options)
-    rows = loss.rows(options, own, own * gpus)
-    logits = loss.directions * 2.0 * rows * own * gpus * len(subject.feature(options)) * 3 * options.accum_freq
+    towers = gflops * 1e9 * options.step.batch_size
+    loss = selected(options.loss)
+    rows = loss.rows(options.loss, own, own * gpus)
+    logits = loss.directions * 2.0 * rows * own * gpus * len(subject.feature(options)) * 3 * options.step.accum_freq
     return towers + logits
 
 
@@ -88,7 +88,7 @@ def step_time(
 ) -> StepTime:
     """held_bytes: of the parameters that a rank updates."""
     if rates.images_per_second is not None:
-        compute = options.batch_size * options.accum_freq / rates.images_per_second
+        compute = options.step.batch_size * options.step.accum_freq / rates.images_per_second
     else:
         compute = step_flops(subject, options, gpus) / (rates.mfu * card.peak(subject.precision) * 1e12)
     by_kind: dict[str, float] = {}
@@ -98,7 +98,7 @@ def step_time(
         by_kind[transfer.kind] = by_kind.get(transfer.kind, 0.0) + seconds
         hidden += seconds if transfer.overlapped else 0.0
     exposed = sum(by_kind.values()) - min(hidden, compute)
-    update = 0.0 if options.fsdp_offload_cpu else _UPDATE_BYTES * held_bytes / (card.memory_gb_s * 1e9)
+    update = 0.0 if options.parallel.fsdp_offload_cpu else _UPDATE_BYTES * held_bytes / (card.memory_gb_s * 1e9)
     return StepTime(compute, update, by_kind, exposed)
 
 

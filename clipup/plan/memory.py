@@ -48,13 +48,13 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
         Part("gradients", sum(unit.trained_bytes for unit in parts), "exact"),
         Part("optimizer (AdamW)", optimizer_bytes(parts), "exact"),
     ]
-    host = sum(part.bytes for part in states) if options.fsdp_offload_cpu else 0.0
-    held_parts = [] if options.fsdp_offload_cpu else states
-    if not options.is_sharded and gpus > 1:
+    host = sum(part.bytes for part in states) if options.parallel.fsdp_offload_cpu else 0.0
+    held_parts = [] if options.parallel.fsdp_offload_cpu else states
+    if not options.parallel.is_sharded and gpus > 1:
         held_parts.append(Part("gradient buckets of DDP", states[1].bytes, "model"))
-    if options.is_sharded:
+    if options.parallel.is_sharded:
         held_parts.append(Part("gathered parameters (FSDP)", _gathered(parts, options), "model"))
-        if options.accum_freq > 1:
+        if options.step.accum_freq > 1:
             # Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32.
             whole = sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.trained)
             held_parts.append(Part("whole gradients while accumulating", whole, "model"))
@@ -75,7 +75,7 @@ def _gathered(parts: list[Unit], options: TrainOptions) -> float:
     float32."""
     gathered, reduced = _largest_block(parts)
     while_computing = gathered + max(gathered, reduced)
-    if options.fsdp_no_reshard_after_forward:
+    if options.parallel.fsdp_no_reshard_after_forward:
         return sum(unit.gathered_bytes for unit in parts if unit.fsdp) + while_computing
     root = sum(unit.gathered_bytes for unit in parts if unit.kind == "root")
     return root + 2 * gathered + while_computing
@@ -92,20 +92,20 @@ def _largest_block(parts: list[Unit]) -> tuple[float, float]:
 
 
 def _batch_parts(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
-    activations, pairs = subject.activations(options), options.batch_size
-    kept = options.grad_checkpointing
+    activations, pairs = subject.activations(options), options.step.batch_size
+    kept = options.speed.grad_checkpointing
     copies = activations.fixed
     if kept:  # those of a layer at a time
         copies += max(activations.expert_copies, default=0) - sum(activations.expert_copies)
     name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
-        Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
+        Part("inputs", subject.input_bytes * pairs * options.step.accum_freq, "exact"),
         Part(name, copies, "counted"),
         Part("activations", (activations.checkpointed_per_pair if kept else activations.per_pair) * pairs, "counted"),
     ]
     if kept:
         result.append(Part("recomputed activations of a block", activations.largest_block_per_pair * pairs, "counted"))
-    if options.ep > 1:
+    if options.parallel.ep > 1:
         result.append(Part("expert-parallel rows", expert_parallel_bytes(subject, options), "model"))
     result.append(Part("working memory of the backward pass", activations.largest_block_per_pair * pairs, "model"))
     return [*result, *_loss_parts(subject, options, gpus)]
@@ -115,10 +115,10 @@ def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
     """Each sparse layer also keeps the rows that its experts received and the results that came back, with gates and
     places, if ranks receive equally many; while they travel, both ends have a buffer."""
     sizes = [
-        rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
+        rows_per_pair(subject, layer) * options.step.batch_size * (2 * layer.width * layer.bytes_each + 16)
         for layer in subject.activations(options).layers
     ]
-    return (max(sizes) if options.grad_checkpointing else sum(sizes)) + max(sizes)
+    return (max(sizes) if options.speed.grad_checkpointing else sum(sizes)) + max(sizes)
 
 
 def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
@@ -130,8 +130,8 @@ def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
 
 
 def _loss_parts(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
-    own = options.batch_size * options.accum_freq
-    kept, working = selected(options).memory(options, own, own * gpus, subject.precision)
+    own = options.step.batch_size * options.step.accum_freq
+    kept, working = selected(options.loss).memory(options.loss, own, own * gpus, subject.precision)
     return [
         Part("features of all ranks", 4 * own * gpus * subject.feature(options).nbytes, "model"),
         Part("logits", kept, "counted"),

@@ -65,11 +65,12 @@ class Plan:
 
     def setting(self) -> dict[str, Any]:
         """The options of ``SPREAD``, and the batch size that follows from them."""
-        return {name: getattr(self.options, name) for name in (*SPREAD, "batch_size")}
+        values = self.options.values()
+        return {name: values[name] for name in (*SPREAD, "batch_size")}
 
     def flags(self) -> str:
         """The setting as options of ``clipup train``."""
-        chosen = {"batch_size": self.options.batch_size, "precision": self.options.precision}
+        chosen = {"batch_size": self.options.step.batch_size, "precision": self.options.speed.precision}
         chosen |= {name: value for name, value in self.setting().items() if value is True or value not in (False, 1)}
         flags = ((f"--{name.replace('_', '-')}", value) for name, value in chosen.items())
         return " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags)
@@ -94,13 +95,13 @@ def plan(
     if caption_tokens is not None:
         longest = text_length(subject.model)
         checks.check("caption_tokens", caption_tokens, 1 <= caption_tokens <= longest, f"1 to {longest}, the context")
-    parts = cluster.gpus * options.accum_freq
+    parts = cluster.gpus * options.step.accum_freq
     if batch % parts:
         raise ValueError(
-            f"batch must be a multiple of gpus * accum_freq = {cluster.gpus} * {options.accum_freq}, got {batch}"
+            f"batch must be a multiple of gpus * accum_freq = {cluster.gpus} * {options.step.accum_freq}, got {batch}"
         )
-    options = replace(options, batch_size=batch // parts, precision=subject.precision)
-    check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus))
+    options = options.changed(batch_size=batch // parts, precision=subject.precision)
+    check(subject.model, options.parallel, Ranks(torch.device("meta"), world_size=cluster.gpus))
     required = memory(subject, options, cluster.gpus, cluster.reserve)
     transfers = traffic(subject, options, cluster.gpus, caption_tokens)
     updated_bytes = sum(unit.trained_bytes for unit in subject.units(options, cluster.gpus))
@@ -122,7 +123,7 @@ def propose(
     plans = []
     for setting in _settings(subject, cluster, batch):
         with suppress(ValueError):  # a combination that clipup train refuses
-            plans.append(plan(subject, replace(options, **setting), compared, batch, caption_tokens))
+            plans.append(plan(subject, options.changed(**setting), compared, batch, caption_tokens))
     plans = [candidate for candidate in plans if candidate.fits]
     if not plans:
         return None

@@ -88,7 +88,7 @@ def _time(plan: Plan, cluster: Cluster) -> list[str]:
         if rates.images_per_second is None
         else f"at {rates.images_per_second:g} pairs per second and GPU, as given"
     )
-    pairs = plan.options.batch_size * plan.options.accum_freq * cluster.gpus
+    pairs = plan.options.step.batch_size * plan.options.step.accum_freq * cluster.gpus
     return [
         "time of a step (a model)",
         _row("computation", _seconds(time.compute), f"{plan.flops / 1e12:.1f} TFLOP a GPU {pace}"),

@@ -84,7 +84,7 @@ class Subject:
 
     def units(self, options: TrainOptions, gpus: int) -> list[Unit]:
         """``units.units`` of the model, once for each way to spread it."""
-        key = (options.fsdp, options.fsdp_replicas, options.ep, gpus)
+        key = (options.parallel.fsdp, options.parallel.fsdp_replicas, options.parallel.ep, gpus)
         if key not in self._units:
             self._units[key] = units(self.model, options, gpus, self.precision)
         return self._units[key]

@@ -67,7 +67,7 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
 
 def forward_passes(options: TrainOptions) -> int:
     """Forward passes of a step. Accumulation first runs all batches without gradients."""
-    return options.accum_freq * (1 if options.accum_freq == 1 else 2)
+    return options.step.accum_freq * (1 if options.step.accum_freq == 1 else 2)
 
 
 def _unit_transfers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
@@ -84,9 +84,9 @@ def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
     """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. The forward
     pass of open_clip 3 calls both encoders: what belongs to no block is gathered for each of them, or for each pass if
     it stays gathered."""
-    forward, backward = forward_passes(options), options.accum_freq
+    forward, backward = forward_passes(options), options.step.accum_freq
     by_encoders = unit.kind == "root" and _ENCODERS_ARE_CALLED
-    if options.fsdp_no_reshard_after_forward:
+    if options.parallel.fsdp_no_reshard_after_forward:
         return forward + backward if by_encoders else backward
     return (2 if by_encoders else 1) * forward + backward
 
@@ -94,29 +94,30 @@ def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
 def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
     """Rows and gates go to the experts and results come back; gradients the other way round. With checkpointing the
     backward pass repeats the forward's exchanges."""
-    if options.ep == 1:
+    if options.parallel.ep == 1:
         return
     for layer in subject.activations(options).layers:
         config = subject.sparse[layer.name]
-        backward = options.accum_freq
-        forward = forward_passes(options) + (backward if options.grad_checkpointing else 0)
-        rows = rows_per_pair(subject, layer) * options.batch_size
+        backward = options.step.accum_freq
+        forward = forward_passes(options) + (backward if options.speed.grad_checkpointing else 0)
+        rows = rows_per_pair(subject, layer) * options.step.batch_size
         if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
             rows *= min(1.0, caption_tokens / layer.per_pair)
         payload = (forward + backward) * rows * (2 * layer.width * layer.bytes_each + 4)
-        yield Transfer("expert rows", "all_to_all", payload, options.ep)
-        yield Transfer("small gradients and counts", "all_to_all", forward * 4 * config.num_experts, options.ep)
+        yield Transfer("expert rows", "all_to_all", payload, options.parallel.ep)
+        counts = forward * 4 * config.num_experts
+        yield Transfer("small gradients and counts", "all_to_all", counts, options.parallel.ep)
 
 
 def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
-    own = options.batch_size * options.accum_freq * subject.feature(options).nbytes
-    sent = selected(options).traffic(options, own, gpus, len(subject.trained_towers(options)))
+    own = options.step.batch_size * options.step.accum_freq * subject.feature(options).nbytes
+    sent = selected(options.loss).traffic(options.loss, own, gpus, len(subject.trained_towers(options)))
     for collective, payload in sent.items():
-        yield Transfer("features", collective, options.accum_freq * payload, gpus)
+        yield Transfer("features", collective, options.step.accum_freq * payload, gpus)
 
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
-    if options.is_sharded:
+    if options.parallel.is_sharded:
         small = sum(unit.reduced_bytes for unit in parts if unit.kind == "unsharded")
         yield Transfer("small gradients and counts", "all_reduce", small, gpus)
     else:
@@ -125,13 +126,13 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
     biased = sum(8 * config.num_experts for config in subject.sparse.values() if config.selection_bias != "none")
     yield Transfer("small gradients and counts", "all_reduce", biased, gpus)
     counted = [config for config in subject.sparse.values() if config.loss_scope == "global_batch"]
-    once = options.accum_freq > 1 or not options.grad_checkpointing
+    once = options.step.accum_freq > 1 or not options.speed.grad_checkpointing
     size = sum(4 * (config.top_k * config.num_experts + 1) for config in counted)
     yield Transfer("small gradients and counts", "all_reduce", size * (1 if once else 2), gpus)
 
 
 def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     """Shards go to the GPU before each gather, and their gradients come back."""
-    for unit in parts if options.fsdp_offload_cpu else []:
+    for unit in parts if options.parallel.fsdp_offload_cpu else []:
         there = gathers_per_step(unit, options) * unit.shard_bytes
         yield Transfer("host", "copy", there + unit.trained_bytes, 1, overlapped=True)

@@ -100,7 +100,7 @@ class Unit(NamedTuple):
 
 def has_half_units(options: TrainOptions, precision: Precision) -> bool:
     """Whether blocks and experts are gathered in bfloat16."""
-    return options.is_sharded and precision == "amp_bf16"
+    return options.parallel.is_sharded and precision == "amp_bf16"
 
 
 def parameters_of_half_units(model: nn.Module) -> set[int]:
@@ -114,12 +114,12 @@ def parameters_of_half_units(model: nn.Module) -> set[int]:
 
 def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precision) -> list[Unit]:
     """The units of a model, on any device."""
-    if not options.is_sharded:
+    if not options.parallel.is_sharded:
         return [Unit("replicated", _parameters(model.named_parameters(), 1, "replicated"), 1, 1, gpus)]
-    ep = options.ep
-    replicas = options.fsdp_replicas if options.fsdp else gpus // ep
+    ep = options.parallel.ep
+    replicas = options.parallel.fsdp_replicas if options.parallel.fsdp else gpus // ep
     shards = gpus // (replicas * ep)
-    dense_replicas, dense_shards = (replicas, shards * ep) if options.fsdp else (gpus, 1)
+    dense_replicas, dense_shards = (replicas, shards * ep) if options.parallel.fsdp else (gpus, 1)
     whole = replicated_parameters(model)
     taken = {id(parameter) for parameter in whole.values()}
     all_units = [Unit("unsharded", _parameters(whole.items(), 1, "unsharded"), 1, 1, gpus)]

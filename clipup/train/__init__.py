@@ -1,7 +1,7 @@
-"""Training: ``train(TrainOptions(...))``, the program ``clipup train``.
+"""Training: ``train(TrainOptions.flat(...))``, the program ``clipup train``.
 
     from clipup.train import Every, TrainOptions, train
-    result = train(TrainOptions(logs=None, steps=200, warmup=20, lr=1e-3), model=model, loader=loader)
+    result = train(TrainOptions.flat(logs=None, steps=200, warmup=20, lr=1e-3), model=model, loader=loader)
 
 A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss``, which is the sum of
 ``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;

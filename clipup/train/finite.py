@@ -13,7 +13,7 @@ from .checkpoints.position import RunState
 from .log.records import LOG
 from .parallel.ranks import Ranks
 from .parallel.sharding import shard_of
-from .step import StepLosses, TrainStep
+from .step import StepResult
 
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
 
@@ -43,7 +43,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 class FiniteGuard:
     """Checks the gradients and weights of a run, and counts the steps that were not applied.
 
-    A loss that is not finite has a gradient that is not, so its step is not applied.
+    A non-finite loss has a non-finite gradient, so its step is not applied.
     """
 
     def __init__(self, most_in_row: int, state: RunState) -> None:
@@ -54,8 +54,8 @@ class FiniteGuard:
         self.most_in_row = most_in_row
         self.state = state
 
-    def count(self, done: TrainStep, losses: StepLosses, ranks: Ranks) -> None:
-        """Counts the step that was done. All ranks call this, and all have the same gradient.
+    def count(self, done: StepResult, ranks: Ranks) -> None:
+        """Counts a step. All ranks call this, and all have the same gradient.
 
         In float16 the gradient scaler finds its scale through steps that overflow. They do not count as consecutive as
         long as a lower scale can help: the loss is finite, and the scale was at least 1.
@@ -67,8 +67,7 @@ class FiniteGuard:
         if done.applied:
             self.state.skipped_steps = skipped, 0
             return
-        scale = 0.0 if done.scaler is None else done.scaler.get_scale()
-        searching_scale = scale >= 1 and not ranks.any(not math.isfinite(losses.total))
+        searching_scale = done.loss_scale >= 1 and not ranks.any(not math.isfinite(done.losses.total))
         skipped, in_row = self.state.skipped_steps = skipped + 1, in_row + (not searching_scale)
         norm = float(done.gradient_norm)
         if ranks.first:

@@ -17,21 +17,18 @@ from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_
 from ..evaluate.retrieval import NonFiniteFeatures
 from .checkpoints import file, kept
 from .checkpoints.checkpointer import Checkpointer
-from .checkpoints.options import RunDirectoryOptions
 from .checkpoints.position import RunState
 from .evaluations import Evaluation, Validation
 from .finite import FiniteGuard
 from .log.clock import Clock
-from .log.options import ReportingOptions
 from .log.records import KINDS, LOG, Record, read_records
 from .log.reports import Reports
 from .objectives.objective import Batch
 from .optimizer.schedule import Schedule, base_lr, set_lr
 from .parallel import sharding
-from .parallel.ranks import Ranks
 from .result import Every, TrainingInterrupted, TrainResult
 from .signals import StopRequest, StopWaiting
-from .step import StepLosses, TrainStep
+from .step import TrainStep
 from .trained_model import TrainedModel
 from .training_data import Epochs
 
@@ -75,33 +72,24 @@ class Trainer:
         step: TrainStep,
         data: Epochs,
         schedule: Schedule,
-        state: RunState,
         seeds: Seeds,
-        guard: FiniteGuard,
         checkpoints: Checkpointer,
-        ranks: Ranks,
-        saving: RunDirectoryOptions,
-        reporting: ReportingOptions,
         validations: Sequence[Validation] = (),
         callbacks: Sequence[Every] = (),
         trained_model: TrainedModel | None = None,
-        pairs_at_peak: float | None = None,
     ) -> None:
         """
         Args:
-            step, data, schedule, state, seeds, guard, checkpoints, ranks: the parts of a run.
-            saving, reporting: when a checkpoint and a record are due.
+            step, data, schedule, seeds, checkpoints: the parts of a run. ``checkpoints`` has its position and ranks.
             validations, callbacks: evaluations along the way.
             trained_model: what is saved at the end.
-            pairs_at_peak: pairs per second that would be an MFU of 1.
         """
-        self.step, self.data, self.schedule, self.state = step, data, schedule, state
-        self.seeds, self.guard, self.checkpoints, self.ranks = seeds, guard, checkpoints, ranks
-        self.saving, self.reporting = saving, reporting
-        self.validations, self.callbacks = validations, callbacks
-        self.trained_model, self.pairs_at_peak = trained_model, pairs_at_peak
+        self.step, self.data, self.schedule, self.seeds, self.checkpoints = step, data, schedule, seeds, checkpoints
+        self.validations, self.callbacks, self.trained_model = validations, callbacks, trained_model
+        self.saving, self.state, self.ranks = checkpoints.options, checkpoints.state, checkpoints.ranks
         self.model, self.directory = step.module, checkpoints.directory
-        self.clock = Clock(state)
+        self.guard = FiniteGuard(schedule.options.max_nonfinite_steps, self.state)
+        self.clock = Clock(self.state)
         self.start: Path | None = None
         """The checkpoint of another run that this one begins from."""
         self._lost: LostWorker | None = None
@@ -266,17 +254,18 @@ class Trainer:
         state = self.state
         set_lr(self.step.optimizer, self.schedule.rate(state.step))
         last = state.step + 1 == self.schedule.steps
-        logged = last or (state.step + 1) % self.reporting.log_every_n_steps == 0
+        logged = last or (state.step + 1) % self.reports.options.log_every_n_steps == 0
         with self.clock.timed("step"):
-            losses = self.step(batches, measure_routing=logged)
+            done = self.step(batches, measure_routing=logged)
         state.step += 1
         state.step_of_epoch += 1
         samples = sum(len(images) for images, _ in batches) * self.ranks.world_size
         state.samples_seen += samples
         self.clock.step_done(samples)
-        self.guard.count(self.step, losses, self.ranks)
+        self.guard.count(done, self.ranks)
         if logged:
-            self._log(losses)
+            numbers = done.losses.record(self.ranks)
+            self.reports.metrics(numbers, self.clock.logged(), base_lr(self.step.optimizer))
         self.reports.step()
         for callback in self.callbacks:
             if state.step % callback.steps == 0 or last:
@@ -284,14 +273,6 @@ class Trainer:
         due = self.saving.save_every_n_steps and state.step % self.saving.save_every_n_steps == 0
         if due and not self.ranks.any(self.stop.received):  # else the run ends, and saves then
             self._save(file.LATEST)
-
-    def _log(self, losses: StepLosses) -> None:
-        """Every number of metrics.jsonl: those of ``StepLosses`` from the device, and what this process knows."""
-        numbers = losses.record(self.ranks)
-        times = self.clock.logged()
-        mfu = {} if self.pairs_at_peak is None else {"mfu": times["images_per_second"] / self.pairs_at_peak}
-        place = {"step": self.state.step, "epoch": self.state.epoch, "lr": base_lr(self.step.optimizer)}
-        self.reports.metrics({**place, **numbers, **times, **mfu, "skipped_steps": self.state.skipped_steps[0]})
 
     def _end_epoch(self) -> None:
         """Saves first, so that unreadable data, for training or validation, do not cost the epoch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from clipup_kernels.self_check import check_once
 from ..clip.flops import meta_copy
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
-from ..data.options import DataOptions
 from ..evaluate.shares import Share
 from ..models import model_names
 from ..moe.config import MoEConfig
@@ -28,9 +26,9 @@ from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.directory import RunDirectory
 from .checkpoints.position import RunState
 from .evaluations import Validations
-from .finite import FiniteGuard
 from .log.records import LOG
-from .log.reports import Reports, check_reports
+from .log.reports import Reports
+from .log.trackers import check_installed
 from .loop import Seeds, Trainer, seed_everything
 from .objectives.selection import create_objective, selected
 from .optimizer.groups import create_optimizer
@@ -80,109 +78,82 @@ def train(
             KeyboardInterrupt, at once.
     """
     _check_complete(options, model, loader)
-    with joined(options, options.device) as ranks, _directory(options, ranks) as directory:
+    with joined(options.processes, options.speed.device) as ranks, _directory(options, ranks) as directory:
         precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
-        resumed, notes = resume.find_checkpoint(options, directory, ranks)
+        resumed, notes = resume.find_checkpoint(options.checkpoints, directory, ranks)
         if resumed is not None:
-            if options.warmup is None:
-                options = replace(options, warmup=resumed.options.get("warmup"))
+            if options.optimizer.warmup is None:
+                options = options.changed(warmup=resumed.options.get("warmup"))
             conditions = resume.Conditions(options.values(), RESUMED, ranks.world_size)
-            notes += resume.changes(resumed, conditions, options.resume_with_changes)
+            notes += resume.changes(resumed, conditions, options.checkpoints.resume_with_changes)
 
-        seed_everything(options.seed)
-        moe = options.moe_cfg if options.moe else None
+        seed_everything(options.step.seed)
         built = build_model(
-            options,
-            transforms=options,
-            moe=moe,
-            device=ranks.device,
-            precision=precision,
+            options.model,
+            options.transforms,
+            options.moe_cfg,
+            ranks.device,
+            precision,
             model=model,
             preprocess=preprocess,
             tokenizer=tokenizer,
             resumed=resumed is not None,
-            new_model=selected(options).model_arguments,
+            new_model=selected(options.loss).model_arguments,
         )
         model = built.model
-        sharding.check(model, options, ranks)
-        lock_parts(model, options)
-        objective = create_objective(options, model, ranks, precision)
-        speed_up(model, options)
-        unsharded = meta_copy(model) if options.is_sharded else None
+        sharding.check(model, options.parallel, ranks)
+        lock_parts(model, options.trained_parts)
+        objective = create_objective(options.loss, model, ranks, precision)
+        speed_up(model, options.speed)
+        unsharded = meta_copy(model) if options.parallel.is_sharded else None
         pairs_at_peak = pairs_per_second_at_peak(model, ranks.device, ranks.world_size)
 
         if loader is None:
             transform, words = built.reader(training=True)
             loader = load_train_data(
-                DataOptions.of(reading=options, step=options),
+                options.data,
+                options.step,
                 transform,
                 CheckedTokenizer(words, model).check(),
                 world_size=ranks.world_size,
                 rank=ranks.rank,
                 epoch=resumed.state["epoch"] if resumed else 0,
             )
-        data = Epochs(loader, options.accum_freq)
+        data = Epochs(loader, options.step.accum_freq)
         data.check_alike(ranks.gather_patiently)  # some may have had to list their data first
-        options = replace(options, warmup=Schedule(options, data.steps).warmup)
-        share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.is_sharded)
+        options = options.changed(warmup=Schedule(options.optimizer, data.steps).warmup)
+        share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.parallel.is_sharded)
+        multi_positive, batch_size = options.loss.multi_positive, options.step.batch_size
         validations = Validations(
-            options,
-            reading=options,
-            multi_positive=options.multi_positive,
-            batch_size=options.batch_size,
-            precision=precision,
-            share=share,
-            built=built,
+            options.evaluation, options.data, multi_positive, batch_size, precision, share, built
         ).create()
 
-        wrapped = sharding.wrapped(model, options, ranks, precision)
-        optimizer = create_optimizer(model, options)
+        wrapped = sharding.wrapped(model, options.parallel, ranks, precision)
+        optimizer = create_optimizer(model, options.optimizer)
         if built.optimizer_state is not None:
             whole_state.load_optimizer_state(optimizer, model, built.optimizer_state)
             built.optimizer_state = None  # whole, while the optimizer's may be sharded
         state = RunState()
-        seeds = Seeds(options, state, ranks.rank)
-        step = TrainStep(
-            wrapped,
-            objective,
-            optimizer,
-            ranks.device,
-            precision=precision,
-            grad_clip_norm=options.grad_clip_norm,
-            world_size=ranks.world_size,
-            seed_batch=seeds.of_batch,
-        )
+        seeds = Seeds(options.step, state, ranks.rank)
+        clip = options.optimizer.grad_clip_norm
+        step = TrainStep(wrapped, objective, optimizer, ranks.device, precision, clip, ranks.world_size, seeds.of_batch)
         values = options.values()
         conditions = resume.Conditions(values, RESUMED, ranks.world_size, data.steps, data.order)
         parts = {} if step.scaler is None else {"scaler": step.scaler}
         checkpoints = Checkpointer(
-            options, directory, ranks, model, optimizer, state, conditions, built.configs(), parts
+            options.checkpoints, directory, ranks, model, optimizer, state, conditions, built.configs(), parts
         )
         trained_model = None
         if directory is not None:
-            base_model = model_names.base_model(options.model, options.pretrained)
+            base_model = model_names.base_model(options.model.model, options.model.pretrained)
             trained_model = TrainedModel(directory.model, built, base_model, unsharded)
-        trainer = Trainer(
-            step,
-            data,
-            Schedule(options, data.steps),
-            state,
-            seeds,
-            FiniteGuard(options.max_nonfinite_steps, state),
-            checkpoints,
-            ranks,
-            saving=options,
-            reporting=options,
-            validations=validations,
-            callbacks=callbacks,
-            trained_model=trained_model,
-            pairs_at_peak=pairs_at_peak,
-        )
+        schedule = Schedule(options.optimizer, data.steps)
+        trainer = Trainer(step, data, schedule, seeds, checkpoints, validations, callbacks, trained_model)
         continues = resumed is not None and resumed.other_run is None
         if resumed is not None:
-            same_optimizer = resumed.options.get("opt", options.opt) == options.opt
+            same_optimizer = resumed.options.get("opt", options.optimizer.opt) == options.optimizer.opt
             trainer.restore(resumed.state, resumed.path, resumed.other_run, same_optimizer)
             if state.finished:
                 return trainer.result_before()
@@ -192,22 +163,10 @@ def train(
         with StopRequest(enabled=directory is not None) as stop:
             root = None if directory is None else directory.root
             if directory is not None:
-                ranks.on_first(
-                    partial(check_reports, options, syncing=options, root=directory.root, continues=continues)
-                )
+                ranks.on_first(partial(check_installed, options.reports))
                 ranks.on_first(partial(directory.prepare, values, trainer.start))
-            steps = trainer.schedule.steps
             reports = Reports(
-                options,
-                syncing=options,
-                config=values,
-                model=model,
-                state=state,
-                steps=steps,
-                ranks=ranks,
-                directory=root,
-                continues=continues,
-                notes=notes,
+                options.reports, values, model, state, schedule.steps, ranks, root, continues, notes, pairs_at_peak
             )
             return trainer.run(stop, reports)
 
@@ -218,36 +177,36 @@ def _check_complete(options: TrainOptions, model: nn.Module | None, loader: Any)
     Raises:
         ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
     """
-    from_directory = options.pretrained is not None and Path(options.pretrained).is_dir()
-    if model is None and options.model is None and not from_directory:
+    named, pretrained = options.model.model, options.model.pretrained
+    if model is None and named is None and not (pretrained is not None and Path(pretrained).is_dir()):
         raise ValueError(
             "model is missing: pass a name that open_clip knows, such as --model ViT-B-16, or a directory with a saved "
             "model"
         )
-    if loader is None and options.train_data is None:
+    if loader is None and options.data.train_data is None:
         raise ValueError(
             "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader). "
             "To measure a model without training it, use clipup eval"
         )
-    if not options.moe and options.moe_cfg != MoEConfig.clip_up():
+    if not options.model.moe and options.sparse.moe_cfg != MoEConfig.clip_up():
         raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")
 
 
 @contextmanager
 def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | None]:
     """The run's directory, locked by rank 0 and otherwise untouched. What rank 0 refuses is refused on every rank."""
-    if options.logs is None:
+    if options.checkpoints.logs is None:
         yield None
         return
-    directory = RunDirectory(Path(options.logs) / ranks.on_first(lambda: _name(options)))
+    directory = RunDirectory(Path(options.checkpoints.logs) / ranks.on_first(lambda: _name(options)))
     with ExitStack() as locks:
-        ranks.on_first(lambda: locks.enter_context(directory.locked(options)))
+        ranks.on_first(lambda: locks.enter_context(directory.locked(options.checkpoints)))
         yield directory
 
 
 def _name(options: TrainOptions) -> str:
     """The name in the options, or one from date, model and learning rate."""
-    if options.name:
-        return options.name
-    model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
-    return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
+    if options.checkpoints.name:
+        return options.checkpoints.name
+    model = Path((options.model.model or options.model.pretrained or "given").removesuffix("/")).name
+    return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.optimizer.lr}"

@@ -82,6 +82,18 @@ class StepLosses(NamedTuple):
         return record
 
 
+class StepResult(NamedTuple):
+    """What a step did."""
+
+    losses: StepLosses
+    applied: bool
+    """Whether the step changed the weights."""
+    gradient_norm: Tensor
+    """[] on the device, before clipping."""
+    loss_scale: float
+    """The gradient scaler's factor for the next step; 0 without a scaler."""
+
+
 class TrainStep:
     """Forward, backward, update. ``step([batch])`` or, for accumulation, ``step([batch, batch, ...])``.
 
@@ -121,14 +133,10 @@ class TrainStep:
         self.world_size = world_size
         self.seed_batch = seed_batch
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
-        self.applied = True
-        """Whether the last step changed the weights."""
-        self.gradient_norm = torch.zeros((), device=device)
-        """Norm of the last step's gradient, before clipping."""
         self._statistics = batch_statistics(self.module)
         self._measure_routing = False
 
-    def __call__(self, batches: Sequence[Batch], measure_routing: bool = False) -> StepLosses:
+    def __call__(self, batches: Sequence[Batch], measure_routing: bool = False) -> StepResult:
         """measure_routing: whether the losses have the sparse layers' metrics."""
         self._measure_routing = measure_routing
         self.optimizer.zero_grad()
@@ -136,10 +144,11 @@ class TrainStep:
         on_device = [self._to_device(*batch) for batch in batches]
         with attention_kernel(self.module, self.device, self.precision):
             losses = self._plain(*on_device) if len(on_device) == 1 else self._accumulated(on_device)
-        self.applied = self._update()
-        if not self.applied:
+        norm = self._update()
+        applied = bool(norm.isfinite())
+        if not applied:
             self._undo_forward(statistics)
-        return losses
+        return StepResult(losses, applied, norm, 0.0 if self.scaler is None else self.scaler.get_scale())
 
     def _plain(self, batch: Batch) -> StepLosses:
         targets = self._targets([batch])
@@ -207,16 +216,15 @@ class TrainStep:
             del values["expert_indices"]  # of every token
         return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach(), routing)
 
-    def _update(self) -> bool:
-        """Applies the gradient if it is finite, and returns whether it is. Waits for the device to know."""
+    def _update(self) -> Tensor:
+        """Applies the gradient if it is finite, and returns its norm before clipping. Waits for the device."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finish_gradients(self.module, self.world_size)
-        self.gradient_norm = gradient_norm(self.module, self.device)
-        finite = bool(self.gradient_norm.isfinite())
-        if finite:
+        norm = gradient_norm(self.module, self.device)
+        if bool(norm.isfinite()):
             if self.grad_clip_norm is not None:
-                clip_gradients(self.module, self.grad_clip_norm, self.gradient_norm)
+                clip_gradients(self.module, self.grad_clip_norm, norm)
             if self.scaler is None:
                 self.optimizer.step()
             else:
@@ -228,7 +236,7 @@ class TrainStep:
                     logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         if self.scaler is not None:
             self.scaler.update()
-        return finite
+        return norm
 
     @torch.no_grad()
     def _undo_forward(self, statistics: list[Tensor]) -> None:

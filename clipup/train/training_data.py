@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from ..data.options import DataOptions
 from ..data.processes import end_workers
 from ..data.skips import union
 from ..data.train_data import TrainData
@@ -51,8 +50,7 @@ class Epochs:
             ValueError: ranks have other options of the data, or have found other samples, so that some would be trained
                 on twice and others not at all.
         """
-        given = getattr(self._info, "options", None)
-        mine = given.of_all_ranks() if isinstance(given, DataOptions) else {}
+        mine = self._info.of_all_ranks() if isinstance(self._info, TrainData) else {}
         mine |= {"steps of an epoch": self.steps, **(self.order or {})}
         if self.streamed:
             mine["digest of the shards"] = self._info.shards

@@ -170,7 +170,7 @@ class _Run:
 
     def _train(self) -> TrainResult:
         config = self.config
-        options = TrainOptions(
+        options = TrainOptions.flat(
             model=config.model if self.fixed is None else None,
             logs=str(self.runs),
             name=config.name,

@@ -26,12 +26,12 @@ def test_the_table_and_the_proposal_are_what_the_plan_computes(short, model, pro
     (shown,) = (table for table in tables(PAGE) if table[0][0] == "model")
     expected = []
     for setting, options in SETTINGS.items():
-        made = plan(subject, TrainOptions(**options), cluster, BATCH)
+        made = plan(subject, TrainOptions.flat(**options), cluster, BATCH)
         hours = SAMPLES / BATCH * made.time.total / 3600 * cluster.gpus
         numbers = [f"{made.memory.bytes / 1e9:.1f}", "yes" if made.fits else "no", f"{made.wire / 1e9:.1f}"]
         expected.append([short, setting, *numbers, f"{1e3 * made.time.total:.0f}", f"{hours:.0f}"])
     assert [cells for cells in shown[1:] if cells[0] == short] == expected
 
-    gathered_once = TrainOptions(fsdp=True, fsdp_no_reshard_after_forward=True, **proposed)
+    gathered_once = TrainOptions.flat(fsdp=True, fsdp_no_reshard_after_forward=True, **proposed)
     best = propose(subject, TrainOptions(), cluster, BATCH)
     assert best.setting() == plan(subject, gathered_once, cluster, BATCH).setting()

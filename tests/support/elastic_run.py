@@ -58,5 +58,5 @@ def run(folder: Path, name: str, kind: str, steps: int, changes: dict[str, Any] 
     clip.encode_image = note
     usual = {**tiny_parallel.USUAL, "lr_scheduler": "const", "workers": 0, "save_frequency": 0}
     usual |= {"batch_size": GLOBAL_BATCH // world_size, "train_data": str(folder / "train.csv")}
-    options = TrainOptions(logs=str(folder / "logs"), name=name, **(usual | {"steps": steps} | (changes or {})))
+    options = TrainOptions.flat(logs=str(folder / "logs"), name=name, **(usual | {"steps": steps} | (changes or {})))
     train(options, model=clip, preprocess=preprocess, tokenizer=tokenizer)

@@ -51,7 +51,7 @@ def run(
                 yield images * (math.nan if bad == (rank, number) else 1), texts
 
     usual = {**USUAL, "logs": str(out), "name": "run", "lr_scheduler": "const", "max_nonfinite_steps": 1}
-    return train(TrainOptions(**(usual | changes)), model=model, loader=Batches(pairs), callbacks=callbacks)
+    return train(TrainOptions.flat(**(usual | changes)), model=model, loader=Batches(pairs), callbacks=callbacks)
 
 
 def stalling(out: Path) -> None:

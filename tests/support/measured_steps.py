@@ -94,18 +94,18 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
     """A program for ranks: writes what this one holds and sends in a step of each case."""
     found = {}
     for name, (moe, given) in cases.items():
-        options = TrainOptions(device="cpu", **given)
-        with joined(options, options.device) as ranks, norms_in_float32():
-            model = tiny_parallel.model(moe, options.siglip)
-            lock_parts(model, options)
+        options = TrainOptions.flat(device="cpu", **given)
+        with joined(options.processes, options.speed.device) as ranks, norms_in_float32():
+            model = tiny_parallel.model(moe, options.loss.siglip)
+            lock_parts(model, options.trained_parts)
             precision = options.precision_on("cpu")
-            objective = create_objective(options, model, ranks, precision)
-            model.set_grad_checkpointing(options.grad_checkpointing)
-            wrapped = parallel.wrapped(model, options, ranks, precision)
-            optimizer = create_optimizer(model, options)
+            objective = create_objective(options.loss, model, ranks, precision)
+            model.set_grad_checkpointing(options.speed.grad_checkpointing)
+            wrapped = parallel.wrapped(model, options.parallel, ranks, precision)
+            optimizer = create_optimizer(model, options.optimizer)
             step = TrainStep(wrapped, objective, optimizer, ranks.device, precision, world_size=ranks.world_size)
-            batch = batches(options.accum_freq, ranks.world_size)
-            for _ in range(1 if options.is_sharded else 2):  # DDP rebuilds its buckets in the second
+            batch = batches(options.step.accum_freq, ranks.world_size)
+            for _ in range(1 if options.parallel.is_sharded else 2):  # DDP rebuilds its buckets in the second
                 step(batch)
             with Collectives() as sent:
                 step(batch)

@@ -38,16 +38,3 @@ class ReportingOptions(OptionGroup):
         """The programs of ``report_to``."""
         names = {name.strip() for name in self.report_to.split(",") if name}
         return names - {"all"} | ({"tensorboard", "wandb"} if "all" in names else set())
-
-
-@dataclass(kw_only=True)
-class RemoteSyncOptions(OptionGroup):
-    """Copies of the run's directory at another place, made while the run continues."""
-
-    remote_sync: str | None = option(None, Resumed.FREE)
-    """Where the run's directory is copied to, under its name: s3://BUCKET/PATH (with the package s3fs), or another URL
-    of fsspec. Files that have changed are copied."""
-    remote_sync_frequency: float = option(
-        300, Resumed.FREE, positive=True, idle={"without --remote-sync": lambda group: group.remote_sync is None}
-    )
-    """Seconds between two copies; one more is made at the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,10 @@ from torch import nn
 from ...progress import Progress
 from ..checkpoints.position import RunState
 from ..parallel.ranks import Ranks
-from .options import RemoteSyncOptions, ReportingOptions
+from .options import ReportingOptions
 from .records import LOG, Record, Recorder, named_numbers
-from .remote_sync import RemoteSync
 from .routing_collapse import CollapseWatch, warning
-from .trackers import create_trackers, tracker_module
-
-
-def check_reports(options: ReportingOptions, syncing: RemoteSyncOptions, root: Path, continues: bool) -> None:
-    """Checks what can be known before the directory is changed, which may hold a run that is to be discarded.
-
-    Args:
-        root: the directory of the run.
-        continues: whether the run continues from a checkpoint of its own.
-
-    Raises:
-        ValueError: ``remote_sync`` cannot be copied to.
-        FileExistsError: it does not, and the copy there has checkpoints.
-        ImportError: a package of ``report_to`` is not installed.
-    """
-    for name in sorted(options.trackers()):
-        tracker_module(name)
-    sync = _remote_sync(syncing, root, report=LOG.warning)
-    if sync is not None and not continues and sync.holds("checkpoints"):
-        raise FileExistsError(
-            f"{sync.remote} holds the copy of a run, whose checkpoints would be mixed with those of this one. Copy it "
-            "back and continue it with --resume latest, choose another --name or --remote-sync, or delete the copy"
-        )
-
-
-def _remote_sync(options: RemoteSyncOptions, root: Path, report: Callable[[str], object]) -> RemoteSync | None:
-    if options.remote_sync is None:
-        return None
-    remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
-    return RemoteSync(root, remote, options.remote_sync_frequency, report)
+from .trackers import create_trackers
 
 
 class Reports:
@@ -58,7 +28,6 @@ class Reports:
     def __init__(
         self,
         options: ReportingOptions,
-        syncing: RemoteSyncOptions,
         config: dict[str, Any],
         model: nn.Module,
         state: RunState,
@@ -67,6 +36,7 @@ class Reports:
         directory: Path | None,
         continues: bool,
         notes: Sequence[str],
+        pairs_at_peak: float | None = None,
     ) -> None:
         """
         Args:
@@ -75,13 +45,13 @@ class Reports:
             directory: of the run.
             continues: whether the run continues from a checkpoint of its own.
             notes: what the log says first.
+            pairs_at_peak: pairs per second of all ranks that would be an MFU of 1; None leaves it out.
         """
         root = directory if ranks.first else None
         trackers = [] if root is None else create_trackers(options, config, root, state.step, continues)
         self.recorder = Recorder(root, trackers, state.step, state.evaluations)
-        self._sync = None if root is None else _remote_sync(syncing, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
-        self._state, self._ranks = state, ranks
+        self.options, self._state, self._ranks, self._pairs_at_peak = options, state, ranks, pairs_at_peak
         self._progress = Progress("training", "steps", steps, state.step, ranks.first, line_at_once=True)
         self._logged: Record = {}
         self._failed = False
@@ -89,8 +59,6 @@ class Reports:
             self.recorder.say(logging.WARNING, note)
         begin = f"from step {state.step} to step {steps} on {ranks.device}, ranks: {ranks.world_size}"
         LOG.info("%s; %d samples seen", begin, state.samples_seen)
-        if self._sync is not None:
-            self._sync.start()
         self._progress.write(f"training {begin}{f'; {directory}' if directory else ''}")
 
     def step(self) -> None:
@@ -103,10 +71,18 @@ class Reports:
             detail += f", {rate:.{0 if rate >= 10 else 1}f} images/s"
         self._progress.update(1, detail)
 
-    def metrics(self, record: Record) -> None:
-        """A logged step."""
+    def metrics(self, numbers: Record, times: dict[str, float], lr: float) -> None:
+        """A logged step: every number of metrics.jsonl.
+
+        Args:
+            numbers: ``StepLosses.record``, from the device.
+            times: ``Clock.logged``.
+        """
         if not self._ranks.first:
             return
+        mfu = {} if self._pairs_at_peak is None else {"mfu": times["images_per_second"] / self._pairs_at_peak}
+        place = {"step": self._state.step, "epoch": self._state.epoch, "lr": lr}
+        record = {**place, **numbers, **times, **mfu, "skipped_steps": self._state.skipped_steps[0]}
         self.recorder.add("metrics", record)
         self._logged = record
         collapsed = self._collapse.observe(record)
@@ -133,7 +109,5 @@ class Reports:
         self.recorder.say(logging.ERROR, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
         self._progress.close()
         self.recorder.close(self._failed)

@@ -34,6 +34,15 @@ def tracker_module(name: str) -> Any:
         return importlib.import_module("torch.utils.tensorboard" if in_torch else name)
 
 
+def check_installed(options: ReportingOptions) -> None:
+    """
+    Raises:
+        ImportError: a package of ``report_to`` is not installed.
+    """
+    for name in sorted(options.trackers()):
+        tracker_module(name)
+
+
 def create_trackers(
     options: ReportingOptions, config: dict[str, Any], directory: Path, steps_done: int, continues: bool
 ) -> list[Tracker]:

@@ -28,7 +28,7 @@ def draw_icon():
 
 def tensorboard():
     model = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)[0]
-    train(TrainOptions(report_to="tensorboard", steps=1, name="board", device="cpu"), model=model,
+    train(TrainOptions.flat(report_to="tensorboard", steps=1, name="board", device="cpu"), model=model,
           loader=[random_inputs(model, 2)])
 
 def result_of(call):

@@ -73,11 +73,11 @@ def measured(tmp_path_factory):
 
 def subject_and_options(count, name):
     moe, given = CASES[count][name]
-    options = TrainOptions(device="cpu", **given)
-    pairs = tiny_parallel.GLOBAL_BATCH // count // options.accum_freq
-    planned = TrainOptions(device="cpu", batch_size=pairs, **given)
-    model = tiny_parallel.model(moe, options.siglip)
-    lock_parts(model, options)
+    options = TrainOptions.flat(device="cpu", **given)
+    pairs = tiny_parallel.GLOBAL_BATCH // count // options.step.accum_freq
+    planned = TrainOptions.flat(device="cpu", batch_size=pairs, **given)
+    model = tiny_parallel.model(moe, options.loss.siglip)
+    lock_parts(model, options.trained_parts)
     return Subject(model, options.precision_on("cpu")), planned
 
 
@@ -110,7 +110,7 @@ def test_ranks_save_no_copies_of_weights_that_are_gathered_in_bfloat16(measured)
     subject, options = subject_and_options(2, "fsdp in bfloat16")
     (saved,) = {result["saved"] for result in measured(2, "fsdp in bfloat16")}
     counted = [
-        ForwardPass(subject.model, "amp_bf16", "cuda", options.batch_size, False, blocks_in_half=in_half).saved
+        ForwardPass(subject.model, "amp_bf16", "cuda", options.step.batch_size, False, blocks_in_half=in_half).saved
         for in_half in (True, False)
     ]
     assert saved == pytest.approx(counted[0], rel=0.02)
@@ -120,7 +120,7 @@ def test_ranks_save_no_copies_of_weights_that_are_gathered_in_bfloat16(measured)
 @pytest.mark.slow
 def test_expert_parallel_layers_save_the_planned_rows(measured):
     subject, options = subject_and_options(2, "sparse, ep")
-    travelling = expert_parallel_bytes(subject, TrainOptions(**{**vars(options), "grad_checkpointing": True})) / 2
+    travelling = expert_parallel_bytes(subject, options.changed(grad_checkpointing=True)) / 2
     planned = expert_parallel_bytes(subject, options) - travelling
     saved = [sum(result["saved"] for result in measured(2, f"sparse, {name}")) / 2 for name in ("ep", "replicated")]
     assert saved[0] - saved[1] == pytest.approx(planned, rel=0.1)

@@ -9,6 +9,7 @@ from clipup.plan.cost import bandwidth
 from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
 from clipup.train.optimizer.locks import lock_parts
+from clipup.train.optimizer.options import TrainedPartsOptions
 
 H100, PLAIN = CARDS["h100"], Rates(link_efficiency=1.0)
 
@@ -47,7 +48,7 @@ def test_a_ring_sends_each_byte_of_a_reduction_twice():
     ],
 )
 def test_each_repeated_forward_pass_adds_its_flops(subject, options, passes):
-    made = plan(subject, TrainOptions(**options), Cluster(8, H100), 256)
+    made = plan(subject, TrainOptions.flat(**options), Cluster(8, H100), 256)
     counts = count(subject.model)
     towers = passes * 32 * (counts.image_gflops + counts.text_gflops) * 1e9
     assert towers < made.flops < 1.05 * towers
@@ -55,7 +56,9 @@ def test_each_repeated_forward_pass_adds_its_flops(subject, options, passes):
 
 def test_without_local_loss_every_rank_compares_all_pairs(subject):
     cluster = Cluster(8, H100)
-    alone, all_pairs = (plan(subject, TrainOptions(local_loss=local), cluster, 256).flops for local in (True, False))
+    alone, all_pairs = (
+        plan(subject, TrainOptions.flat(local_loss=local), cluster, 256).flops for local in (True, False)
+    )
     logits = 2 * 2 * 256 * 256 * 16 * 3  # both directions, features of 16 channels, forward and backward
     assert all_pairs - alone == pytest.approx(logits * 7 / 8)
 
@@ -65,8 +68,8 @@ def sizes(made):
 
 
 def test_a_locked_tower_runs_forward_alone_and_has_no_gradients(subject):
-    clip, options = tiny_parallel.model({}), TrainOptions(grad_checkpointing=True)
-    lock_parts(clip, TrainOptions(lock_text=True))
+    clip, options = tiny_parallel.model({}), TrainOptions.flat(grad_checkpointing=True)
+    lock_parts(clip, TrainedPartsOptions(lock_text=True))
     locked, plain = (plan(one, options, Cluster(8, H100), 256) for one in (Subject(clip), subject))
     assert plain.flops - locked.flops == pytest.approx(3 * 32 * count(clip).text_gflops * 1e9)
     for name in ("gradients", "optimizer (AdamW)", "activations"):
@@ -75,7 +78,7 @@ def test_a_locked_tower_runs_forward_alone_and_has_no_gradients(subject):
 
 
 def test_offloaded_state_is_in_the_memory_of_the_host(subject):
-    options = [TrainOptions(fsdp=True, fsdp_offload_cpu=offload) for offload in (False, True)]
+    options = [TrainOptions.flat(fsdp=True, fsdp_offload_cpu=offload) for offload in (False, True)]
     plain, offloaded = (plan(subject, each, Cluster(8, H100), 256) for each in options)
     names = ("parameters", "gradients", "optimizer (AdamW)")
     assert offloaded.memory.host_bytes == sum(sizes(plain)[name] for name in names)
@@ -83,7 +86,7 @@ def test_offloaded_state_is_in_the_memory_of_the_host(subject):
 
 
 def test_shorter_captions_send_fewer_rows(subject):
-    options = TrainOptions(ep=2, batch_size=4)
+    options = TrainOptions.flat(ep=2, batch_size=4)
 
     def rows(caption_tokens):
         return [one.payload for one in traffic(subject, options, 2, caption_tokens) if one.kind == "expert rows"]

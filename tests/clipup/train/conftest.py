@@ -75,7 +75,7 @@ def options(tmp_path: Path) -> Callable[..., TrainOptions]:
 
     def make(**changes: Any) -> TrainOptions:
         usual = {"device": "cpu", "logs": str(tmp_path / "logs"), "name": "run", "steps": 6, "lr": 1e-3, "warmup": 2}
-        return TrainOptions(**{**usual, **changes})
+        return TrainOptions.flat(**{**usual, **changes})
 
     return make
 
@@ -93,10 +93,10 @@ def run(
         settings = options(**{"steps": None, "epochs": 3, **changes})
         return train(
             settings,
-            model=make_model(sparse).to(torch.bfloat16 if settings.precision == "bf16" else torch.float32),
+            model=make_model(sparse).to(torch.bfloat16 if settings.speed.precision == "bf16" else torch.float32),
             preprocess=transforms,
             tokenizer=open_clip.SimpleTokenizer(context_length=8),
-            loader=loader or (pairs() if settings.train_data is None else None),
+            loader=loader or (pairs() if settings.data.train_data is None else None),
             callbacks=callbacks,
         )
 

@@ -107,4 +107,4 @@ def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
 
     moe_cfg = clipup.MoEConfig.clip_up(num_experts=4)
     assert taken[0] == TrainOptions()
-    assert taken[1] == TrainOptions(lr=0.25, moe=True, moe_cfg=moe_cfg, aug_cfg={"scale": (0.5, 1.0), "a": "b"})
+    assert taken[1] == TrainOptions.flat(lr=0.25, moe=True, moe_cfg=moe_cfg, aug_cfg={"scale": (0.5, 1.0), "a": "b"})

@@ -78,7 +78,7 @@ def test_too_many_such_steps_in_a_row_also_over_a_resume_stop_the_run_and_leave_
 
     with pytest.raises(NonFiniteGradients, match="inf at step 5, the last of 4 steps in a row.*max_nonfinite_steps=3"):
         run({1, 2, 3}, steps=8, resume="latest")
-    directory = Path(options().logs) / "run"
+    directory = Path(options().checkpoints.logs) / "run"
     state = latest(directory)
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["state_dict"].values())
 
@@ -104,7 +104,7 @@ def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options,
     with pytest.raises(NonFiniteWeights, match="text_projection holds values.*at step 6, so it was not saved"):
         train(options(save_every_n_steps=2), model=model, loader=pairs(), callbacks=[Every(6, spoil)])
 
-    directory = Path(options().logs) / "run"
+    directory = Path(options().checkpoints.logs) / "run"
     assert latest(directory)["step"] == 4 and not (directory / "model").exists()
 
 
@@ -118,4 +118,4 @@ def test_an_optimizer_whose_state_is_not_finite_is_not_written(run, options):
     ):
         run(steps=1)
 
-    assert not any((Path(options().logs) / "run" / "checkpoints").iterdir())
+    assert not any((Path(options().checkpoints.logs) / "run" / "checkpoints").iterdir())

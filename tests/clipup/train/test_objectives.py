@@ -73,7 +73,7 @@ def test_no_tensor_that_is_kept_has_more_logits_than_a_chunk(loss):
 
 def one_step(model, batches, objective):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    losses = TrainStep(model, objective, optimizer, torch.device("cpu"))(batches)
+    losses = TrainStep(model, objective, optimizer, torch.device("cpu"))(batches).losses
     return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

@@ -23,7 +23,7 @@ TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "laye
 
 
 def named_groups(model, options):
-    return [(set(group["param_names"]), group) for group in groups_of(model, options)]
+    return [(set(group["param_names"]), group) for group in groups_of(model, options.optimizer)]
 
 
 def by_name(groups, key):
@@ -61,16 +61,16 @@ def test_scalars_of_an_optimizer_keep_their_type_in_a_bfloat16_model():
 def test_optimizers_get_the_groups_the_given_arguments_and_clips_or_their_own_defaults(make_model, options):
     model = make_model(SPARSE)
     given = {"wd": 0.3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-4, "opt_kwargs": {"rectify": False}}
-    optimizer = create_optimizer(model, options(opt="timm/adabelief", **given))
+    optimizer = create_optimizer(model, options(opt="timm/adabelief", **given).optimizer)
 
     free, decayed = optimizer.param_groups
     assert isinstance(optimizer, timm.optim.AdaBelief) and not optimizer.defaults["rectify"]
     assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.3)
     assert decayed["betas"] == (0.8, 0.9) and decayed["eps"] == 1e-4
-    assert create_optimizer(model, options(opt="timm/sgd", momentum=0.7)).param_groups[0]["momentum"] == 0.7
+    assert create_optimizer(model, options(opt="timm/sgd", momentum=0.7).optimizer).param_groups[0]["momentum"] == 0.7
     for opt, betas in (("adamw", (0.9, 0.98)), ("nadamw", (0.9, 0.98)), ("timm/lion", (0.9, 0.99))):
-        assert create_optimizer(model, options(opt=opt)).defaults["betas"] == betas
-    adamw = create_optimizer(model, options(beta1=0.5, opt_kwargs={"amsgrad": True})).defaults
+        assert create_optimizer(model, options(opt=opt).optimizer).defaults["betas"] == betas
+    adamw = create_optimizer(model, options(beta1=0.5, opt_kwargs={"amsgrad": True}).optimizer).defaults
     assert (adamw["betas"], adamw["eps"], adamw["amsgrad"]) == ((0.5, 0.98), 1e-6, True)
 
 
@@ -108,7 +108,7 @@ def test_learning_rates_fall_with_the_depth_of_a_tower_and_may_differ_for_router
 def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
     theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     cooldown = {"epochs_cooldown": 2, "lr_cooldown_end": 1e-5, "lr_cooldown_power": 1.5} if "cooldown" in kind else {}
-    schedule = Schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind, steps=31, **cooldown), 6)
+    schedule = Schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind, steps=31, **cooldown).optimizer, 6)
     if cooldown:
         set_theirs = open_clip_train.scheduler.const_lr_cooldown(theirs, 3e-4, warmup, 31, 12, 1.5, 1e-5)
     else:
@@ -155,7 +155,7 @@ def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unloc
     ours, theirs = (build(config) for _ in "ab")
     counts = {"lock_image_unlocked_groups": unlocked, "lock_text_unlocked_layers": unlocked}
 
-    lock_parts(ours, options(lock_image=True, lock_text=True, **counts))
+    lock_parts(ours, options(lock_image=True, lock_text=True, **counts).trained_parts)
     theirs.lock_image_tower(unlocked)
     theirs.lock_text_tower(unlocked)
 
@@ -166,7 +166,9 @@ def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unloc
 def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_frozen(options, tmp_path, freeze):
     model = build(hugging_face_cfg(bert_config("Bert"), tmp_path))
 
-    lock_parts(model, options(lock_text=True, lock_text_unlocked_layers=1, lock_text_freeze_layer_norm=freeze))
+    lock_parts(
+        model, options(lock_text=True, lock_text_unlocked_layers=1, lock_text_freeze_layer_norm=freeze).trained_parts
+    )
 
     text = {name for name in trained(model) if name.startswith("text.")}
     head = {name for name in text if name.startswith(("text.proj.", "text.transformer.pooler."))}
@@ -197,5 +199,5 @@ def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, f
 def test_optimizers_and_locks_that_a_dense_model_cannot_have_are_refused_by_name(make_model, options, changes, name):
     model, chosen = make_model(), options(**changes)
     with pytest.raises(ValueError, match=name):
-        lock_parts(model, chosen)
-        create_optimizer(model, chosen)
+        lock_parts(model, chosen.trained_parts)
+        create_optimizer(model, chosen.optimizer)

@@ -33,8 +33,8 @@ def dense_run(make_model, pairs, options):
 def state_after(options, model, dense_run, moe=MOE):
     """Model and optimizer state, by name, of a run that starts from the dense one, before its first step."""
     settings = options(moe=True, moe_cfg=moe, resume_dense=str(dense_run), logs=None)
-    built = build_model(settings, settings, moe, torch.device("cpu"), "fp32", model)
-    optimizer = create_optimizer(built.model, settings)
+    built = build_model(settings.model, settings.transforms, moe, torch.device("cpu"), "fp32", model)
+    optimizer = create_optimizer(built.model, settings.optimizer)
     load_optimizer_state(optimizer, built.model, built.optimizer_state)
     return built.model, by_name(optimizer.state_dict())
 

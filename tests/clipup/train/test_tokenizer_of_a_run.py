@@ -42,7 +42,7 @@ def run_of(csv_data, tmp_path):
     def run(tokenizer=None, **options):
         usual = {"train_data": csv_data, "batch_size": 4, "workers": 0, "steps": 1, "warmup": 0, "device": "cpu"}
         usual |= {"model": NAME, "logs": str(tmp_path / "logs"), "name": "run"}
-        return train(TrainOptions(**{**usual, **options}), tokenizer=tokenizer)
+        return train(TrainOptions.flat(**{**usual, **options}), tokenizer=tokenizer)
 
     return run
 

@@ -29,7 +29,7 @@ def built(options):
 
     def build(**changes):
         of_run = options(**changes)
-        return build_model(of_run, of_run, None, torch.device("cpu"), "fp32")
+        return build_model(of_run.model, of_run.transforms, None, torch.device("cpu"), "fp32")
 
     return build
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import pytest
 from clipup import MoEConfig
 from clipup.option_group import Resumed
 from clipup.train import TrainOptions
+from clipup.train.train_options import GROUPS
 
 
 def test_there_are_no_more_workers_than_cores_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
-    assert TrainOptions().workers == 1
+    assert TrainOptions().data.workers == 1
 
 
 @pytest.mark.parametrize(
@@ -33,9 +35,9 @@ def test_there_are_no_more_workers_than_cores_that_the_process_may_use(monkeypat
     ],
 )
 def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
-    options = TrainOptions(**given)
-    assert {name: getattr(options, name) for name in kept} == kept
-    assert all(type(getattr(options, name)) is type(value) for name, value in kept.items())
+    options = TrainOptions.flat(**given)
+    found = {name: getattr(group, name) for group in options.groups() for name in kept if hasattr(group, name)}
+    assert found == kept and all(type(found[name]) is type(value) for name, value in kept.items())
 
 
 @pytest.mark.parametrize(
@@ -66,14 +68,23 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
 )
 def test_values_of_other_types_out_of_range_or_that_do_not_go_together_are_refused_by_name(changes, error):
     with pytest.raises(error, match=next(iter(changes))):
-        TrainOptions(**changes)
+        TrainOptions.flat(**changes)
 
 
-def test_every_option_has_one_owner_and_a_rule_for_resumed_runs():
-    owners = {
-        each.name: [group for group in TrainOptions.__mro__ if each.name in vars(group).get("__annotations__", {})]
-        for each in fields(TrainOptions)
-    }
-    assert [name for name, groups in owners.items() if len(groups) != 1] == []
-    assert TrainOptions not in [group for groups in owners.values() for group in groups]
-    assert [each.name for each in fields(TrainOptions) if not isinstance(each.metadata["resumed"], Resumed)] == []
+def test_every_option_has_a_name_of_its_own_and_a_rule_for_resumed_runs():
+    options = [each for group in GROUPS.values() for each in fields(group)]
+    assert [name for name, count in Counter(each.name for each in options).items() if count > 1] == []
+    assert [each.name for each in options if not isinstance(each.metadata["resumed"], Resumed)] == []
+
+
+def test_a_name_that_is_no_option_is_refused():
+    with pytest.raises(TypeError, match="learning_rate"):
+        TrainOptions.flat(learning_rate=1.0)
+
+
+def test_changed_options_are_checked_and_leave_the_others_as_they_were():
+    options = TrainOptions.flat(lr=0.5)
+    assert options.changed(steps=3).values() == options.values() | {"steps": 3}
+    assert options == TrainOptions.flat(lr=0.5)
+    with pytest.raises(ValueError, match="steps"):
+        options.changed(steps=0)
