@@ -25,7 +25,6 @@ COMMANDS = {
     "export": "programs of a model's encoders, by torch.export or AOTInductor",
     "plan": "memory, traffic, time and price of a training run, before it is started",
     "eval": "retrieval and zero-shot classification",
-    "clip-benchmark": "CLIP_benchmark's command line, with clipup's models",
     "index": "features of a directory of images, to search it",
     "search": "the images of an index that fit a text best",
     "inspect": "report on the experts of a sparse model, as one HTML page",

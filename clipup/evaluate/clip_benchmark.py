@@ -1,6 +1,6 @@
 """Registers models of clipup in CLIP_benchmark (github.com/LAION-AI/CLIP_benchmark), as model type "clipup".
 
-    clipup clip-benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
+    python -m clipup.evaluate.clip_benchmark eval --model_type clipup --model DIR --pretrained "" --dataset ...
 
 is CLIP_benchmark's own command line with this type registered. In Python, importing this module registers it:
 ``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None, device="cpu")``.
@@ -9,14 +9,13 @@ is CLIP_benchmark's own command line with this type registered. In Python, impor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..extras import needed_for
-from ..inference.accelerate import for_inference
 from ..models import factory, model_names, tokenizers
 
 with needed_for("CLIP_benchmark's command line", "benchmark"):
@@ -46,12 +45,6 @@ def load(
     return model, transform, tokenizers.get_tokenizer(model_name, cache_dir=cache_dir)
 
 
-def load_prepared(*args: Any, **kwargs: Any) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:
-    """``load`` with the model prepared for inference on a CPU (``clipup.accelerate``)."""
-    model, transform, tokenizer = load(*args, **kwargs)
-    return for_inference(model), transform, tokenizer
-
-
 def accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
     """Top-k accuracies for scores [N, C] and classes [N].
 
@@ -67,27 +60,5 @@ registry.TYPE2FUNC[MODEL_TYPE] = load
 registry.MODEL_TYPES.append(MODEL_TYPE)
 
 
-def run(argv: Sequence[str]) -> int:
-    """CLIP_benchmark's command line.
-
-    For ``eval`` the defaults are the model type clipup and no pretrained tag. Without a GPU autocast is off, because it
-    is slower than float32 on CPUs, and the model is prepared for inference instead.
-    """
-    arguments = list(argv)
-    if arguments[:1] == ["eval"]:
-        arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)
-        arguments += _unless_given(arguments, "--pretrained", "")
-        if not torch.cuda.is_available():
-            arguments += _unless_given(arguments, "--no_amp")
-    before, sys.argv = sys.argv, ["clip_benchmark", *arguments]
-    registry.TYPE2FUNC[MODEL_TYPE] = load_prepared if "--no_amp" in arguments else load
-    try:
-        return cli.main() or 0
-    finally:
-        sys.argv = before
-        registry.TYPE2FUNC[MODEL_TYPE] = load
-
-
-def _unless_given(arguments: list[str], option: str, *values: str) -> list[str]:
-    """``--pretrained_model`` counts as ``--pretrained``."""
-    return [] if any(argument.startswith(option) for argument in arguments) else [option, *values]
+if __name__ == "__main__":
+    sys.exit(cli.main())

