@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ class Options(DeviceOptions):
     """What to look for; several texts are searched for one by one."""
     image: Path | None = None
     """Image file; images like this one are searched for."""
-    count: int = option(12, least=1)
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = option(12, least=1)
     """Images per text."""
     min_score: float = -1.0
     """Least score of an image: the cosine of its features and those of the text."""
@@ -50,6 +51,11 @@ class Options(DeviceOptions):
         super().check()
         if not (self.texts or self.image) or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank, or --image")
+        if self.image is not None and not self.image.is_file():
+            raise ValueError(
+                f"image: {self.image} is {'a directory' if self.image.is_dir() else 'not there, or no regular file'}; "
+                "expected the path of an image file"
+            )
         if self.page is not None and self.page.suffix != ".html":
             raise ValueError(f"page: expected a name that ends in .html, got {self.page}")
 
@@ -59,34 +65,20 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
     import torch
 
-    from ..data.samples import Sample
-    from ..data.skips import Skips
-    from ..evaluate.encode import encode_images, encode_texts
-    from ..inference.accelerate import for_inference
-    from ..models import factory, tokenizers
     from ..search import ImageIndex, find, results_page
-    from ..search.image_index import digest, upright_samples
+    from ..search.encoder import load_encoder
 
     if options.page is not None:
         check_file("page", options.page)
     index = ImageIndex.load(options.source)
-    encoder = index.encoder
-    device = "cpu" if encoder.int8 else options.device  # where int8 runs
-    model, _, preprocess = factory.create_model_and_transforms(
-        encoder.model, encoder.pretrained, precision=encoder.precision, device=device
-    )
-    index.check_model(digest(model, encoder.model))
-    model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
+    encoder = load_encoder(index.encoder, device=options.device, say=partial(print, "clipup search:", file=sys.stderr))
+    index.check_encoder(encoder.encoder)
     queries, features = [*options.texts], []
     if options.texts:
-        tokenizer = tokenizers.get_tokenizer(encoder.model)
-        features.append(encode_texts(model, options.texts, tokenizer, precision=encoder.precision))
+        features.append(encoder.texts(options.texts))
     if options.image is not None:
         queries.append(str(options.image))
-        samples = upright_samples(
-            [Sample(str(options.image), str(options.image), ())], preprocess, Skips(), strict=True
-        )
-        features.append(encode_images(model, (image for image, *_ in samples), precision=encoder.precision))
+        features.append(encoder.image_file(options.image))
     found = find(index, torch.cat(features), options.count, options.min_score)
     answers = list(zip(queries, found, strict=True))
     if options.paths_only:

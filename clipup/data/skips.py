@@ -141,6 +141,8 @@ class Skips:
         self.max_skipped = max_skipped
         self.samples: dict[str, int] = {}
         """The number of samples that each note stands for, by its name."""
+        self.reasons: dict[str, str] = {}
+        """Why this process skipped them, by the names of the notes."""
         self.first = ""
         """The name of the first skipped sample and the reason, as text."""
 
@@ -153,7 +155,7 @@ class Skips:
         for note in notes:
             if note.name in self.samples:
                 continue
-            self.samples[note.name] = note.samples
+            self.samples[note.name], self.reasons[note.name] = note.samples, note.reason
             self.first = self.first or f"{note.name}: {note.reason}"
             times[note.reason] += 1
             if times[note.reason] <= _NAMED:

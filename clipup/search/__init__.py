@@ -3,7 +3,7 @@
 ``clipup index`` and ``clipup search`` are its commands.
 """
 
-from .image_index import ImageIndex, default_directory, update_index
+from .image_index import ImageIndex, default_directory, index_images, update_index
 from .results import Result, find, results_page
 
-__all__ = ["ImageIndex", "Result", "default_directory", "find", "results_page", "update_index"]
+__all__ = ["ImageIndex", "Result", "default_directory", "find", "index_images", "results_page", "update_index"]

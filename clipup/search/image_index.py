@@ -10,74 +10,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..atomic_files import replace_files
-from ..data.evaluation import EvalSamples
-from ..data.images import resize_of, upright
+from ..data.image_files import image_files
 from ..data.samples import Sample
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive
-from ..models import model_names, tokenizers
 from ..precision import Precision
 from ..progress import Progress
+from .encoder import Encoder, load_encoder, upright_samples
 
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 512
 """Images after which what is finished is written."""
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """The model that computed an index's features, and how. Indexes of different encoders do not mix. The digest
-    identifies the model, wherever its files are."""
-
-    model: str = field(compare=False)
-    """Model name, or the absolute path of its directory."""
-    pretrained: str | None = field(compare=False)
-    precision: Precision
-    int8: bool
-    model_digest: str
-    """``digest`` of the model."""
-    int8_agreement: dict[str, float] | None = field(default=None, compare=False)
-    """``compare_int8`` on images of the index; None if they did not decide whether to encode in int8."""
-
-    def __str__(self) -> str:
-        weights = f" with the weights {self.pretrained}" if self.pretrained else ""
-        return f"{self.model}{weights} in {self.precision}{' and int8' * self.int8} (checksum {self.model_digest[:8]})"
-
-
-def digest(model: nn.Module, name: str) -> str:
-    """A checksum of what features depend on: a model's weights by their names, types and values, its config, its
-    transform of images, and the files of its tokenizer.
-
-    Args:
-        name: of the model, for config and tokenizer: as in ``clipup.create_model_and_transforms``.
-    """
-    checksum = hashlib.blake2b(digest_size=16)
-    model_cfg = model_names.get_model_config(name)
-    transform = getattr(model.visual, "preprocess_cfg", None)
-    checksum.update(json.dumps([model_cfg, transform], sort_keys=True).encode())
-    files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
-    for file, content in sorted(files.items()):
-        checksum.update(f"\n{file} {len(content)}\n".encode() + content)
-    for name, value in sorted(model.state_dict().items()):
-        checksum.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        checksum.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return checksum.hexdigest()
 
 
 class Entry(NamedTuple):
@@ -100,23 +57,26 @@ class ImageIndex:
     entries: list[Entry]
     features: Tensor
     """[N, D] float32, of length 1."""
-    skipped: list[str]
-    """Names of the images that could not be read; the log has the reasons."""
+    skipped: dict[str, str]
+    """Why images could not be read, by their names."""
 
     @classmethod
     def load(cls, directory: str | Path) -> ImageIndex:
         """Reads an index: that in the directory, or the one of the images in it (``default_directory``).
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or it is not finished.
             ValueError: its file is not what ``clipup index`` writes.
         """
         places = Path(directory), default_directory(directory)
         path = next((file for place in places if (file := place / INDEX_FILE).is_file()), None)
         if path is None:
+            unfinished = next((place for place in places if any(_parts(place))), None)
             raise FileNotFoundError(
-                f"{directory} is neither an index ({INDEX_FILE}) nor a directory of images with one; make one: "
-                "clipup index IMAGES"
+                f"{directory} is neither an index (a directory with {INDEX_FILE}) nor a directory of images that was "
+                "indexed; make one: clipup index IMAGES"
+                if unfinished is None
+                else f"the index in {unfinished} is not finished; call clipup index again as before, and it continues"
             )
         try:
             with safe_open(path, "pt") as file:
@@ -126,9 +86,20 @@ class ImageIndex:
             return cls(Path(content["images"]), Encoder(**content["encoder"]), entries, features, content["skipped"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
-                f"clipup index IMAGES {path.parent}"
+                f"{path} is not a whole index of images ({type(error).__name__}: {error}); remove this file, and call "
+                "clipup index again, with the model that you chose, if any"
             ) from error
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """
+        Raises:
+            ValueError: the index was made by another encoder.
+        """
+        if encoder != self.encoder:
+            raise ValueError(
+                f"the index of {self.images} was made with {self.encoder}, not with {encoder}: weights, config, "
+                "transform, tokenizer or precision differ; make an index in another directory, or remove this one"
+            )
 
     def save(self, directory: Path) -> None:
         """Writes the index, replacing an earlier one completely or not at all."""
@@ -141,17 +112,6 @@ class ImageIndex:
         header, tensors = {"index": json.dumps(content)}, {"features": self.features.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
-    def check_model(self, model_digest: str) -> None:
-        """
-        Raises:
-            ValueError: the model with this ``digest`` is not the one that made the index.
-        """
-        if model_digest != self.encoder.model_digest:
-            raise ValueError(
-                f"{self.encoder.model} is not the model that made the index: its weights, config, transform or "
-                "tokenizer have changed since; make the index again in another directory"
-            )
-
 
 def default_directory(images: str | Path) -> Path:
     """Where an index is kept if nothing else is said: among the user's data ($XDG_DATA_HOME, or ~/.local/share), by the
@@ -161,9 +121,51 @@ def default_directory(images: str | Path) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "clipup", "indexes", name)
 
 
-def earlier_index(directory: Path) -> ImageIndex | None:
-    """The index in a directory, or the first part of one that is not finished; None if there is none."""
-    return next(_earlier(directory), None)
+def index_images(
+    images: str | Path,
+    directory: str | Path | None = None,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    precision: Precision | Literal["int8"] | None = None,
+    device: str = "cpu",
+    batch_size: int = 64,
+    workers: int = 0,
+    say: Callable[[str], object] = print,
+) -> ImageIndex:
+    """Makes the index of a directory of images, or brings it up to date, with a progress bar. Options as those of
+    ``clipup index``.
+
+    Args:
+        images: directory of images, searched with its subdirectories.
+        directory: of the index; None: ``default_directory``.
+        say: called with what to know about the model, and with the number of images that are gone.
+
+    Raises:
+        DirectoryInUse: another process writes the index.
+        FileNotFoundError: no image, or the files of the model are not in their place any more.
+        ValueError: as ``update_index``; a model without weights, or one that does not exist.
+    """
+    records, out = image_files(images), Path(directory or default_directory(images))
+    # also refuses the directory before a model is loaded or downloaded
+    earlier = next(_earlier(out, Path(images).resolve(), {*map(_entry, records)}), None)
+    loaded = load_encoder(
+        earlier.encoder if earlier else None, records, model, pretrained, precision, device, batch_size, workers, say
+    )
+    index = update_index(
+        out,
+        images,
+        records,
+        loaded.encoder,
+        lambda batch: loaded.images(batch, batch_size),
+        loaded.preprocess,
+        batch_size=batch_size,
+        workers=workers,
+        show_progress=True,
+    )
+    if earlier and (gone := {entry.name for entry in earlier.entries} - {record.key for record in records}):
+        say(f"images that are not there any more, and have left the index: {len(gone)}")
+    return index
 
 
 def update_index(
@@ -194,26 +196,25 @@ def update_index(
 
     Raises:
         DirectoryInUse: another process writes the index.
-        ValueError: the directory holds other files than an index, or an index of another encoder, model or other
-            images; no image can be read; features that are not finite.
+        ValueError: the directory holds other files than an index, a damaged index, or an index of another encoder,
+            model or other images; no image can be read; features that are not finite.
     """
     directory, images = Path(directory), Path(images).resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    others = {path.name for path in directory.iterdir() if path.name[0] != "."} - {INDEX_FILE, PARTS}
-    if others:
-        raise ValueError(f"out: {directory} holds {min(others)}; expected an index, or a new or empty directory")
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
         current = {record.key: _entry(record) for record in records}
-        features_of = _reusable(directory, images, encoder, {*current.values()})
+        features_of: dict[Entry, Tensor] = {}
+        for index in _earlier(directory, images, {*current.values()}):
+            index.check_encoder(encoder)
+            features_of |= dict(zip(index.entries, index.features, strict=True))
         outdated = [record for record in records if current[record.key] not in features_of]
         skips = Skips()
         part: dict[Entry, Tensor] = {}
 
         def write_part() -> None:
             if part:
-                target = directory / PARTS / f"{len(_parts(directory)):05d}"
+                target = directory / PARTS / str(time.time_ns())
                 target.mkdir(parents=True)
-                ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), []).save(target)
+                ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), {}).save(target)
                 features_of.update(part)
                 part.clear()
 
@@ -228,12 +229,10 @@ def update_index(
                     shown.update(len(batch))
                     if len(part) >= PART_IMAGES:
                         write_part()
-        except BaseException:
+        finally:
             write_part()
-            raise
-        features_of |= part
         kept = [entry for entry in current.values() if entry in features_of]
-        skipped = [record.key for record in outdated if current[record.key] not in features_of]
+        skipped = {record.key: skips.reasons[record.named] for record in outdated if record.named in skips.reasons}
         if not kept:
             raise ValueError(f"none of the {len(records)} images can be read, the first is {skips.first}")
         index = ImageIndex(images, encoder, kept, torch.stack([features_of[entry] for entry in kept]), skipped)
@@ -242,51 +241,33 @@ def update_index(
     return index
 
 
-def upright_samples(
-    records: Sequence[Sample], preprocess: Callable[[Any], Tensor], skips: Skips, strict: bool = False
-) -> EvalSamples:
-    """Images as an index reads them: turned as their EXIF orientation says, JPEGs decoded at a smaller scale.
-
-    Args:
-        strict: an unreadable one raises ValueError, which names it.
-    """
-    return EvalSamples(records, partial(_upright, preprocess), skips, strict, resize=resize_of(preprocess))
-
-
-def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
-    return preprocess(upright(image))
-
-
 def _entry(record: Sample) -> Entry:
-    status = Path(record.path).stat()
+    path = Path(record.path)
+    status = path.stat() if path.exists() else path.lstat()  # of a link to nowhere
     return Entry(record.key, status.st_size, status.st_mtime_ns)
 
 
-def _reusable(directory: Path, images: Path, encoder: Encoder, entries: set[Entry]) -> dict[Entry, Tensor]:
-    """Features from a finished index and from the parts of an interrupted call. A moved directory of images is that of
-    the index if the index has at least one of its ``entries``."""
-    features_of: dict[Entry, Tensor] = {}
-    for index in _earlier(directory):
-        indexed = index.images if entries.isdisjoint(index.entries) else images
-        for name, actual, wanted in (("the model", index.encoder, encoder), ("the images", indexed, images)):
-            if actual != wanted:
-                raise ValueError(
-                    f"{directory} holds an index of {name}: {actual}; asked for: {wanted}; choose another directory, "
-                    "or remove this one"
-                )
-        features_of |= dict(zip(index.entries, index.features, strict=True))
-    return features_of
+def _earlier(directory: Path, images: Path, entries: Set[Entry]) -> Iterator[ImageIndex]:
+    """The finished index, and the parts of an interrupted call, as ``update_index`` continues them. They are of
+    ``images`` if those have at least one of their entries and the directory that was indexed has none any more: it has
+    moved.
 
-
-def _earlier(directory: Path) -> Iterator[ImageIndex]:
-    """The finished index, and the parts of an interrupted call; damaged ones are logged."""
-    sources = [directory] if (directory / INDEX_FILE).exists() else []
-    for source in [*sources, *_parts(directory)]:
-        try:
-            yield ImageIndex.load(source)
-        except (FileNotFoundError, ValueError) as error:
-            _LOG.warning("%s is encoded again: %s", source, error)
+    Raises:
+        ValueError: the directory holds anything else, also a damaged file.
+    """
+    others = {path.name for path in directory.glob("[!.]*")} - {INDEX_FILE, PARTS}
+    if others:
+        raise ValueError(f"out: {directory} holds {min(others)}; expected an index, or a new or empty directory")
+    for source in [*[directory] * (directory / INDEX_FILE).exists(), *_parts(directory)]:
+        index = ImageIndex.load(source)
+        remains = any((index.images / entry.name).exists() for entry in index.entries)
+        if index.images != images and (remains or entries.isdisjoint(index.entries)):
+            raise ValueError(
+                f"{directory} holds an index of the images in {index.images}, not of those in {images}; choose another "
+                "directory, or remove this one"
+            )
+        yield index
 
 
 def _parts(directory: Path) -> list[Path]:
-    return sorted(path for path in (directory / PARTS).glob("*") if path.name.isdecimal())
+    return sorted(path.parent for path in directory.glob(f"{PARTS}/[0-9]*/{INDEX_FILE}"))
