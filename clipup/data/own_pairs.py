@@ -53,7 +53,7 @@ def build(
     with shard_writer.only_writer(out):
         shard_writer.check_target(out, overwrite)
         is_folder = os.path.isdir(name)
-        samples = image_files(name) if is_folder else csv_samples(name, form or CsvOptions(), skips, "source")
+        samples = image_files(name, "source") if is_folder else csv_samples(name, form or CsvOptions(), skips, "source")
         read = shown(each(_pair, samples, processes), "reading pairs", "pairs", total=len(samples), show=progress)
         with shard_writer.appearing_whole(out) as directory:
             # keys, because names may have dots, or be those of files in several folders
@@ -69,11 +69,13 @@ def build(
 
 
 def _readable(read: Iterable[dict[str, bytes] | Note], skips: Skips) -> Iterator[dict[str, bytes]]:
+    notes = []
     for pair in read:
         if isinstance(pair, Note):
-            skips.add([pair])
+            notes.append(pair)
         else:
             yield pair
+    skips.add(notes)  # together: it names the first of each reason, and counts the others
 
 
 def _pair(sample: Sample) -> dict[str, bytes] | Note:

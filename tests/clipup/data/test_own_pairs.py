@@ -84,6 +84,24 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys, caplo
     assert json.loads((out / "sizes.json").read_text()) == {"train-000000.tar": 4, "train-000001.tar": 2}
 
 
+def test_links_to_nowhere_are_counted_and_three_pictures_without_captions_named(folder, capsys, caplog):
+    for number in range(5):
+        (folder / f"silent {number}.png").write_bytes(png(number))
+    (folder / "link.png").symlink_to("nowhere.png")
+    made_of(folder)
+    assert "captions: 6, skipped: 6" in capsys.readouterr().out
+    assert (
+        caplog.text.count("skipped silent") == 3
+        and "has no caption in a .txt of the same name (samples: 2)" in caplog.text
+    )
+    assert "skipped link.png: FileNotFoundError" in caplog.text
+
+
+def test_a_folder_without_images_is_named_as_the_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^source: "):
+        own_pairs.build(tmp_path, tmp_path / "out")
+
+
 def test_nothing_is_left_of_a_build_that_fails_or_has_no_pair(folder, monkeypatch):
     (folder.parent / "empty.csv").write_text("filepath\ttitle\nno.png\ta cat\n")
     with pytest.raises(ValueError, match="no sample"):
