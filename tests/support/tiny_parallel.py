@@ -54,8 +54,9 @@ def batches(accum_freq: int = 1, repeated: bool = False) -> list[tuple[torch.Ten
 def run(out: Path, name: str, moe: dict[str, Any] | None = None, **options: Any) -> TrainResult:
     """Trains for four steps; checkpoints and metrics are in OUT/NAME."""
     chosen = TrainOptions.flat(logs=str(out), name=name, **(USUAL | options))
-    clip = model(moe, chosen.siglip, coca=chosen.coca_contrastive_loss_weight == 0)
-    return train(chosen, model=clip, loader=batches(chosen.accum_freq, chosen.multi_positive))
+    loss = chosen.loss
+    clip = model(moe, loss.siglip, coca=loss.coca_contrastive_loss_weight == 0)
+    return train(chosen, model=clip, loader=batches(chosen.step.accum_freq, loss.multi_positive))
 
 
 def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]) -> None:
