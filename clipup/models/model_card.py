@@ -120,13 +120,7 @@ def _gflops(model: nn.Module) -> list[str]:
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
-    """Adds results of ``clipup eval`` to the directory's card: to the first table with the columns data, metric and %,
-    or to a new one at the end. They replace those with the same data and metric; all else in the card stays.
-
-    Args:
-        results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
-            with ``split`` and ``root`` if they matter, or as paths ``val_data`` and ``images``; optionally
-            ``precision`` and ``multi_positive``.
+    """Adds results of ``clipup eval`` to the directory's card (``with_results``).
 
     Raises:
         FileNotFoundError: the directory has no README.md.
@@ -134,7 +128,20 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     path = Path(directory) / README
     if not path.is_file():
         raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    text = with_results(path.read_text(encoding="utf-8"), results)
+    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def with_results(card: str, results: dict[str, Any]) -> str:
+    """A card with results of ``clipup eval``: in the first table with the columns data, metric and %, or in a new one
+    at the end. They replace those with the same data and metric; all else in the card stays.
+
+    Args:
+        results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
+            with ``split`` and ``root`` if they matter, or as paths ``val_data`` and ``images``; optionally
+            ``precision`` and ``multi_positive``.
+    """
+    lines = card.rstrip("\n").split("\n")
     if _NO_RESULTS in lines:
         place = lines.index(_NO_RESULTS)
         lines[place : place + 1] = _TABLE
@@ -146,8 +153,7 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     rows |= {
         f"| {data} | {metric} ": f"| {data} | {metric} | {value} |" for (data, metric), value in _rows(results).items()
     }
-    text = "\n".join([*lines[:start], *rows.values(), *lines[start + len(table) :]]) + "\n"
-    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+    return "\n".join([*lines[:start], *rows.values(), *lines[start + len(table) :]]) + "\n"
 
 
 def base_model_in(directory: str | Path) -> str | None:

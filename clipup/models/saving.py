@@ -14,7 +14,8 @@ it refuses the weights of a sparse one.
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Iterable
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,13 @@ def save_with_tokenizer(
     preprocess_cfg: dict[str, Any] | None = None,
     license: str = "other",
     base_model: str | None = None,
+    results: Iterable[dict[str, Any]] = (),
 ) -> None:
     """``save_pretrained`` with the content of the tokenizer's files.
 
     Args:
         tokenizer_files: by name (``tokenizers.files_of``). None: the tokenizer that ``model_cfg`` names.
+        results: of evaluations, for the card (``model_card.with_results``).
 
     Raises:
         TypeError, ValueError: as in ``save_pretrained``.
@@ -122,7 +125,7 @@ def save_with_tokenizer(
         config["moe_cfg"] = moe_config.to_dict()
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
-    card = model_card.model_card(model, library, license, base_model, extra)
+    card = reduce(model_card.with_results, results, model_card.model_card(model, library, license, base_model, extra))
     directory = Path(directory)
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
     _check_tokenizer_in(directory, files, text_cfg, replaces=tokenizer_files is not None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..models import model_card, saving
+from ..models import saving
 from .parallel import whole_state
 from .parallel.ranks import Ranks
 from .setup import Built
@@ -36,6 +36,4 @@ class TrainedModel(NamedTuple):
             model = self.unsharded
             model.load_state_dict(weights, assign=True)
         files = self.built.tokenizer_files
-        saving.save_with_tokenizer(model, self.path, model_cfg, files, base_model=self.base_model)
-        for numbers in results:
-            model_card.add_results(self.path, numbers)
+        saving.save_with_tokenizer(model, self.path, model_cfg, files, base_model=self.base_model, results=results)

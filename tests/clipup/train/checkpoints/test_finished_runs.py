@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, partialmethod
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,29 @@ def test_a_full_disk_takes_no_finished_model(run, monkeypatch, write, kept):
         run(steps=6, resume="latest", save_every_n_steps=5)
 
     assert weights_of(directory / kept) == former
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_new_model_is_never_set_aside_as_the_former_one(run, monkeypatch, csv_data, tmp_path, before):
+    """The disk fills at the card, which has the results of the new model."""
+    changes, directory = {"steps": 6, "val_data": csv_data, "resume": "latest"}, tmp_path / "logs" / "run"
+    former = weights_of(run(**{**changes, "steps": before}).directory) if before else None
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        for method in ("write_bytes", "write_text"):
+            patch.setattr(Path, method, partialmethod(full_at_results, getattr(Path, method)))
+        run(**changes)
+
+    kept = directory / "model_before"
+    assert weights_of(kept) == former if before else not kept.exists()
+    assert weights_of(run(**changes).directory / "model") != former
+    assert not kept.exists()
+
+
+def full_at_results(path, write, data, **kwargs):
+    if path.name == "README.md" and "text_to_image_R@1" in str(data):
+        full(OSError)()
+    return write(path, data, **kwargs)
 
 
 def full(error):
