@@ -225,10 +225,17 @@ class TrainStep:
         if bool(norm.isfinite()):
             if self.grad_clip_norm is not None:
                 clip_gradients(self.module, self.grad_clip_norm, norm)
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
+            try:
+                if self.scaler is None:
+                    self.optimizer.step()
+                else:
+                    self.scaler.step(self.optimizer)
+            except KeyError as error:  # optimizers create the whole state of a parameter or nothing of it
+                raise ValueError(
+                    f"opt_kwargs: with it, or with opt or momentum, the optimizer needs {error} of every parameter, "
+                    "and the checkpoint does not hold it; resume with the former values, or start a new run from the "
+                    "weights with pretrained"
+                ) from error
             update_selection_bias(self.module)
             logit_scale = self.module.get_parameter("logit_scale")
             if logit_scale.requires_grad:

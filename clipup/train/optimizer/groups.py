@@ -24,7 +24,8 @@ def create_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.op
     """The optimizer that the options select, over the model's trainable parameters in groups (``groups_of``).
 
     Raises:
-        ValueError: no parameter of the model is trainable, or timm has no such optimizer or cannot create it.
+        ValueError: no parameter of the model is trainable, timm has no such optimizer, or it cannot be created with
+            these arguments.
     """
     groups = by_mesh(groups_of(model, options))
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -36,14 +37,20 @@ def create_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.op
     given = {"betas": None if beta1 is None else (beta1, beta2), "eps": eps, "momentum": options.momentum}
     given = {name: value for name, value in given.items() if value is not None}
     settings: dict[str, Any] = {"lr": options.lr, **given, **options.opt_kwargs}
-    if options.opt == "adamw":
-        fused = trained[0].device.type == "cuda" if options.fused is None else options.fused
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **{"fused": fused, **settings})
-    elif options.opt == "nadamw":
-        optimizer = torch.optim.NAdam(groups, **{"decoupled_weight_decay": True, **settings})
-    else:
-        settings = {"weight_decay": options.wd, **settings}
-        optimizer = timm.optim.create_optimizer_v2(groups, options.opt.removeprefix("timm/"), **settings)
+    try:
+        if options.opt == "adamw":
+            fused = trained[0].device.type == "cuda" if options.fused is None else options.fused
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **{"fused": fused, **settings})
+        elif options.opt == "nadamw":
+            optimizer = torch.optim.NAdam(groups, **{"decoupled_weight_decay": True, **settings})
+        else:
+            settings = {"weight_decay": options.wd, **settings}
+            optimizer = timm.optim.create_optimizer_v2(groups, options.opt.removeprefix("timm/"), **settings)
+    except (AssertionError, RuntimeError, TypeError) as error:  # timm asserts that a GPU is there
+        raise ValueError(
+            f"opt_kwargs: {options.opt} cannot be created with {', '.join(settings)} ({error}); leave out what it does "
+            "not take"
+        ) from error
     set_lr(optimizer, options.lr)
     return optimizer
 

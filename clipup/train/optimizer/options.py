@@ -59,7 +59,8 @@ class OptimizationOptions(OptionGroup):
     )
     """Momentum, for the optimizers of timm that have one."""
     opt_kwargs: KeyValues = option(factory=dict, resumed=Resumed.FREE)
-    """Further arguments of the optimizer, KEY=VALUE KEY=VALUE."""
+    """Further arguments of the optimizer, KEY=VALUE KEY=VALUE. On resume, an argument that needs more state than the
+    checkpoint holds is refused."""
     fused: bool | None = option(None, Resumed.FREE, idle={"without --opt adamw": lambda group: group.opt != "adamw"})
     """Update all parameters in one kernel, with adamw. None: on CUDA."""
     wd: float = option(0.2, Resumed.FREE, least=0)
@@ -94,6 +95,8 @@ class OptimizationOptions(OptionGroup):
         super().check()
         is_known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
         check("opt", self.opt, is_known, "adamw, nadamw or timm/NAME")
+        others = {"lr", "weight_decay"}.isdisjoint(self.opt_kwargs)
+        check("opt_kwargs", self.opt_kwargs, others, "arguments without lr and weight_decay, which lr and wd set")
         if self.opt.startswith("timm/") and (self.beta1 is None) != (self.beta2 is None):
             raise ValueError(f"beta1 is {self.beta1} and beta2 is {self.beta2}: {self.opt} needs both or none")
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:

@@ -189,6 +189,8 @@ def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, f
     ("changes", "name"),
     [
         ({"opt": "timm/adamm"}, "adamm"),
+        ({"opt_kwargs": {"amsgrd": True}}, "opt_kwargs.*amsgrd"),
+        ({"opt": "timm/rmsprop", "opt_kwargs": {"centred": True}}, "opt_kwargs.*centred"),
         ({"wd_exclude": ("router",)}, "wd_exclude"),
         ({"moe_lr_scale": 2.0}, "moe_lr_scale"),
         ({"train_only": "routers"}, "train_only"),

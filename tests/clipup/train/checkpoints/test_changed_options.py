@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_runs import assert_same_run
 
 import clipup
 from clipup.train import train
@@ -79,6 +80,27 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
     for text in ("lr 0.001 -> 0.01", "wd 0.2 -> 0.5", "beta1 None -> 0.5", "steps 3 -> 4"):
         assert text in log(resumed)
     assert "resumed with changes, which take effect from now on: " in log(resumed)
+
+
+@pytest.mark.parametrize(
+    ("opt", "before", "after"),
+    [
+        ("adamw", {}, {"opt_kwargs": {"amsgrad": True}}),
+        ("timm/rmsprop", {}, {"opt_kwargs": {"centered": True}}),
+        ("timm/rmsproptf", {"momentum": 0.0}, {"momentum": 0.9}),
+    ],
+)
+def test_an_optimizer_that_needs_more_state_than_the_checkpoint_has_is_refused_and_the_run_can_be_resumed(
+    run, opt, before, after
+):
+    usual = {"opt": opt, "lr_scheduler": "const"}
+    whole = run(name="whole", **usual, **before)
+    run(steps=4, **usual, **before)
+
+    with pytest.raises(ValueError, match="opt_kwargs.*momentum"):
+        run(resume="latest", **usual, **after)
+
+    assert_same_run(run(resume="latest", **usual, **before), whole)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
                 *({"resume_dense": "x.pt"}, {"resume_dense": "x.pt", "moe": True, "pretrained": "openai"}),
                 *({"lr_scheduler": "const-cooldown"}, {"ep": 0}, {"dist_timeout": 0}, {"save_total_limit": 0}),
                 *({"opt": "adam"}, {"max_skipped": 2.0}, {"workers": -1}, {"seed": -1}, {"image_mean": (0.5, 0.5)}),
+                *({"opt_kwargs": {"lr": 1.0}}, {"opt_kwargs": {"weight_decay": 0.1}}),
                 *({"image_std": ()}, {"beta1": 0.9, "opt": "timm/lion"}, {"beta2": 0.9, "opt": "timm/lamb"}),
             )
         ],
