@@ -155,6 +155,7 @@ def train(
         if resumed is not None:
             same_optimizer = resumed.options.get("opt", options.optimizer.opt) == options.optimizer.opt
             trainer.restore(resumed.state, resumed.path, resumed.other_run, same_optimizer)
+            notes += resume.data_changes(resumed, conditions)
             if state.finished:
                 return trainer.result_before()
             resumed = None  # its tensors, in every process

@@ -129,6 +129,19 @@ def changes(checkpoint: ResumePoint, now: Conditions, accepted: bool) -> list[st
     return [f"resumed with changes, which take effect from now on: {', '.join(texts)}"] if texts else []
 
 
+def data_changes(checkpoint: ResumePoint, now: Conditions) -> list[str]:
+    """A note for the log on indexed training data that have changed, where no option of how they are read has."""
+    was = checkpoint.state.get("conditions", now.state_dict())
+    former, order = was["order"] or {}, now.order or {}
+    by_options = any(now.rule(name) & (Resumed.SAMPLES | Resumed.ORDER) for name in now.changed(was))
+    if by_options or not former or not order or former["data"] == order["data"]:
+        return []
+    return [
+        f"train_data: the data are not those of {checkpoint.path} ({former['rows']} -> {order['rows']} samples); the "
+        "run goes on with the data as they are now"
+    ]
+
+
 def restore_position(state: RunState, checkpoint: dict[str, Any], now: Conditions, source: Path) -> None:
     """Takes the position from a checkpoint, ours or open_clip_train's.
 

@@ -66,6 +66,19 @@ def test_an_evaluation_at_another_capacity_is_not_taken_for_done(options, named_
     assert len(evaluations(0.5, resume="latest", resume_with_changes=True).evaluations) == 2
 
 
+@pytest.mark.parametrize("changes", [{}, {"lr": 1e-2}, {"batch_size": 4}])
+def test_at_an_epochs_end_the_data_may_change_and_the_log_says_so(run, csv_data, changes):
+    usual = {"train_data": csv_data, "batch_size": 8, "workers": 0, "steps": None, "lr_scheduler": "const"}
+    run(epochs=1, **usual)
+    assert "samples)" not in log(run(epochs=2, resume="latest", **usual))
+    rows = Path(csv_data).read_text().splitlines(keepends=True)
+    Path(csv_data).write_text("".join(rows[:17]))
+
+    other = run(epochs=3, resume="latest", **{**usual, **changes})
+
+    assert log(other).count("(24 -> 16 samples)") == 1
+
+
 def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
     usual = {"lr_scheduler": "const", "skip_scheduler": True}
     usual["sparse"] = clipup.MoEConfig(num_experts=2)
