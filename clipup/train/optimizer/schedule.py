@@ -33,6 +33,22 @@ class Schedule:
         default = min(_LONGEST_WARMUP, max(1, self.steps // 10))
         return default if self.options.warmup is None else self.options.warmup
 
+    @property
+    def cooldown(self) -> int:
+        """The steps at the end in which the rate of a constant schedule falls."""
+        epochs = self.options.epochs_cooldown if self.options.lr_scheduler == "const-cooldown" else None
+        return (epochs or 0) * self.steps_of_epoch
+
+    def notes(self) -> list[str]:
+        """Notes for the log on a warm-up or a cooldown that takes longer than the run."""
+        parts = {} if self.options.skip_scheduler else {"warmup": self.warmup, "epochs_cooldown": self.cooldown}
+        return [
+            f"{name}: {steps} steps are more than the {self.steps} of the run, which has only a part of the schedule: "
+            f"its highest learning rate is {max(map(self.rate, range(self.steps))):g}, and lr is {self.options.lr:g}"
+            for name, steps in parts.items()
+            if steps > self.steps
+        ]
+
     def is_reached(self, step: int, epoch: int) -> bool:
         """Whether a run that has done so many steps, and whole epochs, is at its end."""
         return step >= self.steps or not self.options.steps and epoch >= self.options.epochs
@@ -46,11 +62,10 @@ class Schedule:
             return options.lr * (step + 1) / warmup
         if options.lr_scheduler == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup))) * options.lr
-        cooldown = (options.epochs_cooldown or 0) * self.steps_of_epoch
-        begin = self.steps - cooldown
-        if options.lr_scheduler == "const" or step < begin:
+        begin = self.steps - self.cooldown
+        if step < begin:
             return options.lr
-        left = (1 - (step - begin) / cooldown) ** options.lr_cooldown_power
+        left = (1 - (step - begin) / self.cooldown) ** options.lr_cooldown_power
         return left * (options.lr - options.lr_cooldown_end) + options.lr_cooldown_end
 
 

@@ -11,6 +11,7 @@ import torch
 import clipup
 from clipup.clip.inputs import random_inputs
 from clipup.train import Every, train
+from clipup.train.optimizer.schedule import Schedule
 
 BIASED = clipup.MoEConfig.clip_up(num_experts=4, selection_bias="sign", local_entropy_weight=0.01)
 SIGMOID = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
@@ -82,6 +83,32 @@ def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(mak
     assert "over 2 steps" in (first.directory / "out.log").read_text()
     train(options(steps=22, resume="latest", **usual), model=make_model(), loader=pairs(pairs=4, batch_size=2))
     assert json.loads((first.directory / "options.json").read_text())["warmup"] == 2
+
+
+COOLDOWN = {"lr_scheduler": "const-cooldown", "warmup": 0, "epochs_cooldown": 1}
+
+
+@pytest.mark.parametrize(
+    "changes, name", [({"warmup": 12}, "warmup"), ({**COOLDOWN, "epochs_cooldown": 5}, "epochs_cooldown")]
+)
+def test_a_run_fresh_or_resumed_says_that_its_schedule_is_longer_and_what_rate_it_reaches(
+    make_model, pairs, options, changes, name, caplog
+):
+    def noted(**usual):
+        caplog.clear()
+        result = train(options(**usual, **changes), model=make_model(), loader=pairs())
+        notes = [text for text in caplog.messages if text.startswith(f"{name}: ")]
+        assert len(notes) == 1 and "lr is 0.001" in notes[0]
+        return notes[0], max(record["lr"] for record in result.history)
+
+    note, highest = noted(steps=3)
+    assert highest < 1e-3 and f"highest learning rate is {highest:g}," in note
+    noted(steps=5, resume="latest")
+
+
+@pytest.mark.parametrize("changes", [{"warmup": 3}, {"warmup": None}, {"warmup": 12, "skip_scheduler": True}, COOLDOWN])
+def test_a_schedule_that_is_not_longer_than_the_run_needs_no_note(options, changes):
+    assert Schedule(options(steps=3, **changes), 3).notes() == []
 
 
 @pytest.mark.parametrize(
