@@ -10,7 +10,6 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -84,8 +83,11 @@ def complete(members: Members) -> Parts:
 
     Raises ValueError with the reason when it has no caption or no image.
     """
-    captions, about = captions_in(members.content.get("json", b"{}"))
-    text = "json"
+    text, broken = "json", ""
+    try:
+        captions, about = captions_in(members.content.get("json", b"{}"))
+    except (TypeError, ValueError):
+        captions, about, broken = [], {}, "its json is broken (not a JSON object), and "
     if not captions:
         text = next((name for name in CAPTION_EXTENSIONS if members.content.get(name, b"").strip()), text)
         alone = about.pop("caption", "") if text == "json" else caption_of(members.content[text])
@@ -93,8 +95,9 @@ def complete(members: Members) -> Parts:
     if members.image is None or not captions:
         missing = "caption" if members.image else "image"
         raise ValueError(
-            f"it has no {missing} beside it ({_EXPECTED[missing]}), only {', '.join(members.place) or 'links'}; files "
-            f"of one sample have one name up to the first dot, and links are not read (write shards with {TAR})"
+            f"{broken}it has no {missing} beside it ({_EXPECTED[missing]}), only "
+            f"{', '.join(members.place) or 'links'}; files of one sample have one name up to "
+            f"the first dot, and links are not read (write shards with {TAR})"
         )
     return Parts(members.image, text, captions, about)
 
@@ -105,10 +108,11 @@ def caption_of(content: bytes) -> str:
 
 
 def captions_in(content: bytes) -> tuple[list[str], dict]:
-    """The list of captions in a json, empty if there is none, and the rest of the json."""
-    about: dict = {}
-    with suppress(ValueError, TypeError):
-        about = dict(json.loads(content))
+    """The list of captions in a json, empty if there is none, and the rest of the json.
+
+    Raises TypeError or ValueError for what is not a JSON object.
+    """
+    about: dict = dict(json.loads(content))
     listed = about.pop("captions", None)
     captions = [c for c in listed if isinstance(c, str) and c.strip()] if isinstance(listed, list) else []
     return captions, about

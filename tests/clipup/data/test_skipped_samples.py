@@ -39,6 +39,18 @@ def test_an_undecodable_image_is_logged_and_counted_once(pictures, kind, workers
     assert len(named) == 3 == sum(f"/{n}.png" in line or f" s{n} in" in line for n in (3, 17, 40) for line in named)
 
 
+@pytest.mark.parametrize("content", ['{"caption": "a cat', "[1]", '"a cat"', "null", b"\xff"])
+def test_a_broken_json_is_named_where_no_other_member_has_a_caption(pictures, content, caplog):
+    broken = content if isinstance(content, bytes) else content.encode()
+    members = [("s1.png", png(1)), ("s1.json", broken), ("s2.png", png(2)), ("s2.json", broken), ("s2.txt", b"2 0")]
+    members += [("s3.png", png(3)), ("s3.json", b'{"caption": " "}')]
+
+    with caplog.at_level(logging.WARNING):
+        assert read("webdataset", str(pictures.tar("broken.tar", members)), count=1) == ({2}, 2)
+
+    assert ["json is broken" in line for line in caplog.messages if line.startswith("skipped")] == [True, False]
+
+
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
 def test_unusable_rows_are_removed_from_the_index(pictures, kind, caplog):
     """Missing, without image or caption, a directory: an epoch has the remaining rows."""
