@@ -52,10 +52,9 @@ def indexed_data(options: TrainingDataOptions, source: Source, reader: Reader, p
     size, accum_freq, rows = reader.step.batch_size, reader.step.accum_freq, len(samples)
     batches = GlobalBatches(options.train_num_samples or rows, size, accum_freq, reader.rank, reader.world_size)
     if batches.steps == 0:
-        accumulated = f", and {accum_freq} of them per step" if accum_freq > 1 else ""
         raise ValueError(
-            f"batch_size: got {size} for {reader.world_size} processes{accumulated}, but {options.train_data} has "
-            f"{batches.samples} readable samples: use a smaller batch"
+            f"batch_size: got {size} (ranks: {reader.world_size}, batches of a step: {accum_freq}), but "
+            f"{options.train_data} has too few readable samples ({batches.samples}): use a smaller batch"
         )
     known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by its own samples
     return read_by_workers(
@@ -193,6 +192,6 @@ def _check_memory(count: int, numbers: int, world_size: int) -> None:
     needed, memory = count * numbers * 4 * here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise ValueError(
-            f"cache_data: {count} images take {needed / 1e9:.1f} GB in {here} processes, more than half of the "
-            f"{memory / 1e9:.1f} GB of this machine: train without cache_data"
+            f"cache_data: {count} images take {needed / 1e9:.1f} GB (ranks of this machine: {here}), more than half of "
+            f"its {memory / 1e9:.1f} GB: train without cache_data"
         )

@@ -45,8 +45,8 @@ def streamed_data(options: TrainingDataOptions, shards: list[str], reader: Reade
     workers, sizes, num_samples = max(1, options.workers), sizes_of(shards), options.train_num_samples
     if not options.dataset_resampled and len(shards) < workers * reader.world_size:
         raise ValueError(
-            f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
-            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers"
+            f"workers: got {options.workers} (ranks: {reader.world_size}), but every worker needs a shard of "
+            f"train_data, which has {len(shards)}: use at most {len(shards) // reader.world_size}"
         )
     if num_samples is None and not sizes.keys() >= set(shards):
         raise ValueError(

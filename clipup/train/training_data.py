@@ -37,8 +37,8 @@ class Epochs:
         """Steps of an epoch."""
         if self.steps == 0:
             raise ValueError(
-                f"the training data gives {count} batches an epoch, too few for a step of {accum_freq}; lower "
-                "batch_size or accum_freq, or pass more data"
+                f"accum_freq: got {accum_freq}, more than the batches of an epoch ({count}); lower batch_size or "
+                "accum_freq, or pass more data"
             )
 
     def check_alike(self, gather: Callable[[Any], list[Any]]) -> None:
