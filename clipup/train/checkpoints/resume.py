@@ -126,7 +126,7 @@ def changes(checkpoint: ResumePoint, now: Conditions, accepted: bool) -> list[st
             "continue it with these values, if its weights fit"
         )
     texts = [text for name, text in changed.items() if now.rule(name) != Resumed.START]
-    return [f"resumed with changes, which take effect from now on: {', '.join(texts)}"] if texts else []
+    return [f"resumed with changed options: {', '.join(texts)}"] if texts else []
 
 
 def data_changes(checkpoint: ResumePoint, now: Conditions) -> list[str]:

@@ -92,7 +92,7 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
     assert all((group["betas"], group["eps"]) == ((0.5, 0.98), 1e-3) for group in groups)
     for text in ("lr 0.001 -> 0.01", "wd 0.2 -> 0.5", "beta1 None -> 0.5", "steps 3 -> 4"):
         assert text in log(resumed)
-    assert "resumed with changes, which take effect from now on: " in log(resumed)
+    assert "resumed with changed options: " in log(resumed)
 
 
 @pytest.mark.parametrize(
