@@ -159,7 +159,7 @@ def train(
             if state.finished:
                 return trainer.result_before()
             resumed = None  # its tensors, in every process
-        notes += trainer.schedule.notes()
+        notes += [*built.notes, *trainer.schedule.notes()]
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:

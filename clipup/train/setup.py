@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +45,8 @@ class Built:
     ``model_cfg``."""
     optimizer_state: dict[str, Any] | None = None
     """State dict that the optimizer starts with, carried over from ``options.resume_dense``."""
+    notes: list[str] = field(default_factory=list)
+    """For the log, once nothing is refused any more."""
 
     def reader(self, training: bool) -> tuple[Transform, Tokenizer]:
         """The transform and the tokenizer that data are read with.
@@ -101,9 +103,10 @@ def build_model(
         model_cfg: Any = architecture.overridden(model_names.get_model_config(name), options.model_overrides())
         fresh = new_model if pretrained is None and model_names.directory_of(name) is None else {}
         model_cfg = {**model_cfg, **fresh}
-        model, *own = factory.create_model_and_transforms(
-            name, pretrained, precision=precision, device=device, output_dict=True, **fresh, **arguments
-        )
+        with factory.expecting_random_weights():  # the note below knows whether a checkpoint replaces them
+            model, *own = factory.create_model_and_transforms(
+                name, pretrained, precision=precision, device=device, output_dict=True, **fresh, **arguments
+            )
         given = tuple(transform or usual for transform, usual in zip(given, own, strict=True))
         if tokenizer is None:
             length = options.force_context_length
@@ -130,12 +133,10 @@ def build_model(
         built.tokenizer_files = _tokenizer_files(given_tokenizer, model_cfg, name)
     if options.resume_dense is not None and moe is not None and not resumed:
         built.optimizer_state = _resume_dense(built, options.resume_dense, moe)
+    if is_random and not resumed and options.resume_dense is None:
+        experts = "" if moe is None else ": all experts of a layer start as copies of one random MLP"
+        built.notes.append(f"pretrained: not given, so the model starts from new weights, not trained ones{experts}")
     if moe is not None:
-        if is_random and not resumed and options.resume_dense is None:
-            LOG.warning(
-                "model has random weights: all experts of a layer start as copies of one random MLP; to upcycle a "
-                "trained model, pass --pretrained"
-            )
         built.model = upcycle(model, moe, inplace=True)
     return built
 

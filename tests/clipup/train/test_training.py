@@ -242,12 +242,34 @@ def test_with_graphs_that_write_into_the_outputs_of_the_step_before_losses_stay_
         assert [record[name] for record in compiled.history] == [record[name] for record in eager.history], name
 
 
+@pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("weights", [False, True])
-def test_a_run_says_when_all_experts_start_from_random_weights(options, tmp_path, caplog, weights):
+def test_a_run_says_that_it_starts_from_random_weights_where_it_does(options, tmp_path, caplog, weights, moe):
     model, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
     clipup.save_pretrained(model, tmp_path / "dense", clipup.get_model_config("clipup-tiny-32"))
     start = str(tmp_path / "dense") if weights else None
-    train(
-        options(model="clipup-tiny-32", pretrained=start, moe=True, steps=1, warmup=0), loader=[random_inputs(model, 4)]
-    )
-    assert ("all experts of a layer start as copies of one random MLP" in caplog.text) != weights
+
+    def notes(**changes):
+        caplog.clear()
+        usual = {"model": "clipup-tiny-32", "pretrained": start, "moe": moe, "steps": 1, "warmup": 0}
+        train(options(**{**usual, **changes}), loader=[random_inputs(model, 4)])
+        assert "No pretrained weights" not in caplog.text  # open_clip's warning, which knows nothing of checkpoints
+        return [text for text in caplog.messages if "new weights" in text]
+
+    with pytest.raises(ValueError, match="accum_freq"):
+        assert notes(accum_freq=2)
+    assert not [text for text in caplog.messages if "weights" in text]
+    fresh = notes()
+    assert len(fresh) == (not weights) and all(("copies of one random MLP" in text) == moe for text in fresh)
+    assert notes(steps=2, resume="latest") == []
+
+
+def test_a_sparse_run_that_starts_from_a_dense_one_does_not_start_from_random_weights(options, caplog):
+    model, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
+    usual = {"model": "clipup-tiny-32", "steps": 1, "warmup": 0}
+    dense = train(options(**usual), loader=[random_inputs(model, 4)]).directory / "checkpoints" / "epoch_latest.pt"
+    caplog.clear()
+
+    train(options(**usual, name="sparse", moe=True, resume_dense=str(dense)), loader=[random_inputs(model, 4)])
+
+    assert "No pretrained weights" not in caplog.text and "new weights" not in caplog.text
