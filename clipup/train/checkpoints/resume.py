@@ -133,8 +133,11 @@ def data_changes(checkpoint: ResumePoint, now: Conditions) -> list[str]:
     """A note for the log on indexed training data that have changed, where no option of how they are read has."""
     was = checkpoint.state.get("conditions", now.state_dict())
     former, order = was["order"] or {}, now.order or {}
-    by_options = any(now.rule(name) & (Resumed.SAMPLES | Resumed.ORDER) for name in now.changed(was))
-    if by_options or not former or not order or former["data"] == order["data"]:
+    if (
+        not (former and order)
+        or former["data"] == order["data"]
+        or any(now.rule(name) & (Resumed.SAMPLES | Resumed.ORDER) for name in now.changed(was))
+    ):
         return []
     return [
         f"train_data: the data are not those of {checkpoint.path} ({former['rows']} -> {order['rows']} samples); the "

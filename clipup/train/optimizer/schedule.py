@@ -36,8 +36,11 @@ class Schedule:
     @property
     def cooldown(self) -> int:
         """The steps at the end in which the rate of a constant schedule falls."""
-        epochs = self.options.epochs_cooldown if self.options.lr_scheduler == "const-cooldown" else None
-        return (epochs or 0) * self.steps_of_epoch
+        return (
+            self.steps_of_epoch * (self.options.epochs_cooldown or 0)
+            if self.options.lr_scheduler == "const-cooldown"
+            else 0
+        )
 
     def notes(self) -> list[str]:
         """Notes for the log on a warm-up or a cooldown that takes longer than the run."""
