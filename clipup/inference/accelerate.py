@@ -19,7 +19,7 @@ from ..moe.experts import Experts
 from ..precision import Precision
 from ..upcycling.clusters import RowSample, run_batch
 from .calibration import MATRICES, MOST_ROWS, Calibration, calibrated
-from .prepared import Prepared, PreparedMLP
+from .prepared import Prepared, PreparedMLP, refuse_to_load
 from .report import BESIDE, NOT_YET, PREPARED_EXPERTS, Selection, has_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,7 +47,7 @@ def accelerate(
     calibrate: Iterable[Batch] | None = None,
     exclude: Iterable[str] = (),
 ) -> M: ...
-@torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
+@torch.inference_mode(False)  # parameters copied there could not be loaded into or trained elsewhere
 @torch.no_grad()
 def accelerate(
     model: nn.Module,
@@ -71,9 +71,9 @@ def accelerate(
     of them; of BERT's MLPs, which are two modules, both must be shared.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, casting or moving a
-    prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
-    (while no other thread computes) work, and ``state_dict()`` has the names and values of the plain model. Upcycle and
-    cast before preparing.
+    prepared layer raises an error. So does ``load_state_dict``, before it loads anything. Threads can share prepared
+    layers; deepcopy and pickle work, and ``state_dict()`` has the names and values of the plain model. Upcycle, cast
+    and load before preparing.
 
     With ``weights="int8"``, the matrices of experts, dense MLPs, attention and patch embeddings are quantized by output
     channel, and their inputs by row at every call; so outputs of sparse layers change too. Attention without a mask
@@ -135,8 +135,10 @@ def accelerate(
                 parent.add_module(name, layer)
                 layer.placed(parent)
         model = layer if plain is model else model
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    for module in model.modules():
+        if any(isinstance(part, Prepared) for part in module.modules()):
+            module.register_load_state_dict_pre_hook(refuse_to_load)
+    model.requires_grad_(False)
     model.eval()
     if weights is not None and hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained = _refuse_to_save  # transformers' writes the config before it asks for weights

@@ -1,8 +1,8 @@
 """Dense layers that hold packed weights instead of plain ones, for inference on CPUs; made by ``clipup.accelerate``.
 
 Packing happens once, ahead of time. A prepared layer has no plain weights that could be trained or written to, so there
-is one copy of each weight and none can go stale. Its state dict is that of the plain layer. It keeps an empty
-copy of that layer: what reads the tensors of a plain layer also says where to put them back.
+is one copy of each weight and none can go stale. It loads no weights. Its state dict is that of the plain layer. It
+keeps an empty copy of that layer: what reads the tensors of a plain layer also says where the state dict has them.
 
 Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import sys
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,8 +46,6 @@ class Prepared(nn.Module):
 
     error: float | None
     """``Calibration.error``; None if the layer was not calibrated."""
-    _biases: dict[str, Tensor]
-    """Those of the plain layer that hold more in this one, and so are not read from its buffers."""
 
     def __init__(self, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
         super().__init__()
@@ -86,23 +83,18 @@ class Prepared(nn.Module):
 
     def _prepare(self, plain: nn.Module, quantize: str | None, calibration: Calibration | None) -> None:
         """Takes the tensors of a plain layer, which keeps its own: matrices packed, others (biases) as buffers."""
-        self.quantize, self._packed = quantize, {}
-        self._put(plain, calibration)
-        self._plain = (_without_weights(plain),)
-
-    def _put(self, plain: nn.Module, calibration: Calibration | None = None) -> None:
         tensors = self.tensors(plain)
+        self.quantize, self._packed = quantize, {}
         self.error = None if calibration is None else calibration.error
-        inputs = calibration.inputs if calibration else {} if self.quantize is None else balanced(tensors)
+        inputs = calibration.inputs if calibration else {} if quantize is None else balanced(tensors)
         for name in [name for name in MATRICES if name in tensors]:
-            self._keep(name, pack_weight(tensors[name], self.quantize, *inputs.get(name, ())))
-        self._biases = {}
-        self._buffers |= dict.fromkeys(self._buffers.keys() & {*BIASES})  # a calibrated layer may have more of them
+            self._keep(name, pack_weight(tensors[name], quantize, *inputs.get(name, ())))
         if calibration is not None:
-            self._biases = {name: tensors[name].clone() for name in BIASES if name in tensors}
             tensors |= _with_offsets(tensors, inputs)
         for name in tensors.keys() - set(MATRICES):
             self.register_buffer(name, tensors[name].clone(), persistent=False)
+        empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in plain.parameters()}
+        self._plain = (copy.deepcopy(plain, empty),)
 
     def _keep(self, name: str, weight: PackedWeight) -> None:
         self.register_buffer(f"{name}_packed", weight.block, persistent=False)  # torch.export lifts buffers
@@ -173,10 +165,7 @@ class Prepared(nn.Module):
         for name, tensor in self.read(plain).items():
             if tensor is not None:
                 packed = self.packed(name)
-                if packed is None:
-                    tensor.copy_(self._biases.get(name, self.get_buffer(name)))
-                else:
-                    tensor.copy_(unpack_weight(packed))
+                tensor.copy_(self.get_buffer(name) if packed is None else unpack_weight(packed))
         return plain
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -188,30 +177,6 @@ class Prepared(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination |= {prefix + name: value for name, value in self._filled().state_dict().items()}
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        plain = self._filled()
-        names = {prefix + name: name for name in plain.state_dict()}
-        present = {name: state_dict[key] for key, name in names.items() if key in state_dict}
-        others = OrderedDict((key, value) for key, value in state_dict.items() if key not in names)
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        missing_keys += [key for key in names if strict and key not in state_dict]
-        try:
-            plain.load_state_dict(present, False)
-        except RuntimeError as error:
-            error_msgs.append(f"{prefix}: {error}")
-        else:
-            if present:
-                self._put(plain)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name in self._packed:  # they may have been packed on another CPU
@@ -220,21 +185,17 @@ class Prepared(nn.Module):
                 self._keep(name, pack_weight(packed))
 
 
+def refuse_to_load(*args: Any) -> None:
+    """A hook of every module with a prepared layer in it. It is called before the module's own tensors are loaded."""
+    raise RuntimeError(
+        "load_state_dict was called on a model that clipup.accelerate prepared, which loads no weights: load them into "
+        "the plain model, then call clipup.accelerate"
+    )
+
+
 def first_of(*args: Any, **kwargs: Any) -> Any:
     """The first argument of a call, which may be given by its name."""
     return (*args, *kwargs.values())[0]
-
-
-def _without_weights(plain: nn.Module) -> nn.Module:
-    """A copy of a layer's modules on the meta device. Others may hold the layer, or a part of it, so it stays as it
-    is."""
-    copied = copy.copy(plain)
-    copied._parameters = {
-        name: None if value is None else nn.Parameter(value.detach().to("meta"), value.requires_grad)
-        for name, value in plain._parameters.items()
-    }
-    copied._modules = {name: None if part is None else _without_weights(part) for name, part in plain._modules.items()}
-    return copied
 
 
 def _with_offsets(tensors: Mapping[str, Tensor], inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:

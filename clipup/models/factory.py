@@ -236,10 +236,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         TypeError: ``model`` is not a module.
         FileNotFoundError: the file does not exist.
-        ValueError: the weights do not fit, the file's configs are those of another function, or it contains more than
-            weights. The model is unchanged.
+        ValueError: the weights do not fit, the file's configs are those of another function, it contains more than
+            weights, or ``clipup.accelerate`` prepared the model. The model is unchanged.
     """
     checks.module("model", model)
+    checks.plain_weights("model", model)
     file = read_weights(path)
     check_configs(model, file.configs, path)
     load_state_dict(model, file.state_dict, str(path))

@@ -155,19 +155,3 @@ def test_what_a_prepared_layer_cannot_do_is_refused_and_changes_nothing(act, err
         act(prepared)
     assert torch.equal(prepared(x), before)
     assert prepared.eval() is prepared and prepared.float() is prepared and prepared.cpu() is prepared
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("in_weight"), "Missing key.*in_weight"),
-        (lambda state: state.update(extra=torch.ones(1)), "Unexpected key.*extra"),
-        (lambda state: state.update(in_weight=torch.ones(2, 3)), "size mismatch for in_weight"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(change, message):
-    prepared = clipup.accelerate(layer())
-    state = prepared.state_dict()
-    change(state)
-    with pytest.raises(RuntimeError, match=message):
-        prepared.load_state_dict(state)

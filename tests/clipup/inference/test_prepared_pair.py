@@ -19,9 +19,9 @@ needs_kernels = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"]
 with_weights = pytest.mark.parametrize("weights", [None, pytest.param("int8", marks=needs_kernels)])
 
 
-def bert(name="BertModel", seed=0, sparse=False):
+def bert(name="BertModel", sparse=False):
     """Its weights are large enough for all layers to count."""
-    model = tiny_hugging_face(name, seed)
+    model = tiny_hugging_face(name)
     with torch.no_grad():
         for block in model.base_model.encoder.layer:
             for linear in (block.intermediate.dense, block.output.dense, block.attention.output.dense):
@@ -68,12 +68,10 @@ def test_bert_is_prepared_in_bfloat16():
 def test_copies_and_pickles_of_bert_compute_with_their_own_weights(weights):
     fast = clipup.accelerate(bert(), weights=weights)
     expected = hidden_states(fast)
-    for same in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert torch.equal(hidden_states(same), expected)
-        same.load_state_dict(bert(seed=1).state_dict())
-        other = clipup.accelerate(bert(seed=1), weights=weights)
-        assert torch.equal(hidden_states(same), hidden_states(other))
-    assert torch.equal(hidden_states(fast), expected)
+    copies = copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))
+    for buffer in fast.buffers():
+        buffer.zero_()
+    assert all(torch.equal(hidden_states(same), expected) for same in copies)
 
 
 @with_weights
