@@ -151,6 +151,7 @@ def no_gradient(*tensors: Tensor | None) -> None:
     """Refuses packed weights if a gradient is required."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
-            "packed weights have no derivative, and an argument beside them requires a gradient; compute under "
-            "torch.no_grad() or torch.inference_mode(), or train with the plain weights"
+            "packed weights have no derivative, but the input or a parameter requires a gradient, as after "
+            "requires_grad_(True) on a model that clipup.accelerate prepared: compute under torch.no_grad() or "
+            "torch.inference_mode(), or train the plain weights"
         )

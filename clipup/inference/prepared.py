@@ -142,11 +142,6 @@ class Prepared(nn.Module):
             raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
         return super().train(False)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Prepared:
-        if requires_grad:
-            raise RuntimeError(f"a prepared layer cannot require gradients: {_ONLY_INFERENCE}")
-        return super().requires_grad_(False)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
         moved = fn(torch.empty(0, dtype=self.dtype))
         if moved.dtype != self.dtype or moved.device.type != "cpu":

@@ -372,6 +372,23 @@ def test_a_layer_that_cannot_be_prepared_leaves_the_whole_model_as_it_was():
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+def require_each(model):
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("require", [nn.Module.requires_grad_, require_each])
+def test_a_model_whose_parameters_require_gradients_names_accelerate_and_still_infers(require, sparse):
+    fast = clipup.accelerate(upcycled() if sparse else tiny_clip())
+    before, inputs = features(fast), random_inputs(fast, 3)
+    require(fast)
+    for encode, batch in zip(encoders(fast).values(), inputs, strict=True):
+        with pytest.raises(NotImplementedError, match=r"clipup\.accelerate"):
+            encode(batch)
+    assert all(map(torch.equal, features(fast), before))
+
+
 @pytest.mark.parametrize("path", ["", "visual", "transformer.resblocks.1"])
 def test_a_refused_train_leaves_all_modes_as_they_were(path):
     fast = clipup.accelerate(upcycled())

@@ -138,7 +138,6 @@ def test_one_copy_of_the_weights_is_held():
     ("act", "error", "message"),
     [
         (lambda made: made.train(), RuntimeError, "no training mode"),
-        (lambda made: made.requires_grad_(), RuntimeError, "cannot require gradients"),
         (lambda made: made.half(), RuntimeError, "cannot become torch.float16"),
         (lambda made: made.to("meta"), RuntimeError, "stays on the CPU.*meta"),
         (lambda made: setattr(made, "in_weight", torch.ones(1)), AttributeError, "in_weight"),
