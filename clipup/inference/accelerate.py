@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast, overload
@@ -18,8 +19,9 @@ from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
 from ..precision import Precision
 from ..upcycling.clusters import RowSample, run_batch
-from .calibration import MATRICES, MOST_ROWS, Calibration, calibrated
+from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
 from .prepared import Prepared, PreparedMLP, refuse_to_load
+from .prepared_linear import PreparedPatches
 from .report import BESIDE, NOT_YET, PREPARED_EXPERTS, Selection, has_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -94,18 +96,18 @@ def accelerate(
             argument of a model (images), several as a tuple (images and texts), or a dict of arguments by name
             (``input_ids``, ``attention_mask``). What most rows of a layer's input have in common then costs no
             precision, and large channels less (``clipup.inference.calibration``); still nothing is clipped, since rows
-            are scaled at every call. Padding of texts and rows that are not finite are left out, and patch embeddings
-            are not calibrated. ``accelerate_report`` says how large the errors of each layer are on these batches. An
-            expert that sees fewer than 256 rows of up to 1,024, or a layer that sees none, is quantized as without
-            batches.
+            are scaled at every call. Padding of texts is left out, and patch embeddings are not calibrated.
+            ``accelerate_report`` says how large the errors of each layer are on these batches. A layer or an expert
+            that sees fewer than 256 rows (1,024 are used) is quantized as without batches; a warning says which.
         exclude: patterns of names in ``model.named_modules()``, as of ``fnmatch``, such as ``["visual.*", "*.attn"]``.
             A layer is left as it is if its name, that of a module around it or that of a linear layer in it matches.
 
     Raises:
         TypeError: ``model`` is not a module, or contains a SparseMoE of a derived class, as a parametrized one is.
         ValueError: the model has nothing to prepare (NothingToPrepare, with the reasons), or is not on the CPU;
-            ``weights`` is unknown; ``calibrate`` is given without "int8" or has no batch; a pattern matches no name;
-            a layer has more inputs than int8 products can sum (65,536).
+            ``weights`` is unknown; ``calibrate`` is given without "int8", has no batch, or has one with which a
+            layer's inputs are not finite; a pattern matches no name; a layer has more inputs than int8 products can
+            sum (65,536).
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
     checks.module("model", model)
@@ -148,9 +150,11 @@ def accelerate(
 def _calibrations(
     model: nn.Module, chosen: dict[nn.Module, type[Prepared]], batches: Iterable[Batch]
 ) -> dict[nn.Module, Calibration]:
-    """Of the layers that see rows when the model runs on the batches."""
+    """Of the layers that see enough rows when the model runs on the batches; a warning names the others."""
+    names = {module: name or "model" for name, module in model.named_modules()}
     samples: dict[nn.Module, list[dict[str, RowSample]]] = {}
-    mask: Tensor | None = None  # of the batch that runs
+    mask: Tensor | None = None  # of the batch that runs, as is its place
+    place = 0
 
     def keep(
         inputs_of: Callable[..., list[dict[str, Tensor]]],
@@ -164,14 +168,21 @@ def _calibrations(
         )
         for sample, inputs in zip(kept, seen, strict=True):
             for name, rows in inputs.items():
-                sample[name].add(_without_padding(rows, mask))
+                rows = _without_padding(rows, mask)
+                if not rows.isfinite().all():
+                    raise ValueError(
+                        f"calibrate[{place}] gives {names[layer]} inputs that are not finite; correct or remove it"
+                    )
+                sample[name].add(rows)
 
-    watched = {layer: partial(keep, kind.seen(layer)) for layer, kind in chosen.items()}  # of layers without hooks
+    watched = {  # they have no hooks; of patches, what most have in common is background, and the others matter
+        layer: partial(keep, kind.seen(layer)) for layer, kind in chosen.items() if kind is not PreparedPatches
+    }
     hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in watched.items()]
     try:
         with evaluating(model):
-            for batch in batches:
-                mask = _text_mask(model, batch)
+            for number, batch in enumerate(batches):
+                mask, place = _text_mask(model, batch), number
                 run_batch(model, batch)
     finally:
         for hook in hooks:
@@ -182,10 +193,19 @@ def _calibrations(
         layer: [{name: sample.rows for name, sample in of_expert.items()} for of_expert in kept]
         for layer, kept in samples.items()
     }
+    counts = {layer: [len(of_expert["in_weight"]) for of_expert in rows.get(layer, ())] or [0] for layer in watched}
+    few = [f"{names[layer]} ({min(seen)} rows)" for layer, seen in counts.items() if min(seen) < LEAST_ROWS]
+    if few:
+        listed = ", ".join(few[:3]) + f" and {len(few) - 3} more" * (len(few) > 3)
+        warnings.warn(
+            f"calibrate: {len(few)} of {len(watched)} layers, or some of their experts, saw fewer than {LEAST_ROWS} "
+            f"rows and are quantized without calibration: {listed}; pass more batches",
+            stacklevel=5,  # the caller of accelerate, which has two decorators
+        )
     return {
         layer: calibrated(chosen[layer].tensors(layer), seen, partial(chosen[layer].hidden, layer))
         for layer, seen in rows.items()
-        if any(len(of_expert["in_weight"]) for of_expert in seen)
+        if max(counts[layer]) >= LEAST_ROWS
     }
 
 
@@ -203,14 +223,13 @@ def _text_mask(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _without_padding(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [.., I] as [N, I], those that are finite. Where they are [B, L, I], as the tokens of texts with a mask
-    [B, L], or what is left of them without what is padding in all texts, those of padding are left out."""
+    """Rows [.., I] as [N, I]. Where they are [B, L, I], as the tokens of texts with a mask [B, L], or what is left of
+    them without what is padding in all texts, those of padding are left out."""
     if mask is not None and rows.dim() == 3 and len(rows) == len(mask):
         positions = torch.arange(1, mask.shape[1] + 1)
         if rows.shape[1] in (mask.shape[1], int((mask * positions).max())):
             rows = rows[mask[:, : rows.shape[1]]]
-    rows = rows.reshape(-1, rows.shape[-1])
-    return rows[rows.isfinite().all(-1)]
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def _check_layers(selection: Selection) -> None:

@@ -45,9 +45,9 @@ class Calibration(NamedTuple):
 
     inputs: Mapping[str, Inputs]
     """By the names of the matrices."""
-    error: float | None
-    """Root mean square of the error of the layer's worst matrix, relative to how its outputs vary between rows; None
-    where none varies."""
+    error: float
+    """Root mean square of the error of the layer's worst matrix, relative to how its outputs vary between rows; 0 where
+    none varies."""
 
 
 def balanced(tensors: Mapping[str, Tensor]) -> dict[str, Inputs]:
@@ -63,8 +63,7 @@ def balanced(tensors: Mapping[str, Tensor]) -> dict[str, Inputs]:
     for group in _groups(tensors):
         weights = [tensors[name] for name in group]
         if 0 not in weights[0].shape:
-            scale = _relative(_column_sizes(weights)).sqrt()
-            inputs |= dict.fromkeys(group, Inputs(scale, torch.zeros_like(scale)))
+            inputs |= dict.fromkeys(group, _balanced(weights))
     return inputs
 
 
@@ -90,7 +89,7 @@ def calibrated(
         for group in _groups(matrices):
             x = seen[group[0]] if group[0] in seen else hidden(expert, seen["in_weight"])
             weights = [matrices[name] for name in group]
-            chosen = _inputs(weights, x[::2])
+            chosen = _inputs(weights, x[::2]) if len(x) >= LEAST_ROWS else _balanced(weights)
             for name in group:
                 inputs.setdefault(name, []).append(chosen)
             errors.setdefault(group[0], []).append(_lost(weights, x[1::2], chosen))
@@ -102,7 +101,7 @@ def calibrated(
         },
         max(
             (math.sqrt(lost / varies) for lost, varies, _ in (total.tolist() for total in totals) if varies),
-            default=None,
+            default=0.0,
         ),
     )
 
@@ -130,6 +129,12 @@ def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return [group for group in groups if group]
 
 
+def _balanced(weights: list[Tensor]) -> Inputs:
+    """From weights [.., O, I] of one input alone."""
+    scale = _relative(_column_sizes(weights)).sqrt()
+    return Inputs(scale, torch.zeros_like(scale))
+
+
 def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
     """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the one that loses least, in all rows
     together and, relative to its own size, in every row. Among rows of two kinds, what is best for the sum alone can
@@ -140,16 +145,13 @@ def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
     more than others: those that are rarely active have a small range in a sample, and would fill the whole range of a
     row with the one value that is not.
     """
-    sizes, mean, nothing = _column_sizes(weights), x.mean(0), torch.zeros(x.shape[-1])
-    choices = [Inputs(_relative(sizes).sqrt(), nothing)]
-    if 2 * len(x) >= LEAST_ROWS:
-        choices = []
-        for far in _FAR:
-            offset = torch.where(mean.abs() > far * x.std(0), mean, nothing)
-            ranges = (x - offset).abs().amax(0)
-            usual = ranges.median() if ranges.median() > 0 else ranges.mean()  # of an activation that is mostly 0
-            ranges = _relative(ranges.clamp(min=_USUAL * usual))
-            choices += [Inputs(_relative(sizes) ** (1 - alpha) / ranges**alpha, offset) for alpha in _ALPHAS]
+    sizes, mean, choices = _relative(_column_sizes(weights)), x.mean(0), []
+    for far in _FAR:
+        offset = torch.where(mean.abs() > far * x.std(0), mean, torch.zeros_like(mean))
+        ranges = (x - offset).abs().amax(0)
+        usual = ranges.median() if ranges.median() > 0 else ranges.mean()  # of an activation that is mostly 0
+        ranges = _relative(ranges.clamp(min=_USUAL * usual))
+        choices += [Inputs(sizes ** (1 - alpha) / ranges**alpha, offset) for alpha in _ALPHAS]
 
     def loss(choice: Inputs) -> float:
         squares, _, relative = _lost(weights, x, choice).tolist()

@@ -93,7 +93,8 @@ class Prepared(nn.Module):
             tensors |= _with_offsets(tensors, inputs)
         for name in tensors.keys() - set(MATRICES):
             self.register_buffer(name, tensors[name].clone(), persistent=False)
-        empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in plain.parameters()}
+        # contiguous, so that what ``read`` gives of a filled copy are views
+        empty = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in plain.parameters()}
         self._plain = (copy.deepcopy(plain, empty),)
 
     def _keep(self, name: str, weight: PackedWeight) -> None:
@@ -155,8 +156,6 @@ class Prepared(nn.Module):
     def _filled(self) -> nn.Module:
         """The plain layer with its weights."""
         plain = copy.deepcopy(self._plain[0]).to_empty(device="cpu")
-        for parameter in plain.parameters():
-            parameter.data = parameter.data.contiguous()  # so that what ``read`` gives are views
         for name, tensor in self.read(plain).items():
             if tensor is not None:
                 packed = self.packed(name)

@@ -58,7 +58,7 @@ class PreparedSharedExpert(_PreparedExperts, SharedExpert):
 
     @staticmethod
     def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
-        return lambda tokens, *others: [{"in_weight": tokens}]
+        return lambda tokens, mask, *others: [{"in_weight": tokens if mask is None else tokens[mask]}]
 
 
 class PreparedMoE(_PreparedExperts, SparseMoE):

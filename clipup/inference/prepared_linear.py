@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,11 +74,6 @@ class PreparedPatches(_OneMatrix):
     @staticmethod
     def read(plain: nn.Conv2d) -> Mapping[str, Tensor | None]:
         return {"in_weight": plain.weight.flatten(1), "in_bias": plain.bias}
-
-    @staticmethod
-    def seen(plain: nn.Conv2d) -> Callable[..., list[dict[str, Tensor]]]:
-        """None: what most patches have in common is background, and the others matter."""
-        return lambda *args, **kwargs: []
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, height, width] in the type in which the layer was prepared -> [B, D, rows, columns]."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from clipup_kernels import packed_layout
-from clipup_kernels.types import PLAIN_LAYOUT
+from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
 from ..dense.dense_mlp import class_name, library_class
@@ -61,12 +61,13 @@ class LayerReport:
     reason: str | None = None
     """Why it was left; None if it is prepared."""
     error: float | None = None
-    """Of a layer that was calibrated: the root mean square of the errors of a product of its weights in int8, relative
-    to how its results vary between rows; of its products, the largest."""
+    """Root mean square of the errors of a product of the layer's weights in int8, relative to how its results vary
+    between rows; of its products, the largest. None if the layer was not calibrated."""
 
     def __str__(self) -> str:
-        error = "" if self.error is None else f", error {self.error:.2%}"
-        return f"{self.name or 'model'}: {self.layer}, {self.weights or f'left: {self.reason}'}{error}"
+        error = ", not calibrated" if self.error is None else f", error {self.error:.2%}"
+        shown = error if self.weights in QUANTIZATIONS else ""
+        return f"{self.name or 'model'}: {self.layer}, {self.weights or f'left: {self.reason}'}{shown}"
 
 
 def accelerate_report(model: nn.Module) -> list[LayerReport]:
