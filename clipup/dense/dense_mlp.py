@@ -54,7 +54,9 @@ class DenseMLP:
     def __post_init__(self) -> None:
         linears = [name for name in ("in", "out", "gate") if getattr(self, f"{name}_weight") is not None]
         if len({getattr(self, f"{name}_bias") is None for name in linears}) > 1:
-            raise TypeError("cannot read an MLP with a bias in only one of its projections")
+            raise TypeError(
+                "cannot read an MLP with a bias in only some of its projections; give the others a bias of zeros"
+            )
         if (self.ln_weight is None) != (self.ln_bias is None):
             raise TypeError("cannot read an MLP with a layer norm that lacks weight or bias")
         if self.activation not in ACTIVATIONS:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from clipup_kernels import ACTIVATIONS
+
 from .dense_mlp import (
     DenseMLP,
     check_linears,
@@ -42,16 +44,19 @@ ANY_OTHER = "of an MLP that is not read, SparseMoE.from_dense takes the tensors 
 def _read_sequential(mlp: Any) -> DenseMLP:
     """A linear layer, an activation, and a linear layer; between the last two perhaps dropout, then perhaps a norm."""
     parts = [(name, part) for name, part in mlp._modules.items() if type(part) is not nn.Identity]  # one may come twice
-    if parts and type(parts[-1][1]) is nn.Dropout:
-        refuse_dropout(*parts.pop())
-    between = parts[2:-1] if parts and type(parts[0][1]) is nn.Linear else []
-    dropout = read_dropout(*between.pop(0)) if between and type(between[0][1]) is nn.Dropout else 0.0
-    norm = read_norm(*between.pop(0)) if between else {}
-    if len(parts) < 3 or between or any(type(parts[place][1]) is not nn.Linear for place in (0, -1)):
+    after = [parts.pop()] if parts and type(parts[-1][1]) is nn.Dropout else []
+    between = parts[2:-1]
+    dropped = [between.pop(0)] if between and type(between[0][1]) is nn.Dropout else []
+    misplaced = len(between) > 1 or any(read_activation(part) in ACTIVATIONS for _, part in between)
+    if len(parts) < 3 or misplaced or any(type(parts[place][1]) is not nn.Linear for place in (0, -1)):
         listed = ", ".join(type(part).__name__ for part in mlp) or "nothing"
         raise TypeError(f"cannot read an nn.Sequential of {listed} as an MLP; {ANY_OTHER}")
     (_, first), (_, activation), (_, second) = parts[0], parts[1], parts[-1]
-    return read_linears({"in": first, "out": second}, activation, dropout=dropout, **norm)
+    for named in after:
+        refuse_dropout(*named)
+    others: dict[str, Any] = read_norm(*between[0]) if between else {}
+    dropout = sum(read_dropout(*named) for named in dropped)
+    return read_linears({"in": first, "out": second}, activation, dropout=dropout, **others)
 
 
 def _read_timm_glu(mlp: Any) -> DenseMLP:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, unpack_weight
 
-from ..dense.dense_mlp import DenseMLP, FirstLinear, is_changed
+from ..dense.dense_mlp import FirstLinear, is_changed
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 from .calibration import BIASES, MATRICES, Calibration, Inputs, balanced, hidden_rows
@@ -261,9 +261,3 @@ class PreparedMLP(Prepared):
     def extra_repr(self) -> str:
         hidden, width = self.in_weight.shape
         return f"{width}, {hidden}, activation={self.activation!r}, quantize={self.quantize!r}"
-
-
-def mlp_can_be_prepared(mlp: nn.Module, dense: DenseMLP) -> bool:
-    """Whether ``PreparedMLP`` computes and stores all that an MLP does, which was read as ``dense``."""
-    norm = {} if dense.input_norm is None else dict(dense.input_norm.named_parameters())
-    return dense.ln_weight is None and is_replaceable(mlp, {**dense.parameters(), **norm})

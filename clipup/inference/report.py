@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -15,12 +14,12 @@ from clipup_kernels import packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name, library_class
+from ..dense.dense_mlp import DenseMLP, class_name, library_class
 from ..dense.mlp_families import find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES
 from ..moe.experts import SharedExpert
 from ..moe.layer import SparseMoE
-from .prepared import Prepared, PreparedMLP, is_replaceable, mlp_can_be_prepared
+from .prepared import Prepared, PreparedMLP, is_replaceable
 from .prepared_attention import (
     ATTENTION_MODULES,
     ATTENTIONS,
@@ -46,6 +45,7 @@ _ADAPTERS = "it has PEFT's adapters; merge them first: model.merge_and_unload()"
 _EXCLUDED = "excluded"
 _LOST = "hooks, a forward, tensors or parts of its own, or that it shares, would be lost"
 _BLOCKS = {name for family in FAMILIES for name in family.blocks}
+_MLPS = {name for family in FAMILIES for _, name in family.parts}
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ class Selection:
         ]
         # a block with a forward of its own may read weights directly instead of calling a layer
         self.left |= {block: _LOST for block in blocks if "forward" in vars(block)}
-        for block in blocks:
-            self._select_mlp(block)
         for block in (block for block in blocks if block not in self.left):
+            self._select_mlp(block)
             parts = (part in self.chosen or isinstance(part, Prepared) for part in block.modules())
             self._select_attention(block, weights is not None or any(parts))
         sparse = any(isinstance(module, SparseMoE) for module in model.modules())
@@ -162,33 +161,29 @@ class Selection:
             self.left |= dict.fromkeys(layers, reason)
 
     def _select_single(self, mlp: nn.Module) -> None:
-        """Chooses a module that is an MLP, whatever it lies in."""
-        with suppress(TypeError):  # it is not
-            if mlp_can_be_prepared(mlp, read_mlp(mlp)):
-                self._decide({mlp: PreparedMLP})
+        """Chooses a module that is an MLP, whatever it lies in. If it is left, its layers get the reason."""
+        try:
+            self._decide(_single(mlp, read_mlp(mlp)))
+        except TypeError as error:
+            if class_name(mlp) in _MLPS:
+                self.left |= dict.fromkeys(filter(_is_layer, mlp.children()), _cause(error))
 
     def _select_mlp(self, block: Any) -> None:
         try:
             mlp = find_mlp(block)
-            if mlp.family.passed:
-                layers, fits = self._pair(block)
-            else:
-                layers, fits = {mlp.module: PreparedMLP}, mlp_can_be_prepared(mlp.module, mlp.dense)
-            if fits and block not in self.left:
-                self._decide(layers)
-                return
-            reason = _LOST if mlp.dense.ln_weight is None else "a norm between its projections is not supported"
+            self._decide(self._pair(block) if mlp.family.passed else _single(mlp.module, mlp.dense))
+            return
         except TypeError as error:
-            reason = str(error).split("; ")[0]  # then comes what upcycling could do
+            reason = _cause(error)
         inner = dict(block.named_modules())
         paths = {path for family in FAMILIES if library_class(block) in family.blocks for path, _ in family.parts}
         for part in (inner[path] for path in paths & {*inner}):
             if any(map(_is_layer, part.modules())):
                 self.left[part] = _ADAPTERS if any(map(has_adapters, part.modules())) else reason
 
-    def _pair(self, block: Any) -> tuple[dict[nn.Module, type[Prepared]], bool]:
-        """The layers of a block's MLP of two modules, and whether they can be prepared: neither is used without the
-        other, as one that only some blocks share would be."""
+    def _pair(self, block: Any) -> dict[nn.Module, type[Prepared]]:
+        """The layers of a block's MLP of two modules. Raises ``TypeError`` if they cannot be prepared, also because one
+        is used without the other, as one that only some blocks share would be."""
         output = block.output
         layers = {block.intermediate: PreparedIntermediate, output.dense: PreparedOutputProjection}
         of_first, of_second, of_dense = (
@@ -198,7 +193,9 @@ class Selection:
         together = (
             of_first == of_second and of_dense == {output} and all(library_class(each) in _BLOCKS for each in of_first)
         )
-        return layers, together and all(is_replaceable(layer, kind.read(layer)) for layer, kind in layers.items())
+        if not together or not all(is_replaceable(layer, kind.read(layer)) for layer, kind in layers.items()):
+            raise TypeError(_LOST)
+        return layers
 
     def _select_attention(self, module: nn.Module, beside: bool) -> None:
         """Chooses self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. Modules
@@ -244,6 +241,21 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> set[nn.Module]:
 def has_adapters(module: nn.Module) -> bool:
     """Whether a module is a layer with PEFT's adapters around it."""
     return type(module).__module__.startswith("peft.") and "base_layer" in module._modules
+
+
+def _single(mlp: nn.Module, dense: DenseMLP) -> dict[nn.Module, type[Prepared]]:
+    """The layer of an MLP of one module, which was read as ``dense``. Raises ``TypeError`` unless ``PreparedMLP``
+    computes and stores all that it does."""
+    if dense.ln_weight is not None:
+        raise TypeError("a norm between its projections is not supported")
+    norm = {} if dense.input_norm is None else dict(dense.input_norm.named_parameters())
+    if not is_replaceable(mlp, {**dense.parameters(), **norm}):
+        raise TypeError(_LOST)
+    return {mlp: PreparedMLP}
+
+
+def _cause(error: TypeError) -> str:
+    return str(error).split("; ")[0]  # then comes what upcycling could do
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out_bias": None}, "a bias in only one of its projections"),
+        ({"out_bias": None}, "a bias in only some of its projections"),
         ({"ln_weight": torch.ones(6)}, "a layer norm that lacks weight or bias"),
         ({"activation": "tanh"}, "activation 'tanh', expected one of gelu, "),
         ({"out_weight": torch.zeros(5, 6), "out_bias": torch.zeros(5)}, "out_weight"),

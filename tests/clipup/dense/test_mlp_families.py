@@ -172,6 +172,16 @@ def hooked_mlp():
             nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.LayerNorm(H), nn.Dropout(0.1), nn.Linear(H, D)),
             "cannot read an nn.Sequential of Linear, GELU, LayerNorm, Dropout, Linear",
         ),
+        (
+            nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, D)),
+            "cannot read an nn.Sequential of Linear, ReLU, Linear, ReLU, Linear",
+        ),
+        (
+            nn.Sequential(nn.Linear(D, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, D)),
+            "cannot read an nn.Sequential of Linear, BatchNorm1d, ReLU, Linear",
+        ),
+        (nn.Sequential(nn.Linear(D, H), nn.ReLU(), DROPOUT), "cannot read an nn.Sequential of Linear, ReLU, Dropout"),
+        (nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D, False)), "a bias in only some of its projections"),
         (open_clip_mlp(ln=nn.RMSNorm(H)), r"with a torch.nn.modules.normalization.RMSNorm \(ln\) between its proj"),
         (open_clip_mlp(ln=nn.LayerNorm(H, bias=False)), r"with a layer norm \(ln\) that lacks weight or bias"),
         (open_clip_mlp(nn.GELU(approximate="fast")), "activation .*approximate='fast'.*, expected one of .*gelu_tanh"),

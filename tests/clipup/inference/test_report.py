@@ -4,10 +4,12 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from tiny_clip import tiny_clip
 from tiny_families import timm_model
 from tiny_hugging_face import tiny_hugging_face
+from torch import nn
 
 import clipup
 import clipup_kernels
@@ -55,6 +57,33 @@ def test_layers_that_are_left_are_in_the_report_with_the_reason():
     assert "tensors" in rows["encoder.layer.0.intermediate"].reason
     assert "in int8 only" in rows["encoder.layer.0.attention.self.query"].reason
     assert "BertPooler is not a supported" in rows["pooler.dense"].reason
+
+
+def mlp(bias=True):
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8, bias=bias))
+
+
+def mlp_with_a_buffer():
+    made = mlp()
+    made[0].register_buffer("amax", torch.ones(3))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        (lambda: mlp(bias=False), "a bias in only some of its projections"),
+        (mlp_with_a_buffer, "tensors"),
+        (lambda: nn.Sequential(*mlp(), nn.ReLU(), nn.Linear(8, 8)), "Linear, GELU, Linear, ReLU, Linear as an MLP"),
+        (lambda: timm.layers.Mlp(8, 16, norm_layer=nn.LayerNorm), "a norm between its projections"),
+    ],
+)
+def test_the_layers_of_a_single_mlp_that_is_left_have_its_reason(left, reason):
+    with pytest.raises(ValueError, match=reason):
+        clipup.accelerate(left())
+    if type(left()) is nn.Sequential:
+        rows = report(clipup.accelerate(nn.Sequential(clipup.SparseMoE(8, 16), left())))
+        assert all(reason in row.reason for name, row in rows.items() if name.startswith("1."))
 
 
 @pytest.mark.parametrize(
