@@ -224,9 +224,8 @@ def name_and_weights(
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
-
-    Of a checkpoint that holds its model's configs, those are compared with the model too.
+    """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized. Of a
+    checkpoint that holds its model's configs, those are compared with the model too.
 
     Args:
         model: of open_clip or timm, dense or sparse; modified in place.

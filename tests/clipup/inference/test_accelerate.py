@@ -104,32 +104,6 @@ def test_setting_a_part_of_a_prepared_layer_is_refused(part):
 
 
 @with_weights
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("path", ["", "visual", "transformer.resblocks.0", "transformer.resblocks.0.mlp"])
-def test_a_prepared_model_refuses_weights_before_it_loads_any(path, strict, weights):
-    other, prepared = upcycled(seed=1), clipup.accelerate(upcycled(), weights=weights)
-    with torch.no_grad():
-        other.logit_scale.add_(1)
-    state = other.get_submodule(path).state_dict()
-    for fast in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
-        before = {name: tensor.clone() for name, tensor in (*fast.named_parameters(), *fast.named_buffers())}
-        with pytest.raises(RuntimeError, match=r"load_state_dict .* clipup\.accelerate"):
-            fast.get_submodule(path).load_state_dict(state, strict)
-        after = dict((*fast.named_parameters(), *fast.named_buffers()))
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-@with_weights
-def test_a_checkpoint_is_not_loaded_into_a_prepared_model(weights, tmp_path):
-    torch.save(upcycled(seed=1).state_dict(), tmp_path / "weights.pt")
-    fast = clipup.accelerate(upcycled(), weights=weights)
-    before = features(fast)
-    with pytest.raises(ValueError, match=r"model was prepared by clipup\.accelerate"):
-        clipup.load_checkpoint(fast, tmp_path / "weights.pt")
-    assert all(map(torch.equal, features(fast), before))
-
-
-@with_weights
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_families_are_accelerated(name, weights):
     model = timm_model(name).eval()
