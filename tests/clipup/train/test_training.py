@@ -108,7 +108,7 @@ def test_a_run_fresh_or_resumed_says_that_its_schedule_is_longer_and_what_rate_i
 
 @pytest.mark.parametrize("changes", [{"warmup": 3}, {"warmup": None}, {"warmup": 12, "skip_scheduler": True}, COOLDOWN])
 def test_a_schedule_that_is_not_longer_than_the_run_needs_no_note(options, changes):
-    assert Schedule(options(steps=3, **changes), 3).notes() == []
+    assert Schedule(options(steps=3, **changes).optimizer, 3).notes() == []
 
 
 @pytest.mark.parametrize(
