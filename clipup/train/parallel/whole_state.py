@@ -131,10 +131,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
 def _load_scalars(optimizer: torch.optim.Optimizer, states: dict[int, Any]) -> None:
     """Loads the scalars that an optimizer holds of every parameter, such as NAdam's product, again: torch has rounded
     all of them but ``step`` to the type of their parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = optimizer.state_dict()["state"]  # of a wrapper such as timm's Lookahead, the state that it steps with
     arrays = {key for state in states.values() for key, value in state.items() if getattr(value, "ndim", 1) > 0}
     for index, state in states.items():
-        loaded = optimizer.state[parameters[index]]
+        loaded = held[index]
         for key in state.keys() - arrays:  # a moment of a scalar parameter is none
             loaded[key] = state[key].to(loaded[key].device, copy=True)
 

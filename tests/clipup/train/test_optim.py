@@ -30,7 +30,7 @@ def by_name(groups, key):
     return {name: group.get(key) for names, group in groups for name in names}
 
 
-@pytest.mark.parametrize("opt", ["nadamw", "timm/sgd", "timm/adamp"])
+@pytest.mark.parametrize("opt", ["nadamw", "timm/sgd", "timm/adamp", "timm/lookahead_adamw"])
 def test_optimizers_of_torch_and_timm_train_and_resume_bitwise(make_model, pairs, options, opt):
     settings = {"opt": opt, "lr": 1e-3, "save_every_n_steps": 2, "wd_exclude": ("*router*",), "steps": 4}
 
