@@ -33,7 +33,7 @@ class Resumed(Flag):
     ORDER = auto()
     """Another order, choice or augmentation of samples: refused within an epoch."""
     SAMPLES = auto()
-    """Perhaps other samples: refused within an epoch of streamed data, and where indexed data have changed."""
+    """May change the samples: refused within an epoch of streamed data, and where indexed data have changed."""
     BATCH = auto()
     """A factor of the global batch: as SAMPLES."""
     STREAM = auto()
@@ -64,7 +64,8 @@ def option(
 
 @dataclass(kw_only=True)
 class OptionGroup:
-    """Options about one thing, beside the code that reads them. Its class docstring is shown above them in the help."""
+    """The options of one component, kept next to the code that reads them. The class docstring is their heading in the
+    help."""
 
     def check(self) -> None:
         """Raises ValueError, naming the option, for values that are out of range or do not go together."""

@@ -19,7 +19,7 @@ MAX_PIXELS = 89_478_485
 """Default for the largest image to decode, in pixels: where Pillow warns of a decompression bomb."""
 
 MAX_ASPECT_RATIO = 200
-"""The longest image to decode, as its longer side over the shorter one. Transforms resize the shorter side to that of
+"""Largest ratio of an image's longer side to its shorter side. Transforms resize the shorter side to that of
 the model: without a limit, a file of some kilobytes would take gigabytes."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")

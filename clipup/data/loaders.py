@@ -151,7 +151,7 @@ def load_train_data(
 
 
 def _format_and_shards(options: TrainingDataOptions) -> tuple[str, list[str]]:
-    """The name of the format of the training data, and the shards of one that has them."""
+    """Format name of the training data, and its shards (empty for a format without shards)."""
     if not os.path.isdir(options.source):
         form = options.format_of(options.source, "train_data")
         return form, _READINGS[form].shards(options)

@@ -152,7 +152,7 @@ def end_workers(loader: Any) -> None:
 
 
 def _end_workers_of(iterator: Any) -> None:
-    """Tells workers to end, and kills those that hang. torch waits for one after the other, and then sends SIGTERM,
+    """Tells workers to end, and kills hanging workers. torch waits for each in turn and then sends SIGTERM,
     which they ignore."""
     if sys.is_finalizing():  # no thread can be started, and torch does nothing
         _kill(iterator._workers)

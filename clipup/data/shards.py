@@ -117,7 +117,7 @@ def _state_of(file: BinaryIO) -> FileState:
 def tar_samples(shards: Sequence[str], skips: Skips, argument: str) -> list[Sample]:
     """Every complete sample of local shards, in order, for evaluation. Only headers and captions are read, not images.
 
-    Raises OSError, naming the shard, when one cannot be read, also after further tries.
+    Raises OSError, naming the shard, if a shard cannot be read, also after further tries.
     """
     check_local(shards, argument)
     samples: list[Sample] = []
@@ -151,7 +151,7 @@ class Contents(NamedTuple):
 def _read(shard: str, expected: int | None) -> Contents:
     """Reads the headers and captions of a shard.
 
-    Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
+    Raises OSError if the shard cannot be read: an index of a part of it would look like that of a damaged shard.
     """
     notes: list[Note] = []
     pairs: list[tuple[Members, Parts]] = []

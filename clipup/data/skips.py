@@ -95,7 +95,7 @@ class Retries:
         self.retries = self._left = retries
 
     def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
-        """The result of ``read``. Raises its last OSError; one that waiting cannot repair is raised at once.
+        """The result of ``read``. Raises its last OSError; an error that waiting cannot repair is raised at once.
 
         Args:
             name: gives the name of the file or sample, for the log.

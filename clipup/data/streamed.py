@@ -70,7 +70,7 @@ def streamed_data(options: TrainingDataOptions, shards: list[str], reader: Reade
 class StreamedBatches(IterableDataset):
     """A worker's batches `(images [B, C, H, W], tokens [B, L], report)`: pass after pass through its shards.
 
-    Iterating raises ValueError when a pass gives no batch: the next one would not either.
+    Iterating raises ValueError when a pass gives no batch, because later passes would not either.
     """
 
     def __init__(

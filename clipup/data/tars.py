@@ -103,7 +103,7 @@ def complete(members: Members) -> Parts:
 
 
 def caption_of(content: bytes) -> str:
-    """The caption in a member that holds one."""
+    """The caption in a text member."""
     return content.decode("utf-8-sig")
 
 

@@ -13,11 +13,11 @@ class Package(NamedTuple):
     types: tuple[str, ...]
     """transformers' names of the models."""
     block: str
-    """The class of their blocks."""
+    """Class of the models' blocks."""
     tower: str | None
     """The tower, "image" or "text"; None where both have this block, and the name of the block or the model tells."""
     attention: tuple[str, ...]
-    """Classes of attention that only call their linear layers, so that prepared ones can replace these."""
+    """Attention classes that only call their linear layers, so that prepared layers can replace them."""
 
 
 PACKAGES = {
@@ -41,7 +41,7 @@ PACKAGES = {
 """By the name of the package."""
 MODEL_TYPES = tuple(name for package in PACKAGES.values() for name in package.types)
 SPARSE_PREFIX = "clipup_"
-"""In front of the names of upcycled ones."""
+"""Prefix of the model types of upcycled models."""
 
 
 def full_name(package: str, name: str) -> str:

@@ -79,8 +79,8 @@ class MoEOptions(LayerOptions, total=False):
 
 
 _OF_MODELS = MoEOptions.__annotations__.keys() - LayerOptions.__annotations__.keys()
-OF_BLOCKS = tuple(_OF_MODELS - {"padding_aware"})
-"""The fields that nothing depends on once layers are made: which blocks became sparse, and their initial weights."""
+CREATION_FIELDS = tuple(_OF_MODELS - {"padding_aware"})
+"""Fields used only to create layers: which blocks become sparse, and their initial weights."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..dense.dense_mlp import DenseMLP, FirstLinear
 from ..dense.expert_init import experts_of
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import OF_BLOCKS, LayerOptions, MoEConfig, layer_config
+from .config import CREATION_FIELDS, LayerOptions, MoEConfig, layer_config
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
@@ -284,7 +284,7 @@ def saved_config(model: nn.Module) -> MoEConfig | None:
     layers = moe_layers(model)
     if model_config is None or not layers:
         return model_config
-    of_model = {name: getattr(model_config, name) for name in OF_BLOCKS}
+    of_model = {name: getattr(model_config, name) for name in CREATION_FIELDS}
     first, *others = ((name, layer.config.replace(**of_model)) for name, layer in layers.items())
     for name, config in others:
         if fields := [field for field, value in vars(config).items() if value != getattr(first[1], field)]:

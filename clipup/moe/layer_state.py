@@ -135,9 +135,9 @@ class LayerState:
     """The state of one layer. Copies made by deepcopy or pickle are empty: graphs belong to the original."""
 
     def __init__(self) -> None:
-        self._everyone: list[_Kept] = []
+        self._all_kept: list[_Kept] = []
         self._lock = threading.Lock()
-        self._threads = _OfThread(self._everyone, self._lock)
+        self._threads = _OfThread(self._all_kept, self._lock)
         self.step_counts: StepCounts | None = None
         """The counts of all batches of an accumulated step, which its losses use, also where autograd's thread runs the
         forward again."""
@@ -212,14 +212,14 @@ class LayerState:
         and those of all threads if the caller has not run the layer itself."""
         mine = self.mine
         with self._lock:
-            others = [kept for kept in self._everyone if kept is not mine.kept]
+            others = [kept for kept in self._all_kept if kept is not mine.kept]
         return sum(kept.untaken() for kept in others if not (mine.ran_layer and kept.thread.is_alive()))
 
     def take_load(self) -> Tensor | None:
         """[E] int64: tokens per expert in all threads' forward passes since the last call; None if there were none."""
         news = []
         with self._lock:
-            for kept in self._everyone:
+            for kept in self._all_kept:
                 load, counted = kept.load, kept.counted
                 if load is not None and load is not counted:
                     news.append(load if counted is None else load - counted)

@@ -47,7 +47,7 @@ def seed_everything(seed: int, *more: int) -> None:
 
 
 class Seeds(NamedTuple):
-    """The random numbers of a run, so that a resumed one draws the same."""
+    """Seeds of a run's random numbers; a resumed run draws the same numbers."""
 
     options: StepOptions
     state: RunState
@@ -91,13 +91,13 @@ class Trainer:
         self.guard = FiniteGuard(schedule.options.max_nonfinite_steps, self.state)
         self.clock = Clock(self.state)
         self.start: Path | None = None
-        """The checkpoint of another run that this one begins from."""
+        """Checkpoint of another run from which this run begins."""
         self._lost: LostWorker | None = None
 
     def restore(
         self, checkpoint: dict[str, Any], source: Path, start: Path | None, same_optimizer: bool = True
     ) -> None:
-        """Puts the run where the checkpoint was written.
+        """Restores the position at which the checkpoint was written.
 
         Args:
             start: the checkpoint, if it is of another run.
@@ -147,8 +147,9 @@ class Trainer:
         return self._result(records, skipped=skipped)
 
     def _wait_for_checkpoint(self, error: BaseException) -> None:
-        """When an error ends the run: waits, unless it is impatience or other ranks may not come to the end. Data that
-        cannot be used may end one rank alone, whose thread does not need the others' training."""
+        """When an error ends the run: waits for the checkpoint that is being written, unless the user interrupted twice
+        or other ranks may not finish. Unusable data may end a single rank; its writer does not need the others'
+        training."""
         together = not self.ranks.several or isinstance(error, FloatingPointError)
         impatient = isinstance(error, KeyboardInterrupt) and not isinstance(error, TrainingInterrupted)
         if together and not impatient:
@@ -170,9 +171,10 @@ class Trainer:
         )
 
     def _train(self) -> None:
-        """From the position of the run to its end, with what a killed run left undone after its last checkpoint.
+        """Trains from the current position to the end, including work that a killed run left undone after its
+        checkpoint.
 
-        A run that goes on from a checkpoint of another one saves it as its own first, to be found from here on.
+        A run that begins from another run's checkpoint first saves it as its own, so that it can be resumed.
         """
         if self.start is not None and self.directory is not None:
             self._save(file.LATEST)
@@ -221,8 +223,8 @@ class Trainer:
         return batches
 
     def _until_stopped(self, act: Callable[[], _Result]) -> _Result | None:
-        """What a function returns that may be left at any point. A request to stop, or the loss of a data worker, ends
-        it with None, and then ``_stop_if_requested`` the run."""
+        """Result of a function that may be interrupted at any point. After a request to stop, or the loss of a data
+        worker, the result is None, and ``_stop_if_requested`` ends the run."""
         try:
             with self.stop.waiting():
                 return act()
@@ -290,7 +292,8 @@ class Trainer:
         self._after_epoch()
 
     def _after_epoch(self) -> None:
-        """What comes after an epoch's checkpoint; a run that was killed before its end does it when it resumes."""
+        """Validates and deletes old checkpoints after an epoch's checkpoint; a resumed run does this if it was killed
+        before."""
         self._validate(at_end=False)
         epoch, every = self.state.epoch, self.saving.save_frequency
         if self.saving.delete_previous_checkpoint and every and epoch % every == 0:

@@ -62,7 +62,7 @@ class Built:
         return preprocess, self.tokenizer
 
     def configs(self) -> dict[str, Any]:
-        """What makes a checkpoint a model without anything else: ``Weights.configs``."""
+        """Configs that let a checkpoint load on its own: ``Weights.configs``."""
         files, moe_config = self.tokenizer_files, saved_config(self.model)
         preprocess_cfg = getattr(getattr(self.model, "visual", None), "preprocess_cfg", None)
         return {
@@ -88,11 +88,10 @@ def build_model(
     """The model on its device, made sparse if ``moe`` is given.
 
     Args:
-        model: an existing model; ``options.model`` then only names its architecture, for saving.
-        preprocess: the transform of training and validation images, or a pair of them.
-        tokenizer: instead of the model's. Words are saved with the model; another one is not, which is a warning.
-        resumed: whether weights and moments come from a checkpoint of the run.
-        new_model: arguments of open_clip's models that one with random weights is created with.
+        model: an existing model; ``options.model`` then only names its architecture, for saving. preprocess: the
+        transform of training and validation images, or a pair of them. tokenizer: used instead of the model's. A word
+        tokenizer is saved with the model; for others a warning is logged. resumed: whether weights and moments come
+        from a checkpoint of the run. new_model: arguments for creating an open_clip model with random weights.
     """
     given_tokenizer = tokenizer
     is_random = model is None and not known_models.has_weights(str(options.model), options.pretrained)
@@ -153,7 +152,7 @@ def _tokenizer_files(given: Any, model_cfg: dict[str, Any], name: str) -> dict[s
     """The files to save of the model's tokenizer.
 
     Args:
-        given: a tokenizer that was passed in. Its words are saved; another one is not, which is a warning.
+        given: a tokenizer that was passed in. A word tokenizer is saved; for others a warning is logged.
     """
     text_cfg = model_cfg["text_cfg"]
     if isinstance(given, word_tokenizer.WordTokenizer) and word_tokenizer.uses_words(text_cfg):

@@ -16,7 +16,7 @@ process group, send SIGTERM to ranks that already have it. A closed terminal sen
 
 
 class StopWaiting(BaseException):
-    """A request to stop came where a run waits. No Exception: readers skip what raises one."""
+    """A request to stop arrived while the run was waiting. Not an Exception, which data readers would skip."""
 
 
 class StopRequest:
@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, where the main thread waits, a request raises StopWaiting, and so does one that came before."""
+        """Inside, while the main thread waits, a request raises StopWaiting; an earlier request raises it at once."""
         self._waits = True
         try:
             if self.received:

@@ -51,8 +51,8 @@ class Checkpointer:
         """
         Args:
             state: the position, which is saved as it is when a checkpoint is written.
-            configs: what makes a checkpoint a model without anything else: ``Weights.configs``.
-            parts: what else is saved, by its key in a checkpoint.
+            configs: configs that let a checkpoint load on its own: ``Weights.configs``.
+            parts: further objects with a state to save, by their keys in a checkpoint.
         """
         self.options, self.directory, self.ranks = options, directory, ranks
         self.model, self.optimizer, self.parts = model, optimizer, parts
@@ -61,7 +61,7 @@ class Checkpointer:
         self._writer = ShardedWriter(ranks, configs, self._written) if is_sharded else None
 
     def restore(self, checkpoint: dict[str, Any], source: Path, same_optimizer: bool = True) -> None:
-        """Puts the run where the checkpoint was written.
+        """Restores the position at which the checkpoint was written.
 
         Args:
             same_optimizer: whether the optimizer is of the kind whose state was saved.
@@ -92,7 +92,7 @@ class Checkpointer:
     def save(self, *names: str) -> Path | None:
         """Writes a checkpoint under these names, and returns the path of the last. A failure is raised on every rank.
 
-        A sharded one has one name, and is written while the training continues; ``wait`` waits for it.
+        A sharded checkpoint has a single name and is written while training continues; ``wait`` waits for it.
         """
         if self.directory is None or not names:
             return None
@@ -118,7 +118,7 @@ class Checkpointer:
         return paths[-1]
 
     def _written(self, path: Path) -> None:
-        """Takes note of a checkpoint that is whole, and deletes those that it replaces."""
+        """Records a complete checkpoint, and deletes the checkpoints that it replaces."""
         self.state.last_checkpoint = path
         limit = self.options.save_total_limit
         if self.ranks.first and (self._writer is not None or limit is not None):
@@ -143,8 +143,8 @@ class Checkpointer:
             self._writer.wait_alone()
 
     def delete_kept(self, epoch: int, successor: int) -> None:
-        """Deletes the kept checkpoint of an epoch, if there is one, once that of the epoch ``successor`` is whole.
-        Without that, as when it was not to be kept at the time, the former one stays."""
+        """Deletes the kept checkpoint of an epoch, if it exists, once the checkpoint of the epoch ``successor`` is
+        complete. If that does not exist, for example because it was not to be kept, the former checkpoint stays."""
         if self.directory is None:
             return
         self.wait()

@@ -72,11 +72,11 @@ class RunDirectory:
             )
 
     def prepare(self, options: dict[str, Any], start: Path | None) -> None:
-        """Makes the directory ready for a run; discards the former run if this one starts anew.
+        """Prepares the directory for a run; discards the former run if the new run starts from scratch.
 
         Args:
             options: all of the run by name, as JSON has them.
-            start: the checkpoint of another run that this one begins from. It is noted in options.json.
+            start: checkpoint of another run from which this run begins. It is noted in options.json.
         """
         former = self._parts() if start is not None or options["resume"] is None else []
         if start is not None:
@@ -89,13 +89,14 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
 
     def set_model_aside(self) -> None:
-        """For a run that goes on after its end: from its next checkpoint on it no longer stands for that model."""
+        """Called when a finished run continues: from its next checkpoint on, that model no longer represents the
+        run."""
         if (self.model / CONFIG_NAME).is_file():  # a model that could not be written is none
             kept.delete(self.former_model)
             self.model.rename(self.former_model)
 
     def start(self) -> Path | None:
-        """The checkpoint of another run that this one begins from, as long as it has none of its own."""
+        """The checkpoint of another run from which this run begins, until it has checkpoints of its own."""
         path = self.root / _OPTIONS
         if kept.all_in(self.checkpoints) or not path.exists():
             return None
@@ -108,5 +109,5 @@ class RunDirectory:
         return path.parent.resolve() == self.checkpoints.resolve() and self.checkpoints / path.name in own
 
     def _parts(self) -> list[str]:
-        """What there is of a run."""
+        """Names of the parts of a run that exist here."""
         return [name for name in _PARTS if (self.root / name).exists()]

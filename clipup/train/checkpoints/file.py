@@ -42,7 +42,7 @@ def save(state: dict[str, Any], *paths: Path) -> None:
 
 
 def not_written(path: Path, error: OSError) -> OSError:
-    """The error of a checkpoint that could not be written, with its name and what to do."""
+    """The error for a checkpoint that could not be written; it names the file and says what to do."""
     return OSError(
         f"could not write the checkpoint {path}: {error}; those that were written before are whole. Free some space, "
         "then continue with --resume latest"
@@ -50,7 +50,7 @@ def not_written(path: Path, error: OSError) -> OSError:
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """Its position."""
+    """The position in a checkpoint."""
     check_archive(path, suffix="data.pkl")
     return read_pickle(path, mmap=True)
 
@@ -70,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read_share(path: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """All of it, on every rank."""
+    """The whole checkpoint, on every rank."""
     return load(path)
 
 
@@ -81,7 +81,7 @@ def restore(
     optimizer: torch.optim.Optimizer | None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Puts its tensors into the model and the optimizer."""
+    """Loads a checkpoint's tensors into the model and the optimizer."""
     check_fit(model, checkpoint["state_dict"], str(path))
     load_weights(model, checkpoint["state_dict"])
     if optimizer is not None:

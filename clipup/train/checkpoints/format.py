@@ -1,4 +1,4 @@
-"""What every format of a checkpoint can do, and which format a path has."""
+"""The interface of checkpoint formats, and the format of a path."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Format(Protocol):
     """
 
     NAME: re.Pattern[str]
-    """Of a checkpoint in a run's directory."""
+    """Matches the names of checkpoints in a run's directory."""
 
     def peek(self, path: Path) -> dict[str, Any]:
         """The position, without tensors being read."""
 
     def load(self, path: Path) -> dict[str, Any]:
-        """All that it holds, on the CPU."""
+        """The whole checkpoint, on the CPU."""
 
     def read_share(self, path: Path, rank: int, world_size: int) -> dict[str, Any]:
-        """What a rank needs to restore a run, its share of the files checked."""
+        """The entries that a rank needs to restore a run. Checks the rank's share of the files."""
 
     def restore(
         self,

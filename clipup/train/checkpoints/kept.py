@@ -21,7 +21,7 @@ class Newest(NamedTuple):
     path: Path
     state: dict[str, Any]
     passed_over: list[str] = []
-    """Why newer ones were not used."""
+    """Why newer checkpoints were not used."""
 
 
 def newest(
@@ -36,7 +36,7 @@ def newest(
 
     Raises:
         ValueError: there are checkpoints, and none of them can be used.
-        OSError: one could not be read, which does not mean that it is damaged.
+        OSError: a checkpoint could not be read; it may still be intact.
     """
     usable, unusable = listed or in_order(directory)
     for _, path in reversed(usable):
@@ -53,7 +53,7 @@ def newest(
 
 
 def all_in(directory: Path) -> list[Path]:
-    """All that are checkpoints by name and kind, in no order."""
+    """Paths in a directory that are checkpoints by name and kind, in no order."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return [path for path in paths if format_of(path).NAME.fullmatch(path.name)]
 
@@ -75,11 +75,11 @@ def in_order(directory: Path) -> tuple[list[tuple[Position, Path]], list[str]]:
 
 
 def check_is_newest(checkpoint: Path) -> None:
-    """Refuses to continue a run from a checkpoint that others beside it come after. Those that cannot be read do not
-    count: ``newest`` passes over them too.
+    """Refuses to continue a run from a checkpoint if its directory holds later checkpoints. Unreadable checkpoints do
+    not count: ``newest`` passes over them too.
 
     Raises:
-        FileExistsError: one comes after it.
+        FileExistsError: a later checkpoint exists.
         ValueError, OSError: it could not be read.
     """
     at = _position(checkpoint)
@@ -93,11 +93,11 @@ def check_is_newest(checkpoint: Path) -> None:
 
 
 def prune(newest: Path, limit: int | None) -> None:
-    """Deletes older checkpoints than this one, except for the ``limit`` newest of all; with None those that are named
-    by their step. ``epoch_latest.pt`` and damaged ones are left alone.
+    """Deletes checkpoints older than ``newest``, except for the ``limit`` newest of all; with None it deletes those
+    named by their step. ``epoch_latest.pt`` and damaged checkpoints are left alone.
 
     Raises:
-        OSError: one could not be read or deleted.
+        OSError: a checkpoint could not be read or deleted.
     """
     usable, _ = in_order(newest.parent)
     last = _position(newest)

@@ -10,17 +10,16 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Where a run is: what a checkpoint holds besides weights, optimizer and conditions."""
+    """The position of a run: the entries of a checkpoint besides weights, optimizer and conditions."""
 
     epoch: int = 0
     """Whole epochs done."""
     step: int = 0
     """Optimizer steps done."""
     step_of_epoch: int = 0
-    """Those of the current epoch."""
+    """Optimizer steps done in the current epoch."""
     steps_before: int = 0
-    """By how many steps a run whose epochs have changed their length is ahead of one that always had epochs of today's
-    length."""
+    """Extra steps of a run whose epochs had another length before (``Schedule.steps_before``)."""
     samples_seen: int = 0
     seconds: float = 0.0
     """Time in training, without evaluations and checkpoints."""
@@ -33,9 +32,9 @@ class RunState:
     skipped_samples: dict[str, int] = field(default_factory=dict)
     """Samples that could not be read, as of the last checkpoint."""
     finished: bool = False
-    """Whether all is done and the model is saved."""
+    """Whether the run is complete and its model is saved."""
     last_checkpoint: Path | None = None
-    """In no checkpoint."""
+    """The last complete checkpoint. Not saved itself."""
 
     def numbers_now(self, validation: str) -> dict[str, Any] | None:
         """The numbers of a validation, if it was done at the current step; on rank 0."""

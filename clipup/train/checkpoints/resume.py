@@ -22,12 +22,12 @@ from .position import RunState
 
 
 class Conditions(NamedTuple):
-    """What the meaning of a checkpoint's position depends on."""
+    """Options and facts that give a checkpoint's position its meaning."""
 
     options: dict[str, Any]
-    """Of the run, by name, as JSON has them."""
+    """The run's options by name, as JSON values."""
     rules: dict[str, Resumed]
-    """What a change of each of them means."""
+    """What a change of each option means."""
     world_size: int
     steps_of_epoch: int = 0
     order: dict[str, Any] | None = None
@@ -68,11 +68,11 @@ class ResumePoint(NamedTuple):
     path: Path
     state: dict[str, Any]
     other_run: Path | None
-    """Its path, if it is of another run, which this one begins from."""
+    """Path of the checkpoint if another run wrote it and this run begins from it."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the run that wrote it, by name; open_clip_train writes none."""
+        """Options of the run that wrote the checkpoint, by name; empty for open_clip_train's."""
         return self.state.get("conditions", {}).get("options", {})
 
 
@@ -99,7 +99,7 @@ def find_checkpoint(
 
 
 def _load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """A checkpoint on all ranks, or the error of one on all."""
+    """Loads a checkpoint on all ranks. An error on any rank is raised on all of them."""
     state: dict[str, Any] = {}
     ranks.on_every(lambda: state.update(format_of(path).read_share(path, ranks.rank, ranks.world_size)))
     return state

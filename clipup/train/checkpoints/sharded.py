@@ -44,7 +44,7 @@ NAME = re.compile(r"(epoch|step)_\d+")
 
 
 def peek(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
+    """The entries of a checkpoint besides tensors."""
     path = directory / STATE
     if not path.is_file():
         raise ValueError(f"{directory} is not a whole sharded checkpoint: {STATE} is missing")
@@ -79,8 +79,8 @@ def _add_tensors(optimizer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def own_tensors(model: nn.Module, optimizer: dict[str, Any], is_first: bool) -> dict[str, Tensor]:
-    """The tensors that this rank may have to write, which share the memory of the model and the optimizer. Of plain
-    ones, which all ranks have, the first rank's count.
+    """The tensors that this rank may have to write; they share the memory of the model and the optimizer. Plain
+    tensors, which all ranks have, are written by the first rank.
 
     Args:
         optimizer: as ``optimizer_state`` returns it.
@@ -106,7 +106,7 @@ def write(
     """Writes tensors, which are on the CPU, into a directory. A collective if there is a group.
 
     Args:
-        tensors: what this rank holds: a part of a name may be on one rank only. Of equal parts the first rank's counts.
+        tensors: of this rank; a part of a tensor may be on one rank only. Equal parts are written by the first rank.
         finish: called on rank 0 with the checksums of all files when they are written.
 
     Raises:
@@ -137,8 +137,8 @@ def write(
 
 
 def complete(aside: Path, target: Path, files: dict[str, FileSum], configs: dict[str, Any], state: Any) -> None:
-    """Adds the state and the checksums to a directory whose tensors are written, and gives it its name, which a damaged
-    one may have."""
+    """Adds the state and the checksums to a directory whose tensors are written, and renames it to its final name,
+    replacing a damaged directory of that name."""
     write_state(aside, state)
     index = Index(files, configs).to_json()
     replace_files({aside / INDEX: lambda path: path.write_text(index, encoding="utf-8")})
@@ -193,7 +193,7 @@ def _targets(optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> dic
 
 @contextmanager
 def _causes_raised() -> Iterator[None]:
-    """Raises what happened instead of DCP's exception, which ``except Exception`` does not catch."""
+    """Raises the cause instead of DCP's exception, which ``except Exception`` does not catch."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

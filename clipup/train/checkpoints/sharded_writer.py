@@ -19,27 +19,27 @@ from .file import not_written
 
 LOG = logging.getLogger("clipup.train")
 _VOTE_SECONDS = 0.5
-"""How often ranks that wait for a checkpoint tell each other that they do. A frozen rank does not."""
+"""Seconds between the votes of ranks that wait for a checkpoint. A frozen rank does not vote."""
 
 
 class ShardedWriter:
     """Writes one checkpoint at a time, in a thread.
 
-    The thread meets those of the other ranks in a group of their own. It does not keep the process from ending, as that
-    of DCP's ``async_save`` does: one that waits for a frozen rank would.
+    The threads of all ranks communicate in a process group of their own. Unlike that of DCP's ``async_save``, the
+    thread is a daemon, so that waiting for a frozen rank does not keep the process alive.
     """
 
     def __init__(self, ranks: Ranks, configs: dict[str, Any], written: Callable[[Path], None]) -> None:
         """
         Args:
             configs: of the model, which every checkpoint holds.
-            written: called with each checkpoint that is whole.
+            written: called with each complete checkpoint.
         """
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         self.ranks, self.configs, self.written = ranks, configs, written
         self.whole: tuple[Path, int] | None = None
-        """The last checkpoint that is whole, and its step."""
+        """The last complete checkpoint and its step."""
         self._group = waiting_group() if ranks.several else None
         cuda = ranks.device.type == "cuda"
         how = StagingOptions(
@@ -51,9 +51,9 @@ class ShardedWriter:
         self._failure: BaseException | None = None
 
     def save(self, target: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-        """Starts to write a checkpoint, after the one before is whole. Returns its path.
+        """Starts to write a checkpoint once the previous checkpoint is complete. Returns its path.
 
-        Where a whole checkpoint of the step will do, its tensors are the same, and only the state is replaced.
+        If a complete checkpoint of the same step exists, its tensors are kept and only the state is replaced.
 
         Args:
             tensors: this rank's, which are copied now.

@@ -63,7 +63,7 @@ class Recorder:
             self._tell(lambda tracker: tracker.log(numbers, step=record["step"]))
 
     def say(self, level: int, text: str) -> None:
-        """A line for the log of the run alone: the console gets it in another way."""
+        """Writes to the run's log only."""
         if self._directory is not None:
             LOG.log(level, "%s", text)
 

@@ -25,7 +25,7 @@ from ...moe.layer import moe_layers
 from .records import Record
 
 _STEPS, _RECORDS = 100, 10
-"""What an average is over: at least so many steps, and at least so many logged ones."""
+"""Minimum steps and minimum logged records of an average."""
 _USED = 0.25
 _DROPPED = 0.6
 _DEAD_LOAD, _DEAD = 0.01, 0.25

@@ -39,7 +39,7 @@ class Objective:
     option: ClassVar[str] = ""
     """The training option that selects it; "" for those that are not selected by an option."""
     per_pair: ClassVar[tuple[str, ...]] = FEATURES
-    """Outputs of the model that it needs, with one row per pair."""
+    """Model outputs that the objective needs, with one row per pair."""
     model_arguments: ClassVar[dict[str, float]] = {}
     """Arguments of open_clip's models that a model with random weights should be created with."""
     directions: ClassVar[int] = 2
@@ -49,7 +49,7 @@ class Objective:
 
     @classmethod
     def create(cls, options: LossOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
-        """The objective of a run. ``model``: the one that is trained."""
+        """The objective of a run. ``model``: the model that is trained."""
         return cls(**gathering(options, ranks))
 
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
 
 def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:
     """The optimizer state of the model that ``upcycle(dense, config)`` returns: every parameter gets the moments of the
-    one that it was copied from, the same in every expert. Routers are new and have none.
+    parameter that it was copied from, the same in every expert. Routers are new and have no moments.
 
     The moments are upcycled like weights, as the parameters of a copy of the model. One thing differs: where experts
     are shards of an MLP, each has a part of the output bias, but its whole gradient.

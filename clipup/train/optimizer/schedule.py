@@ -20,8 +20,8 @@ class Schedule:
     options: OptimizationOptions
     steps_of_epoch: int
     steps_before: int = 0
-    """By how many steps a run whose epochs have changed their length is ahead of one that always had epochs of today's
-    length."""
+    """Extra steps of a run whose epochs had another length before: the steps done, minus those that epochs of today's
+    length would have had."""
 
     @property
     def steps(self) -> int:

@@ -31,7 +31,7 @@ _BACKENDS = {"nccl": "cpu:gloo,cuda:nccl"}
 
 
 class ElsewhereRaised(Exception):
-    """The cause of an error that another rank has raised, and reports."""
+    """Cause of an error that was raised, and is reported, on another rank."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Ranks:
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 acts while the others wait. Every rank gets what the action returns, or its error.
 
-        It acts in a thread, however long it takes, while all ranks vote whether it has ended: a frozen one does not.
+        The action runs in a thread and may take any time. Meanwhile all ranks vote on whether it has ended; a frozen
+        rank does not vote.
         """
         if not self.several:
             return action()
@@ -101,7 +102,7 @@ class Ranks:
         return self._result(0, outcomes[0])
 
     def on_every(self, action: Callable[[], Any]) -> list[Any]:
-        """What the action returns on every rank, or the first error on all of them."""
+        """Results of the action on every rank; the first error is raised on all ranks."""
         return [self._result(rank, outcome) for rank, outcome in enumerate(self.gather_patiently(_outcome(action)))]
 
     def _result(self, rank: int, outcome: Any) -> Any:
@@ -148,7 +149,7 @@ def joined(options: ProcessOptions, device: str) -> Iterator[Ranks]:
 
 
 def waiting_group() -> dist.ProcessGroup:
-    """Another gloo group of all ranks, with hours to wait in it. A collective."""
+    """A new gloo group of all ranks with a timeout of hours. A collective."""
     return dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
 
 

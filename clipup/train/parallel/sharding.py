@@ -31,7 +31,7 @@ from .options import ParallelOptions
 from .ranks import Ranks
 
 ENCODERS = ("encode_image", "encode_text")
-"""Methods of a model that gather what belongs to no block for themselves, and release it, as its forward pass does."""
+"""Methods of a model that gather and release parameters outside blocks, as the model's forward pass does."""
 _EP = "ep"
 """The dimension of a mesh over which experts are divided."""
 
@@ -91,8 +91,8 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Gives all ranks the statistics of rank 0, which are those that checkpoints hold. A rank's own are of its own
-    images."""
+    """Gives all ranks the batch norm statistics of rank 0, which checkpoints contain; ranks differ because each sees
+    its own images."""
     if ranks.several:
         for buffer in batch_statistics(model):
             dist.broadcast(buffer, src=0)
@@ -212,7 +212,7 @@ def blocks_of(model: nn.Module, tower: str) -> list[nn.Module]:
 
 @torch.no_grad()
 def finish_gradients(model: nn.Module, world_size: int) -> None:
-    """Makes the gradients of a sharded model means over all ranks, where FSDP2 leaves them as something else."""
+    """Makes all gradients of a sharded model means over the ranks, including those that FSDP2 does not average."""
     if not is_sharded(model):
         return
     gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -252,7 +252,7 @@ def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
 
 
 def _by_mesh(model: nn.Module) -> Iterable[list[Any]]:
-    """The parameters in lists of those that lie on one mesh, and of those on none."""
+    """Parameters grouped by device mesh; plain parameters form a group too."""
     groups: dict[Any, list[Any]] = {}
     parameters: Iterable[Any] = model.parameters()
     for parameter in parameters:

@@ -19,7 +19,7 @@ from ...moe.weight_decay import parameter_groups
 _GROUP = "group"
 """Key of a part of a parameter group: the group's index. It is of this run's layout, and in no checkpoint."""
 _OF_A_RUN = ("lr_scale", _GROUP)
-"""Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
+"""Keys of a saved parameter group that a new run overwrites. Others, such as a step count, belong to the optimizer."""
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
