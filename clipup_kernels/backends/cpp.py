@@ -1,4 +1,5 @@
-"""Calls into the compiled extension: allocates outputs, and passes arguments as addresses and sizes (csrc/moe.h).
+"""Calls into the compiled extension: allocates outputs, and passes arguments as addresses and sizes, and structs as
+tuples of their members (csrc/moe.h).
 
 Every function has the arguments of its op, on CPU tensors of float32, bfloat16 or float16.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -193,15 +195,36 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
     return tuple(grads)
 
 
-def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
-    """The native calls' dtype, activation, T, K, E, D, H, and elements from one expert's W_in to the next one's (0 if
-    they lie side by side)."""
-    num_experts, hidden, width = in_weight.shape
+def _plain_experts(x: Tensor, activation: str, weights: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """moe.h's Experts, from [E, H, D] or [H, D] ``in_weight``, ``in_bias``, ``out_weight`` and so on."""
+    in_weight = weights[0]
+    num_experts, hidden, width = (1, *in_weight.shape)[-3:]
     stride = 0 if in_weight.is_contiguous() else in_weight.stride(0)
     return (
-        *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
-        *(*row_of_choice.shape, num_experts, width, hidden, stride),
+        *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_experts, width, hidden),
+        *(*map(address, weights), 0, 0, 0, stride, PACKED_TYPE[None]),
     )
+
+
+def _packed_experts(
+    x: Tensor, activation: str, num_experts: int, hidden: int, quantize: str | None, biases: list[Tensor | None],
+    in_packed: Tensor, out_packed: Tensor, gate_packed: Tensor | None,
+) -> tuple[int, ...]:  # fmt: skip
+    """The same without plain weights. Refuses packed weights that are shorter than what is read."""
+    width = x.shape[1]
+    _check_blocks(x, (num_experts, hidden, width), quantize, in_packed, gate_packed)
+    _check_blocks(x, (num_experts, width, hidden), quantize, out_packed)
+    in_bias, out_bias, gate_bias = map(address, biases)
+    return (
+        *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_experts, width, hidden),
+        *(0, in_bias, 0, out_bias, 0, gate_bias, *map(address, (in_packed, out_packed, gate_packed))),
+        *(0, PACKED_TYPE[quantize]),
+    )
+
+
+def _routing(gates: Tensor, offsets: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> tuple[int, ...]:
+    """moe.h's Routing."""
+    return (*row_of_choice.shape, *map(address, (gates, offsets, choice_of_row, row_of_choice)))
 
 
 def _in_place(in_weight: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -211,9 +234,6 @@ def _in_place(in_weight: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, Te
     if gate_weight is not None and hidden * width and in_weight.stride() == gate_weight.stride() == halves:
         return in_weight, gate_weight
     return in_weight.contiguous(), None if gate_weight is None else gate_weight.contiguous()
-
-
-_NONE_PACKED = (0, 0, 0)
 
 
 def expert_mlp_forward(
@@ -229,8 +249,8 @@ def expert_mlp_forward(
         pre_activation = (2, *pre_activation)
     y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
     NATIVE.expert_mlp_forward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
-        [*map(address, weights), *_NONE_PACKED], address(x), address(y), address(z if keep_z else None),
+        _plain_experts(x, activation, weights), _routing(gates, *routing), address(x), address(y),
+        address(z if keep_z else None),
     )  # fmt: skip
     return y, z
 
@@ -241,13 +261,11 @@ def packed_expert_mlp(
 ) -> Tensor:  # fmt: skip
     x, gates, *biases = _dense(x, gates, in_bias, out_bias, gate_bias)
     routing = _dense(offsets, choice_of_row, row_of_choice)
-    _check_mlp(x, offsets.numel() - 1, hidden, quantize, in_packed, out_packed, gate_packed)
+    experts = _packed_experts(
+        x, activation, offsets.numel() - 1, hidden, quantize, biases, in_packed, out_packed, gate_packed
+    )
     y = torch.empty_like(x)
-    NATIVE.expert_mlp_forward(
-        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
-        hidden, 0, [*map(address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
-        address(x), address(y), 0, PACKED_TYPE[quantize],
-    )  # fmt: skip
+    NATIVE.expert_mlp_forward(experts, _routing(gates, *routing), address(x), address(y), 0)
     return y
 
 
@@ -259,25 +277,18 @@ def packed_sparse_mlp(
         x, router_weight, selection_bias, mask, in_bias, out_bias, gate_bias
     )
     num_experts = router_weight.shape[0]
-    _check_mlp(x, num_experts, hidden, quantize, in_packed, out_packed, gate_packed)
+    experts = _packed_experts(x, activation, num_experts, hidden, quantize, biases, in_packed, out_packed, gate_packed)
     sizes = RoutingBlocks.sizes(x.shape[0], num_experts, k)
     floats, ints = router_weight.new_empty(sum(sizes[0])), x.new_empty(sum(sizes[1]), dtype=torch.int32)
     y = torch.empty_like(x)
+    router = (
+        *(address(router_weight), address(selection_bias), k, renormalize),
+        *(-1.0 if capacity_factor is None else capacity_factor, by_priority, gate_scale),
+    )
     NATIVE.sparse_mlp_forward(
-        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), x.shape[0], k, num_experts, x.shape[1], hidden,
-        address(router_weight), address(selection_bias), renormalize,
-        -1.0 if capacity_factor is None else capacity_factor, by_priority, gate_scale,
-        _packed_addresses(biases, in_packed, out_packed, gate_packed), address(mask), address(x), address(y),
-        address(floats), address(ints), PACKED_TYPE[quantize],
-    )  # fmt: skip
+        experts, router, address(mask), x.shape[0], address(x), address(y), address(floats), address(ints)
+    )
     return y, floats, ints
-
-
-def _check_mlp(
-    x: Tensor, num_experts: int, hidden: int, quantize: str | None, in_packed, out_packed, gate_packed
-) -> None:
-    _check_blocks(x, (num_experts, hidden, x.shape[1]), quantize, in_packed, gate_packed)
-    _check_blocks(x, (num_experts, x.shape[1], hidden), quantize, out_packed)
 
 
 def _check_blocks(x: Tensor, shape: tuple[int, int, int], quantize: str | None, *blocks: Tensor | None) -> None:
@@ -298,34 +309,25 @@ def _packed_bytes(dtype: torch.dtype, shape: tuple[int, int, int], quantize: str
     return NATIVE.packed_weight_bytes(DTYPE_CODE[dtype], *shape, PACKED_TYPE[quantize])
 
 
-def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
-    """Addresses in the order of moe.h's Experts, without plain weights."""
-    in_bias, out_bias, gate_bias = map(address, biases)
-    return [0, in_bias, 0, out_bias, 0, gate_bias, *map(address, packed)]
-
-
 def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
     weights = _dense(in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    return _dense_mlp(x, [*map(address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
+    return _dense_mlp(x, _plain_experts(x, activation, weights))
 
 
 def packed_dense_mlp(
     x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation, quantize
 ) -> Tensor:
     biases = _dense(in_bias, out_bias, gate_bias)
-    _check_mlp(x, 1, hidden, quantize, in_packed, out_packed, gate_packed)
-    return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation, quantize)
+    return _dense_mlp(
+        x, _packed_experts(x, activation, 1, hidden, quantize, biases, in_packed, out_packed, gate_packed)
+    )
 
 
-def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str, quantize: str | None = None) -> Tensor:
+def _dense_mlp(x: Tensor, experts: tuple[int, ...]) -> Tensor:
     (x,) = _dense(x)
-    num_tokens, width = x.shape
-    offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
+    offsets = torch.tensor([0, x.shape[0]], dtype=torch.int32)
     y = torch.empty_like(x)
-    NATIVE.expert_mlp_forward(
-        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden, 0,
-        [0, address(offsets), 0, 0], weights, address(x), address(y), 0, PACKED_TYPE[quantize],
-    )  # fmt: skip
+    NATIVE.expert_mlp_forward(experts, (x.shape[0], 1, 0, address(offsets), 0, 0), address(x), address(y), 0)
     return y
 
 
@@ -349,7 +351,6 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
     dy, x, gates, *weights = _dense(dy, x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    in_weight = weights[0]
     routing = _dense(offsets, choice_of_row, row_of_choice)
     (z,) = _dense(z)
     wanted = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
@@ -359,9 +360,8 @@ def expert_mlp_backward(
     ]
     recompute = z.numel() == 0
     NATIVE.expert_mlp_backward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
-        [*map(address, weights), *_NONE_PACKED], address(dy), address(x), address(None if recompute else z),
-        [*map(address, grads)],
+        _plain_experts(x, activation, weights), _routing(gates, *routing), address(dy), address(x),
+        address(None if recompute else z), (*map(address, grads),),
     )  # fmt: skip
     empty = (x, gates, *[x] * 6)
     return tuple(like.new_empty(0) if grad is None else grad for grad, like in zip(grads, empty, strict=True))
@@ -383,14 +383,13 @@ def expert_glu_backward(
     ]
     d_gate, d_in = (d_both[:, :hidden], d_both[:, hidden:]) if output_mask[2] else (None, None)
     wanted_x, wanted_gates, _, wanted_out = output_mask
-    gate_weight, in_weight = both[:, :hidden], both[:, hidden:]
+    weights = both[:, hidden:], None, out_weight, None, both[:, :hidden], None
     NATIVE.expert_mlp_backward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
-        [*map(address, (in_weight, None, out_weight, None, gate_weight, None)), *_NONE_PACKED],
-        address(dy), address(x), address(z if z.numel() else None),
-        [
+        _plain_experts(x, activation, weights), _routing(gates, *routing), address(dy), address(x),
+        address(z if z.numel() else None),
+        (
             address(d_x if wanted_x else None), address(d_gates if wanted_gates else None), address(d_in), 0,
             address(d_out if wanted_out else None), 0, address(d_gate), 0,
-        ],
+        ),
     )  # fmt: skip
     return tuple(grads)
