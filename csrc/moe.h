@@ -273,8 +273,7 @@ struct PackedLayout {
 };
 PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 
-// Name of the instruction tier in use: amx, avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2, neon_dotprod
-// or portable.
+// Name of the instruction tier in use, as in csrc/cpu/gemm_<tier>.cpp.
 const char* instruction_tier();
 
 // Whether this process may use AMX tiles for bfloat16, which the tier in use may not do.

@@ -18,8 +18,8 @@ FORCE_BACKEND = "CLIPUP_BACKEND"
 that it has. ``torch_eager`` has all of them, so that neither the compiled extension nor Triton is used."""
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
-"""Environment variable: the instruction tier of the C++ kernels (amx, avx512_bf16, avx512_vnni, avx512, avx2_vnni,
-avx2, neon_dotprod or portable) instead of the fastest one of this CPU."""
+"""Environment variable: the instruction tier of the C++ kernels, instead of the fastest one of this CPU. An unknown
+name is refused with the tiers that this CPU has; docs/kernels.md describes them."""
 
 
 def _share_openmp() -> None:
