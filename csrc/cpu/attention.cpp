@@ -38,7 +38,7 @@ void self_attention(DType dtype, const void* qkv, const float* mask, std::int64_
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const bool int8 = type == PackedType::kInt8;
-  const TypedKernels& operands = int8 ? ks.int8 : typed;
+  const Products& operands = ks.products(dtype, type);
   const std::int64_t stride = 3 * heads * d;  // elements from one token to the next
   const std::int64_t key_panels = ceil_div(L, ks.panel), value_panels = ceil_div(d, ks.panel);
   const std::int64_t d_words = ceil_div(d, operands.per_word);

@@ -30,9 +30,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const bool identity =  // the rows are y's
       routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];
-  const DType operands = operand_type(experts);
-  const TypedKernels& products = ks.of(operands);
-  const bool int8 = operands == kInt8Words;
+  const bool int8 = experts.packed_type == PackedType::kInt8;
+  const Products& products = ks.products(dtype, experts.packed_type);
   const ForwardWaves waves(routing.offsets, E, int8, products);
   const std::int64_t wave_rows = waves.rows_in_memory();
   const std::int64_t hidden = round_up(H, ks.panel);
@@ -91,7 +90,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     const std::int64_t second_words = int8 ? int8_words : a_words;
 
     const std::vector<Block> blocks =
-        make_blocks(wave, D, ks, operands, experts.packed_out == nullptr ? typed.few_rows : 0, team);
+        make_blocks(wave, D, ks, products, experts.packed_out == nullptr ? typed.few_rows : 0, team);
     const auto out_matrix = [&](const Piece& piece) {
       return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H, D * H);
     };
@@ -101,7 +100,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
       const Term term{a_panel_at(second_a_panels, piece.at + block.row, second_words), second_words,
                       out_matrix(piece)};
       multiply_block(
-          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, out_matrix, team),
+          ks, products, &term, 1, 1, block, following_region(blocks, task, ks, products, out_matrix, team),
           workspace, thread,
           [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
             const std::int64_t at = (piece.begin + block.row + row) * D + panel * ks.panel;

@@ -159,7 +159,7 @@ class Backward {
   }
 
   void hidden_gradient(const Wave& wave) {
-    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, dtype_, 0);
+    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, typed_, 0);
     const auto finish = typed_.finish_hidden_gradient[static_cast<int>(experts_.activation)];
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
@@ -169,7 +169,7 @@ class Backward {
                       out_matrix_of(piece.expert)};
       const auto out_matrix = [&](const Piece& next) { return out_matrix_of(next.expert); };
       multiply_block(
-          ks_, dtype_, &term, 1, 1, block, following_region(blocks, task, dtype_, ks_, out_matrix),
+          ks_, typed_, &term, 1, 1, block, following_region(blocks, task, ks_, typed_, out_matrix),
           workspace_, thread,
           [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
             const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
@@ -213,10 +213,10 @@ class Backward {
 
   // One expert's [k, n] matrix: the backward pass sums over its rows.
   Right out_matrix_of(std::int64_t expert) const {
-    return {element(experts_.out_weight, dtype_, expert * D_ * H_), false, H_, D_, nullptr};
+    return {element(experts_.out_weight, dtype_, expert * D_ * H_), dtype_, false, H_, D_, nullptr};
   }
   Right in_matrix_of(const void* weight, std::int64_t expert) const {
-    return {element(weight, dtype_, expert * in_stride(experts_)), false, D_, H_, nullptr};
+    return {element(weight, dtype_, expert * in_stride(experts_)), dtype_, false, D_, H_, nullptr};
   }
 
   void sum_d_gates(const Wave& wave) {
@@ -235,7 +235,7 @@ class Backward {
   void products(const Wave& wave) {
     std::vector<Block> blocks;
     std::vector<std::size_t> ends;  // of every product's blocks
-    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, dtype_, 0);
+    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, typed_, 0);
     const std::size_t dx_end = blocks.size();
     for (const WeightGradient& gradient : weights_) {
       const std::vector<Block> more = gradient.blocks(wave);
@@ -249,7 +249,7 @@ class Backward {
           return in_matrix_of(experts_.in_weight, next.expert);
         };
         const auto following = task + thread_count() < static_cast<std::int64_t>(dx_end)
-                                   ? following_region(blocks, task, dtype_, ks_, in_matrix)
+                                   ? following_region(blocks, task, ks_, typed_, in_matrix)
                                    : Prefetch{};
         return input_gradient(blocks[index], following, thread);
       }
@@ -264,7 +264,7 @@ class Backward {
     const Term terms[2] = {
         {a_panel_of(rows_.dz_a_panels, at), h_words_, in_matrix_of(experts_.in_weight, piece.expert)},
         {a_panel_of(rows_.dz_gate_a_panels, at), h_words_, in_matrix_of(experts_.gate_weight, piece.expert)}};
-    multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
+    multiply_block(ks_, typed_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c,
                        std::int64_t begin, std::int64_t end) {
                      OutputTile tile{};

@@ -81,11 +81,11 @@ void check_routing(const Routing& routing, std::int64_t E) {
   check_values("row_of_choice", row_of_choice, T * K, -1, offsets[E]);
 }
 
-std::vector<RowTile> row_tiles(const Wave& wave, const TypedKernels& operands) {
+std::vector<RowTile> row_tiles(const Wave& wave, const Products& products) {
   std::vector<RowTile> tiles;
   for (const Piece& piece : wave.pieces) {
-    for (std::int64_t row = 0; row < piece.count; row += operands.tile_rows) {
-      tiles.push_back({&piece, row, std::min(operands.tile_rows, piece.count - row)});
+    for (std::int64_t row = 0; row < piece.count; row += products.tile_rows) {
+      tiles.push_back({&piece, row, std::min(products.tile_rows, piece.count - row)});
     }
   }
   return tiles;
@@ -94,7 +94,8 @@ std::vector<RowTile> row_tiles(const Wave& wave, const TypedKernels& operands) {
 Int8Scales::Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k)
     : columns_(round_up(n, kernels().panel)), input_stride_(int8_input_stride(k)) {
   if (packed == nullptr) return;
-  const Word* const words = static_cast<const Word*>(packed) + E * packed_words(kernels(), kInt8Words, n, k);
+  const Word* const words =
+      static_cast<const Word*>(packed) + E * packed_words(kernels(), kernels().int8, n, k);
   scales_ = reinterpret_cast<const float*>(words);
   sums_ = reinterpret_cast<const std::int32_t*>(words) + E * columns_;
   inputs_ = scales_ + 2 * E * columns_;
@@ -109,7 +110,7 @@ void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing
                    float* scales) {
   const TypedKernels& typed = kernels.of(experts.dtype);
   const std::int64_t D = experts.D;
-  const std::int64_t words = a_row_words(D, kernels.of(operand_type(experts)));
+  const std::int64_t words = a_row_words(D, kernels.products(experts.dtype, experts.packed_type));
   const std::int64_t at = tile.piece->at + tile.row;
   Word* const first = a_panel_at(a_panels, at, words);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
@@ -124,16 +125,17 @@ void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing
   }
 }
 
-const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
+const Word* packed_matrix(const void* packed, const Products& products, std::int64_t expert, std::int64_t n,
                           std::int64_t k) {
   if (packed == nullptr) return nullptr;
-  return static_cast<const Word*>(packed) + expert * packed_words(kernels(), dtype, n, k);
+  return static_cast<const Word*>(packed) + expert * packed_words(kernels(), products, n, k);
 }
 
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k, std::int64_t stride) {
-  return {element(weight, experts.dtype, expert * stride), true, n, k,
-          packed_matrix(packed, operand_type(experts), expert, n, k)};
+  const Products& products = kernels().products(experts.dtype, experts.packed_type);
+  return {element(weight, experts.dtype, expert * stride), experts.dtype, true, n, k,
+          packed_matrix(packed, products, expert, n, k)};
 }
 
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
@@ -142,15 +144,15 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(experts.dtype);
   const DType dtype = experts.dtype;
-  const DType operands = operand_type(experts);
+  const Products& products = ks.products(dtype, experts.packed_type);
   const std::int64_t D = experts.D, H = experts.H;
   const bool gated = experts.gated();
-  const std::int64_t x_words = a_row_words(D, ks.of(operands));
+  const std::int64_t x_words = a_row_words(D, products);
   const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
   const auto finish_hidden = int8 != nullptr ? typed.finish_int8_hidden[static_cast<int>(experts.activation)]
                                              : typed.finish_hidden[static_cast<int>(experts.activation)];
   const std::vector<Block> blocks =
-      make_blocks(wave, H, ks, operands, experts.packed_in == nullptr ? typed.few_rows : 0, team);
+      make_blocks(wave, H, ks, products, experts.packed_in == nullptr ? typed.few_rows : 0, team);
   const auto* const first_piece = wave.pieces.data();
 
   const auto in_matrix = [&](const Piece& piece) {
@@ -168,8 +170,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
                                            D, in_stride(experts))}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
-        ks, operands, terms, outputs, outputs, block,
-        following_region(blocks, task, operands, ks, in_matrix, team), workspace, thread,
+        ks, products, terms, outputs, outputs, block,
+        following_region(blocks, task, ks, products, in_matrix, team), workspace, thread,
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
           ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));

@@ -33,20 +33,14 @@ struct RowTile {
   const Piece* piece;
   std::int64_t row, rows;
 };
-std::vector<RowTile> row_tiles(const Wave& wave, const TypedKernels& operands);
+std::vector<RowTile> row_tiles(const Wave& wave, const Products& products);
 
 // Calls body(tile) for every tile of the wave, spread over the team's threads.
 template <class Body>
-void for_row_tiles(const Wave& wave, const TypedKernels& operands, const Body& body, Team team = {}) {
-  const std::vector<RowTile> tiles = row_tiles(wave, operands);
+void for_row_tiles(const Wave& wave, const Products& products, const Body& body, Team team = {}) {
+  const std::vector<RowTile> tiles = row_tiles(wave, products);
   team.tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t) { body(tiles[i]); });
 }
-
-// The type of the operands of the forward products: kInt8Words for int8 weights.
-inline DType operand_type(DType dtype, PackedType packed_type) {
-  return packed_type == PackedType::kInt8 ? kInt8Words : dtype;
-}
-inline DType operand_type(const Experts& experts) { return operand_type(experts.dtype, experts.packed_type); }
 
 // What surrounds int8 products of E matrices [n, k]: the scales of the sums, and the scales and shifts of the
 // inputs.
@@ -76,8 +70,8 @@ void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing
                    const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8 = nullptr,
                    float* scales = nullptr);
 
-// The packed form of an expert's [n, k] matrix, for operands of `dtype`; null stays null.
-const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
+// The packed form of an expert's [n, k] matrix; null stays null.
+const Word* packed_matrix(const void* packed, const Products& products, std::int64_t expert, std::int64_t n,
                           std::int64_t k);
 
 // Elements from one expert's W_in to the next one's.

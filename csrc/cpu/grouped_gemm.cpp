@@ -51,7 +51,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
 }  // namespace
 
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
-                             const TypedKernels& operands) {
+                             const Products& products) {
   std::vector<Wave> waves;
   bool open = false;  // the last wave may get more pieces
   for (std::int64_t e = 0; e < E; ++e) {
@@ -59,15 +59,15 @@ std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::i
     const std::int64_t count = offsets[e + 1] - begin;
     if (count == 0) continue;
     const std::int64_t parts = ceil_div(count, most_rows);
-    const std::int64_t tiles = ceil_div(count, operands.tile_rows);
+    const std::int64_t tiles = ceil_div(count, products.tile_rows);
     for (std::int64_t part = 0; part < parts; ++part) {  // of as many tiles, or one more
-      const std::int64_t row = tiles * part / parts * operands.tile_rows;
-      const std::int64_t rows = std::min(tiles * (part + 1) / parts * operands.tile_rows, count) - row;
+      const std::int64_t row = tiles * part / parts * products.tile_rows;
+      const std::int64_t rows = std::min(tiles * (part + 1) / parts * products.tile_rows, count) - row;
       if (!open || parts > 1 || waves.back().rows + rows > most_rows) waves.emplace_back();
       Wave& wave = waves.back();
       wave.pieces.push_back({e, begin + row, rows, wave.rows, wave.words, row == 0, row + rows == count});
       wave.rows += rows;
-      wave.words += ceil_div(rows, operands.per_word);
+      wave.words += ceil_div(rows, products.per_word);
       open = parts == 1;
     }
   }
@@ -83,9 +83,9 @@ WaveSize largest(const std::vector<Wave>& waves) {
   return size;
 }
 
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels, DType operands,
-                               std::int64_t few_rows, Team team) {
-  return cut(wave, 0, kernels.of(operands).tile_rows, columns, kernels, few_rows, team);
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+                               const Products& products, std::int64_t few_rows, Team team) {
+  return cut(wave, 0, products.tile_rows, columns, kernels, few_rows, team);
 }
 
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -93,17 +93,16 @@ std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_column
   return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0, {});
 }
 
-ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8,
-                           const TypedKernels& operands) {
+ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Products& products) {
   constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7, kInt8WaveRows = 504;
-  const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * operands.tile_rows;
+  const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * products.tile_rows;
   alone_ = int8 && rows >= 2 * threads * fewest;
   std::int64_t most_rows = int8 ? kInt8WaveRows : kWaveRows;
   if (alone_) {
-    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), operands.tile_rows);
+    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), products.tile_rows);
     most_rows = std::min(std::max(share, fewest), most_rows);
   }
-  waves_ = make_waves(offsets, E, most_rows, operands);
+  waves_ = make_waves(offsets, E, most_rows, products);
   most_rows_ = largest(waves_).rows;
 }
 
@@ -119,10 +118,10 @@ Workspace::Workspace(const Kernels& kernels, std::int64_t outputs)
       panels_(thread_count() * panel_words_),
       sums_(thread_count() * outputs * sum_floats_) {}
 
-void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
-                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels) {
-  const TypedKernels& typed = kernels.of(dtype);
-  const std::int64_t size = element_size(dtype);
+void pack_right(const Right& right, const Kernels& kernels, std::int64_t panel, std::int64_t panels,
+                std::int64_t begin, std::int64_t words, Word* b_panels) {
+  const TypedKernels& typed = kernels.of(right.dtype);
+  const std::int64_t size = element_size(right.dtype);
   const auto* const matrix = static_cast<const unsigned char*>(right.matrix);
   const std::int64_t k_begin = begin * typed.per_word;
   const std::int64_t k = std::min(words * typed.per_word, right.k - k_begin);
@@ -166,19 +165,18 @@ Prefetch region_at(const void* first, std::int64_t rows, std::int64_t bytes, std
   return region;
 }
 
-Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+Prefetch region_of(const Right& right, const Kernels& kernels, const Products& products, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words) {
   if (right.k == 0) return {};  // no elements: the matrix may be null
-  const TypedKernels& typed = kernels.of(dtype);
-  const std::int64_t size = element_size(dtype);
-  const std::int64_t k_begin = begin * typed.per_word;
-  const std::int64_t k = std::min(words * typed.per_word, right.k - k_begin);
+  const std::int64_t size = element_size(right.dtype);
+  const std::int64_t k_begin = begin * products.per_word;
+  const std::int64_t k = std::min(words * products.per_word, right.k - k_begin);
   const std::int64_t n_begin = panel * kernels.panel;
   const std::int64_t n = std::min(panels * kernels.panel, right.n - n_begin);
   const auto* const matrix = static_cast<const char*>(right.matrix);
   constexpr std::int64_t word = sizeof(Word);
   if (right.packed != nullptr) {
-    const std::int64_t all_words = ceil_div(right.k, typed.per_word);
+    const std::int64_t all_words = ceil_div(right.k, products.per_word);
     return region_at(right.packed + (panel * all_words + begin) * kernels.panel, panels,
                      words * kernels.panel * word, all_words * kernels.panel * word);
   }
@@ -188,9 +186,11 @@ Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std:
   return region_at(matrix + (k_begin * right.n + n_begin) * size, k, n * size, right.n * size);
 }
 
-Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block) {
-  const std::int64_t words = ceil_div(right.k, kernels.of(dtype).per_word);
-  return region_of(right, dtype, kernels, block.panel, block.panels, 0, std::min(words, block.step(words)));
+Prefetch first_region(const Right& right, const Kernels& kernels, const Products& products,
+                      const Block& block) {
+  const std::int64_t words = ceil_div(right.k, products.per_word);
+  return region_of(right, kernels, products, block.panel, block.panels, 0,
+                   std::min(words, block.step(words)));
 }
 
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines) {

@@ -33,7 +33,7 @@ struct Wave {
 // several pieces, each in its own wave, so that a sum over an expert's rows is computed by one task at a
 // time.
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
-                             const TypedKernels& operands);
+                             const Products& products);
 
 // Largest number of rows and of words of any wave.
 struct WaveSize {
@@ -67,8 +67,8 @@ struct Block {
 // Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every
 // thread of the team. No result depends on the split: the order of a sum depends only on the summed axis.
 // Pieces of up to `few_rows` rows get smaller blocks (kFewRowsColumns).
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels, DType operands,
-                               std::int64_t few_rows, Team team = {});
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+                               const Products& products, std::int64_t few_rows, Team team = {});
 
 // The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -77,7 +77,8 @@ std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_column
 // One expert's matrix as the right operand: [n, k] if `transposed` (the summed axis lies along its rows),
 // else [k, n].
 struct Right {
-  const void* matrix;
+  const void* matrix;  // of `dtype`; not read if there is a packed one
+  DType dtype;
   bool transposed;
   std::int64_t n, k;
   const Word* packed;  // from pack_weight, or null
@@ -114,7 +115,7 @@ constexpr std::int64_t kBlockRows = 504;
 // to the last, and waits for no other.
 class ForwardWaves {
  public:
-  ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const TypedKernels& operands);
+  ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Products& products);
 
   // Rows of all waves that are in memory at the same time.
   std::int64_t rows_in_memory() const { return (alone_ ? thread_count() : 1) * most_rows_; }
@@ -137,8 +138,8 @@ class ForwardWaves {
 };
 
 // Words of a row of k elements in A panels; one cache line if k is 0, so that rows have an address.
-inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {
-  return k == 0 ? kLineWords : round_up(ceil_div(k, typed.per_word), kLineWords);
+inline std::int64_t a_row_words(std::int64_t k, const Products& products) {
+  return k == 0 ? kLineWords : round_up(ceil_div(k, products.per_word), kLineWords);
 }
 
 // The A panel that begins at `row`, a multiple of tile_rows; a row takes `words` words.
@@ -148,26 +149,27 @@ W* a_panel_at(W* a_panels, std::int64_t row, std::int64_t words) {
 }
 
 // Packs words [begin, begin + words) of `panels` B panels, one after another.
-void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
-                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels);
+void pack_right(const Right& right, const Kernels& kernels, std::int64_t panel, std::int64_t panels,
+                std::int64_t begin, std::int64_t words, Word* b_panels);
 
 // `rows` rows of `bytes` bytes, `stride` bytes apart.
 Prefetch region_at(const void* first, std::int64_t rows, std::int64_t bytes, std::int64_t stride = 0);
 
 // The memory that pack_right, or the product with packed panels, will read; multiply_block sets `each`.
-Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+Prefetch region_of(const Right& right, const Kernels& kernels, const Products& products, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words);
 
 // The memory that a block's first step reads.
-Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block);
+Prefetch first_region(const Right& right, const Kernels& kernels, const Products& products,
+                      const Block& block);
 
 // The same for the block that this thread probably processes next. right_of(piece): its right operand.
 template <class RightOf>
-Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, DType dtype,
-                          const Kernels& kernels, const RightOf& right_of, Team team = {}) {
+Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, const Kernels& kernels,
+                          const Products& products, const RightOf& right_of, Team team = {}) {
   const std::size_t next = task + team.size();
   if (next >= blocks.size()) return {};
-  return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
+  return first_region(right_of(*blocks[next].piece), kernels, products, blocks[next]);
 }
 
 // The first of `tiles` tiles, of `lines` cache lines of words each, that prefetches the region: as late as
@@ -186,14 +188,15 @@ void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std
 
 // The same of the rows that a tile is written to. Where tiles are finished at once, that was 1 to 6 % slower
 // than not to (docs/performance_log.md).
-inline void ask_for_output(const TypedKernels& operands, const void* first, std::int64_t stride,
+inline void ask_for_output(const Products& products, const void* first, std::int64_t stride,
                            std::int64_t rows, std::int64_t bytes) {
-  if (operands.interleaves) ask_for_rows<2>(first, stride, rows, bytes);
+  if (products.interleaves) ask_for_rows<2>(first, stride, rows, bytes);
 }
 
 // Words of a packed [n, k] matrix.
-inline std::int64_t packed_words(const Kernels& kernels, DType dtype, std::int64_t n, std::int64_t k) {
-  return ceil_div(k, kernels.of(dtype).per_word) * round_up(n, kernels.panel);
+inline std::int64_t packed_words(const Kernels& kernels, const Products& products, std::int64_t n,
+                                 std::int64_t k) {
+  return ceil_div(k, products.per_word) * round_up(n, kernels.panel);
 }
 
 // Floats of one expert's input scales of int8 products, which its input shifts follow.
@@ -217,34 +220,32 @@ struct PendingTile {
 
 // What is read after word `end` of term t: more of its words, the next term, or `following`.
 inline Prefetch region_after(const Term* terms, std::int64_t count, std::int64_t t, std::int64_t end,
-                             DType dtype, const Kernels& kernels, const Block& block,
+                             const Kernels& kernels, const Products& products, const Block& block,
                              const Prefetch& following) {
   const Right& right = terms[t].right;
-  const std::int64_t words = ceil_div(right.k, kernels.of(dtype).per_word);
+  const std::int64_t words = ceil_div(right.k, products.per_word);
   if (end == words)
-    return t + 1 == count ? following : first_region(terms[t + 1].right, dtype, kernels, block);
-  return region_of(right, dtype, kernels, block.panel, block.panels, end,
+    return t + 1 == count ? following : first_region(terms[t + 1].right, kernels, products, block);
+  return region_of(right, kernels, products, block.panel, block.panels, end,
                    std::min(block.step(words), words - end));
 }
 
-// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds
-// integers). With `outputs` = 1 the terms are added, else each is a separate output. prepare(row, rows,
-// panel): the tile will be finished next; finish(row, rows, panel, c, begin, end): its sums are c[output],
-// [rows, panel], and the rows [begin, end) are to be finished. `following` is prefetched while the last step
-// computes.
+// The terms' products over one block; c holds integers if they are those of int8. With `outputs` = 1 the
+// terms are added, else each is a separate output. prepare(row, rows, panel): the tile will be finished next;
+// finish(row, rows, panel, c, begin, end): its sums are c[output], [rows, panel], and the rows [begin, end)
+// are to be finished. `following` is prefetched while the last step computes.
 template <class Prepare, class Finish>
-void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
+void multiply_block(const Kernels& kernels, const Products& products, const Term* terms, std::int64_t count,
                     std::int64_t outputs, const Block& block, const Prefetch& following,
                     const Workspace& workspace, std::int64_t thread, const Prepare& prepare,
                     const Finish& finish) {
-  const TypedKernels& typed = kernels.of(dtype);
   Word* const packed = workspace.panels(thread);
-  const std::int64_t tile_floats = typed.tile_rows * kernels.panel;
-  const std::int64_t tiles = ceil_div(block.rows, typed.tile_rows);
+  const std::int64_t tile_floats = products.tile_rows * kernels.panel;
+  const std::int64_t tiles = ceil_div(block.rows, products.tile_rows);
   PendingTile<Finish> pending[2];
   for (std::int64_t t = 0; t < count; ++t) {
     const Right& right = terms[t].right;
-    const std::int64_t words = ceil_div(right.k, typed.per_word);
+    const std::int64_t words = ceil_div(right.k, products.per_word);
     const std::int64_t output = outputs == 1 ? 0 : t;
     const std::int64_t step = block.step(words);
     const bool two_buffers = count == 1 && step >= words;  // of sums, as each tile is finished in one step
@@ -258,19 +259,20 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
         b_panels = right.packed + (block.panel * words + begin) * kernels.panel;
         b_stride = words * kernels.panel;
       } else {
-        pack_right(right, dtype, kernels, block.panel, block.panels, begin, length, packed);
+        pack_right(right, kernels, block.panel, block.panels, begin, length, packed);
       }
-      Prefetch ahead = region_after(terms, count, t, begin + length, dtype, kernels, block, following);
+      Prefetch ahead = region_after(terms, count, t, begin + length, kernels, products, block, following);
       const std::int64_t from = ask_from(ahead, tiles, block.panels * ceil_div(length, kLineWords));
       Beside beside;
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
-        const std::int64_t row = tile * typed.tile_rows;
-        const std::int64_t rows = row + typed.tile_rows < block.rows ? typed.tile_rows : block.rows - row;
+        const std::int64_t row = tile * products.tile_rows;
+        const std::int64_t rows =
+            row + products.tile_rows < block.rows ? products.tile_rows : block.rows - row;
         const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
-        if (typed.before_rows != nullptr) typed.before_rows(rows);
+        if (products.before_rows != nullptr) products.before_rows(rows);
         if (tile == from) beside.prefetch = ahead;
-        if (tile + 1 < tiles && !typed.interleaves) {
-          const std::int64_t more = std::min(typed.tile_rows, block.rows - row - rows);
+        if (tile + 1 < tiles && !products.interleaves) {
+          const std::int64_t more = std::min(products.tile_rows, block.rows - row - rows);
           const Word* const next = a_panel_at(terms[t].a_panels, row + rows, terms[t].row_words);
           beside.next_tile =
               region_at(next + begin * more, 1, more * round_up(length, kLineWords) * sizeof(Word));
@@ -281,8 +283,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
           const std::int64_t slot = two_buffers ? index % 2 : index;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
           if (complete) prepare(row, rows, block.panel + p);
-          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c,
-                              begin > 0 || (outputs == 1 && t > 0), beside);
+          products.by_rows[rows](a_panel, b_panels + p * b_stride, length, c,
+                                 begin > 0 || (outputs == 1 && t > 0), beside);
           if (!complete) continue;
           PendingTile<Finish>& finished = pending[index % 2];
           finished = {&finish,
@@ -290,7 +292,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
                       rows,
                       block.panel + p,
                       {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c}};
-          if (typed.interleaves) {
+          if (products.interleaves) {
             beside.finish = &finished;
             beside.finish_rows = finished.finish_rows;
             beside.rows = rows;

@@ -35,10 +35,10 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
                    std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
-  const DType operands = operand_type(dtype, packed_type);
-  const bool int8 = operands == kInt8Words;
-  const ForwardWaves waves(offsets, E, int8, ks.of(operands));
-  const std::int64_t words = a_row_words(k, ks.of(operands));
+  const bool int8 = packed_type == PackedType::kInt8;
+  const Products& products = ks.products(dtype, packed_type);
+  const ForwardWaves waves(offsets, E, int8, products);
+  const std::int64_t words = a_row_words(k, products);
   const Buffer<Word> all_panels(waves.rows_in_memory() * words);
   const Buffer<float> all_scales(int8 ? waves.rows_in_memory() : 0);
   const Int8Scales scales(int8 ? packed : nullptr, E, n, k);
@@ -47,7 +47,7 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
     Word* const a_panels = all_panels.get() + first_row * words;
     float* const row_scales = all_scales.get() + first_row;
     for_row_tiles(
-        wave, ks.of(operands),
+        wave, products,
         [&](const RowTile& tile) {
           const std::int64_t at = tile.piece->at + tile.row;
           Word* const first = a_panel_at(a_panels, at, words);
@@ -64,22 +64,22 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
         },
         team);
     const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
-    const std::vector<Block> blocks = make_blocks(wave, n, ks, operands, few_rows, team);
+    const std::vector<Block> blocks = make_blocks(wave, n, ks, products, few_rows, team);
     const auto right_of = [&](const Piece& piece) {
-      return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
-                   packed_matrix(packed, operands, piece.expert, n, k)};
+      return Right{element(weight, dtype, piece.expert * n * k),       dtype, transposed, n, k,
+                   packed_matrix(packed, products, piece.expert, n, k)};
     };
     team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
       const Term term{a_panel_at(a_panels, piece.at + block.row, words), words, right_of(piece)};
       multiply_block(
-          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of, team),
+          ks, products, &term, 1, 1, block, following_region(blocks, task, ks, products, right_of, team),
           workspace, thread,
           [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel) {
             const std::int64_t size = element_size(dtype);
             void* const to = element(out, dtype, (piece.begin + block.row + row) * n + panel * ks.panel);
-            ask_for_output(ks.of(operands), to, n * size, tile_rows, ks.panel * size);
+            ask_for_output(products, to, n * size, tile_rows, ks.panel * size);
           },
           [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
               std::int64_t end) {

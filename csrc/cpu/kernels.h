@@ -29,9 +29,6 @@ constexpr std::int64_t kMostColumnTile = 8;
 // panel.
 constexpr std::int64_t kInputPadding = 32;
 
-// The type of operands that are quantized, beside the storage types.
-constexpr DType kInt8Words{3};
-
 // Columns of the router's weight gradient that one task computes.
 constexpr std::int64_t kRouterColumns = 64;
 
@@ -132,15 +129,19 @@ struct Int8Operand {
   std::int32_t* sums;  // by column
 };
 
-// The tier's functions for one storage type.
-struct TypedKernels {
-  std::int64_t per_word;   // elements of the summed axis in a word
-  std::int64_t tile_rows;  // rows of a full A panel, a multiple of every per_word
-  bool interleaves;        // whether `by_rows` finishes the tile before (Beside)
-  std::int64_t few_rows;   // with at most this many rows, an expert's plain weight is packed in small steps
+// The tier's products of one type of operands: floats, pairs of bfloat16 or four int8 in a word.
+struct Products {
+  std::int64_t per_word;                // elements of the summed axis in a word
+  std::int64_t tile_rows;               // rows of a full A panel, a multiple of every per_word
+  bool interleaves;                     // whether `by_rows` finishes the tile before (Beside)
   Multiply by_rows[kMostTileRows + 1];  // [m]: a is an A panel of m rows
   void (*before_rows)(std::int64_t m);  // call it in the same task before by_rows[m]; null: nothing to do
-  Multiply by_columns;                  // a is a column A panel
+};
+
+// The tier's functions for one storage type, and the products of its operands.
+struct TypedKernels : Products {
+  std::int64_t few_rows;  // with at most this many rows, an expert's plain weight is packed in small steps
+  Multiply by_columns;    // a is a column A panel
 
   // Packs one row of n elements into an A panel of `rows` rows.
   void (*row_to_a_panel)(const void* row, std::int64_t n, std::int64_t rows, Word* a_panel);
@@ -211,10 +212,12 @@ struct Kernels {
   void (*streams_done)();    // orders a thread's streamed stores before what it stores next
   void (*after_tasks)();     // frees what `before_rows` took; null: nothing to do
   TypedKernels typed[3];     // by DType
-  TypedKernels int8;         // products of int8 words (kInt8Words): no other functions than those of products
+  Products int8;
 
-  const TypedKernels& of(DType dtype) const {
-    return dtype == kInt8Words ? int8 : typed[static_cast<int>(dtype)];
+  const TypedKernels& of(DType dtype) const { return typed[static_cast<int>(dtype)]; }
+  // The products with weights of these types.
+  const Products& products(DType dtype, PackedType type) const {
+    return type == PackedType::kInt8 ? int8 : of(dtype);
   }
 };
 

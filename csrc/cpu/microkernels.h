@@ -30,7 +30,7 @@ constexpr std::int64_t few_rows() {
 
 // by_rows[1] to by_rows[kRows]
 template <class Operand, int kRows>
-constexpr void fill_by_rows(TypedKernels& table) {
+constexpr void fill_by_rows(Products& table) {
 #ifdef __AMX_TILE__
   if constexpr (Operand::kRows == kMatrixRows) {
     table.by_rows[kRows] = multiply_tiles<Operand, kRows>;
@@ -41,8 +41,8 @@ constexpr void fill_by_rows(TypedKernels& table) {
 }
 
 template <class Operand>
-constexpr TypedKernels products_of() {
-  TypedKernels table{};
+constexpr Products products_of() {
+  Products table{};
   table.per_word = Operand::kPerWord;
   table.tile_rows = Operand::kRows;
   fill_by_rows<Operand, Operand::kRows>(table);
@@ -57,7 +57,8 @@ constexpr TypedKernels products_of() {
 
 template <class Storage, class Operand>
 constexpr TypedKernels typed_kernels() {
-  TypedKernels table = products_of<Operand>();
+  TypedKernels table{};
+  static_cast<Products&>(table) = products_of<Operand>();
   table.few_rows = few_rows<Storage>();
   table.by_columns = multiply<Operand, kColumnTile, false>;
   table.row_to_a_panel = row_to_a_panel<Storage, Operand>;

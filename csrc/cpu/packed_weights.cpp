@@ -99,7 +99,7 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, st
                                  PackedType type) {
   check_sizes(dtype, E, O, I, type);
   const Kernels& ks = kernels();
-  std::int64_t words = E * packed_words(ks, operand_type(dtype, type), O, I);
+  std::int64_t words = E * packed_words(ks, ks.products(dtype, type), O, I);
   if (type == PackedType::kInt8) words += E * 2 * (round_up(O, ks.panel) + int8_input_stride(I));
   return words * static_cast<std::int64_t>(sizeof(Word));
 }
@@ -124,9 +124,9 @@ void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O
   const std::int64_t words = ceil_div(I, ks.of(dtype).per_word);
   const std::int64_t panels = ceil_div(O, ks.panel);
   parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
-    const Right right{element(weight, dtype, task / panels * O * I), true, O, I, nullptr};
+    const Right right{element(weight, dtype, task / panels * O * I), dtype, true, O, I, nullptr};
     Word* const b_panel = static_cast<Word*>(packed) + task * words * ks.panel;
-    pack_right(right, dtype, ks, task % panels, 1, 0, words, b_panel);
+    pack_right(right, ks, task % panels, 1, 0, words, b_panel);
   });
 }
 
@@ -134,7 +134,7 @@ PackedLayout packed_layout(DType dtype, PackedType type) {
   check_dtype(dtype);
   check_packed_type(type, 0);
   const Kernels& ks = kernels();
-  return {ks.panel, ks.of(operand_type(dtype, type)).per_word};
+  return {ks.panel, ks.products(dtype, type).per_word};
 }
 
 }  // namespace clipup
