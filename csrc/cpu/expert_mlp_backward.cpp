@@ -42,6 +42,9 @@ class Backward {
         need_in_(gradients.in_weight != nullptr || gradients.in_bias != nullptr ||
                  gradients.gate_weight != nullptr || gradients.gate_bias != nullptr),
         need_out_(gradients.out_weight != nullptr || gradients.out_bias != nullptr),
+        in_{dtype_, false, D_, H_, experts.in_weight, in_stride(experts)},
+        gate_{dtype_, false, D_, H_, experts.gate_weight, in_stride(experts)},
+        out_{dtype_, false, H_, D_, experts.out_weight, D_ * H_},
         workspace_(ks_, gated_ ? 2 : 1) {
     waves_ = make_waves(routing.offsets, experts.E, kWaveRows, typed_);
     allocate();
@@ -111,8 +114,8 @@ class Backward {
     const Piece& piece = *tile.piece;
     const std::int64_t at = piece.at + tile.row;
     const std::int64_t panel_words = ceil_div(piece.count, typed_.per_word);
-    pack_a_panels(ks_, experts_, routing_, tile, dy_, rows_.dy_a_panels.get());
-    if (z_ == nullptr) pack_a_panels(ks_, experts_, routing_, tile, x_, rows_.x_a_panels.get());
+    pack_a_panels(ks_, dtype_, D_, routing_, tile, dy_, rows_.dy_a_panels.get());
+    if (z_ == nullptr) pack_a_panels(ks_, dtype_, D_, routing_, tile, x_, rows_.x_a_panels.get());
     for (std::int64_t i = 0; i < tile.rows; i += typed_.per_word) {
       const void* dy_rows[2] = {nullptr, nullptr};
       const void* x_rows[2] = {nullptr, nullptr};
@@ -159,18 +162,16 @@ class Backward {
   }
 
   void hidden_gradient(const Wave& wave) {
-    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, typed_, 0);
+    const std::vector<Block> blocks = make_blocks(wave, out_, ks_);
     const auto finish = typed_.finish_hidden_gradient[static_cast<int>(experts_.activation)];
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
       const PreActivations saved = place(piece);
       const Term term{a_panel_at(rows_.dy_a_panels.get(), piece.at + block.row, d_words_), d_words_,
-                      out_matrix_of(piece.expert)};
-      const auto out_matrix = [&](const Piece& next) { return out_matrix_of(next.expert); };
+                      out_.of(ks_, piece.expert)};
       multiply_block(
-          ks_, typed_, &term, 1, 1, block, following_region(blocks, task, ks_, typed_, out_matrix),
-          workspace_, thread,
+          ks_, typed_, &term, 1, 1, block, following_region(blocks, task, ks_, out_), workspace_, thread,
           [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
             const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
             const std::int64_t size = element_size(dtype_);
@@ -211,14 +212,6 @@ class Backward {
     return a_panels.get() == nullptr ? nullptr : a_panel_at(a_panels.get(), at, h_words_);
   }
 
-  // One expert's [k, n] matrix: the backward pass sums over its rows.
-  Right out_matrix_of(std::int64_t expert) const {
-    return {element(experts_.out_weight, dtype_, expert * D_ * H_), dtype_, false, H_, D_, nullptr};
-  }
-  Right in_matrix_of(const void* weight, std::int64_t expert) const {
-    return {element(weight, dtype_, expert * in_stride(experts_)), dtype_, false, D_, H_, nullptr};
-  }
-
   void sum_d_gates(const Wave& wave) {
     if (wanted_.gates == nullptr) return;
     for_row_tiles(wave, typed_, [&](const RowTile& tile) {
@@ -235,7 +228,7 @@ class Backward {
   void products(const Wave& wave) {
     std::vector<Block> blocks;
     std::vector<std::size_t> ends;  // of every product's blocks
-    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, typed_, 0);
+    if (wanted_.x != nullptr) blocks = make_blocks(wave, in_, ks_);
     const std::size_t dx_end = blocks.size();
     for (const WeightGradient& gradient : weights_) {
       const std::vector<Block> more = gradient.blocks(wave);
@@ -245,11 +238,8 @@ class Backward {
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const auto index = static_cast<std::size_t>(task);
       if (index < dx_end) {
-        const auto in_matrix = [&](const Piece& next) {
-          return in_matrix_of(experts_.in_weight, next.expert);
-        };
         const auto following = task + thread_count() < static_cast<std::int64_t>(dx_end)
-                                   ? following_region(blocks, task, ks_, typed_, in_matrix)
+                                   ? following_region(blocks, task, ks_, in_)
                                    : Prefetch{};
         return input_gradient(blocks[index], following, thread);
       }
@@ -261,9 +251,8 @@ class Backward {
   void input_gradient(const Block& block, const Prefetch& following, std::int64_t thread) {
     const Piece& piece = *block.piece;
     const std::int64_t at = piece.at + block.row;
-    const Term terms[2] = {
-        {a_panel_of(rows_.dz_a_panels, at), h_words_, in_matrix_of(experts_.in_weight, piece.expert)},
-        {a_panel_of(rows_.dz_gate_a_panels, at), h_words_, in_matrix_of(experts_.gate_weight, piece.expert)}};
+    const Term terms[2] = {{a_panel_of(rows_.dz_a_panels, at), h_words_, in_.of(ks_, piece.expert)},
+                           {a_panel_of(rows_.dz_gate_a_panels, at), h_words_, gate_.of(ks_, piece.expert)}};
     multiply_block(ks_, typed_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c,
                        std::int64_t begin, std::int64_t end) {
@@ -289,6 +278,7 @@ class Backward {
   const std::int64_t D_, H_, R_, used_;
   const std::int64_t panels_H_, d_words_, h_words_;
   const bool need_in_, need_out_;
+  const Matrices in_, gate_, out_;  // [k, n]: the backward pass sums over their rows
   const Workspace workspace_;
   std::int64_t z_rows_ = 0;
   std::vector<Wave> waves_;

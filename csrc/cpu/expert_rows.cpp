@@ -91,11 +91,11 @@ std::vector<RowTile> row_tiles(const Wave& wave, const Products& products) {
   return tiles;
 }
 
-Int8Scales::Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k)
-    : columns_(round_up(n, kernels().panel)), input_stride_(int8_input_stride(k)) {
-  if (packed == nullptr) return;
-  const Word* const words =
-      static_cast<const Word*>(packed) + E * packed_words(kernels(), kernels().int8, n, k);
+Int8Scales::Int8Scales(const Matrices& matrices, std::int64_t E)
+    : columns_(round_up(matrices.n, kernels().panel)), input_stride_(int8_input_stride(matrices.k)) {
+  if (matrices.packed_type != PackedType::kInt8 || matrices.packed == nullptr) return;
+  const Word* const words = static_cast<const Word*>(matrices.packed) +
+                            E * packed_words(kernels(), kernels().int8, matrices.n, matrices.k);
   scales_ = reinterpret_cast<const float*>(words);
   sums_ = reinterpret_cast<const std::int32_t*>(words) + E * columns_;
   inputs_ = scales_ + 2 * E * columns_;
@@ -105,37 +105,23 @@ bool Int8Scales::same_inputs(const Int8Scales& other, std::int64_t E) const {
   return std::memcmp(inputs_, other.inputs_, E * 2 * input_stride_ * sizeof(float)) == 0;
 }
 
-void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
+void pack_a_panels(const Kernels& kernels, DType dtype, std::int64_t k, const Routing& routing,
                    const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8,
                    float* scales) {
-  const TypedKernels& typed = kernels.of(experts.dtype);
-  const std::int64_t D = experts.D;
-  const std::int64_t words = a_row_words(D, kernels.products(experts.dtype, experts.packed_type));
+  const TypedKernels& typed = kernels.of(dtype);
+  const std::int64_t words = a_row_words(k, int8 == nullptr ? typed : kernels.int8);
   const std::int64_t at = tile.piece->at + tile.row;
   Word* const first = a_panel_at(a_panels, at, words);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     const std::int64_t token = token_of_row(routing, tile.piece->begin + tile.row + i);
-    const void* const row = element(tokens, experts.dtype, token * D);
+    const void* const row = element(tokens, dtype, token * k);
     Word* const to = first + i * kLineWords;
     if (int8 == nullptr) {
-      typed.row_to_a_panel(row, D, tile.rows, to);
+      typed.row_to_a_panel(row, k, tile.rows, to);
     } else {
-      scales[at + i] = typed.quantize_row(row, int8->of_inputs(tile.piece->expert), D, tile.rows, to);
+      scales[at + i] = typed.quantize_row(row, int8->of_inputs(tile.piece->expert), k, tile.rows, to);
     }
   }
-}
-
-const Word* packed_matrix(const void* packed, const Products& products, std::int64_t expert, std::int64_t n,
-                          std::int64_t k) {
-  if (packed == nullptr) return nullptr;
-  return static_cast<const Word*>(packed) + expert * packed_words(kernels(), products, n, k);
-}
-
-Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
-                     std::int64_t n, std::int64_t k, std::int64_t stride) {
-  const Products& products = kernels().products(experts.dtype, experts.packed_type);
-  return {element(weight, experts.dtype, expert * stride), experts.dtype, true, n, k,
-          packed_matrix(packed, products, expert, n, k)};
 }
 
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
@@ -151,27 +137,21 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
   const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
   const auto finish_hidden = int8 != nullptr ? typed.finish_int8_hidden[static_cast<int>(experts.activation)]
                                              : typed.finish_hidden[static_cast<int>(experts.activation)];
-  const std::vector<Block> blocks =
-      make_blocks(wave, H, ks, products, experts.packed_in == nullptr ? typed.few_rows : 0, team);
+  const Matrices in = in_matrices(experts), gate = gate_matrices(experts);
+  const std::vector<Block> blocks = make_blocks(wave, in, ks, team);
   const auto* const first_piece = wave.pieces.data();
 
-  const auto in_matrix = [&](const Piece& piece) {
-    return forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D,
-                          in_stride(experts));
-  };
   team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
     const Block& block = blocks[task];
     const Piece& piece = *block.piece;
     const PreActivations& place = places[block.piece - first_piece];
     const Word* const a_panels = a_panel_at(x_a_panels, piece.at + block.row, x_words);
-    const Term terms[2] = {{a_panels, x_words, in_matrix(piece)},
-                           {a_panels, x_words,
-                            forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H,
-                                           D, in_stride(experts))}};
+    const Term terms[2] = {{a_panels, x_words, in.of(ks, piece.expert)},
+                           {a_panels, x_words, gate.of(ks, piece.expert)}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
-        ks, products, terms, outputs, outputs, block,
-        following_region(blocks, task, ks, products, in_matrix, team), workspace, thread,
+        ks, products, terms, outputs, outputs, block, following_region(blocks, task, ks, in, team), workspace,
+        thread,
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
           ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));
@@ -204,6 +184,51 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
           if (hidden_a_panels != nullptr)
             tile.a = a_panel_at(hidden_a_panels, piece.at + block.row + row, a_words);
           finish_hidden(tile);
+        });
+  });
+}
+
+void RowProduct::run(const Wave& wave, const Word* a_panels, std::int64_t row_words, const float* row_scales,
+                     const Workspace& workspace, Team team) const {
+  const Kernels& ks = kernels();
+  const DType dtype = matrices.dtype;
+  const TypedKernels& typed = ks.of(dtype);
+  const Products& products = matrices.products(ks);
+  const std::int64_t n = matrices.n;
+  const std::vector<Block> blocks = make_blocks(wave, matrices, ks, team);
+  team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+    const Block& block = blocks[task];
+    const Piece& piece = *block.piece;
+    const Term term{a_panel_at(a_panels, piece.at + block.row, row_words), row_words,
+                    matrices.of(ks, piece.expert)};
+    multiply_block(
+        ks, products, &term, 1, 1, block, following_region(blocks, task, ks, matrices, team), workspace,
+        thread,
+        [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
+          const std::int64_t at = (piece.begin + block.row + row) * n + panel * ks.panel;
+          const std::int64_t size = out != nullptr ? element_size(dtype) : sizeof(float);
+          const void* const to = out != nullptr ? element(out, dtype, at) : sums + at;
+          ask_for_output(products, to, n * size, rows, ks.panel * size);
+        },
+        [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
+            std::int64_t end) {
+          const std::int64_t column = panel * ks.panel;
+          const std::int64_t at = (piece.begin + block.row + row) * n + column;
+          OutputTile tile{};
+          tile.begin = begin;
+          tile.end = end;
+          tile.columns = std::min(ks.panel, n - column);
+          tile.c = c[0];
+          tile.bias = element(bias, dtype, piece.expert * n + column);
+          tile.stride = n;
+          if (out != nullptr) {
+            tile.out = element(out, dtype, at);
+          } else {
+            tile.sum = sums + at;
+          }
+          if (matrices.packed_type == PackedType::kExact) return typed.finish_output(tile);
+          tile.scaling = scales.at(piece.expert, column, row_scales + piece.at + block.row + row);
+          typed.finish_int8_output(tile);
         });
   });
 }

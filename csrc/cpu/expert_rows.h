@@ -16,14 +16,6 @@ void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R);
 void check_experts(const Experts& experts);
 void check_routing(const Routing& routing, std::int64_t E);
 
-// Element `index` of an array of `dtype`; null stays null.
-inline const void* element(const void* array, DType dtype, std::int64_t index) {
-  return array == nullptr ? nullptr : static_cast<const unsigned char*>(array) + index * element_size(dtype);
-}
-inline void* element(void* array, DType dtype, std::int64_t index) {
-  return array == nullptr ? nullptr : static_cast<unsigned char*>(array) + index * element_size(dtype);
-}
-
 inline std::int64_t token_of_row(const Routing& routing, std::int64_t row) {
   return routing.choice_of_row == nullptr ? row : routing.choice_of_row[row] / routing.K;
 }
@@ -46,7 +38,7 @@ void for_row_tiles(const Wave& wave, const Products& products, const Body& body,
 // inputs.
 class Int8Scales {
  public:
-  Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k);
+  Int8Scales(const Matrices& matrices, std::int64_t E);
 
   // Those of a tile from `column` on; row_scales: of its rows.
   Int8Scaling at(std::int64_t expert, std::int64_t column, const float* row_scales) const {
@@ -64,25 +56,27 @@ class Int8Scales {
   const std::int32_t* sums_ = nullptr;
 };
 
-// Packs the tokens of the tile's rows into an A panel of the wave: as they are, or, with `int8`, quantized;
-// then the scales of the wave's rows are written.
-void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
+// Packs the tokens of the tile's rows, of k elements, into an A panel of the wave: as they are, or, with
+// `int8`, quantized; then the scales of the wave's rows are written.
+void pack_a_panels(const Kernels& kernels, DType dtype, std::int64_t k, const Routing& routing,
                    const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8 = nullptr,
                    float* scales = nullptr);
-
-// The packed form of an expert's [n, k] matrix; null stays null.
-const Word* packed_matrix(const void* packed, const Products& products, std::int64_t expert, std::int64_t n,
-                          std::int64_t k);
 
 // Elements from one expert's W_in to the next one's.
 inline std::int64_t in_stride(const Experts& experts) {
   return experts.in_stride == 0 ? experts.H * experts.D : experts.in_stride;
 }
 
-// One of the forward matrices of an expert as the right operand: [n, k], packed or not. stride: from one
-// expert's to the next one's, of a matrix that is not packed.
-Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
-                     std::int64_t n, std::int64_t k, std::int64_t stride);
+// The matrices of the forward pass.
+inline Matrices in_matrices(const Experts& of) {
+  return {of.dtype, true, of.H, of.D, of.in_weight, in_stride(of), of.packed_in, of.packed_type};
+}
+inline Matrices gate_matrices(const Experts& of) {
+  return {of.dtype, true, of.H, of.D, of.gate_weight, in_stride(of), of.packed_gate, of.packed_type};
+}
+inline Matrices out_matrices(const Experts& of) {
+  return {of.dtype, true, of.D, of.H, of.out_weight, of.D * of.H, of.packed_out, of.packed_type};
+}
 
 // Addresses of a piece's pre-activations: those of its row `i` are at z + i * H; null: not kept.
 struct PreActivations {
@@ -101,6 +95,19 @@ struct Int8Hidden {
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace,
                     const Int8Hidden* int8 = nullptr, Team team = {});
+
+// A product whose results are rows: the matrix of a row's expert times the row, plus the bias.
+struct RowProduct {
+  const Matrices& matrices;
+  const void* bias;   // [E, n] or null
+  void* out;          // [R, n] of the storage type, or null: not wanted
+  float* sums;        // [R, n], instead of `out`
+  Int8Scales scales;  // of int8 matrices
+
+  // The rows of a wave, in A panels of `row_words` words a row; row_scales: of int8 rows.
+  void run(const Wave& wave, const Word* a_panels, std::int64_t row_words, const float* row_scales,
+           const Workspace& workspace, Team team) const;
+};
 
 // y[t] = the gated sum of the rows of every token, from rows[R,D] in float.
 void sum_rows(const Kernels& kernels, DType dtype, const Routing& routing, const float* gates,

@@ -83,9 +83,11 @@ WaveSize largest(const std::vector<Wave>& waves) {
   return size;
 }
 
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
-                               const Products& products, std::int64_t few_rows, Team team) {
-  return cut(wave, 0, products.tile_rows, columns, kernels, few_rows, team);
+std::vector<Block> make_blocks(const Wave& wave, const Matrices& matrices, const Kernels& kernels,
+                               Team team) {
+  const bool in_small_steps = matrices.transposed && matrices.packed == nullptr;
+  return cut(wave, 0, matrices.products(kernels).tile_rows, matrices.n, kernels,
+             in_small_steps ? kernels.of(matrices.dtype).few_rows : 0, team);
 }
 
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -191,6 +193,14 @@ Prefetch first_region(const Right& right, const Kernels& kernels, const Products
   const std::int64_t words = ceil_div(right.k, products.per_word);
   return region_of(right, kernels, products, block.panel, block.panels, 0,
                    std::min(words, block.step(words)));
+}
+
+Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, const Kernels& kernels,
+                          const Matrices& matrices, Team team) {
+  const std::size_t next = task + team.size();
+  if (next >= blocks.size()) return {};
+  return first_region(matrices.of(kernels, blocks[next].piece->expert), kernels, matrices.products(kernels),
+                      blocks[next]);
 }
 
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines) {

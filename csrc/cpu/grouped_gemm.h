@@ -14,6 +14,14 @@ namespace clipup {
 
 inline std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Element `index` of an array of `dtype`; null stays null.
+inline const void* element(const void* array, DType dtype, std::int64_t index) {
+  return array == nullptr ? nullptr : static_cast<const unsigned char*>(array) + index * element_size(dtype);
+}
+inline void* element(void* array, DType dtype, std::int64_t index) {
+  return array == nullptr ? nullptr : static_cast<unsigned char*>(array) + index * element_size(dtype);
+}
+
 // Rows of one expert that are processed together.
 struct Piece {
   std::int64_t expert;
@@ -64,15 +72,11 @@ struct Block {
   }
 };
 
-// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every
-// thread of the team. No result depends on the split: the order of a sum depends only on the summed axis.
-// Pieces of up to `few_rows` rows get smaller blocks (kFewRowsColumns).
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
-                               const Products& products, std::int64_t few_rows, Team team = {});
-
-// The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
-std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
-                                      const Kernels& kernels);
+// Words of a packed [n, k] matrix.
+inline std::int64_t packed_words(const Kernels& kernels, const Products& products, std::int64_t n,
+                                 std::int64_t k) {
+  return ceil_div(k, products.per_word) * round_up(n, kernels.panel);
+}
 
 // One expert's matrix as the right operand: [n, k] if `transposed` (the summed axis lies along its rows),
 // else [k, n].
@@ -83,6 +87,38 @@ struct Right {
   std::int64_t n, k;
   const Word* packed;  // from pack_weight, or null
 };
+
+// The right operands of all experts.
+struct Matrices {
+  DType dtype;
+  bool transposed;
+  std::int64_t n, k;
+  const void* weight;
+  std::int64_t stride;  // elements of `weight` from one expert's matrix to the next one's
+  const void* packed = nullptr;
+  PackedType packed_type = PackedType::kExact;
+
+  const Products& products(const Kernels& kernels) const { return kernels.products(dtype, packed_type); }
+  Right of(const Kernels& kernels, std::int64_t expert) const {
+    const std::int64_t words = expert * packed_words(kernels, products(kernels), n, k);
+    return {element(weight, dtype, expert * stride),
+            dtype,
+            transposed,
+            n,
+            k,
+            packed == nullptr ? nullptr : static_cast<const Word*>(packed) + words};
+  }
+};
+
+// Splits the product of a wave's rows with their matrices into blocks, several for every thread of the team.
+// No result depends on the split: the order of a sum depends only on the summed axis. Pieces of few rows get
+// smaller blocks where a plain weight is packed for them (kFewRowsColumns).
+std::vector<Block> make_blocks(const Wave& wave, const Matrices& matrices, const Kernels& kernels,
+                               Team team = {});
+
+// The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
+std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
+                                      const Kernels& kernels);
 
 // A panels of a block's rows, and the right operand.
 struct Term {
@@ -163,14 +199,9 @@ Prefetch region_of(const Right& right, const Kernels& kernels, const Products& p
 Prefetch first_region(const Right& right, const Kernels& kernels, const Products& products,
                       const Block& block);
 
-// The same for the block that this thread probably processes next. right_of(piece): its right operand.
-template <class RightOf>
+// The same for the block that this thread probably processes next.
 Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, const Kernels& kernels,
-                          const Products& products, const RightOf& right_of, Team team = {}) {
-  const std::size_t next = task + team.size();
-  if (next >= blocks.size()) return {};
-  return first_region(right_of(*blocks[next].piece), kernels, products, blocks[next]);
-}
+                          const Matrices& matrices, Team team = {});
 
 // The first of `tiles` tiles, of `lines` cache lines of words each, that prefetches the region: as late as
 // time allows, so that earlier tiles do not evict it again.
@@ -191,12 +222,6 @@ void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std
 inline void ask_for_output(const Products& products, const void* first, std::int64_t stride,
                            std::int64_t rows, std::int64_t bytes) {
   if (products.interleaves) ask_for_rows<2>(first, stride, rows, bytes);
-}
-
-// Words of a packed [n, k] matrix.
-inline std::int64_t packed_words(const Kernels& kernels, const Products& products, std::int64_t n,
-                                 std::int64_t k) {
-  return ceil_div(k, products.per_word) * round_up(n, kernels.panel);
 }
 
 // Floats of one expert's input scales of int8 products, which its input shifts follow.

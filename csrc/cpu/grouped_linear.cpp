@@ -29,74 +29,29 @@ void clear_rest(void* rows, DType dtype, std::int64_t used, std::int64_t R, std:
   }
 }
 
-// out[r] = the row times its expert's matrix, [n, k] if transposed, else [k, n].
-void multiply_rows(DType dtype, const void* rows, const void* weight, const void* packed,
-                   PackedType packed_type, const void* bias, bool transposed, const std::int32_t* offsets,
-                   std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
+void multiply_rows(const void* rows, const Matrices& matrices, const void* bias, const std::int32_t* offsets,
+                   std::int64_t E, void* out) {
   const Kernels& ks = kernels();
-  const TypedKernels& typed = ks.of(dtype);
-  const bool int8 = packed_type == PackedType::kInt8;
-  const Products& products = ks.products(dtype, packed_type);
+  const bool int8 = matrices.packed_type == PackedType::kInt8;
+  const Products& products = matrices.products(ks);
   const ForwardWaves waves(offsets, E, int8, products);
-  const std::int64_t words = a_row_words(k, products);
+  const std::int64_t words = a_row_words(matrices.k, products);
   const Buffer<Word> all_panels(waves.rows_in_memory() * words);
   const Buffer<float> all_scales(int8 ? waves.rows_in_memory() : 0);
-  const Int8Scales scales(int8 ? packed : nullptr, E, n, k);
+  const RowProduct product{matrices, bias, out, nullptr, Int8Scales(matrices, E)};
+  const Routing in_order{offsets[E], 1, nullptr, offsets, nullptr, nullptr};
   const Workspace workspace(ks, 1);
-  waves.each([&](const Wave& wave, Team team, std::int64_t first_row) {
-    Word* const a_panels = all_panels.get() + first_row * words;
-    float* const row_scales = all_scales.get() + first_row;
+  waves.each([&](const Wave& wave, Team team, std::int64_t row) {
+    Word* const a_panels = all_panels.get() + row * words;
+    float* const scales = all_scales.get() + row;
     for_row_tiles(
         wave, products,
         [&](const RowTile& tile) {
-          const std::int64_t at = tile.piece->at + tile.row;
-          Word* const first = a_panel_at(a_panels, at, words);
-          for (std::int64_t i = 0; i < tile.rows; ++i) {
-            const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
-            Word* const to = first + i * kLineWords;
-            if (int8) {
-              row_scales[at + i] =
-                  typed.quantize_row(row, scales.of_inputs(tile.piece->expert), k, tile.rows, to);
-            } else {
-              typed.row_to_a_panel(row, k, tile.rows, to);
-            }
-          }
+          pack_a_panels(ks, matrices.dtype, matrices.k, in_order, tile, rows, a_panels,
+                        int8 ? &product.scales : nullptr, scales);
         },
         team);
-    const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
-    const std::vector<Block> blocks = make_blocks(wave, n, ks, products, few_rows, team);
-    const auto right_of = [&](const Piece& piece) {
-      return Right{element(weight, dtype, piece.expert * n * k),       dtype, transposed, n, k,
-                   packed_matrix(packed, products, piece.expert, n, k)};
-    };
-    team.tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
-      const Block& block = blocks[task];
-      const Piece& piece = *block.piece;
-      const Term term{a_panel_at(a_panels, piece.at + block.row, words), words, right_of(piece)};
-      multiply_block(
-          ks, products, &term, 1, 1, block, following_region(blocks, task, ks, products, right_of, team),
-          workspace, thread,
-          [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel) {
-            const std::int64_t size = element_size(dtype);
-            void* const to = element(out, dtype, (piece.begin + block.row + row) * n + panel * ks.panel);
-            ask_for_output(products, to, n * size, tile_rows, ks.panel * size);
-          },
-          [&](std::int64_t row, std::int64_t, std::int64_t panel, const float* const* c, std::int64_t begin,
-              std::int64_t end) {
-            const std::int64_t column = panel * ks.panel;
-            OutputTile tile{};
-            tile.begin = begin;
-            tile.end = end;
-            tile.columns = std::min(ks.panel, n - column);
-            tile.c = c[0];
-            tile.bias = element(bias, dtype, piece.expert * n + column);
-            tile.out = element(out, dtype, (piece.begin + block.row + row) * n + column);
-            tile.stride = n;
-            if (!int8) return typed.finish_output(tile);
-            tile.scaling = scales.at(piece.expert, column, row_scales + piece.at + block.row + row);
-            typed.finish_int8_output(tile);
-          });
-    });
+    product.run(wave, a_panels, words, scales, workspace, team);
   });
 }
 
@@ -111,7 +66,7 @@ void grouped_linear(DType dtype, const void* rows, const void* weight, const voi
   if (packed == nullptr) check_pointer("weight", weight, E * O * I);
   check(packed != nullptr || packed_type == PackedType::kExact, "packed: expected an int8 weight, got none");
   check_pointer("out", out, R * O);
-  multiply_rows(dtype, rows, weight, packed, packed_type, bias, true, offsets, E, O, I, out);
+  multiply_rows(rows, {dtype, true, O, I, weight, O * I, packed, packed_type}, bias, offsets, E, out);
   clear_rest(out, dtype, offsets[E], R, O);
 }
 
@@ -123,8 +78,7 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
   check_pointer("rows", rows, R * I);
   check_pointer("weight", weight, E * O * I);
   if (d_rows != nullptr) {
-    multiply_rows(dtype, d_out, weight, nullptr, PackedType::kExact, nullptr, false, offsets, E, I, O,
-                  d_rows);
+    multiply_rows(d_out, {dtype, false, I, O, weight, O * I}, nullptr, offsets, E, d_rows);
     clear_rest(d_rows, dtype, offsets[E], R, I);
   }
   if (d_weight == nullptr && d_bias == nullptr) return;

@@ -124,7 +124,7 @@ void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O
   const std::int64_t words = ceil_div(I, ks.of(dtype).per_word);
   const std::int64_t panels = ceil_div(O, ks.panel);
   parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
-    const Right right{element(weight, dtype, task / panels * O * I), dtype, true, O, I, nullptr};
+    const Right right = Matrices{dtype, true, O, I, weight, O * I}.of(ks, task / panels);
     Word* const b_panel = static_cast<Word*>(packed) + task * words * ks.panel;
     pack_right(right, ks, task % panels, 1, 0, words, b_panel);
   });
