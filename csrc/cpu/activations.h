@@ -28,26 +28,14 @@ inline F32x exp_of(F32x x) {
 
 // 2^x to 3e-6, for x <= 0; 0 below -126. 2^r by the minimax polynomial of degree 4.
 inline F32x coarse_exp2(F32x x) {
-#ifdef __AVX512F__
-  const auto whole = reinterpret_cast<F32x>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 0));
-  const F32x r = x - whole;
-#else
-  const F32x kMagic = splat(12582912.0F);
-  const F32x shifted = x + kMagic;
-  const F32x r = x - (shifted - kMagic);
-#endif
+  F32x r;
+  const F32x whole = integer_part(x, r);
   F32x p = splat(0.00957010221F);
   p = p * r + 0.0559178628F;
   p = p * r + 0.240247443F;
   p = p * r + 0.693121791F;
   p = p * r + 0.999999285F;
-#ifdef __AVX512F__
-  return reinterpret_cast<F32x>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
-#else
-  const F32x scaled = from_bits(bits(p) + (bits(shifted) << 23));
-  return x < -126.0F ? F32x{} : scaled;
-#endif
+  return times_power_of_two(p, whole, x);
 }
 
 inline F32x coarse_exp(F32x x) { return coarse_exp2(x * kLog2E); }

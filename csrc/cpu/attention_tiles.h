@@ -46,7 +46,7 @@ struct Int8Scores {
   const std::int32_t* sums;
   explicit Int8Scores(const AttentionTile& tile) : columns(tile.scaling.columns), sums(tile.scaling.sums) {}
   F32x at(const float* c, std::int64_t key) const {
-    const I32x offset = load_as<I32x>(sums + key) * static_cast<std::int32_t>(Int8Quads::kOffset);
+    const I32x offset = load_as<I32x>(sums + key) * static_cast<std::int32_t>(kInt8Offset);
     return __builtin_convertvector(load_as<I32x>(c) - offset, F32x) * load_as<F32x>(columns + key);
   }
   // Never 0, whose product with the -infinity of what is no key is NaN: where the query is 0, so are its
@@ -60,10 +60,10 @@ struct Int8Scores {
                     const Shares& share_of) {
     // Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the lower bits.
     const auto levels = [&](const float* c) {
-      return bits(multiply_add(share_of(c), splat(kOne), splat(12582912.0F))) + (Int8Quads::kOffset - 128U);
+      return bits(multiply_add(share_of(c), splat(kOne), splat(12582912.0F))) + (kInt8Offset - 128U);
     };
     std::int64_t panel = 0;
-#ifdef __AVX512VBMI__
+#ifdef CLIPUP_LOWEST_BYTES_OF_FOUR
     const std::int64_t next = rows * kPanel;
     for (; panel + 2 <= panels; panel += 2, c += 2 * next) {
       U32x words[4];  // in order: the shares are summed as they are computed
@@ -164,7 +164,7 @@ void finish_int8_attention(const float* c, const float* scales, std::int64_t row
   auto* const to = static_cast<typename Storage::Element*>(out);
   for (int v = 0; v < 2; ++v) {
     const std::int64_t at = column + v * kLanes;
-    const U32x offset = load_as<U32x>(values.sums + at) * (128U - Int8Quads::kOffset);  // wraps beside a NaN
+    const U32x offset = load_as<U32x>(values.sums + at) * (128U - kInt8Offset);  // wraps beside a NaN
     const F32x channel = load_as<F32x>(values.scales + at), mean = load_as<F32x>(values.means + at);
     for (std::int64_t i = 0; i < rows; ++i) {
       const auto sum = reinterpret_cast<I32x>(load_as<U32x>(c + i * kPanel + v * kLanes) + offset);

@@ -37,12 +37,12 @@ struct Int8Sums {
     if (c == nullptr) return;
     for (int v = 0; v < 2; ++v) {
       scales[v] = load_as<F32x>(scaling.columns + v * kLanes);
-      offsets[v] = load_as<I32x>(scaling.sums + v * kLanes) * static_cast<std::int32_t>(Int8Quads::kOffset);
+      offsets[v] = load_as<I32x>(scaling.sums + v * kLanes) * static_cast<std::int32_t>(kInt8Offset);
     }
   }
   F32x at(std::int64_t i, int v) const {
     I32x sums = load_as<I32x>(c + i * kPanel + v * kLanes);
-    if constexpr (Int8Quads::kOffset != 0) sums -= offsets[v];
+    if constexpr (kInt8Offset != 0) sums -= offsets[v];
     return __builtin_convertvector(sums, F32x) * (scales[v] * rows[i]);
   }
 };

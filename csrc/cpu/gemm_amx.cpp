@@ -1,3 +1,5 @@
+#include "simd_avx512.h"
+// After the instruction set (simd.h).
 #include "microkernels.h"
 
 namespace clipup {

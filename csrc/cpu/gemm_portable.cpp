@@ -1,3 +1,9 @@
+#ifdef __ARM_NEON
+#include "simd_neon.h"
+#else
+#include "simd_portable.h"
+#endif
+// After the instruction set (simd.h).
 #include "microkernels.h"
 
 namespace clipup {

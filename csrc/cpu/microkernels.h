@@ -7,36 +7,35 @@
 #include "epilogues.h"
 #include "products.h"
 #include "router_products.h"
-#ifdef __AMX_TILE__
+#ifdef CLIPUP_TILES
 #include "tile_products.h"
 #endif
 
 namespace clipup {
 namespace {
 
+#ifndef CLIPUP_TILES
+template <class Operand, int kRows>
+constexpr Multiply multiply_tiles = nullptr;
+constexpr void (*configure_tiles)(std::int64_t m) = nullptr;
+constexpr void (*release_tiles)() = nullptr;
+#endif
+
 // Measured (docs/performance_log.md): with more rows, packing in small steps costs more time, for storing and
 // loading sums, than it saves in waiting for the second-level cache.
 template <class Storage>
 constexpr std::int64_t few_rows() {
-  [[maybe_unused]] constexpr bool kFloats = sizeof(typename Storage::Element) == sizeof(Word);
-#if defined(__AVX512F__)
-  return (kFloats ? 7 : 3) * kTileRows;
-#elif defined(__AVX2__)
-  return (kFloats ? 7 : 0) * kTileRows;
-#else
-  return 0;
-#endif
+  return (sizeof(typename Storage::Element) == sizeof(Word) ? kFewFloatTiles : kFewHalfTiles) * kTileRows;
 }
 
 // by_rows[1] to by_rows[kRows]
 template <class Operand, int kRows>
 constexpr void fill_by_rows(Products& table) {
-#ifdef __AMX_TILE__
-  if constexpr (Operand::kRows == kMatrixRows) {
+  if constexpr (Operand::kRows > kTileRows) {
     table.by_rows[kRows] = multiply_tiles<Operand, kRows>;
-  } else
-#endif
+  } else {
     table.by_rows[kRows] = multiply<Operand, kRows, true>;
+  }
   if constexpr (kRows > 1) fill_by_rows<Operand, kRows - 1>(table);
 }
 
@@ -46,12 +45,10 @@ constexpr Products products_of() {
   table.per_word = Operand::kPerWord;
   table.tile_rows = Operand::kRows;
   fill_by_rows<Operand, Operand::kRows>(table);
-#ifdef __AMX_TILE__
-  if constexpr (Operand::kRows == kMatrixRows) {
+  if constexpr (Operand::kRows > kTileRows) {
     table.interleaves = true;
     table.before_rows = configure_tiles;
   }
-#endif
   return table;
 }
 
@@ -92,21 +89,11 @@ constexpr TypedKernels typed_kernels() {
 }
 
 constexpr Kernels tier(const char* name) {
-#ifdef __AVX512BF16__
-  using BFloat16Operand = BFloat16Pairs;
-#else
-  using BFloat16Operand = Floats;
-#endif
-#ifdef __AMX_TILE__
-  constexpr auto after_tasks = release_tiles;
-#else
-  constexpr void (*after_tasks)() = nullptr;
-#endif
   return {name,
           kPanel,
           kColumnTile,
           streams_done,
-          after_tasks,
+          release_tiles,
           {typed_kernels<Float32, Floats>(), typed_kernels<BFloat16, BFloat16Operand>(),
            typed_kernels<Float16, Floats>()},
           products_of<Int8Quads>()};

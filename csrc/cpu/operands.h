@@ -8,19 +8,13 @@
 namespace clipup {
 namespace {
 
-// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers. NEON has
-// 32 too, but GCC loads many broadcasts early, and from 11 rows on it moves accumulators to memory.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 14, kColumnTile = 8;
-#elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int kTileRows = 8, kColumnTile = 4;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6, kColumnTile = 4;
-#else
-constexpr int kTileRows = 4, kColumnTile = 4;
-#endif
 constexpr int kPanel = 2 * kLanes;
-constexpr int kMatrixRows = 32;  // of an A panel that is multiplied in AMX tiles
+// Rows of an A panel of more than one element in a word.
+#ifdef CLIPUP_TILES
+constexpr int kMatrixRows = 32;
+#else
+constexpr int kMatrixRows = kTileRows;
+#endif
 static_assert(kTileRows <= kMostTileRows && kTileRows % 2 == 0 && kLineWords % kLanes == 0 &&
               (kColumnTile == kLanes || 2 * kColumnTile == kLanes));
 
@@ -100,44 +94,18 @@ struct Floats {
   static F32x sum(U32x words) { return from_bits(words); }
 };
 
-#ifdef __AVX512BF16__
-using U16x32 = std::uint16_t __attribute__((vector_size(64)));
-
+#ifdef CLIPUP_BFLOAT16_PAIRS
 struct BFloat16Pairs {
   static constexpr int kPerWord = 2;
-#ifdef __AMX_BF16__
   static constexpr int kRows = kMatrixRows;
-
-  template <bool kTwo>
-  static void multiply_tiles() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTwo) {
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-#else
-  static constexpr int kRows = kTileRows;
-#endif
   template <class Storage>
   static constexpr bool kSameBits = true;  // only bfloat16 is stored like this
 
-  static F32x multiply_add(F32x sum, Word a, U32x b) {
-    return reinterpret_cast<F32x>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                   reinterpret_cast<__m512bh>(U32x{} + a),
-                                                   reinterpret_cast<__m512bh>(b)));
-  }
+  static F32x multiply_add(F32x sum, Word a, U32x b) { return add_pairs(sum, a, b); }
   static void store_along(Word* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
   static F32x load_along(const Word* from) { return bfloat16_to_float(load_as<U16x>(from)); }
   // The pairs of two rows: their bfloat16 in turn.
-  static U32x across(const F32x* rows) {
-    const __m512i pairs = reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(rows[1]), reinterpret_cast<__m512>(rows[0])));
-    const U16x32 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return reinterpret_cast<U32x>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), pairs));
-  }
+  static U32x across(const F32x* rows) { return bfloat16_pairs(rows[0], rows[1]); }
   static U32x bits_across(const void* row, const void* next) {
     const U32x low = row == nullptr ? U32x{} : widened(load_as<U16x>(row));
     const U32x high = next == nullptr ? U32x{} : widened(load_as<U16x>(next));
@@ -145,6 +113,9 @@ struct BFloat16Pairs {
   }
   static F32x sum(U32x words) { return from_bits(words << 16) + from_bits(words & 0xFFFF0000U); }
 };
+using BFloat16Operand = BFloat16Pairs;
+#else
+using BFloat16Operand = Floats;
 #endif
 
 // Address of kLanes neighbours, from element `e` of the first row on, in an A panel of `rows` rows; those of
@@ -156,7 +127,8 @@ inline W* in_a_panel(W* a_panel, std::int64_t rows, std::int64_t e) {
 }
 
 // Stores words of kLanes neighbouring columns into column A panels, `panel_stride` words apart.
-inline void store_columns(Word* to, std::int64_t panel_stride, std::int64_t columns, U32x words) {
+template <class V>
+inline void store_columns(Word* to, std::int64_t panel_stride, std::int64_t columns, V words) {
   if constexpr (kColumnTile == kLanes) {
     store_as(to, words);
   } else {

@@ -54,7 +54,27 @@ void release_tiles() {
     _tile_loadd(tile, from, stride);                   \
   }
 
-// One step; kTwo: of more than 16 rows.
+// Tiles 0 to 3 += tiles 4 and 5 times tiles 6 and 7; kTwo: of more than 16 rows.
+template <class Operand, bool kTwo>
+void add_products() {
+  if constexpr (Operand::kPerWord == 2) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  } else {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+}
+
+// One step.
 template <class Operand, bool kTwo, bool kStreamLeft>
 void multiply_step(const Word* a, const Word* b) {
   constexpr std::int64_t kLineBytes = kLineWords * sizeof(Word), kPanelBytes = kPanel * sizeof(Word);
@@ -64,7 +84,7 @@ void multiply_step(const Word* a, const Word* b) {
   if constexpr (kTwo) {
     CLIPUP_LOAD_TILE(kStreamLeft, 5, a + kTileLines * kLineWords, kLineBytes)
   }
-  Operand::template multiply_tiles<kTwo>();
+  add_products<Operand, kTwo>();
 }
 
 // As multiply(); configure_tiles(kRows) was called. The A panel stays in the first-level cache, if it is not
