@@ -15,14 +15,15 @@ from clipup_kernels import pack_weight
 from clipup_kernels.types import QUANTIZATIONS, Quantization
 
 from .. import checks
+from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
 from ..precision import Precision
-from ..upcycling.clusters import RowSample, run_batch
 from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
 from .prepared import Prepared, PreparedMLP, refuse_to_load
 from .prepared_linear import PreparedPatches
-from .report import BESIDE, NOT_YET, PREPARED_EXPERTS, Selection, has_adapters
+from .report import CAN_BE_PREPARED, rows_of
+from .selection import ONLY_IN_INT8, PREPARED_EXPERTS, Selection, has_adapters
 
 M = TypeVar("M", bound=nn.Module)
 Batch = Tensor | tuple[Tensor | None, ...] | list[Tensor | None] | Mapping[str, Any]
@@ -90,7 +91,7 @@ def accelerate(
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
             or a single ``SparseMoE`` or MLP.
         inplace: modify ``model`` instead of a copy, all of it or, after an error below, nothing (but text towers that
-            stop at the longest text do so already). A single MLP is always replaced: use the return value.
+            stop at the longest text do so already). A single layer is always replaced: use the return value.
         weights: None to keep the weights' type, or "int8".
         calibrate: with "int8", a list of a few batches of your own data, on which the plain model runs first: the
             argument of a model (images), several as a tuple (images and texts), or a dict of arguments by name
@@ -120,10 +121,11 @@ def accelerate(
         raise TypeError(f"calibrate must be a list of batches, got one, a {type(calibrate).__name__}; pass [batch]")
     exclude = tuple(exclude)
     _check(model, weights)
-    _check_layers(Selection(model, weights, exclude))
     if not inplace:
         model = copy.deepcopy(model)
-    chosen = Selection(model, weights, exclude).chosen
+    selection = Selection(model, weights, exclude)
+    _check_layers(selection)
+    chosen = selection.chosen
     if model not in chosen and not isinstance(model, Prepared):
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
@@ -178,15 +180,10 @@ def _calibrations(
     watched = {  # they have no hooks; of patches, what most have in common is background, and the others matter
         layer: partial(keep, kind.seen(layer)) for layer, kind in chosen.items() if kind is not PreparedPatches
     }
-    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in watched.items()]
-    try:
-        with evaluating(model):
-            for number, batch in enumerate(batches):
-                mask, place = _text_mask(model, batch), number
-                run_batch(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), calls_observed(watched):
+        for number, batch in enumerate(batches):
+            mask, place = _text_mask(model, batch), number
+            run_batch(model, batch)
     if not samples:
         raise ValueError("calibrate has no batches, or none that reach a layer; pass a list of batches")
     rows = {
@@ -238,7 +235,9 @@ def _check_layers(selection: Selection) -> None:
         issubclass(kind, (*PREPARED_EXPERTS.values(), PreparedMLP))
         for kind in (*selection.chosen.values(), *map(type, selection.model.modules()))
     ):
-        rows = {row.reason: f"\n  {row}" for row in selection.rows() if row.reason not in (NOT_YET, BESIDE)}
+        rows = {
+            row.reason: f"\n  {row}" for row in rows_of(selection) if row.reason not in (CAN_BE_PREPARED, ONLY_IN_INT8)
+        }
         raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare{''.join(rows.values())}")
     for name, module in selection.model.named_modules():
         tensors = selection.chosen[module].read(module) if module in selection.chosen else {}

@@ -32,19 +32,17 @@ class _PreparedExperts(Prepared, Experts):
 
     @classmethod
     def of(cls, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> Prepared:
-        """Makes plain experts a layer of this class."""
-        experts, plain = plain, nn.Module()
-        for name, parameter in list(experts.named_parameters(recurse=False)):
-            plain.register_parameter(name, parameter)
-            del experts._parameters[name]
-        for name in MATRICES:
-            experts._parameters.pop(name, None)  # None, of experts without gates
-        for name in [name for name in BIASES if name in experts._parameters]:
-            del experts._parameters[name]  # None too, but calibration may add them
-            experts.register_buffer(name, None, persistent=False)
-        experts.__class__ = cls
-        experts._prepare(plain, quantize, calibration)
-        return experts
+        """A layer with the router, shared expert, options and hooks of plain experts."""
+        weights = nn.Module()
+        for name, parameter in plain.named_parameters(recurse=False):
+            weights.register_parameter(name, parameter)
+        absent = dict.fromkeys(plain._parameters.keys() - weights._parameters.keys() - {*MATRICES, *BIASES})
+        layer = cls.__new__(cls)  # __init__ would draw new weights
+        vars(layer).update(vars(plain), _parameters=absent, _buffers={}, _modules={**plain._modules})
+        for name in BIASES:
+            layer.register_buffer(name, None, persistent=False)  # calibration may add biases
+        layer._prepare(weights, quantize, calibration)
+        return layer
 
     def expert_group(self) -> None:
         """Prepared experts are all in this process."""

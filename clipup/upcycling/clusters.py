@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
+from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..dense.expert_clusters import reduce_to_clusters, spherical_k_means
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
@@ -83,37 +84,21 @@ def initialize_by_clusters(
     return results
 
 
-class RowSample:
-    """A uniform choice of ``most`` of the rows that it was given: those with the smallest random keys."""
-
-    def __init__(self, most: int, seed: int) -> None:
-        self.most, self.random = most, torch.Generator().manual_seed(seed)
-        self.rows, self.keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        keys = torch.rand(len(rows), generator=self.random, dtype=torch.float64)
-        rows = rows.detach().float().cpu()
-        self.rows, self.keys = torch.cat([self.rows.view(-1, rows.shape[1]), rows]), torch.cat([self.keys, keys])
-        kept = self.keys.argsort()[: self.most]
-        self.rows, self.keys = self.rows[kept], self.keys[kept]
-
-
 def _inputs_of(
     model: nn.Module, layers: dict[str, SparseMoE], batches: Iterable[Batch], tokens: int, seed: int
 ) -> dict[str, Tensor]:
     """[N, D] float32 on the CPU for every layer: tokens that are not masked, in the dense function."""
     samples = {name: RowSample(tokens, seed + number) for number, name in enumerate(layers)}
-    hooks = [layer.register_forward_hook(partial(_record, samples[name])) for name, layer in layers.items()]
+    observers: dict[nn.Module, Any] = {layer: partial(_record, samples[name]) for name, layer in layers.items()}
     configs = {layer: layer.config for layer in layers.values()}
     try:
         for layer, config in configs.items():  # so that the model computes the dense function
             layer.config = config.replace(routing="token_choice", normalize_gates="before_drop")
-        run_batches(model, batches)
+        with calls_observed(observers):
+            run_batches(model, batches)
     finally:
         for layer, config in configs.items():
             layer.config = config
-        for hook in hooks:
-            hook.remove()
     return {name: sample.rows for name, sample in samples.items()}
 
 
@@ -130,26 +115,7 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
             run_batch(model, batch)
 
 
-def run_batch(model: nn.Module, batch: Tensor | Iterable[Tensor | None] | Mapping[str, Any]) -> None:
-    """Calls a model with a tensor, with several (None at the end is left out), or with arguments by name. They go to
-    the model's device, those of floats to its type."""
-    first = next(model.parameters())
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(first.device, first.dtype if value.is_floating_point() else None)
-
-    if isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
-    else:
-        parts = [batch] if isinstance(batch, Tensor) else [*batch]
-        while parts and parts[-1] is None:
-            parts.pop()
-        model(*map(moved, parts))
-
-
-def _record(sample: RowSample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mask = inputs if len(inputs) == 2 else (*inputs, None)
+def _record(sample: RowSample, layer: SparseMoE, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    x, mask = (*inputs, *options.values(), None)[:2]
     rows = x.reshape(-1, x.shape[-1])
     sample.add(rows if mask is None else rows[mask.reshape(-1).bool()])
