@@ -10,11 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 
 from .known_models import HUB_PREFIX as HUB_PREFIX
 
-_TIMEOUT = 5  # seconds
 _LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
 """Where open_clip logs: version 3 to the root logger, version 4 by module."""
 _RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
@@ -34,40 +32,33 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
     return Path(snapshot_download(name.removeprefix(HUB_PREFIX), cache_dir=cache_dir, allow_patterns=list(files)))
 
 
-def will_download(repository: str) -> bool:
-    """Whether no weights of an open_clip model's repository, ORG/NAME, are cached, and the hub responds."""
+def is_cached(repository: str) -> bool:
+    """Whether weights of an open_clip model's repository, ORG/NAME, are in the cache."""
     files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
-    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
-    return not cached and _why_unreachable() is None
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
 
 
 @contextmanager
-def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[None]:
-    """Switches huggingface_hub to offline mode if the hub does not respond: it uses its cache only and fails at once
-    for missing files, instead of retrying each file for half a minute.
+def naming_what_is_missing(what: str, cache_dir: str | None = None) -> Iterator[None]:
+    """Inside, a file that is neither cached nor can be downloaded raises an error that says what to do.
 
     Args:
         what: what is being loaded, for the error message.
 
     Raises:
-        FileNotFoundError: the hub does not respond, and a file is not cached.
+        FileNotFoundError: a file is not cached, and the hub does not respond or ``HF_HUB_OFFLINE`` is set.
     """
-    reason = _why_unreachable()
-    was_offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = reason is not None
     try:
         with suppress_log_lines("Failed to download weights"):  # the error below says more
             yield
     except Exception as error:
-        if reason is None or not _is_cache_miss(error):
+        if not _is_cache_miss(error):
             raise
         raise FileNotFoundError(
-            f"{what} is not in the cache {cache_dir or constants.HF_HUB_CACHE} and cannot be downloaded: {reason}. "
-            "Download it on a machine with network access and pass the file (pretrained) or the directory, or copy the "
-            "cache"
+            f"{what} is not in the cache {cache_dir or constants.HF_HUB_CACHE} and cannot be downloaded: the hub does "
+            "not respond, or HF_HUB_OFFLINE is set. Download it on a machine with network access and pass the file "
+            "(pretrained) or the directory, or copy the cache"
         ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
 
 
 @contextmanager
@@ -121,16 +112,6 @@ def suppress_log_lines(start: str | tuple[str, ...]) -> Iterator[None]:
 def expecting_random_weights() -> AbstractContextManager[None]:
     """Suppresses open_clip's warning about random weights where they are intended."""
     return suppress_log_lines(_RANDOM_WEIGHTS)
-
-
-def _why_unreachable() -> str | None:
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    except Exception as error:  # from httpx or requests, depending on the version of huggingface_hub
-        return f"{constants.ENDPOINT} does not respond ({error})"
-    return None
 
 
 def _is_cache_miss(error: BaseException | None) -> bool:

@@ -75,7 +75,7 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
     place = (tag.get("hf_hub") or tag.get("url", "")).rstrip("/")
     what = f"pretrained={pretrained!r} of {model_name} ({place})" if tag else model_name
     trusted = not (on_hub or hf_name)  # open_clip's own models
-    with nullcontext() if trusted else hub.refusing_code(what), hub.offline_if_unreachable(what, cache_dir):
+    with nullcontext() if trusted else hub.refusing_code(what), hub.naming_what_is_missing(what, cache_dir):
         yield
 
 

@@ -20,7 +20,7 @@ from timm.models import _hub
 from torch import nn
 
 from ..upcycling.upcycle import upcycle
-from .hub import HUB_PREFIX, cached, offline_if_unreachable
+from .hub import HUB_PREFIX, cached, naming_what_is_missing
 from .known_models import LOCAL_PREFIX
 from .model_directory import moe_config_in, read_config_file
 from .state_dicts import assign_weights, check_fit, drop_parameters, read_safetensors, without_random_numbers
@@ -43,7 +43,7 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         ValueError: the weights do not fit the model.
     """
     if name.startswith(HUB_PREFIX):
-        with offline_if_unreachable(name, cache_dir):
+        with naming_what_is_missing(name, cache_dir):
             directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
     else:
         directory = Path(name.removeprefix(LOCAL_PREFIX))

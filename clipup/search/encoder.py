@@ -144,9 +144,8 @@ def load_encoder(
     model_names.refuse_random_weights("pretrained", name, weights)
     if earlier is None and model_names.get_model_config(name)["text_cfg"].get("hf_tokenizer_name") == "words:icons":
         say(f"{name} was trained on icons, and finds little in photographs")
-    if (name, weights) == DEFAULT_MODEL and hub.will_download(
-        open_clip.get_pretrained_cfg(name, weights)["hf_hub"].rstrip("/")
-    ):
+    repository = open_clip.get_pretrained_cfg(*DEFAULT_MODEL)["hf_hub"].rstrip("/")
+    if (name, weights) == DEFAULT_MODEL and not hub.is_cached(repository):
         say(f"downloads {name} (151 M parameters, about 605 MB)")
     int8, floats, agreement = base.int8, base.precision, base.int8_agreement
     if precision is not None:
