@@ -26,7 +26,7 @@ from .shard_names import names_digest, open_shard, shard_weights, sizes_of
 from .shard_writer import SIZES_FILE
 from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
-from .train_data import Reader, TrainData, mixed_seed, read_by_workers
+from .train_data import Reader, TrainData, mixed_seed, read_by_workers, seed_choices
 
 # Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
@@ -106,7 +106,10 @@ class StreamedBatches(IterableDataset):
 
     def _decoded(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Image and tokens of each sample of a pass; incomplete and undecodable samples are skipped and noted."""
-        draws = self._random(number, self.reader.rank, _worker()[0])
+        place = number, self.reader.rank, _worker()[0]
+        draws = self._random(*place)
+        if get_worker_info() is not None:  # for augmentations; the calling process is seeded at every step
+            seed_choices(self._random(*place, 0).getrandbits(64))
         shuffled = webdataset.shuffle(*_SAMPLE_BUFFER, rng=self._random(number))
         for members in shuffled(self._members(number)):
             name, limit = partial(str, members.named), self.options.max_image_pixels

@@ -28,15 +28,17 @@ def damage(folder):
     (folder / "train-0.tar").write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
 
 
-@pytest.mark.parametrize("source", ["memory", "csv with workers", "cached csv", "streamed", *SLOW])
+@pytest.mark.parametrize(
+    "source", ["memory", "csv with workers", "cached csv", "streamed", "streamed by a worker", *SLOW]
+)
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(source, run, csv_data, shards, tmp_path):
     """A sparse model with router noise, on pairs in memory or on files with random crops; some cannot be read,
     before and after the interruption."""
     damage(tmp_path)
     settings = {"train_data": csv_data, "workers": 2 * ("workers" in source), "cache_data": "cached" in source}
-    if source in ("webdataset", "streamed"):
-        settings = {"train_data": shards, "workers": 0}
-    if source == "streamed":
+    if source == "webdataset" or "streamed" in source:
+        settings = {"train_data": shards, "workers": int("worker" in source)}
+    if "streamed" in source:
         settings |= {"train_data": f"file:{shards}", "train_num_samples": 24}
     if source == "memory":
         settings = {}
