@@ -94,9 +94,13 @@ class Characters:
     """Seed of the order of the samples."""
     overwrite: bool = False
     """Replace another data set in OUT."""
+    typefaces: Path | None = None
+    """JSON file with the typefaces of each split, instead of studies/character_data/typefaces.json."""
 
     def run(self) -> int:
-        dataset = characters.build(self.out, self.packages, self.encoder, self.meanings, self.seed, self.overwrite)
+        dataset = characters.build(
+            self.out, self.packages, self.encoder, self.meanings, self.seed, self.overwrite, self.typefaces
+        )
         for name, split in dataset["splits"].items():
             print(f"  {name:<16}{split['images']:>8,} images of {len(split['typefaces'])} typefaces")
         return 0

@@ -47,7 +47,15 @@ def packages() -> list[str]:
     return sorted({_DEFINITIONS, *(path.split("/")[0] for paths in _typefaces().values() for path in paths)})
 
 
-def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0, overwrite: bool = False) -> dict:
+def build(
+    out: Path,
+    unpacked: Path,
+    encoder: Path,
+    meanings: int,
+    seed: int = 0,
+    overwrite: bool = False,
+    typefaces: Path | None = None,
+) -> dict:
     """Builds the data set in ``out``, or reuses it if it exists, and returns the content of its ``dataset.json``.
 
     Args:
@@ -55,13 +63,15 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
         encoder: the package of the sentence encoder (``studies.sentence_encoder``).
         meanings: definitions to take: those that the most glyphs of training typefaces have.
         seed: of the order in the training shards.
+        typefaces: a JSON file with ``PACKAGE/FILE`` of the typefaces of each split, instead of this package's own.
 
     Raises:
         FileNotFoundError: a package is missing in ``unpacked``.
         ValueError: ``out`` holds something else, which is left unchanged; another package than the sentence encoder's.
     """
-    options = {"meanings": meanings, "seed": seed, "size": SIDE}
-    fonts = {split: [_file(unpacked, path) for path in paths] for split, paths in _typefaces().items()}
+    given = _typefaces(typefaces)
+    options = {"meanings": meanings, "seed": seed, "size": SIDE} | ({"typefaces": given} if typefaces else {})
+    fonts = {split: [_file(unpacked, path) for path in paths] for split, paths in given.items()}
     readings = unpacked / _DEFINITIONS
     source = {
         "definitions": hashlib.sha256((readings / definitions.FILE).read_bytes()).hexdigest(),
@@ -92,10 +102,10 @@ def build(out: Path, unpacked: Path, encoder: Path, meanings: int, seed: int = 0
     return data_set.build(out, "characters", FORMAT, source, options, overwrite, make)
 
 
-def _typefaces() -> dict[str, list[str]]:
+def _typefaces(path: Path | None = None) -> dict[str, list[str]]:
     """``PACKAGE/FILE`` of the typefaces of each split. None is a copy: of 400 common characters, two draw at most 6 %
     with a correlation above 0.95, and copies 20 % and more."""
-    return json.loads(_TYPEFACES.read_text("utf-8"))
+    return json.loads((path or _TYPEFACES).read_text("utf-8"))
 
 
 def _file(unpacked: Path, path: str) -> Path:

@@ -52,6 +52,8 @@ class StudyRun:
     views: bool = False
     """Whether every step sees fresh views of the icons (``icon_data.views``). The log then has NLL at the model's best
     temperature too."""
+    validation_only: bool = False
+    """Whether the test splits are left unmeasured, for runs by which something is chosen."""
     choice: str = ""
     """How tokens of the image tower choose experts if not by the router: ``random`` or ``position`` (``choices``)."""
     why: str = ""
@@ -73,12 +75,12 @@ class StudyRun:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything the run depends on, for its log; ``clusters``, ``views`` and ``choice`` only where set."""
+        """Everything the run depends on, for its log; those of ``_LEFT_OUT`` only where set."""
         values = {name: value for name in _NAMES if (value := getattr(self, name)) or name not in _LEFT_OUT}
         return values | {"moe_cfg": None if self.moe_cfg is None else self.moe_cfg.to_dict()}
 
 
-_LEFT_OUT = ("clusters", "views", "choice")  # without a value
+_LEFT_OUT = ("clusters", "views", "validation_only", "choice")  # without a value
 _NAMES = [each.name for each in dataclasses.fields(StudyRun)]
 
 

@@ -115,7 +115,7 @@ class _Run:
 
     def records(self) -> list[log.Record]:
         result = self._train()
-        tests = [split for split in self.dataset["splits"] if split.startswith("test")]
+        tests = [split for split in self.dataset["splits"] if split[:4] == "test" and not self.config.validation_only]
         test = {
             split: self._measure(result.model, self._samples(split), self.config.views)
             for split in (*tests, "validation")

@@ -37,7 +37,8 @@ def unpacked(tmp_path, monkeypatch):
         "validation": ["fonts-two/two.ttf"],
         "test_typefaces": ["fonts-three/three.ttf"],
     }
-    monkeypatch.setattr(build, "_typefaces", lambda: splits)
+    (tmp_path / "typefaces.json").write_text(json.dumps(splits))
+    monkeypatch.setattr(build, "_TYPEFACES", tmp_path / "typefaces.json")
     return tmp_path / "unpacked"
 
 
@@ -48,7 +49,8 @@ def built(unpacked, tmp_path, monkeypatch):
 
     encode.bert = SimpleNamespace(config=SimpleNamespace(hidden_size=2))
     monkeypatch.setattr(build, "read_sentence_encoder", lambda path: (encode, lambda texts: {"texts": texts}))
-    return lambda meanings=3: (tmp_path / "out", build.build(tmp_path / "out", unpacked, tmp_path / "wheel", meanings))
+    out, wheel = tmp_path / "out", tmp_path / "wheel"
+    return lambda meanings=3, **options: (out, build.build(out, unpacked, wheel, meanings, **options))
 
 
 def test_a_definition_is_what_a_character_means_and_not_how_it_is_written(unpacked):
@@ -92,3 +94,14 @@ def test_a_missing_package_is_named_with_its_command(unpacked, tmp_path):
     (unpacked / "fonts-two" / "two.ttf").unlink()
     with pytest.raises(FileNotFoundError, match="apt-get download fonts-two"):
         build.build(tmp_path / "out", unpacked, tmp_path / "wheel", 3)
+
+
+def test_other_typefaces_make_another_data_set_that_names_them(built, tmp_path):
+    _, usual = built()
+    others = {"train": ["fonts-two/two.ttf", "fonts-one/one.ttf"], "test": ["fonts-three/three.ttf"]}
+    (tmp_path / "others.json").write_text(json.dumps(others))
+
+    _, dataset = built(typefaces=tmp_path / "others.json", overwrite=True)
+
+    assert dataset["fingerprint"] != usual["fingerprint"] and "typefaces" not in usual["options"]
+    assert dataset["options"]["typefaces"] == others and dataset["splits"]["train"]["images"] == 6

@@ -109,6 +109,12 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(whole):
     assert (expected | {"threads": 1}).items() <= cost["machine"].items()
 
 
+def test_a_run_that_chooses_measures_no_test_split(data, tmp_path):
+    records = Study(tmp_path, data, chooses={**DENSE, "validation_only": True}).run("chooses")
+    (test,) = kinds(records, "test")
+    assert list(test)[1:] == ["validation"] and records[0]["validation_only"] is True
+
+
 @pytest.mark.slow
 def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(data, tmp_path):
     study = Study(tmp_path, data, dense=DENSE, other=DENSE | {"seed": 1}, sparse=SPARSE)
