@@ -34,15 +34,10 @@ def main(argv: list[str]) -> int:
     from ..models import saving
     from ..models.checkpoint_model import checkpoint_model
     from ..models.state_dicts import read_weights
-    from ..train.finite import not_finite
 
     path = Path(options.checkpoint)
     with empty_directory(options.out):
-        weights = read_weights(path)
-        broken = not_finite(weights.state_dict)
-        if broken is not None:
-            raise ValueError(f"{path} holds values that are not finite, in {broken}; convert an earlier checkpoint")
-        model, _, model_cfg, tokenizer_files = checkpoint_model(weights, path, options.model)
+        model, _, model_cfg, tokenizer_files = checkpoint_model(read_weights(path), path, options.model)
         saving.save_with_tokenizer(model, options.out, model_cfg, tokenizer_files)
     print(f"saved to {options.out}")
     return 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import architecture, factory, hub, model_directory, model_names, tokenizers
-from .state_dicts import Weights
+from .state_dicts import Weights, not_finite
 
 
 class CheckpointModel(NamedTuple):
@@ -31,9 +31,11 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
 
     Raises:
         ValueError: the checkpoint has no config and no name is given, or both are there and differ; or the weights do
-            not fit.
+            not fit, or are NaN or infinite.
         FileNotFoundError: the tokenizer was in the directory of a model that is not there.
     """
+    if broken := not_finite(weights.state_dict):
+        raise ValueError(f"{path} holds values that are not finite, in {broken}; take an earlier checkpoint")
     files = tokenizers.saved_in(weights.configs, path)
     model_cfg = weights.configs.get("model_cfg")
     if name is not None:

@@ -9,9 +9,10 @@ model.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..checks import read_json, without_numpy
+from ..moe.expert_parallel import is_distributed
 from . import shard_files
 from .model_directory import CONFIG_NAME, WEIGHTS_NAME
 
@@ -262,3 +264,18 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.d
         for other in others:
             path, _, name = other.rpartition(".")
             model.get_submodule(path)._parameters[name] = model.get_parameter(first)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite; None if all are finite. Of a DTensor only this
+    rank's part is looked at.
+
+    A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
+    """
+    for name, tensor in tensors.items():
+        sharded: Any = tensor
+        part = (sharded.to_local() if is_distributed(tensor) else tensor).detach()
+        if part.is_floating_point() and part.numel() and not torch.linalg.vector_norm(part, math.inf).isfinite():
+            if not ((part == 0) | (part == -math.inf)).all():
+                return name
+    return None

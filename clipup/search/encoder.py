@@ -126,7 +126,7 @@ def load_encoder(
     workers: int = 0,
     say: Callable[[str], object] = print,
 ) -> LoadedEncoder:
-    """The encoder of an index: model and precision that are not given are those of the earlier index. For a new index
+    """The encoder of an index: the model and precision of the earlier index unless others are given. For a new index
     they are the default model, in int8 if that agrees with float32 on some of the images.
 
     Args:

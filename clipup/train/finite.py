@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..models.state_dicts import not_finite
 from .checkpoints.position import RunState
 from .log.records import LOG
 from .parallel.ranks import Ranks
-from .parallel.sharding import shard_of
 from .step import StepResult
 
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
@@ -24,20 +23,6 @@ class NonFiniteGradients(FloatingPointError):
 
 class NonFiniteWeights(FloatingPointError):
     """Weights, the optimizer's state or features became NaN or infinite. Such weights and states are not written."""
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; None if all are finite. Of a DTensor only this
-    rank's part is looked at.
-
-    A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
-    """
-    for name, tensor in tensors.items():
-        part = shard_of(tensor).detach()
-        if part.is_floating_point() and part.numel() and not torch.linalg.vector_norm(part, math.inf).isfinite():
-            if not ((part == 0) | (part == -math.inf)).all():
-                return name
-    return None
 
 
 class FiniteGuard:
