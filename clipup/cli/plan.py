@@ -11,6 +11,7 @@ from ..moe.config import MoEConfig
 from ..moe.options import SparseOptions
 from ..option_group import OptionGroup, all_idle, option
 from ..precision import Precision
+from ..train.objectives.options import PairLossOptions
 from ..train.optimizer.options import TrainedPartsOptions
 from ..train.parallel.options import ParallelOptions
 from ..train.train_options import RESUMED, TrainOptions
@@ -19,8 +20,6 @@ from .flags import parse
 if TYPE_CHECKING:
     from ..plan import Cluster, Plan
     from ..plan.report import Length
-
-_SIGLIP = {"with --siglip": lambda group: group.siglip}
 
 
 @dataclass(kw_only=True)
@@ -38,7 +37,7 @@ class RunOptions(OptionGroup):
 
 
 @dataclass(kw_only=True)
-class Options(ParallelOptions, TrainedPartsOptions, SparseOptions, RunOptions):
+class Options(ParallelOptions, PairLossOptions, TrainedPartsOptions, SparseOptions, RunOptions):
     """Plans a training run on several GPUs: memory of each, traffic of a step, hours, price, and a setting that fits.
 
     Example: clipup plan --model ViT-B-16 --moe --gpus 64 --batch 32768 --fsdp --ep 8
@@ -52,14 +51,6 @@ class Options(ParallelOptions, TrainedPartsOptions, SparseOptions, RunOptions):
     """Recompute activations in the backward pass instead of keeping them."""
     accum_freq: int = 1
     """Batches per step: the loss is over all of them, with the memory of one."""
-    loss_chunk_size: int | None = option(None, idle=_SIGLIP)
-    """Images (and texts) of a rank whose logits are computed at once."""
-    siglip: bool = False
-    """Use the sigmoid loss instead of the softmax loss."""
-    local_loss: bool = option(True, idle=_SIGLIP)
-    """Every rank computes the logits of its own images and texts only."""
-    gather_with_grad: bool = option(True, idle=_SIGLIP)
-    """Gradients flow through gathered features."""
     caption_tokens: int | None = option(None, idle={"without --ep": lambda group: group.ep == 1})
     """Mean length of a caption in tokens, for the rows of sparse text layers. None: the whole context."""
 

@@ -32,6 +32,14 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
     assert run["gpu_hours"] == pytest.approx(1, rel=0.01) and run["price"] == 3 * run["gpu_hours"]
 
 
+def test_logits_of_a_sigmoid_loss_take_less_memory_in_chunks(capsys):
+    def logits(*chunk):
+        parts = planned(capsys, "--siglip", *chunk)["plan"]["memory"]["parts"]
+        return next(part["bytes"] for part in parts if part["name"] == "working memory of the loss")
+
+    assert logits("--loss-chunk-size", "16") == logits() / 8  # of a rank's 128 images
+
+
 @pytest.mark.slow
 def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
     large = planned(capsys, "--moe")["plan"]
