@@ -21,7 +21,7 @@ class Options:
     Example: clipup convert logs/b16-moe/checkpoints/epoch_3 models/b16-moe
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A directory epoch_K or step_N of a sharded checkpoint, or a file epoch_K.pt, also of open_clip's trainer."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the model. It must be empty or not exist."""
@@ -31,13 +31,9 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup convert")
-    from ..models import saving
-    from ..models.checkpoint_model import checkpoint_model
-    from ..models.state_dicts import read_weights
+    from ..models.checkpoint_model import save_checkpoint_model
 
-    path = Path(options.checkpoint)
     with empty_directory(options.out):
-        model, _, model_cfg, tokenizer_files = checkpoint_model(read_weights(path), path, options.model)
-        saving.save_with_tokenizer(model, options.out, model_cfg, tokenizer_files)
+        save_checkpoint_model(options.checkpoint, options.out, options.model)
     print(f"saved to {options.out}")
     return 0

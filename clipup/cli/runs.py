@@ -12,10 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..inference.accelerate import for_inference
-from ..models import factory, model_names, saving, tokenizers
-from ..models.checkpoint_model import checkpoint_model
+from ..models import factory, model_names, tokenizers
+from ..models.checkpoint_model import save_checkpoint_model
 from ..models.model_directory import CONFIG_NAME, of_transformers
-from ..models.state_dicts import read_weights
 from ..precision import Precision
 from ..train.checkpoints import kept
 from ..train.checkpoints.directory import RunDirectory
@@ -53,9 +52,8 @@ def model_of(name: str) -> Iterator[str]:
         )
     for reason in latest.passed_over:
         print(f"clipup: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
-    model, _, model_cfg, tokenizer_files = checkpoint_model(read_weights(latest.path), latest.path)
     with tempfile.TemporaryDirectory() as temporary:
-        saving.save_with_tokenizer(model, Path(temporary), model_cfg, tokenizer_files)
+        save_checkpoint_model(latest.path, Path(temporary))
         yield f"{model_names.LOCAL_PREFIX}{temporary}"
 
 

@@ -1,32 +1,18 @@
-"""The model of a training checkpoint, as its run built it: the checkpoint's own configs, not those of a name."""
+"""Makes a model directory of a training checkpoint: the model as its run built it, by the checkpoint's own configs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from torch import nn
-
-from . import architecture, factory, hub, model_directory, model_names, tokenizers
-from .state_dicts import Weights, not_finite
+from . import architecture, factory, hub, model_directory, model_names, saving, tokenizers
+from .state_dicts import not_finite, read_weights
 
 
-class CheckpointModel(NamedTuple):
-    """A model with its weights, on the CPU."""
-
-    model: nn.Module
-    preprocess: Any
-    """The transform of validation images."""
-    model_cfg: dict[str, Any]
-    tokenizer_files: dict[str, bytes]
-    """By name; empty for a tokenizer that ``model_cfg`` names."""
-
-
-def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> CheckpointModel:
+def save_checkpoint_model(path: Path, directory: Path, name: str | None = None) -> None:
     """
     Args:
-        weights: of the checkpoint.
-        path: of the checkpoint, for messages.
+        path: of the checkpoint.
+        directory: that is written, as by ``save_pretrained``.
         name: of the model, for a checkpoint without its config, or without its tokenizer.
 
     Raises:
@@ -34,6 +20,7 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
             not fit, or are NaN or infinite.
         FileNotFoundError: the tokenizer was in the directory of a model that is not there.
     """
+    weights = read_weights(path)
     if broken := not_finite(weights.state_dict):
         raise ValueError(f"{path} holds values that are not finite, in {broken}; take an earlier checkpoint")
     files = tokenizers.saved_in(weights.configs, path)
@@ -58,10 +45,10 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
     if files is None:
         files = tokenizers.files_of(model_cfg["text_cfg"], None if name is None else tokenizers.source_directory(name))
     config = {key: value for key, value in weights.configs.items() if key != "tokenizer_files" and value is not None}
-    with model_directory.temporary({**config, "model_cfg": model_cfg}) as directory, hub.expecting_random_weights():
-        model, _, preprocess = factory.create_model_and_transforms(
-            directory, load_weights=False, pretrained_image=False, pretrained_text=False
+    with model_directory.temporary({**config, "model_cfg": model_cfg}) as place, hub.expecting_random_weights():
+        model, *_ = factory.create_model_and_transforms(
+            place, load_weights=False, pretrained_image=False, pretrained_text=False
         )
     architecture.resize_tower(model, model_cfg, weights.state_dict)
     factory.load_state_dict(model, weights.state_dict, str(path))
-    return CheckpointModel(model, preprocess, model_cfg, files)
+    saving.save_with_tokenizer(model, directory, model_cfg, files)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -21,10 +21,10 @@ from ..data.images import to_rgb
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
-from . import architecture, model_directory, tokenizers
+from . import architecture, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
 from .known_models import HUB_PREFIX, LOCAL_PREFIX
-from .model_directory import WEIGHTS_NAME, moe_config_in
+from .model_directory import WEIGHTS_NAME, moe_config_in, read_config
 from .model_names import check_known, directory_of, get_model_config, hub_access, sparse_directory_on_hub
 from .state_dicts import (
     Weights,
@@ -99,97 +99,73 @@ def create_model_and_transforms(
     return model.eval(), *(Compose([to_rgb, *t.transforms]) if isinstance(t, Compose) else t for t in transforms)
 
 
-class _Source(NamedTuple):
-    """What a model is created from."""
-
-    name: str
-    """open_clip's name of the model, or "local-dir:DIR"."""
-    pretrained: str | None
-    weights: dict[str, Tensor]
-    """As they are in the file; empty for random ones, and where open_clip alone reads them."""
-    moe_config: MoEConfig | None
-    kwargs: dict[str, Any]
-    """The caller's, completed by what a checkpoint says."""
-    model_cfg: dict[str, Any] | None = None
-    """Of a directory."""
-    fill_color: Any = None
-    """Of a checkpoint's padding of images."""
-
-    @property
-    def label(self) -> str:
-        """Where the weights are, for messages."""
-        return self.pretrained or self.name.removeprefix(LOCAL_PREFIX)
-
-
 def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
 ) -> tuple[CLIP, Any, Any]:
     check_known(model_name, pretrained)
     load_weights, cache_dir = kwargs.get("load_weights", True), kwargs.get("cache_dir")
     directory = directory_of(model_name) or sparse_directory_on_hub(model_name, load_weights, cache_dir)
+    model_cfg = fill_color = None
     if directory is None:
-        source = _source_by_name(model_name, pretrained, moe_cfg, kwargs)
+        file = _file_of_weights(model_name, pretrained)
+        moe_config = _config_of_file(file, pretrained, moe_cfg)
+        kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
+        weights = file.state_dict if load_weights else {}
+        fill_color = (file.configs.get("preprocess_cfg") or {}).get("fill_color")
     else:
-        source = _source_in(directory, pretrained, kwargs)
-    if moe_cfg is not None and source.moe_config != moe_cfg:
+        model_name, config, path = f"{LOCAL_PREFIX}{directory}", read_config(directory), directory / WEIGHTS_NAME
+        model_cfg, moe_config = config["model_cfg"], moe_config_in(config)
+        weights = read_safetensors(path) if load_weights and (moe_config is not None or path.is_file()) else {}
+    if moe_cfg is not None and moe_config != moe_cfg:
         raise ValueError(
             "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
             "dense model sparse, use clipup.upcycle"
         )
-    resized = source.model_cfg is not None and architecture.is_resized(source.model_cfg)
-    create = _create_and_load if resized or source.moe_config is not None else _create_by_open_clip
-    model, *transforms = create(source)
-    return model, *_with_fill_color(model, transforms, source.fill_color, kwargs.get("aug_cfg"))
+    source = pretrained or str(directory or model_name)
+    if moe_config is not None or (model_cfg is not None and architecture.is_resized(model_cfg)):
+        model, *transforms = _create_and_load(model_name, source, weights, model_cfg, moe_config, kwargs)
+    else:  # open_clip finds and loads the weights
+        required = load_weights and model_name.startswith((LOCAL_PREFIX, HUB_PREFIX))
+        with _clear_errors(model_name):
+            model, *transforms = open_clip.create_model_and_transforms(
+                model_name, pretrained, **{"require_pretrained": required, **kwargs}
+            )
+        _log_resized(model, weights, source)
+    return model, *_with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
 
 
-def _source_in(directory: Path, pretrained: str | None, kwargs: dict[str, Any]) -> _Source:
-    config = model_directory.read_config(directory)
-    moe_config, file = moe_config_in(config), directory / WEIGHTS_NAME
-    needed = moe_config is not None or file.is_file()
-    weights = read_safetensors(file) if needed and kwargs.get("load_weights", True) else {}
-    return _Source(f"{LOCAL_PREFIX}{directory}", pretrained, weights, moe_config, kwargs, config["model_cfg"])
-
-
-def _source_by_name(
-    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
-) -> _Source:
-    file = _file_of_weights(model_name, pretrained)
-    moe_config = _config_of_file(file, pretrained, moe_cfg)
-    kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
-    weights = file.state_dict if kwargs.get("load_weights", True) else {}
-    color = (file.configs.get("preprocess_cfg") or {}).get("fill_color")
-    return _Source(model_name, pretrained, weights, moe_config, kwargs, fill_color=color)
-
-
-def _create_by_open_clip(source: _Source) -> Any:
-    """A dense model, whose weights open_clip finds and loads."""
-    required = source.name.startswith((LOCAL_PREFIX, HUB_PREFIX)) and source.kwargs.get("load_weights", True)
-    kwargs = {"require_pretrained": required, **source.kwargs}
-    with _clear_errors(source.name):
-        model, *transforms = open_clip.create_model_and_transforms(source.name, source.pretrained, **kwargs)
-    _log_resized(model, source.weights, source.label)
-    return model, *transforms
-
-
-def _create_and_load(source: _Source) -> Any:
+def _create_and_load(
+    model_name: str,
+    source: str,
+    weights: dict[str, Tensor],
+    model_cfg: dict[str, Any] | None,
+    moe_config: MoEConfig | None,
+    kwargs: dict[str, Any],
+) -> Any:
     """A sparse model, or one of another image size than its tower of timm is made for: open_clip creates it without
-    weights, and those of ``source`` are loaded once it has its form."""
-    kwargs = {**source.kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    initialization = without_random_numbers() if source.weights else nullcontext()
-    with _clear_errors(source.name), expecting_random_weights(), initialization:
-        model, *transforms = open_clip.create_model_and_transforms(source.name, **kwargs)
-    if source.weights:
-        if source.model_cfg is not None:
-            architecture.resize_tower(model, source.model_cfg, source.weights)
+    weights, and ``weights`` are loaded once it has its form.
+
+    Args:
+        source: where the weights are, for messages.
+        weights: empty for random ones.
+        model_cfg: of a directory.
+    """
+    kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    initialization = without_random_numbers() if weights else nullcontext()
+    with _clear_errors(model_name), expecting_random_weights(), initialization:
+        model, *transforms = open_clip.create_model_and_transforms(model_name, **kwargs)
+    if weights:
+        if model_cfg is not None:
+            architecture.resize_tower(model, model_cfg, weights)
         drop_parameters(model)
-    if source.moe_config is not None:
-        upcycle(model, source.moe_config, inplace=True)
-    if source.weights:
-        with _clear_errors(source.name):
-            fitting = _fitting(model, source.weights, source.label)
+    if moe_config is not None:
+        upcycle(model, moe_config, inplace=True)
+    if weights:
+        with _clear_errors(model_name):
+            fitting = _fitting(model, weights, source)
         assign_weights(model, fitting, kwargs.get("device", "cpu"))
-    if kwargs.get("force_image_size") is not None and source.model_cfg is not None:
-        architecture.resize_tower(model, architecture.overridden(source.model_cfg, kwargs), {})
+    if kwargs.get("force_image_size") is not None and model_cfg is not None:
+        architecture.resize_tower(model, architecture.overridden(model_cfg, kwargs), {})
     return model, *transforms
 
 
