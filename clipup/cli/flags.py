@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 from docstring_parser import parse_from_object
 
-from ..models import known_models
 from ..option_group import OptionGroup, option
 from ..precision import Precision, check_device, default_workers
 from .logs import FLAG_OF
@@ -74,7 +73,7 @@ def parse(options: type[T], argv: Sequence[str], program: str, **kwargs: Any) ->
         kwargs: passed to ``tyro.cli``.
 
     Raises:
-        ValueError: a model does not exist, a flag has no effect, or an option is refused.
+        ValueError: a flag has no effect, or an option is refused.
         SystemExit: --help, an unknown flag, or an invalid value.
     """
     FLAG_OF.clear()
@@ -84,7 +83,6 @@ def parse(options: type[T], argv: Sequence[str], program: str, **kwargs: Any) ->
         print(_description(options), end="\n\n")  # tyro would not wrap it
     parsed = tyro.cli(options, args=list(argv), prog=program, description="", **kwargs)
     if isinstance(parsed, OptionGroup):
-        refuse_unknown_models(parsed)
         refuse_idle(argv, parsed.idle())
         parsed.check()
     return parsed
@@ -123,17 +121,6 @@ def _description(options: type) -> str:
         for paragraph in inspect.cleandoc(options.__doc__ or "").split("\n\n")
     )
     return "\n\n".join(text.replace("\n", " \\\n  ") if text.startswith("Example:") else text for text in wrapped)
-
-
-def refuse_unknown_models(parsed: OptionGroup) -> None:
-    """
-    Raises:
-        ValueError: an option names a model that does not exist.
-    """
-    teacher, dense = getattr(parsed, "distill_model", None), getattr(parsed, "dense", None)
-    for model in (getattr(parsed, "model", None), teacher, dense):
-        if isinstance(model, str):
-            known_models.check_known(model, known_models.packaged())
 
 
 def refuse_idle(argv: Sequence[str], idle: Mapping[str, str]) -> None:

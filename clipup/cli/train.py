@@ -15,7 +15,7 @@ from ..moe.config import MoEConfig
 from ..train.parallel.launched import Launched
 from ..train.train_options import GROUPS, TrainOptions
 from . import open_clip_flags, say
-from .flags import flags, join_help, parse, refuse_idle, refuse_unknown_models
+from .flags import flags, join_help, parse, refuse_idle
 from .logs import in_one_line
 from .outputs import check_directory
 
@@ -116,7 +116,5 @@ def _options(argv: list[str]) -> TrainOptions:
     values = {name: value for group in groups for name, value in vars(group).items()}
     moe_cfg = MoEConfig(**{name: values.pop(name) for name in flags(MoEConfig)})
     options = TrainOptions.flat(moe_cfg=moe_cfg, **values)
-    for group in options.groups():
-        refuse_unknown_models(group)
     refuse_idle(argv, options.idle())
     return options

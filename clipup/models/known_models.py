@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,18 +22,3 @@ def has_weights(name: str, pretrained: str | None) -> bool:
     """Whether a model is created with weights that are not random."""
     elsewhere = name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or (Path(name).is_dir() and name not in packaged())
     return bool(pretrained) or elsewhere
-
-
-def check_known(name: str, names: Collection[str]) -> None:
-    """
-    Raises:
-        ValueError: a name that is neither known, nor a directory, nor a repository on the hub.
-    """
-    if name in names or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
-        return
-    lower = {model.lower(): model for model in names}
-    close = [lower[model] for model in difflib.get_close_matches(name.lower(), lower, n=3)]
-    hint = f"; similar names are {', '.join(close)}" if close else ""
-    if Path(name).is_file():
-        hint = "; to load a file of weights, pass it as pretrained, with the name of its model"
-    raise ValueError(f"{name!r} is neither an open_clip model nor a directory{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -90,7 +91,14 @@ def check_known(model_name: str, pretrained: str | None, argument: str = "pretra
         )
     if on_hub:
         return
-    known_models.check_known(model_name, open_clip.list_models())
+    names = open_clip.list_models()
+    if model_name not in names and not model_name.startswith(LOCAL_PREFIX) and not Path(model_name).is_dir():
+        lower = {name.lower(): name for name in names}
+        close = [lower[name] for name in difflib.get_close_matches(model_name.lower(), lower, n=3)]
+        hint = f"; similar names are {', '.join(close)}" if close else ""
+        if Path(model_name).is_file():
+            hint = "; to load a file of weights, pass it as pretrained, with the name of its model"
+        raise ValueError(f"{model_name!r} is neither an open_clip model nor a directory{hint}")
     if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise ValueError(f"{argument}={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")

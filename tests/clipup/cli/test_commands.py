@@ -83,8 +83,8 @@ def test_interrupt_while_torch_is_imported_prints_no_traceback(without_torch, ar
     assert (result.returncode, result.stdout, result.stderr) == (130, "", f"{program}: interrupted\n")
 
 
-def test_helps_and_typos_are_answered_without_torch(without_torch):
-    """One process for all: each command's help, and models that do not exist."""
+def test_helps_and_wrong_commands_are_answered_without_torch(without_torch):
+    """One process for all."""
     program = """
 import contextlib, io, json, sys
 from clipup.cli import COMMANDS, main
@@ -99,20 +99,15 @@ def run(line):
     return code, out.getvalue()
 
 helps = [f"{command} --help" for command in COMMANDS]
-print(json.dumps({line: run(line) for line in [*helps, "--help", "upcicle", *sys.argv[1:]]}))
+print(json.dumps({line: run(line) for line in [*helps, "--help", "upcicle"]}))
 """
-    unknown = [
-        *("eval ViT-B-61 --val-data a.csv", "upcycle ViT-B-61 out", "train --model ViT-B-61 --train-data a.csv"),
-        *("index photos out --model ViT-B-61", "flops ViT-B-61", "plan --model ViT-B-61 --gpus 8 --batch 8"),
-    ]
-    for line, (code, out) in json.loads(without_torch("-c", program, *unknown).stdout).items():
+    for line, (code, out) in json.loads(without_torch("-c", program).stdout).items():
         if line == "--help":
             assert code == 0 and all(f"\n  {command} " in out for command in COMMANDS)
-        elif line.endswith("--help"):
-            assert code in (0, None) and "usage: clipup" in out, line
+        elif line == "upcicle":
+            assert code == 2 and "did you mean 'upcycle'" in out
         else:
-            expected = "did you mean 'upcycle'" if line == "upcicle" else "'ViT-B-61' is neither an open_clip model"
-            assert code == 2 and expected in out, line
+            assert code in (0, None) and "usage: clipup" in out, line
 
 
 def test_models_are_known_by_their_files_as_by_open_clip():

@@ -72,6 +72,18 @@ TRAIN = "train --model dense --train-data x.csv"
     [
         ("export ViT-B-32 programs", "pretrained"),
         ("demo --start clipup-tiny-32 --out demonstration", "start: there is no directory clipup-tiny-32"),
+        *(
+            (line, "'ViT-B-61' is neither an open_clip model")
+            for line in (
+                *(
+                    "eval ViT-B-61 --val-data x.csv",
+                    "upcycle ViT-B-61 out",
+                    "train --model ViT-B-61 --train-data x.csv",
+                ),
+                *("index jpegs out --model ViT-B-61", "flops ViT-B-61", "plan --model ViT-B-61 --gpus 8 --batch 8"),
+                f"{TRAIN} --distill-model ViT-B-61",
+            )
+        ),
         ("train", "--model is missing"),
         ("train --model dense", "--train-data is missing"),
         (
