@@ -23,10 +23,11 @@ from clipup_kernels import backend_info
 
 from ..clip.inputs import CheckedTokenizer
 from .expert_similarity import EQUAL, Similarity, in_words, model_similarity
-from .figures import expert_cards, svg
+from .figures import svg
 from .figures.charts import imbalance
 from .figures.format import MISSING, count
 from .figures.heatmaps import load_bars, similarity_heatmap
+from .figures.html import html
 from .figures.images import MOST_CAPTION_CHARACTERS, expert_legend, patch, routing_map
 from .figures.images import picture as whole_picture
 from .figures.svg import Figure
@@ -117,13 +118,11 @@ class ExpertReport:
             (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), _MAP_WIDTH))
             for name, experts in maps.items()
         ]
-        maps_of_layers = _side_by_side(shown, narrowest=_MAP_WIDTH - _MAP_MARGIN)
+        maps_of_layers = html("side_by_side", figures=shown, narrowest=_MAP_WIDTH - _MAP_MARGIN)
         if not self.labels:
             return maps_of_layers
-        look = "margin-bottom:6px;overflow-wrap:anywhere;line-height:1.35;text-align:left"
-        text = svg.shorten(self.labels[picture], MOST_CAPTION_CHARACTERS)
-        label = svg.element("div", escape(text), dir="auto", style=look)
-        return Figure(svg.element("div", label, maps_of_layers))
+        label = svg.shorten(self.labels[picture], MOST_CAPTION_CHARACTERS)
+        return html("labelled", label=label, figure=maps_of_layers)
 
     def tokens(self, caption: int) -> Figure:
         """A caption for every sparse layer of the text tower, each token in its expert's color."""
@@ -147,7 +146,7 @@ class ExpertReport:
         scale = cosines.granularity, lightest
         first = similarity_heatmap(cosines.first, f"{title}: first", cosines.first_to_dense, *scale)
         second = similarity_heatmap(cosines.second, f"{title}: second", cosines.second_to_dense, *scale)
-        return _side_by_side([("", first), ("", second)], narrowest=260)
+        return html("side_by_side", figures=[("", first), ("", second)], narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
         """What each expert of a layer is chosen for most: patches by probability, words beyond its load."""
@@ -155,9 +154,10 @@ class ExpertReport:
         if routing.tower == "image" and routing.grid is None:
             return Figure(svg.element("small", "the grid of this layer’s patches is not known"))
         if routing.tower == "text":
-            return expert_cards.word_cards(routing.first_load, expert_words(routing, self.pieces, most))
+            words = expert_words(routing, self.pieces, most)
+            return html("word_cards", experts=list(zip(routing.first_load, words, strict=True)))
         patches = [self._patches(routing, expert, most) for expert in range(routing.num_experts)]
-        return expert_cards.patch_cards(routing.first_load, patches)
+        return html("patch_cards", experts=list(zip(routing.first_load, patches, strict=True)))
 
     def page(self, shown: int = 6) -> str:
         """All figures as one HTML page (write it as UTF-8), with the first ``shown`` images and captions."""
@@ -266,16 +266,6 @@ def _as_seen(tensor: Tensor, preprocess: Any) -> Image.Image:
         tensor = tensor * std + mean
     pixels = (255 * tensor.float().clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def _side_by_side(figures: Sequence[tuple[str, str]], narrowest: int) -> Figure:
-    """Figures in as many columns as fit, with their names below."""
-    cells = [
-        svg.element("div", figure, *([svg.element("small", name, style="opacity:.75")] if name else []))
-        for name, figure in figures
-    ]
-    grid = f"display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,{narrowest}px),1fr));gap:8px 12px"
-    return Figure(svg.element("div", *cells, style=grid))
 
 
 def _cosines(group: str, label: str, values: Sequence[float]) -> Column:

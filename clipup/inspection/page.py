@@ -7,7 +7,9 @@ from functools import cache
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
-from .figures.format import count
+from .figures.format import count, percent
+from .figures.palette import expert_color, is_second_eight
+from .figures.svg import pixels, shorten
 
 
 @cache
@@ -20,7 +22,8 @@ def template(name: str, package: str = __package__) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count}
+    environment.filters |= {"count": count, "percent": percent, "shorten": shorten, "px": pixels}
+    environment.globals |= {"color": expert_color, "is_second_eight": is_second_eight}
     return environment.get_template(name)
 
 

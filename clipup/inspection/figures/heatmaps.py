@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from typing import Any, SupportsFloat
 
 import numpy as np
 
-from . import svg
 from .charts import imbalance
-from .format import percent
-from .palette import expert_color
+from .html import html
 from .svg import Figure
-
-_LIGHT, _DARK = "#f1f5fa", "#174a8b"
-_WHITE_INK_ABOVE = 0.73  # where white and black text have the same contrast with the shade, 4.5 to 1
-_MOST_WITH_VALUES = 8  # experts; the cells of more are too small for their values
 
 
 def load_bars(
@@ -29,22 +22,8 @@ def load_bars(
     """
     shares = [float(share) for share in load]
     longest = max([*shares, 1.25 / len(shares), longest])
-    dashes = (
-        f"position:absolute;left:{100 / len(shares) / longest:.1f}%;top:0;bottom:0;border-left:1px dashed;opacity:.75"
-    )
-    uniform = svg.element("span", "", style=dashes)
-    cells = []
-    for expert, share in enumerate(shares):
-        bar = f"display:block;width:{100 * share / longest:.1f}%;height:11px;background:{expert_color(expert)}"
-        cells += [
-            svg.element("span", str(expert), style="text-align:right"),
-            svg.element("span", svg.element("span", "", style=bar), uniform, style="position:relative;padding:4px 0"),
-            svg.element("small", f"{percent(share)}%" if share else "unused", style="text-align:right;opacity:.85"),
-        ]
     notes = [*([subtitle] if subtitle else []), f"largest share over uniform: {imbalance(shares):.2f}"]
-    columns = "grid-template-columns:auto 1fr 48px;column-gap:8px"
-    grid = f"display:grid;{columns};align-items:center;font-size:12px;margin-top:6px"
-    return _titled(title, notes, svg.element("div", *cells, style=grid), width)
+    return html("load_bars", shares=shares, longest=longest, title=title, notes=notes, width=width)
 
 
 def similarity_heatmap(
@@ -66,38 +45,7 @@ def similarity_heatmap(
         dense = np.asarray(to_dense, dtype=float)
         means.append(f"to dense: {dense.mean():.3f}")
         values, others = np.column_stack([values, dense]), [*others, "dense"]
-    cells = [svg.element("span", name, style="align-self:end;text-align:center") for name in ("", *others)]
-    for row, cosines_of_row in enumerate(values):
-        cells.append(svg.element("span", str(row), style="text-align:right;padding-right:6px"))
-        cells += [
-            _shade(value, (value - lightest) / (1 - lightest), f"{row} and {other}", experts)
-            for value, other in zip(cosines_of_row, others, strict=True)
-        ]
-    columns = f"26px repeat({len(others)},minmax(0,38px))"
-    grid = f"display:grid;grid-template-columns:{columns};gap:1px;align-items:center;font-size:12px;margin-top:4px"
-    return _titled(
-        title,
-        [" · ".join(means), f"shades from {lightest:.2f} (light) to 1 (dark)"],
-        svg.element("div", *cells, style=grid),
-        width,
-    )
-
-
-def _shade(value: float, part: float, pair: str, experts: int) -> str:
-    part = min(1.0, max(0.0, part))
-    ink = "#fff" if part > _WHITE_INK_ABOVE else "#000"
-    look = f"background:color-mix(in srgb,{_DARK} {100 * part:.1f}%,{_LIGHT});color:{ink}"
-    box = "aspect-ratio:1;display:grid;place-items:center;font-size:10.5px"
-    written = f"{value:.2f}".replace("0.", ".", 1) if experts <= _MOST_WITH_VALUES else ""
-    return svg.element("span", written, title=f"{pair}: {value:.3f}", style=f"{look};{box}")
-
-
-def _titled(title: str, notes: Iterable[str], content: str, width: float) -> Figure:
-    head = svg.element("strong", escape(svg.clean(title)), style="font-size:14px;font-weight:600")
-    small = [
-        svg.element("small", escape(svg.clean(note)), style="display:block;font-size:11.5px;opacity:.75")
-        for note in notes
-    ]
-    return Figure(
-        svg.element("div", head, *small, content, style=f"max-width:{width:g}px;text-align:left;line-height:1.45")
-    )
+    shades = np.clip((values - lightest) / (1 - lightest), 0, 1).tolist()
+    notes = [" · ".join(means), f"shades from {lightest:.2f} (light) to 1 (dark)"]
+    table = {"rows": values.tolist(), "shades": shades, "others": others}
+    return html("similarity_heatmap", **table, title=title, notes=notes, width=width)

@@ -40,7 +40,7 @@ def element(name: str, *children: str, **attributes: object) -> str:
     Underscores in attribute names become hyphens, and trailing ones are dropped (``class_``). None omits an attribute.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escape(pixels(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -55,7 +55,7 @@ def picture(width: float, height: float, name: str, *children: str, **attributes
             element("title", escape(clean(name))),
             *children,
             xmlns="http://www.w3.org/2000/svg",
-            viewBox=f"0 0 {_value(width)} {_value(height)}",
+            viewBox=f"0 0 {pixels(width)} {pixels(height)}",
             width=width,
             height=height,
             role="img",
@@ -72,7 +72,8 @@ def on_white(figure: str, width: float, height: float, margin: float = 12) -> Fi
     return picture(*whole, "", background, content, color="#1c2128")
 
 
-def _value(value: object) -> str:
+def pixels(value: object) -> str:
+    """An attribute's value: floats with one decimal at most."""
     if isinstance(value, float):
         return f"{value:.1f}".removesuffix(".0")
     return clean(value)

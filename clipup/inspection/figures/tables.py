@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import groupby
 
-from . import svg
+from .html import html
 from .svg import Figure
 
 
@@ -49,21 +48,7 @@ def as_text(table: Table) -> str:
 
 def as_html(table: Table, label: str) -> Figure:
     """The table as HTML, named ``label`` for screen readers; wide tables scroll sideways."""
-    starts = [None if place else "first" for _, columns in table.groups() for place in range(len(columns))]
-    of_columns = list(zip(table.columns, starts, strict=True))
-    empty = svg.element("td", "")
-    groups = [
-        svg.element("th", escape(group), colspan=len(columns), scope="colgroup") for group, columns in table.groups()
-    ]
-    labels = [svg.element("th", escape(column.label), scope="col", class_=start) for column, start in of_columns]
-    body = []
-    for index, name in enumerate(table.rows):
-        kind = "strong" if index in table.strong else table.classes.get(name)
-        cells = [svg.element("td", escape(column.cells[index]), class_=start) for column, start in of_columns]
-        body.append(svg.element("tr", svg.element("th", escape(name), scope="row"), *cells, class_=kind))
-    head = svg.element("thead", svg.element("tr", empty, *groups, class_="groups"), svg.element("tr", empty, *labels))
-    whole = svg.element("table", head, svg.element("tbody", *body), aria_label=label)
-    return Figure(svg.element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label))
+    return html("table", table=table, label=label)
 
 
 def _flush(cells: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
