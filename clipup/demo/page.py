@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..inspection.figures import charts, images, svg, tables
 from ..inspection.figures.charts import Series
-from ..inspection.figures.format import chance, count
+from ..inspection.figures.format import chance
 from ..inspection.figures.palette import ARMS as COLORS
 from ..inspection.figures.palette import DASHES
 from ..inspection.figures.svg import Figure
@@ -19,7 +19,6 @@ from .verdict import WAYS, verdict
 
 _CURVES = {"dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
 _START_OF = {"dense_continued": "dense", "clip_up": "upcycled_step0"}
-_IN_FOOTER = ("options", "moe_cfg", "machine")
 _MOST_POINTS = 300
 
 Records = Sequence[Mapping[str, Any]]
@@ -46,7 +45,7 @@ def render_demo(
     """
     window = min(51, min(map(len, curves.values())) // 20 | 1)  # steps to average over: a twentieth of the shortest run
     page = template("demo.html.j2", "clipup.demo").render(
-        done=_what_was_done(report),
+        report=report,
         verdict=verdict(report),
         heading=comparison_tables.heading(report),
         step0=comparison_tables.step0(report),
@@ -59,18 +58,8 @@ def render_demo(
         routing=[_routing(example) for example in routing],
         retrievals={kind: [_retrieval(example) for example in examples] for kind, examples in retrievals.items()},
         data=dataset,
-        extras=[(key, list(_flat(report[key]))) for key in _IN_FOOTER],
     )
     return svg.clean(page)
-
-
-def _what_was_done(report: Mapping[str, Any]) -> str:
-    data = report["data"]
-    return (
-        "A trained dense CLIP was turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and both the sparse and the "
-        f"dense model were trained on {count(data['train_pairs'])} training pairs of the data set "
-        f"“{svg.shorten(data['name'], 60)}”, for {count(report['clip_up']['steps'])} steps each."
-    )
 
 
 def _charts(
@@ -130,15 +119,3 @@ def _retrieval(example: Mapping[str, Any]) -> Figure:
     return images.retrieval_row(
         example["caption"], example["target"], example["retrieved"], example["rank"], _CURVES["clip_up"]
     )
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as rows of a list, such as ("image.blocks", "alternate")."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield (
-                f"{path}{key}",
-                ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value),
-            )

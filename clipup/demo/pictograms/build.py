@@ -76,53 +76,37 @@ def build(
     if shard_writer.finished(out, fingerprint):
         return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
     with shard_writer.only_writer(out):
-        if shard_writer.finished(out, fingerprint):
-            return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
         shard_writer.check_target(out, overwrite)
-        return _build(out, options, versions, chosen, fingerprint, processes, progress)
-
-
-def _build(
-    out: Path,
-    options: dict[str, int],
-    versions: dict[str, str],
-    chosen: list[Concept],
-    fingerprint: str,
-    processes: int | None,
-    progress: bool,
-) -> dict:
-    assigned = splits.assign(chosen)
-    pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
-    images = _render(pairs, options["size"], processes, progress)
-    pairs, removed = _one_picture_one_split(pairs, images)
-    if not pairs["train"]:
-        raise ValueError("the training split is empty: `only` selects none")
-    with shard_writer.appearing_whole(out) as directory:
-        written = {
-            split: shard_writer.write_shards(directory, split, _samples(members, images), options["samples_per_shard"])
-            for split, members in pairs.items()
-        }
-        shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split])
-        credits = _credits([pair for members in pairs.values() for pair in members], versions)
-        dataset = {
-            "name": "pictograms",
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "options": options,
-            "splits": {split: _counts(members) | {"shards": written[split]} for split, members in pairs.items()},
-            "rules": _RULES,
-            "hashing": {
-                "function": "sha256",
-                "salt": splits.SALT,
-                "test_share": splits.TEST_SHARE,
-                "concepts_share": splits.CONCEPTS_SHARE,
-            },
-            "sources": credits,
-            "left_out_same_picture": removed,
-        }
-        (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
-        shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
-    return dataset
+        assigned = splits.assign(chosen)
+        pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
+        images = _render(pairs, size, processes, progress)
+        pairs, removed = _one_picture_one_split(pairs, images)
+        with shard_writer.appearing_whole(out) as directory:
+            written = {
+                split: shard_writer.write_shards(directory, split, _samples(members, images), samples_per_shard)
+                for split, members in pairs.items()
+            }
+            shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split])
+            credits = _credits([pair for members in pairs.values() for pair in members], versions)
+            dataset = {
+                "name": "pictograms",
+                "format": FORMAT,
+                "fingerprint": fingerprint,
+                "options": options,
+                "splits": {split: _counts(members) | {"shards": written[split]} for split, members in pairs.items()},
+                "rules": _RULES,
+                "hashing": {
+                    "function": "sha256",
+                    "salt": splits.SALT,
+                    "test_share": splits.TEST_SHARE,
+                    "concepts_share": splits.CONCEPTS_SHARE,
+                },
+                "sources": credits,
+                "left_out_same_picture": removed,
+            }
+            (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
+            shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
+        return dataset
 
 
 def _render(pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool) -> dict[str, bytes]:
