@@ -9,52 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from clipup_kernels import __version__
 
 from ..atomic_files import replace_files
 from ..clip import flops
-from ..moe.layer import SparseMoE, moe_layers, saved_config
+from ..moe.layer import moe_layers, saved_config
 
 README = "README.md"
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 _HEAD = "## Evaluation"
 _NO_RESULTS = "Not evaluated yet: `clipup eval DIR --dataset ... --root ... --card` adds its results here."
 _TABLE = ["| data | metric | % |", "|---|---|---|"]
-_SPARSE = (
-    " in which sparse Mixture-of-Experts layers replace the MLPs of some blocks, made from a dense model by upcycling "
-    "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
-)
-_CLIP_USAGE = """\
-import clipup
-import torch
-from PIL import Image
-
-name = "."  # the directory of this card, or "hf-hub:ORG/NAME"
-model, _, preprocess = clipup.create_model_and_transforms(name)
-model.eval()  # in training an expert's capacity may drop tokens
-tokenizer = clipup.get_tokenizer(name)
-
-image = preprocess(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
-texts = tokenizer(["a red square", "a photo of a dog"])
-with torch.no_grad():
-    image_features = model.encode_image(image, normalize=True)
-    text_features = model.encode_text(texts, normalize=True)
-print(image_features @ text_features.T)  # cosine similarities [images, texts]""".splitlines()
-_TIMM_USAGE = """\
-import clipup
-import timm
-import torch
-from PIL import Image
-
-model = clipup.create_timm_model(".")  # the directory of this card, or "hf-hub:ORG/NAME"
-model.eval()  # in training an expert's capacity may drop tokens
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-
-image = transform(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
-with torch.no_grad():
-    print(model(image))""".splitlines()
 _RECALL = re.compile(r"(text_to_image|image_to_text)_R@\d+")
 
 
@@ -70,53 +38,44 @@ def model_card(
         base_model: hub name ORG/NAME of the model that this one was made from, if known.
         extra: the extra of clipup that the model needs.
     """
-    layers, config = moe_layers(model), saved_config(model)
-    sparse = bool(layers)
-    is_clip = library == "open_clip"
-    kind = "CLIP" if is_clip else "image model"
-    tags = ["clip"] * is_clip + ["mixture-of-experts", "clip-up"] * sparse
-    task = "zero-shot-image-classification" if is_clip else "image-feature-extraction"
-    parts = [
-        *("---", f"license: {license}", "library_name: clipup"),
-        *([] if base_model is None else [f"base_model: {base_model}"]),
-        f"pipeline_tag: {task}",
-        *(["tags:", *(f"- {tag}" for tag in tags)] if tags else []),
-        *("---", ""),
-        f"# Sparse {kind}: {config.num_experts} experts, top {config.top_k}" if config else f"# Dense {kind}",
-        "",
-        f"A {kind}" + (_SPARSE if sparse else ", dense."),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| parameters | {_millions(sum(parameter.numel() for parameter in model.parameters()))} |",
-        *[f"| active parameters per token | {_millions(flops.count_active(model))} |"] * sparse,
-        *_gflops(model),
-        *["", "## Experts", "", *_experts(layers)] * sparse,
-        *("", "## Usage", "", *_requirement("clipup" if extra is None else f"clipup[{extra}]"), ""),
-        *("```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"),
-        *["", f"The sparse layers need clipup: {library} alone cannot load these weights."] * sparse,
-        *("", _HEAD, "", _NO_RESULTS, ""),
-    ]
-    return "\n".join(parts)
-
-
-def _requirement(package: str) -> list[str]:
-    """How to install the package: from the repository that the installed one names, as no index has it."""
-    listed = (distribution.metadata.get_all("Project-URL") or () for distribution in distributions(name="clipup"))
-    urls = (url.partition(", ")[2] for url in chain.from_iterable(listed) if url.startswith("Repository"))
-    address = next(urls, None)
-    if address is None:
-        return [f"This needs the package `{package}`, version {__version__}."]
-    return ["```bash", f'pip install "{package} @ git+{address}"', "```"]
-
-
-def _gflops(model: nn.Module) -> list[str]:
+    is_clip, layers = library == "open_clip", moe_layers(model)
     try:
         counts = flops.count(model)
     except Exception:  # from a user's module on the meta device: the model is saved all the same
-        return []
-    text = [f"| GFLOP per text of full length | {counts.text_gflops:.3g} |"]
-    return [f"| GFLOP per image | {counts.image_gflops:.3g} |", *text * bool(counts.text_gflops)]
+        counts = None
+    data = ModelCardData(
+        license=license,
+        library_name="clipup",
+        base_model=base_model,
+        pipeline_tag="zero-shot-image-classification" if is_clip else "image-feature-extraction",
+        tags=["clip"] * is_clip + ["mixture-of-experts", "clip-up"] * bool(layers) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        str(_TEMPLATE),
+        library=library,
+        kind="CLIP" if is_clip else "image model",
+        layers=layers,
+        moe_config=saved_config(model),
+        model=model,
+        params=lambda module: sum(parameter.numel() for parameter in module.parameters()),
+        active_params=flops.count_active(model),
+        counts=counts,
+        millions=lambda number: f"{number / 1e6:.1f} M",
+        package="clipup" if extra is None else f"clipup[{extra}]",
+        version=__version__,
+        repository=_repository(),
+        evaluation=_HEAD,
+        no_results=_NO_RESULTS,
+    )
+    return f"{card}\n"
+
+
+def _repository() -> str | None:
+    """The address that the installed package names, as no index has it; None if it is not installed."""
+    listed = (distribution.metadata.get_all("Project-URL") or () for distribution in distributions(name="clipup"))
+    urls = (url.partition(", ")[2] for url in chain.from_iterable(listed) if url.startswith("Repository"))
+    return next(urls, None)
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
@@ -163,19 +122,6 @@ def base_model_in(directory: str | Path) -> str | None:
         return ModelCard.load(path).data.base_model if path.is_file() else None
     except (ValueError, yaml.YAMLError):  # written by hand
         return None
-
-
-def _experts(layers: dict[str, SparseMoE]) -> list[str]:
-    lines = ["| layer | experts | top k | width | hidden | parameters |", "|---|---|---|---|---|---|"]
-    for name, layer in layers.items():
-        experts, hidden, width = layer.in_weight.shape
-        params = sum(parameter.numel() for parameter in layer.parameters())
-        lines.append(f"| `{name}` | {experts} | {layer.config.top_k} | {width} | {hidden} | {_millions(params)} |")
-    return lines
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"
 
 
 def _data(results: dict[str, Any], argument: str) -> str:
