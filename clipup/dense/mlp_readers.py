@@ -60,7 +60,6 @@ def _read_sequential(mlp: Any) -> DenseMLP:
 
 
 def _read_timm_glu(mlp: Any) -> DenseMLP:
-    check_linears(mlp.fc1, mlp.fc2)
     order = ("in", "gate") if mlp.gate_last else ("gate", "in")
     return _read_halves(order, mlp.fc1, mlp.fc2, activation=read_activation(mlp.act), **_between(mlp))
 

@@ -66,7 +66,7 @@ def ranks_both_ways(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """By ``WAYS``, one row per text and one row per image: the number of candidates above the best match, of candidates
-    tied with it, and of matches among the tied ones. int64 each."""
+    tied with it, and of matches among the tied candidates. int64 each."""
     pairs = _pairs(image_of_text)
     ranks = _rank(text_features, image_features, pairs), _rank(image_features, text_features, pairs.flip(1))
     return dict(zip(WAYS, ranks, strict=True))
@@ -81,9 +81,10 @@ def nll_both_ways(
     pairs = _pairs(image_of_text)
 
     def mean_nll(queries: Tensor, candidates: Tensor, relation: Tensor) -> float:
-        nll = []
-        for scores, right in _scored(logit_scale * queries, candidates, relation):
-            nll.append(scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1))
+        nll = [
+            scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1)
+            for scores, right in _scored(logit_scale * queries, candidates, relation)
+        ]
         return torch.cat(nll).double().mean().item()
 
     means = mean_nll(text_features, image_features, pairs), mean_nll(image_features, text_features, pairs.flip(1))

@@ -97,9 +97,7 @@ class _Fit:
         if not error.isfinite():
             step = len(self.errors)
             raise FloatingPointError(f"the error of {self.name} is {self.errors[-1]} at step {step}; lower lr")
-        gradients = torch.autograd.grad(error, self.experts)
-        for parameter, gradient in zip(self.experts, gradients, strict=True):
-            parameter.grad = gradient
+        error.backward(inputs=self.experts)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,7 +1,7 @@
-"""``upcycle``: turns a dense CLIP into a sparse one that computes the same function (CLIP-UP, arXiv 2502.00965).
+"""``upcycle``: turns a dense CLIP into a sparse CLIP that computes the same function (CLIP-UP, arXiv 2502.00965).
 
 In some blocks, E copies of the MLP behind a new router replace the MLP. With normalized gates and no dropped tokens,
-the sparse model has the same outputs as the dense one. ``step0_difference`` measures this, and
+the sparse model has the same outputs as the dense model. ``step0_difference`` measures this, and
 ``MoEConfig.keeps_function`` tells for which options it holds.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
-from typing_extensions import Never
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
@@ -24,8 +23,8 @@ from .sparse_blocks import chosen_mlps, make_sparse
 M = TypeVar("M", bound=nn.Module)
 
 
-def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bool = False, **fields: Never) -> M:
-    """Turns a dense model into a sparse one.
+def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bool = False) -> M:
+    """Turns a dense model into a sparse model.
 
     Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
     ``model.moe_config``, which names its sparse towers. Its ``no_weight_decay()``, which timm's optimizers call, adds
@@ -47,11 +46,6 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
         ImportError: a model of transformers before version 5.
     """
-    if fields:
-        given = ", ".join(f"{name}={fields[name]!r}" for name in fields)
-        raise TypeError(
-            f"{', '.join(fields)}: options belong into the config: upcycle(model, MoEConfig.clip_up({given}))"
-        )
     models: list[M] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")
@@ -62,7 +56,6 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     if config is None:
         config = MoEConfig.clip_up()
     check_config("config", config)
-    checks.boolean("inplace", inplace)
     if sparse := [name for model in models for name in moe_layers(model)]:
         raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
     if len(models) > (groups := config.num_experts // config.granularity):

@@ -17,7 +17,6 @@ RATES = ((math.nan, ValueError), (0, ValueError), ("x", TypeError))
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda dense: step0_difference(dense, dense, images=[1]), TypeError, "images must be a tensor"),
         (lambda dense: upcycle(dense, {"num_experts": 4}), TypeError, "config must be a clipup.MoEConfig"),
         (lambda dense: setattr(SparseMoE(8, 16), "config", {}), TypeError, "config must be a clipup.MoEConfig"),
         *((lambda dense, lr=lr: calibrate(dense, dense, [], lr=lr), error, "lr must be") for lr, error in RATES),

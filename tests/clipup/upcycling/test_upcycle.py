@@ -196,11 +196,6 @@ def test_models_that_do_not_belong_together_are_refused_and_nothing_is_changed(o
         upcycle([], SEVERAL)
 
 
-def test_fields_of_the_config_are_no_arguments_of_upcycle():
-    with pytest.raises(TypeError, match=r"MoEConfig\.clip_up\(num_experts=4, top_k=1\)"):
-        upcycle(tiny_clip(), num_experts=4, top_k=1)
-
-
 def test_a_features_only_model_of_timm_is_refused_with_the_model_in_it():
     net = timm.create_model("vit_tiny_patch16_224", features_only=True)
     with pytest.raises(TypeError, match="net.model"):
