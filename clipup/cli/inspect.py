@@ -46,9 +46,9 @@ class Options(DeviceOptions):
     dense_pretrained: str | None = option(None, idle={"without --dense": lambda group: group.dense is None})
     """Tag or file of weights for a dense model known by name."""
     out: Path = Path("experts.html")
-    """File for the page; an earlier one is replaced."""
+    """File for the page; an earlier file is replaced."""
     max_images: int = option(200, least=1)
-    """Number of images, and of captions, to inspect; the first ones are taken."""
+    """Number of images, and of captions, to inspect; the first are taken."""
     shown: int = option(6, least=0)
     """Pictures and captions that are shown whole."""
     batch_size: int = option(32, least=1)
@@ -59,6 +59,7 @@ class Options(DeviceOptions):
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
     from ..data.image_files import passed_over
+    from ..evaluate.labelled_images import read_lines
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names
     from .runs import load_for_inference, trained_steps
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> int:
     path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
     records, incomplete = ([], {}) if options.images is None else find_images(options.images)
     records = records[: options.max_images]
-    captions = _captions(options, records)[: options.max_images]
+    in_shards = [record.captions[0] for record in records if record.captions]
+    captions = in_shards if options.captions is None else read_lines(options.captions, "caption")[: options.max_images]
     model, preprocess, tokenizer = load_for_inference(f"{known_models.LOCAL_PREFIX}{path}", device=options.device)
     dense = (
         None
@@ -113,14 +115,6 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
         return image_files(source), {}
     samples = eval_samples(source, preprocess=None, argument="images", max_skipped=1.0)
     return list(samples.samples), dict.fromkeys(samples.skips.samples, "no image or caption in its shard, or damaged")
-
-
-def _captions(options: Options, records: list[Sample]) -> list[str]:
-    if options.captions is None:
-        return [record.captions[0] for record in records if record.captions]
-    from ..evaluate.labelled_images import read_lines
-
-    return read_lines(options.captions, "caption")
 
 
 def _readable(records: list[Sample], labels: list[str], skipped: dict[str, str]) -> Iterator[Image]:

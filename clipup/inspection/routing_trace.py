@@ -21,8 +21,6 @@ from ..moe.evaluation import evaluating
 from ..moe.layer import SparseMoE, moe_layers
 from ..moe.router import log_scores
 
-NO_SPARSE_LAYERS = "the model has no sparse layers, so it has no experts to inspect; clipup upcycle makes it sparse"
-
 
 @dataclass(frozen=True)
 class LayerRouting:
@@ -130,7 +128,7 @@ def _route(
 ) -> dict[str, LayerRouting]:
     layers, passes = moe_layers(model), defaultdict[str, list[tuple]](list)
     if not layers:
-        raise ValueError(NO_SPARSE_LAYERS)
+        raise ValueError("the model has no sparse layers, so it has no experts to inspect; upcycle it first")
 
     def keep(layer: SparseMoE, args: tuple, output: Tensor, name: str) -> None:
         """Records a pass: leading shape [N, ...] of the tokens, experts [N, S, K], probabilities [N, S, E], mask."""

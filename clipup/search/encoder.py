@@ -8,13 +8,13 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import open_clip
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from ..data.evaluation import EvalSamples
 from ..data.images import resize_of, upright
@@ -130,14 +130,14 @@ def load_encoder(
     they are the default model, in int8 if that agrees with float32 on some of the images.
 
     Args:
-        earlier: of the index that is searched or brought up to date; None for a new one.
+        earlier: of the index that is searched or brought up to date; None for a new index.
         records: images of a new index, to try int8 on.
         device: for a model that is not in int8, which runs on the CPU.
         say: called with what to know about the model before it is loaded.
 
     Raises:
         FileNotFoundError: the files of the earlier index's model are not there any more.
-        ValueError: a model without weights, or one that does not exist.
+        ValueError: a model without weights, or an unknown model.
     """
     base = earlier or Encoder(*DEFAULT_MODEL, "fp32", False, "")
     name, weights = (model or DEFAULT_MODEL[0], pretrained) if model or pretrained else base.place()
@@ -173,7 +173,7 @@ def compare_int8(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float
     ``least`` of their cosines. None where nothing can be computed in int8, or without images.
 
     Int8 is that of ``accelerate`` without ``calibrate``. Calibrated features would depend on the images of the
-    calibration, which may be gone when images are added to the index, or another one is searched by.
+    calibration, which may be gone when images are added to the index, or when a query is another image.
 
     Args:
         model: plain, in float32, on the CPU; it is not changed.
@@ -198,8 +198,4 @@ def upright_samples(
     Args:
         strict: an unreadable one raises ValueError, which names it.
     """
-    return EvalSamples(records, partial(_upright, preprocess), skips, strict, resize=resize_of(preprocess))
-
-
-def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
-    return preprocess(upright(image))
+    return EvalSamples(records, Compose([upright, preprocess]), skips, strict, resize=resize_of(preprocess))
