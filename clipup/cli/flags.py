@@ -89,7 +89,7 @@ def parse(options: type[T], argv: Sequence[str], program: str, **kwargs: Any) ->
 
 
 def flags(options: type) -> dict[str, str]:
-    """The flags of options by their names; of groups of options those of the group. Positional ones have none."""
+    """The flags of options by their names, those of groups included. Positional options have none."""
     groups = _groups(options)
     kinds = get_type_hints(options, include_extras=True)
     own = [name for name, kind in kinds.items() if name not in groups and "Positional" not in repr(kind)]

@@ -27,7 +27,7 @@ class Options(SparseOptions):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """An open_clip model name, or a directory. No weights are loaded."""
     moe: bool = option(False, idle={"without --json": lambda group: not group.json})
-    """With --json: count the upcycled model instead of the dense one."""
+    """With --json: count the upcycled model instead of the dense model."""
     json: bool = False
     """Print JSON for one model instead of a table of both: image_gflops, text_gflops (10^9 FLOPs), params,
     active_params."""

@@ -12,7 +12,7 @@ from ..progress import printable
 FLAG_OF: dict[str, str] = {}
 """The running command's flags, by the names of their options in Python."""
 _OPTION = re.compile(r"^\w+(?=: |=| (?:must|is|has|needs) )|(?<![\w./'\"-])[a-z]+_\w+(?![/'\"-]|\.\w)")
-"""Words in a message that may name an option: the first one, and those with underscores outside of paths."""
+"""Words in a message that may name an option: the first word, and words with underscores outside of paths."""
 
 
 @contextmanager

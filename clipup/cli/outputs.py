@@ -35,7 +35,7 @@ def check_directory(argument: str, path: str | Path) -> None:
 
 @contextmanager
 def empty_directory(path: Path) -> Iterator[None]:
-    """Holds the lock of a directory that is empty, or is created; an empty one is removed again.
+    """Holds the lock of a directory that is empty, or is created; an empty directory is removed again.
 
     Raises:
         OSError: it cannot be written to, is not empty, or another process writes to it.

@@ -33,7 +33,7 @@ class Options(DeviceOptions):
     texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")]
     """What to look for; several texts are searched for one by one."""
     image: Path | None = None
-    """Image file; images like this one are searched for."""
+    """Image file; similar images are searched for."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = option(12, least=1)
     """Images per text."""
     min_score: float = -1.0
@@ -41,7 +41,7 @@ class Options(DeviceOptions):
     paths_only: bool = False
     """Print only the paths, one a line, as they are."""
     page: Path | None = None
-    """File for a page with the pictures; an earlier one is replaced."""
+    """File for a page with the pictures; an earlier file is replaced."""
 
     def check(self) -> None:
         """

@@ -35,7 +35,7 @@ def layer_groups(model: nn.Module, tower: str) -> list[Group]:
     """The parameters of a tower in groups, as open_clip 4 forms them: the embeddings, each block, the head.
 
     The norm after the last block belongs to that block's group. The head is the projection, with an attention pool or a
-    Hugging Face pooler; a tower without one has no such group. A timm trunk has the groups of its own
+    Hugging Face pooler; a tower without a projection has no such group. A timm trunk has the groups of its own
     ``group_matcher``, on which timm's layer decay is built. Experts and routers of a sparse block belong to the block's
     group. A tower without a list of blocks (ModifiedResNet) is one group.
 

@@ -2,7 +2,7 @@
 
 In a causal text tower that pools at end-of-text, no token after it affects the features. ``make_padding_aware`` makes
 such a tower pass a mask to its sparse layers: True for the tokens up to the pooled one. On the CPU, where text lengths
-are known without synchronization, all blocks (also dense ones) compute only up to the end of the longest text. timm's
+are known without synchronization, all blocks (also dense blocks) compute only up to the end of the longest text. timm's
 NaFlexVit, open_clip 4's ModernTextTransformer and transformers' models mask their padding in attention, which tells the
 blocks what to leave out.
 
@@ -93,7 +93,7 @@ def _make_modern_text_padding_aware(model: nn.Module) -> bool:
     tower.__class__ = PaddingAwareModernTextTransformer
     for block in tower.blocks:
         pass_padding_on(block, PaddingAwareModernTextBlock)
-        block.__class__ = PaddingAwareModernTextBlock  # also of dense ones, which get the bias too
+        block.__class__ = PaddingAwareModernTextBlock  # also dense blocks, which get the bias too
     return True
 
 

@@ -92,7 +92,7 @@ def attended_tokens(attn_mask: Any) -> Tensor | None:
 
 
 def can_truncate(blocks: Iterable[Any], x: Tensor) -> bool:
-    """Whether texts x [B, L, ...] can be truncated to the longest one in the batch.
+    """Whether texts x [B, L, ...] can be truncated to the longest text in the batch.
 
     Not on other devices, where reading the length would synchronize; not under compilation, export or tracing, where
     the length would become a constant (even reading the batch size would fix it); and not if a sparse layer routes

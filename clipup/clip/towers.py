@@ -101,7 +101,7 @@ def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
 
 
 def leave_dense(model: nn.Module, tower: str) -> str:
-    """Advice at the end of an error message: the option that leaves a tower dense, if the model has another one."""
+    """Advice at the end of an error message: the option that leaves a tower dense, if the model has another tower."""
     other = "text" if tower == "image" else "image"
     ways = f'; towers=("{other}",), or --towers {other} of a command, leave the {tower} tower dense'
     return ways if other in towers(model) else ""

@@ -1,6 +1,6 @@
 """``DenseMLP``, a uniform view of a dense MLP, and readers of its parts: projections, activation, norm, dropout.
 
-Parts are matched on their exact classes, by full names; unknown ones are refused by name.
+Parts are matched on their exact classes, by full names; unknown parts are refused by name.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DenseMLP:
             raise TypeError(f"cannot read an MLP with projections of several types or devices, {kinds}; make them one")
 
     def parameters(self) -> dict[str, Tensor]:
-        """The tensors by their names in SparseMoE; absent ones are omitted."""
+        """The tensors by their names in SparseMoE; absent tensors are omitted."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 

@@ -150,7 +150,7 @@ def imagenet_v2(root: str | Path) -> ClassificationSet:
 
     Args:
         root: a variant's directory, as its archive unpacks it: one directory per class, named by the class index from
-            0 to 999; or the directory that contains that one alone.
+            0 to 999; or a directory that contains that directory alone.
 
     Raises:
         FileNotFoundError, ValueError: as ``image_folder``, or several variants.

@@ -29,7 +29,7 @@ def read_lines(path: str | Path, kind: str = "name") -> list[str]:
     """The non-blank lines of a text file: class names, templates with ``{}``, or another ``kind`` of line.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or an empty one.
+        FileNotFoundError, ValueError: no such file, or an empty file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected a text file with one {kind} per line")
@@ -40,7 +40,7 @@ def read_lines(path: str | Path, kind: str = "name") -> list[str]:
 
 
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """The images of a directory with one subdirectory per class, with their class indices. Hidden ones are left out.
+    """The images of a directory with one subdirectory per class, with their class indices. Hidden files are left out.
 
     If subdirectories are named by classes, names decide; upper and lower case, and "_", "-" and " ", count as the same.
     If all are numbers, these are the indices. Otherwise the sorted subdirectories are the classes in the order of the
@@ -48,7 +48,7 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
 
     Raises:
         FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, only some of them named by
-            classes or by one that is twice in the list, numbers other than 0 to N - 1 for N classes, or no image.
+            classes or by a class that is twice in the list, numbers other than 0 to N - 1 for N classes, or no image.
     """
     root = Path(directory)
     checks.directory(directory, "one with a subdirectory per class")

@@ -30,13 +30,13 @@ BANDS = (
 """Lower bounds of a mean cosine between experts, and the word for it."""
 _BELOW_ALL = "unrelated"
 _FIRST, _SECOND = ("in_weight", "gate_weight"), ("out_weight",)
-"""Names of the parameters in an expert's first matrix, and in its second one."""
+"""Names of the parameters in an expert's first matrix, and in its second matrix."""
 
 
 class Similarity(NamedTuple):
     """Cosines between the experts of one layer, float32 on the CPU.
 
-    The first matrix of an expert is its input projection, together with the gate's in gated experts; the second one is
+    The first matrix of an expert is its input projection, together with the gate's in gated experts; the second is
     its output projection. Biases are ignored.
     """
 
@@ -84,7 +84,7 @@ def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[s
     """``expert_similarity`` of every sparse layer of a model, by layer name.
 
     Args:
-        dense: the model that was upcycled, or another dense one of the same architecture.
+        dense: the model that was upcycled, or another dense model of the same architecture.
 
     Raises:
         ValueError: ``dense`` is sparse, or has another architecture.

@@ -118,7 +118,7 @@ def _hugging_face_pieces(inner: Any, ids: list[int]) -> list[Piece]:
 
 def _joined(tokens: Iterable[tuple[str, bool, bool]], spelled: Callable[[list[str]], str]) -> list[Piece]:
     """Pieces of (token, whether it is special, whether it continues a word). ``spelled`` gives the characters of a
-    word's tokens, without an incomplete last one."""
+    word's tokens, without an incomplete last character."""
     joined, word, of_word = [], -1, list[str]()
     for raw, is_special, continues in tokens:
         if is_special or not (of_word and continues):

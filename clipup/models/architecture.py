@@ -1,4 +1,4 @@
-"""``model_cfg``: how one config differs from another, and a model from the one that a config describes."""
+"""``model_cfg``: differences between two configs, and between a model and the model that a config describes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _POSITIONS = "visual.trunk.pos_embed"
 
 
 def overridden(model_cfg: dict[str, Any], forced: dict[str, Any]) -> dict[str, Any]:
-    """The ``model_cfg`` of the model that open_clip's factory makes of this one under its ``force_*`` arguments."""
+    """The ``model_cfg`` of the model that open_clip's factory makes of this config under its ``force_*`` arguments."""
     changed = dict(model_cfg)
     for argument, (tower, field) in _FORCED_FIELDS.items():
         if forced.get(argument) is not None:
@@ -120,7 +120,7 @@ def check_describes(model: nn.Module, model_cfg: dict[str, Any], moe_config: MoE
 def differences(
     model: nn.Module, model_cfg: dict[str, Any], moe_config: MoEConfig | None = None, sizes: bool = True
 ) -> list[str]:
-    """How the model that a config describes differs from this one, in words.
+    """Differences between a model and the model that a config describes, in words.
 
     Args:
         moe_config: of the model's sparse layers.

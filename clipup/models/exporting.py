@@ -82,5 +82,5 @@ def save_encoders(model: nn.Module, directory: Path, aot: bool = False) -> dict[
 
     atomic_files.replace_files({path: partial(write, name) for name, path in files.items()})
     for other in {directory / f"{name}{SUFFIX}" for name in ("image", "text")} - set(files.values()):
-        other.unlink(missing_ok=True)  # the text encoder of an earlier model; this one has none
+        other.unlink(missing_ok=True)  # the text encoder of an earlier model; this model has none
     return files

@@ -147,7 +147,7 @@ def _create_and_load(
 
     Args:
         source: where the weights are, for messages.
-        weights: empty for random ones.
+        weights: empty for random weights.
         model_cfg: of a directory.
     """
     kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}

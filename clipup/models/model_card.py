@@ -35,7 +35,7 @@ def model_card(
         model: an open_clip or timm model, dense or sparse. It is not run; its FLOPs are counted on a meta copy.
         library: "open_clip" or "timm".
         license: the hub's name of a license, such as mit or apache-2.0.
-        base_model: hub name ORG/NAME of the model that this one was made from, if known.
+        base_model: hub name ORG/NAME of the model that this model was made from, if known.
         extra: the extra of clipup that the model needs.
     """
     is_clip, layers = library == "open_clip", moe_layers(model)
@@ -92,7 +92,7 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
 
 def with_results(card: str, results: dict[str, Any]) -> str:
-    """A card with results of ``clipup eval``: in the first table with the columns data, metric and %, or in a new one
+    """A card with results of ``clipup eval``: in the first table with the columns data, metric and %, or in a new table
     at the end. They replace those with the same data and metric; all else in the card stays.
 
     Args:

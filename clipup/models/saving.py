@@ -8,7 +8,7 @@
 
 For a timm model, timm's two files replace open_clip's (``clipup.models.timm_factory``). The files are replaced
 atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
-it refuses the weights of a sparse one.
+it refuses the weights of a sparse model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def save_pretrained(
         preprocess_cfg: mean, std, interpolation, resize_mode, fill_color. None means those that open_clip attached to
             the model.
         license: license of the weights for the card, as the hub names it (mit, apache-2.0, ...).
-        base_model: hub name ORG/NAME of the model that this one was made from, for the card.
+        base_model: hub name ORG/NAME of the model that this model was made from, for the card.
         tokenizer_directory: a model directory that this model was made from: its tokenizer's files (``vocabulary.txt``,
             or those of Hugging Face) are copied. Without it, the tokenizer is found by the name in ``model_cfg``.
 
@@ -142,8 +142,8 @@ def save_with_tokenizer(
 
 
 def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any], replaces: bool) -> None:
-    """Refuses a directory from which this config would make another tokenizer than that of these files: it may be the
-    model's own, or a former one's.
+    """Refuses a directory from which this config would make another tokenizer than that of these files: perhaps the
+    model's own, perhaps a former model's.
 
     Args:
         replaces: files of the same names are replaced.

@@ -105,7 +105,7 @@ def check_files(directory: Path, index: Index, names: Iterable[str]) -> None:
     """Compares files with their sizes and checksums.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: a file is damaged.
         OSError: one could not be read.
     """
     for name in names:

@@ -134,7 +134,7 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     """Reads a dictionary of tensors and plain values written by ``torch.save``, on the CPU.
 
     Args:
-        mmap: memory-map the tensors if the format allows it, so that unused ones are not read.
+        mmap: memory-map the tensors if the format allows it, so that unused tensors are not read.
 
     Raises:
         ValueError: the file is damaged, is not a dictionary, or cannot be read without running code.

@@ -4,7 +4,7 @@ additional key ``moe_cfg``:
     DIR/config.json         timm's architecture, model_args, pretrained_cfg, ...; and moe_cfg
     DIR/model.safetensors   the state dict
 
-timm itself can load a dense model from it ("local-dir:DIR"); it refuses the weights of a sparse one.
+timm itself can load a dense model from it ("local-dir:DIR"); it refuses the weights of a sparse model.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | No
         path: of the checkpoint, for messages.
 
     Raises:
-        ValueError: one has a name that is not a tokenizer's, so it could be written elsewhere.
+        ValueError: a file has a name that is not a tokenizer's, so it could be written elsewhere.
     """
     encoded = configs.get("tokenizer_files")
     if encoded is None:

@@ -163,7 +163,7 @@ def _half_bytes(layer: Any) -> float:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Replaces attention by a kernel that saves what fused ones save and, for CUDA, runs norms in float32 as its
+    """Replaces attention by a kernel that saves what fused kernels save and, for CUDA, runs norms in float32 as its
     autocast does."""
 
     def __init__(self, norms_in_float32: bool) -> None:

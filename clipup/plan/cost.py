@@ -62,8 +62,9 @@ class StepTime(NamedTuple):
 
 
 def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
-    """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one. A
-    tower that is locked whole has forward passes alone; one that is locked in part counts as trained."""
+    """FLOPs of one GPU and step: a backward pass costs two forward passes; checkpointing and accumulation each
+    add a pass. A tower that is locked whole has forward passes alone; a tower that is locked in part counts as trained.
+    """
     counts, of_trained = subject.counts, subject.trained_towers(options)
     own = options.step.batch_size * options.step.accum_freq
     forward = forward_passes(options)

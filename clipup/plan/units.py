@@ -157,7 +157,7 @@ def _parameters(
     named: Iterable[tuple[str, nn.Parameter]], shards: int, kind: Kind, ep: int = 1
 ) -> tuple[Parameter, ...]:
     """The parameters of a unit. Those of experts are divided among ``ep`` ranks over the first axis, and sharded over
-    the second one; those of a block are, if the first is shorter than the number of shards, which divides the second.
+    the second; those of a block are, if the first is shorter than the number of shards, which divides the second.
     """
     parameters = []
     for name, parameter in named:

@@ -62,7 +62,7 @@ class ImageIndex:
 
     @classmethod
     def load(cls, directory: str | Path) -> ImageIndex:
-        """Reads an index: that in the directory, or the one of the images in it (``default_directory``).
+        """Reads an index: that in the directory, or that of the images in it (``default_directory``).
 
         Raises:
             FileNotFoundError: there is none, or it is not finished.
@@ -102,7 +102,7 @@ class ImageIndex:
             )
 
     def save(self, directory: Path) -> None:
-        """Writes the index, replacing an earlier one completely or not at all."""
+        """Writes the index, replacing an earlier index completely or not at all."""
         content = {
             "encoder": asdict(self.encoder),
             "images": str(self.images),
@@ -144,7 +144,7 @@ def index_images(
     Raises:
         DirectoryInUse: another process writes the index.
         FileNotFoundError: no image, or the files of the model are not in their place any more.
-        ValueError: as ``update_index``; a model without weights, or one that does not exist.
+        ValueError: as ``update_index``; a model without weights, or an unknown model.
     """
     records, out = image_files(images), Path(directory or default_directory(images))
     # also refuses the directory before a model is loaded or downloaded
@@ -180,10 +180,11 @@ def update_index(
     workers: int = 0,
     show_progress: bool = False,
 ) -> ImageIndex:
-    """Makes an index of images, or brings an earlier one up to date.
+    """Makes an index of images, or brings an earlier index up to date.
 
-    Images that have not changed keep their features; changed ones are encoded again, and missing ones leave the index.
-    What is finished is written every ``PART_IMAGES`` images and when the call is interrupted; the next one continues.
+    Images that have not changed keep their features; changed images are encoded again, and missing images leave the
+    index. What is finished is written every ``PART_IMAGES`` images and when the call is interrupted; the next
+    call continues.
 
     Args:
         directory: of the index; created if needed.

@@ -1,1 +1,1 @@
-"""Upcycling a dense model into a sparse one, checking it at step 0, calibrating its experts, and diagnosing models."""
+"""Upcycling of dense models, the check at step 0, calibration of experts, and diagnosis of models."""

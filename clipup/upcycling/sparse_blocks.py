@@ -56,7 +56,7 @@ def _set_other_experts(layer: SparseMoE, mlps: Sequence[DenseMLP]) -> None:
 
 
 def chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
-    """The MLPs of the blocks that become sparse. Raises unless every one can be read and split."""
+    """The MLPs of the blocks that become sparse. Raises unless every MLP can be read and split."""
     chosen = []
     for tower in config.towers or ():
         blocks = tower_blocks(model, tower)

@@ -198,7 +198,7 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def register_models(config_class: Any) -> None:
-    """Lets every Auto class of transformers that knows the dense model find the sparse one, and names of weights be
+    """Lets every Auto class of transformers that knows the dense model find the sparse model, and names of weights be
     converted alike. This imports the model's module, so it is done when such a config is read."""
     dense_config = config_class.__mro__[2]
     _convert_alike(dense_config.model_type, config_class.model_type)

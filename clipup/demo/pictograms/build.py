@@ -121,7 +121,7 @@ def _one_picture_one_split(
     pairs: dict[str, list[Pair]], images: dict[str, bytes]
 ) -> tuple[dict[str, list[Pair]], dict[str, int]]:
     """Removes images that a gallery already holds (a few drawings are equal in two weights or for two emoji) from that
-    gallery, the other one and training.
+    gallery, the other gallery and training.
 
     Returns what is kept, and the number of images by split that were removed.
     """

@@ -67,7 +67,7 @@ class Rendering:
 class Concept:
     """Something with a name and drawings.
 
-    `names` are the captions without tags, `captions` are these and the ones with a tag. `sequence` is the emoji's code
+    `names` are the captions without tags, `captions` are these and those with a tag. `sequence` is the emoji's code
     points in hexadecimal without variation selectors ("1f3c7-1f3fd"), empty for icons. `toned` is true if the emoji has
     a skin tone; `toneless` is its sequence without it.
     """
@@ -129,7 +129,7 @@ def _emoji() -> Iterator[Concept]:
 
 
 def _emoji_words(entry: dict, detail: dict, taken: set[str]) -> tuple[list[str], list[str]]:
-    """Names and tags of an emoji; an alias that is another one's name ("egg" for cooking) is left out."""
+    """Names and tags of an emoji; an alias that is another emoji's name ("egg" for cooking) is left out."""
     name = words(entry["en"])
     tone = _TONE_NAME.search(name)
     if tone:

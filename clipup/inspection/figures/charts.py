@@ -149,8 +149,8 @@ def load_chart(
 ) -> Figure:
     """The band of the experts' shares of all routed (token, expert) pairs over training, as SVG.
 
-    It extends from the share of the least used expert to that of the busiest one; the dashed line is the uniform share
-    1/E. More than 100 steps are drawn as 100 means of adjacent steps.
+    It extends from the share of the least used expert to that of the busiest expert; the dashed line is the uniform
+    share 1/E. More than 100 steps are drawn as 100 means of adjacent steps.
 
     Args:
         steps: [N].

@@ -30,7 +30,7 @@ def points(difference: float) -> str:
 
 
 def column(values: Sequence[float], significant: int = 3) -> list[str]:
-    """A column of numbers with equal decimals, so that the smallest non-zero one has ``significant`` digits."""
+    """A column of numbers with equal decimals, so that the smallest non-zero number has ``significant`` digits."""
     decimals = _decimals(min(abs(value) for value in values if value), significant)
     return [f"{value:,.{decimals}f}" for value in values]
 

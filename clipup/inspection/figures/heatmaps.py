@@ -18,7 +18,7 @@ def load_bars(
     """Each expert's share of a layer's routed (token, expert) pairs, one bar per expert; dashed: the uniform share.
 
     load [E] fractions of 1. ``longest``: the share of the longest bar, which gives several charts one scale; default:
-    the layer's own. The largest share over the uniform one is written above the bars, under ``subtitle``.
+    the layer's own. The largest share over the uniform share is written above the bars, under ``subtitle``.
     """
     shares = [float(share) for share in load]
     longest = max([*shares, 1.25 / len(shares), longest])

@@ -83,7 +83,7 @@ def retrieval_row(
 ) -> Figure:
     """A caption, its image, and the images that a model retrieved for it, best first, as HTML without a style sheet.
 
-    ``rank`` of the caption's image counts from 1; if it is among the retrieved ones, it is framed. ``note``, such as
+    ``rank`` of the caption's image counts from 1; if it is among the retrieved images, it is framed. ``note``, such as
     the model's name, is put beside the rank.
     """
     shown = [

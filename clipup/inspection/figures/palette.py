@@ -21,5 +21,5 @@ def expert_color(expert: int) -> str:
 
 
 def is_second_eight(expert: int) -> bool:
-    """Whether the expert shares its color with an earlier one."""
+    """Whether the expert shares its color with an earlier expert."""
     return expert >= len(EXPERTS)

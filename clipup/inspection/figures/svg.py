@@ -37,7 +37,8 @@ def shorten(text: object, length: int) -> str:
 def element(name: str, *children: str, **attributes: object) -> str:
     """``<name attributes>children</name>``; children are markup, attribute values are escaped.
 
-    Underscores in attribute names become hyphens, and trailing ones are dropped (``class_``). None omits an attribute.
+    Underscores in attribute names become hyphens, and trailing underscores are dropped (``class_``). None omits an
+    attribute.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(pixels(value))}"'
