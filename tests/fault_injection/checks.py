@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch.utils import _pytree as pytree
 from clipup.models.state_dicts import read_pickle
 from clipup.train.checkpoints import sharded
 
+RECORDS = ("metrics.jsonl", "evaluations.jsonl")
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")
 _CLOCK = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")
-_MAY_DIFFER = ("seconds", "name")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -33,114 +32,64 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
 
 
-@dataclass
-class Checkpoints:
-    """The checkpoints of a run directory, sorted by whether they can be read."""
-
-    steps: dict[Path, int]
-    """The intact ones, and the step after which each was written."""
-    damaged: dict[Path, str]
-    """The damaged ones, and the digest of each."""
-    not_finite: list[Path]
-
-    @classmethod
-    def of(cls, run: Path) -> Checkpoints:
-        paths = [path for path in sorted((run / "checkpoints").glob("*_*")) if _CHECKPOINT.fullmatch(path.name)]
-        states = {path: read_checkpoint(path) for path in paths}
-        whole = {path: state for path, state in states.items() if state is not None}
-        damaged = {path: digest(path) for path in paths if path not in whole}
-        steps = {path: state["step"] for path, state in whole.items()}
-        return cls(steps, damaged, [path for path, state in whole.items() if not _is_finite(state)])
-
-    @property
-    def step(self) -> int | None:
-        """The largest step of an intact one."""
-        return max(self.steps.values(), default=None)
-
-    def newest(self) -> list[Path]:
-        return [path for path, step in self.steps.items() if step == self.step]
+def checkpoints(run: Path) -> dict[Path, int]:
+    """The checkpoints of a run directory, and the step after which each was written; -1 for damaged ones."""
+    paths = [path for path in sorted((run / "checkpoints").glob("*_*")) if _CHECKPOINT.fullmatch(path.name)]
+    return {path: (read_checkpoint(path) or {"step": -1})["step"] for path in paths}
 
 
-def _is_finite(state: dict[str, Any]) -> bool:
-    return all(leaf.isfinite().all() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+def newest_step(run: Path) -> int:
+    """The largest step of an intact checkpoint, else 0."""
+    return max([0, *checkpoints(run).values()])
 
 
-def digest(path: Path) -> str:
-    """Of a file, or of the files of a directory."""
-    try:
-        if path.is_dir():
-            return " ".join(f"{each.name}: {digest(each)}" for each in sorted(path.iterdir()))
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        return error.__class__.__name__
-
-
-def contents(run: Path) -> dict[str, str]:
-    """A digest of every file that a start without training must not change. It may append to out.log, and remove locks
-    and half-written files of dead writers."""
-    files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
+def digests(run: Path) -> dict[str, str]:
+    """A digest of every file that a refused start must not change. It may append to out.log, and remove locks and
+    half-written files of dead writers."""
+    files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file() and not path.is_symlink()}
     return {
-        name.as_posix(): digest(path)
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in files.items()
-        if name.name not in ("out.log", ".lock") and not any(part.endswith(".tmp") for part in name.parts)
+        if name not in ("out.log", ".lock") and ".tmp" not in name
     }
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file without a truncated last one."""
+def records(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file, without the clock."""
     text = path.read_bytes() if path.is_file() else b""
-    return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+    lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return [{key: value for key, value in line.items() if key not in _CLOCK} for line in lines]
 
 
 def logged_steps(run: Path) -> int:
     """The last step in metrics.jsonl."""
-    lines = whole_lines(run / "metrics.jsonl")
-    return json.loads(lines[-1])["step"] if lines else 0
+    return max([0, *(record["step"] for record in records(run / "metrics.jsonl")[-1:])])
 
 
-def differences(run: Path, reference: Path, finished: bool, damaged: Set[Path] = frozenset()) -> list[str]:
-    """What is wrong with a run, in words. Each step must be logged once, in order, with the reference's numbers;
-    of a finished one, weights, optimizer, model and files must be the same as well.
+def differences(run: Path, reference: Path, finished: bool, excused: Container[Path] = ()) -> list[str]:
+    """Names of the files that differ. Each step must be logged once, in order, with the reference's numbers; of a
+    finished run, weights, optimizer, model and files must be the same as well.
 
     Args:
-        damaged: checkpoints that were damaged and that the run had no reason to rewrite.
+        excused: checkpoints that were damaged and that the run had no reason to rewrite.
     """
-    wrong = []
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        here, there = (_records(root / name) for root in (run, reference))
-        if here != (there if finished else there[: len(here)]):
-            other = [f"{one}, expected {two}" for one, two in zip(here, there, strict=False) if one != two]
-            wrong.append(f"{name} differs: {len(here)} records for {len(there)}, {'; '.join(other[:1])}")
-    if not finished:
-        return wrong
-    here, there = ({path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference))
-    excused = {name for name in here | there if damaged & {run / name, (run / name).parent}}
-    wrong += [f"{name} was left behind" for name in sorted(here - there - excused)]
-    wrong += [f"{name} is missing" for name in sorted(there - here - excused)]
-    for name in sorted(here & there - excused):
-        if _CHECKPOINT.fullmatch(Path(name).name):
-            wrong += _checkpoint_differs(name, *(read_checkpoint(root / name) for root in (run, reference)))
-        elif name.startswith("model/") and digest(run / name) != digest(reference / name):
-            wrong.append(f"{name} differs from the uninterrupted run's")
+    logs = {name: [records(root / name) for root in (run, reference)] for name in RECORDS}
+    wrong = [name for name, (here, there) in logs.items() if here != there[: None if finished else len(here)]]
+    here, there = ({path.relative_to(root) for path in root.rglob("*")} for root in (run, reference))
+    for name in sorted(here | there) if finished else ():
+        if run / name not in excused and run / name.parent not in excused:
+            same = name in here and name in there and _value(run / name) == _value(reference / name)
+            wrong += [] if same else [str(name)]
     return wrong
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in whole_lines(path)]
-    return [{key: value for key, value in record.items() if key not in _CLOCK} for record in records]
-
-
-def _checkpoint_differs(name: str, one: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
-    """Of all but the clock, the run's name, and the learning rate, which is set again before its next use."""
-    if one is None or other is None:
-        return [f"{name} cannot be read"]
-    for state in (one, other):
-        for group in state["optimizer"].get("param_groups", ()):
-            group.pop("lr", None)
-    differ = [key for key in other if key not in _MAY_DIFFER and _values(one.get(key)) != _values(other[key])]
-    return [f"{name} differs from the uninterrupted run's in {', '.join(differ)}"] if differ else []
-
-
-def _values(state: Any) -> Any:
-    """A state whose tensors are lists, so that it can be compared."""
-    return pytree.tree_map_only(Tensor, lambda tensor: (tensor.dtype, tensor.tolist()), state)
+def _value(path: Path) -> Any:
+    """What must be equal: of a checkpoint, all but the clock, the run's name, and the learning rate, which is set again
+    before its next use; and the model's files."""
+    if not _CHECKPOINT.fullmatch(path.name):
+        return path.read_bytes() if path.parent.name == "model" else None
+    state = read_checkpoint(path) or {"optimizer": {}}
+    for group in state["optimizer"].get("param_groups", ()):
+        group.pop("lr", None)
+    rest = {key: value for key, value in state.items() if key not in ("seconds", "name")}
+    return pytree.tree_map_only(Tensor, lambda tensor: (tensor.dtype, tensor.tolist()), rest)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -21,42 +21,30 @@ WORDS = "arrow circle right square left tone off up down text add file person li
 TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139, "layers": 2}
 
 PAIRS, GLOBAL_BATCH, EPOCHS = 96, 8, 5
+STEPS = EPOCHS * PAIRS // GLOBAL_BATCH
 SAVE_EVERY = 5
 """Steps between two checkpoints. It does not divide an epoch."""
 
-START_SECONDS = 240
-"""Longest time for a start of ``clipup`` without its steps."""
+LONGEST = 300
+"""Seconds after which a start that has not ended hangs, also on a busy machine."""
 
 RANK_TIMEOUT = 25
 """Seconds that ranks wait for a frozen one."""
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """The files below ``root`` that every run reads, and the command that starts a run."""
 
     root: Path
     processes: int
-    parallel: str = "replicated"
-    """How two processes divide the model: "replicated", "fsdp", "ep" or "fsdp-ep"."""
-    checkpoint: str = "full"
-    """The kind of checkpoints: "full" or "sharded"."""
-    epochs: int = EPOCHS
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * PAIRS // GLOBAL_BATCH
-
-    @property
-    def longest(self) -> float:
-        """Seconds after which a start that has not ended hangs, also on a busy machine."""
-        return START_SECONDS + self.steps
+    sharded: bool = False
+    """Whether two processes divide the model, with FSDP and expert parallelism, and write sharded checkpoints."""
 
     @property
     def most_lost(self) -> int:
         """The most steps that a killed run repeats. A sharded checkpoint is written while training goes on, at most
         until the next one is due."""
-        return SAVE_EVERY if self.checkpoint == "full" else 2 * SAVE_EVERY
+        return 2 * SAVE_EVERY if self.sharded else SAVE_EVERY
 
     def make(self) -> None:
         """Writes the data set and the dense model that runs start from."""
@@ -74,21 +62,18 @@ class Workload:
         torch.manual_seed(0)
         clipup.save_pretrained(open_clip.CLIP(**config), self.root / "dense", config)
 
-    def command(self, logs: Path, name: str, *more: str) -> list[str]:
-        """The arguments of ``clipup`` for a run under ``logs``. Router noise makes the run depend on every random
-        number."""
+    def command(self, run: Path, *more: str) -> list[str]:
+        """The arguments of ``clipup`` for a run. Router noise makes it depend on every random number."""
         options = {
             "model": self.root / "dense",
             "train-data": self.root / "train.csv",
             "val-data": self.root / "val.csv",
-            "logs": logs,
-            "name": name,
+            "logs": run.parent,
+            "name": run.name,
             "device": "cpu",
             "workers": 1,
             "batch-size": GLOBAL_BATCH // self.processes,
-            "epochs": self.epochs,
-            "save-frequency": max(1, self.epochs // EPOCHS),
-            "val-frequency": max(1, self.epochs // EPOCHS),
+            "epochs": EPOCHS,
             "lr": 1e-3,
             "warmup": 5,
             "save-every-n-steps": SAVE_EVERY,
@@ -96,11 +81,7 @@ class Workload:
             "router-noise": 1.0,
             "selection-bias": "sign",
         }
-        if self.processes > 1:
-            options["dist-timeout"] = RANK_TIMEOUT
-            more += ("--fsdp",) if "fsdp" in self.parallel else ()
-            more += ("--ep", "2") if "ep" in self.parallel.split("-") else ()
-        if self.checkpoint != "full":
-            options["fsdp-checkpoint"] = self.checkpoint
+        options |= {"dist-timeout": RANK_TIMEOUT} if self.processes > 1 else {}
+        options |= {"fsdp-checkpoint": "sharded", "ep": 2} if self.sharded else {}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return ["train", *words, "--moe", *more]
+        return ["train", *words, "--moe", *["--fsdp"] * self.sharded, *more]
