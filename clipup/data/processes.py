@@ -109,6 +109,17 @@ def detect_lost_workers_when_reading() -> None:
 
 
 @contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Postpones requests to stop. An exception of their handler would leave a data worker that nobody tells to end, and
+    for which the process would wait at its exit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def reading(loader: Any) -> Iterator[Iterator[Any]]:
     """An iterator over a data loader, whose workers end if the block is left before the last batch, with errors as in
     ``lost_workers_named``; the rest of the block is not interrupted.
@@ -117,7 +128,7 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
     are collected at once and the queues go first, no worker is told to end, and the process waits five seconds for
     each. Persistent workers stay for the next iteration unless an error ends this one.
     """
-    with lost_workers_named():
+    with _uninterrupted(), lost_workers_named():
         iterator = iter(loader)
     detect_lost_workers_when_reading()
     persistent = getattr(loader, "persistent_workers", False)

@@ -178,3 +178,17 @@ def test_a_map_over_items_has_their_order_and_raises_their_errors(workers, no_mo
     with pytest.raises(KeyError, match="seven"):
         list(each(at_seven, range(20), workers))
     assert no_more_children()
+
+
+def test_a_request_to_stop_does_not_interrupt_the_start_of_workers():
+    started = []
+
+    class Loader:
+        def __iter__(self):
+            signal.raise_signal(signal.SIGINT)
+            started.append(True)
+            return iter(())
+
+    with pytest.raises(KeyboardInterrupt), processes.reading(Loader()):
+        pass
+    assert started
