@@ -1,7 +1,5 @@
 """Directory locks: one writer per directory, also after the previous writer was killed."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Progress of long tasks, with and without a terminal on stderr."""
 
-from __future__ import annotations
-
 import io
 import sys
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The checks of the fault injection detect the faults that they are for."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

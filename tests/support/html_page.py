@@ -1,7 +1,5 @@
 """Reading an HTML page: that its tags nest, what it says, and that it needs nothing but itself."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 

@@ -1,7 +1,5 @@
 """The word tokenizer, alone and as the tokenizer of a saved model."""
 
-from __future__ import annotations
-
 import copy
 import json
 

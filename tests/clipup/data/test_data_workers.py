@@ -1,7 +1,5 @@
 """Data workers that are killed, that hang, or whose parent is killed: they end, and the error is one line."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

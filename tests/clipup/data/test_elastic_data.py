@@ -1,8 +1,6 @@
 """Indexed data: the samples of a step depend on seed, epoch, step and the global batch alone, with whatever ranks and
 workers, and an epoch can start at any step."""
 
-from __future__ import annotations
-
 import os
 
 import numpy

@@ -1,7 +1,5 @@
 """Images with all their captions, in the order of the files."""
 
-from __future__ import annotations
-
 import json
 import logging
 

@@ -1,8 +1,6 @@
 """Disks that fail for a moment or for good, shards that change, and ranks that found other samples: training on data
 other than the indexed ones is an error."""
 
-from __future__ import annotations
-
 import errno
 import io
 import logging

@@ -3,8 +3,6 @@
 Every attempt would create the file `trace`, or read `secret`.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

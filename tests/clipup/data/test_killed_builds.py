@@ -1,7 +1,5 @@
 """Killed builds of data sets, and concurrent ones."""
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 

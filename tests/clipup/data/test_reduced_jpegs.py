@@ -1,7 +1,5 @@
 """Images decoded at a smaller scale and resized by ``load_image``, beside those decoded and resized in full."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from picture_samples import encoded

@@ -1,7 +1,5 @@
 """Unreadable samples of every kind are skipped, logged and counted once, and too many of them stop the run."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

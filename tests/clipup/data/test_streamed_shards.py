@@ -1,7 +1,5 @@
 """Training batches streamed from shards: those by URL, here file: and pipe:, and resampled ones."""
 
-from __future__ import annotations
-
 import logging
 import os
 from types import SimpleNamespace

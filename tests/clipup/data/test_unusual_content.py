@@ -1,7 +1,5 @@
 """Images of unusual modes and sizes, and CSV files of spreadsheets."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 

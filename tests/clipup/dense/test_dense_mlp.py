@@ -1,7 +1,5 @@
 """``DenseMLP``: the tensors of any MLP, checked before a layer is made of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """``clipup eval`` from the outside."""
 
-from __future__ import annotations
-
 import json
 
 import benchmark_layouts as layouts

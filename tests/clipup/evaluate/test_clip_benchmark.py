@@ -1,7 +1,5 @@
 """Models of clipup in CLIP_benchmark, from the command line and without a network."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Readers of benchmarks, on small data sets in the real layouts."""
 
-from __future__ import annotations
-
 import json
 
 import benchmark_layouts as layouts

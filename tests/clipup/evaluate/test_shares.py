@@ -1,7 +1,5 @@
 """A distributed evaluation gives the results of a single process."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Zero-shot classification on small data sets with known results."""
 
-from __future__ import annotations
-
 import pickle
 
 import pytest

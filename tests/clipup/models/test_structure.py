@@ -1,7 +1,5 @@
 """Loading a sparse model: no random initialization, and no dependence on the file afterwards."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_clip import tiny_clip, tiny_config

@@ -1,7 +1,5 @@
 """``clipup train`` from the outside."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

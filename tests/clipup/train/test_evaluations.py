@@ -1,7 +1,5 @@
 """Evaluations along the way: retrieval, zero-shot accuracy on ImageNet, and what a killed run leaves of them."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import partial

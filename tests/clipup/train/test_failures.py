@@ -1,7 +1,5 @@
 """Bad input, full disks and failing callbacks end a run with a clear error, and nothing is lost."""
 
-from __future__ import annotations
-
 import errno
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gradients, losses and weights that are NaN or infinite: what is skipped, what stops a run, what is never written."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 

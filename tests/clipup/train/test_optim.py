@@ -1,7 +1,5 @@
 """Optimizers by name, groups of parameters, layer decay, schedules, locked parts, and all of it on resume."""
 
-from __future__ import annotations
-
 import open_clip
 import open_clip_train.scheduler
 import pytest

@@ -1,7 +1,5 @@
 """Optimizer state of a dense run, upcycled for the sparse model (arXiv 2212.05055)."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

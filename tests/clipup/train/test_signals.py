@@ -1,7 +1,5 @@
 """Requests to stop: the first ends a run after its step, a second one at once; an ignored one stays ignored."""
 
-from __future__ import annotations
-
 import os
 import signal
 

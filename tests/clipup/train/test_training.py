@@ -1,7 +1,5 @@
 """What a run does from its first step to its last."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """The rules of the splits, on the whole data set (nothing is drawn here)."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

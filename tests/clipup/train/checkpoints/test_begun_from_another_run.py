@@ -1,8 +1,6 @@
 """A run goes on from its newest checkpoint. From an earlier one another run begins, and until it has a checkpoint of
 its own it begins there again under ``--resume latest``, never from random weights. One run writes at a time."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

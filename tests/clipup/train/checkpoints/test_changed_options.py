@@ -1,7 +1,5 @@
 """Resuming with other options, ranks or data: what takes effect, what is converted, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Damaged checkpoints of either kind are reported by name, and never cause a silent start from the beginning; nothing
 in them is executed."""
 
-from __future__ import annotations
-
 import pickle
 import re
 import shutil

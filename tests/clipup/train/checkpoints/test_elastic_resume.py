@@ -1,7 +1,5 @@
 """A run on indexed data is resumed within an epoch under another division of the same global batch."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Resuming runs that were finished, or were killed while finishing."""
 
-from __future__ import annotations
-
 from functools import partial, partialmethod
 from pathlib import Path
 

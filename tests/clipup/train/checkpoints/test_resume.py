@@ -1,7 +1,5 @@
 """A run that was stopped and resumed equals the run that was not stopped."""
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial

@@ -1,7 +1,5 @@
 """Sharded checkpoints of one process: when they are written, which are kept, and what continues from them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Where the numbers of a run go: its records, the console, TensorBoard; wandb and trackio, for which stubs stand."""
 
-from __future__ import annotations
-
 import io
 import logging
 import math

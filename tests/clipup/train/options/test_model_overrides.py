@@ -1,7 +1,5 @@
 """Options that change the model and its transforms: --force-image-size, --aug-cfg and their like."""
 
-from __future__ import annotations
-
 import open_clip
 import pytest
 import torch

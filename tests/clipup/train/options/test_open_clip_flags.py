@@ -1,7 +1,5 @@
 """Command lines written for open_clip_train: its options are ours, or are refused by name with what to do instead."""
 
-from __future__ import annotations
-
 import argparse
 
 import open_clip_train.params

@@ -1,7 +1,5 @@
 """The values that options take, and which ones are refused by name."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

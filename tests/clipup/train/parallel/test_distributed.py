@@ -1,7 +1,5 @@
 """Two ranks skip, resume, finish and refuse alike."""
 
-from __future__ import annotations
-
 import json
 
 import faulty_run

@@ -1,7 +1,5 @@
 """A run continues within an epoch on another number of ranks: the same samples, and the losses of one process."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

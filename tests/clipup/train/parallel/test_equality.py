@@ -1,7 +1,5 @@
 """However a model is spread over ranks, training computes what one process computes on the same global batches."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Layers whose experts are DTensors sharded over ranks compute what layers with all experts compute."""
 
-from __future__ import annotations
-
 import expert_parallel_layers
 import pytest
 import torch

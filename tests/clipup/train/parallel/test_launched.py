@@ -1,7 +1,5 @@
 """The place of a process among those that a launcher started, from the environment."""
 
-from __future__ import annotations
-
 import pytest
 from open_clip_train.distributed import world_info_from_env
 

@@ -1,7 +1,5 @@
 """Several ranks: a lost one ends the run within the timeout with its last checkpoint whole, a slow one does not."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

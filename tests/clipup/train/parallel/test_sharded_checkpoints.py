@@ -1,8 +1,6 @@
 """Sharded checkpoints of several ranks: resumed with the same and with another layout, and killed while they are
 written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
