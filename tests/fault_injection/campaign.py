@@ -155,7 +155,7 @@ class Campaign:
             self._reach(newest, FAULTS[name].in_startup and not after_damage and self.draw.random() < 0.3)
             allowed = FAULTS[name].strike(self)
         except Missed:
-            self.tell("which came too late")
+            self.tell("which struck nothing")
             return {"finished"}
         self.struck[name] += 1
         return allowed
