@@ -1,7 +1,5 @@
 """Runs under faults: each is started repeatedly until it ends, and compared with the uninterrupted run."""
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil

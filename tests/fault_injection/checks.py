@@ -1,7 +1,5 @@
 """What is in a run's directory, and how it differs from the uninterrupted run's."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -9,8 +9,6 @@ without faults. Faults are drawn from the seed. The first failure ends the progr
 the history of the run, and its directory, which is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Starts ``clipup``, finds and signals its processes, and classifies how it ended. Linux only."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

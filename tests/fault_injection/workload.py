@@ -1,7 +1,5 @@
 """The training under test: a tiny sparse CLIP on a tiny data set, by ``clipup train``."""
 
-from __future__ import annotations
-
 import random
 import sys
 from pathlib import Path
