@@ -50,6 +50,7 @@ class Start:
             os.dup2(os.open(self.logs / name, os.O_WRONLY | os.O_CREAT), number)
         os.environ["PYTHONPATH"] = str(ROOT)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         sys.exit(os.execv(command[0], command) if self.several else cli.main(arguments))
 
