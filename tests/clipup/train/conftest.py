@@ -19,8 +19,11 @@ from clipup.train import Every, TrainOptions, TrainResult, train
 MODEL_CFG = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
+"""Most of the parameters, and of the time of a short run, are the embeddings of open_clip's vocabulary."""
+
+TOKENIZER = open_clip.SimpleTokenizer(context_length=8)
 
 
 class Pairs:
@@ -95,7 +98,7 @@ def run(
             settings,
             model=make_model(sparse).to(torch.bfloat16 if settings.speed.precision == "bf16" else torch.float32),
             preprocess=transforms,
-            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            tokenizer=TOKENIZER,
             loader=loader or (pairs() if settings.data.train_data is None else None),
             callbacks=callbacks,
         )

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import clipup
-from clipup.clip.inputs import random_inputs
 from clipup.train import Every, train
 from clipup.train.optimizer.schedule import Schedule
 
@@ -240,17 +239,15 @@ def test_with_graphs_that_write_into_the_outputs_of_the_step_before_losses_stay_
         assert [record[name] for record in compiled.history] == [record[name] for record in eager.history], name
 
 
-@pytest.mark.parametrize("moe", [False, True])
-@pytest.mark.parametrize("weights", [False, True])
-def test_a_run_says_that_it_starts_from_random_weights_where_it_does(options, tmp_path, caplog, weights, moe):
-    model, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
-    clipup.save_pretrained(model, tmp_path / "dense", clipup.get_model_config("clipup-tiny-32"))
-    start = str(tmp_path / "dense") if weights else None
-
+@pytest.mark.parametrize(("weights", "moe"), [(False, False), (False, True), (True, True)])
+def test_a_run_says_that_it_starts_from_random_weights_where_it_does(
+    named_model, model_directory, pairs, options, caplog, weights, moe
+):
     def notes(**changes):
         caplog.clear()
-        usual = {"model": "clipup-tiny-32", "pretrained": start, "moe": moe, "steps": 1, "warmup": 0}
-        train(options(**{**usual, **changes}), loader=[random_inputs(model, 4)])
+        start = str(model_directory) if weights else None
+        usual = {"model": named_model, "pretrained": start, "moe": moe, "steps": 1, "warmup": 0}
+        train(options(**{**usual, **changes}), loader=pairs(pairs=8))
         assert "No pretrained weights" not in caplog.text  # open_clip's warning, which knows nothing of checkpoints
         return [text for text in caplog.messages if "new weights" in text]
 
@@ -262,12 +259,13 @@ def test_a_run_says_that_it_starts_from_random_weights_where_it_does(options, tm
     assert notes(steps=2, resume="latest") == []
 
 
-def test_a_sparse_run_that_starts_from_a_dense_one_does_not_start_from_random_weights(options, caplog):
-    model, *_ = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)
-    usual = {"model": "clipup-tiny-32", "steps": 1, "warmup": 0}
-    dense = train(options(**usual), loader=[random_inputs(model, 4)]).directory / "checkpoints" / "epoch_latest.pt"
+def test_a_sparse_run_that_starts_from_a_dense_one_does_not_start_from_random_weights(
+    named_model, pairs, options, caplog
+):
+    usual = {"model": named_model, "steps": 1, "warmup": 0}
+    dense = train(options(**usual), loader=pairs()).directory / "checkpoints" / "epoch_latest.pt"
     caplog.clear()
 
-    train(options(**usual, name="sparse", moe=True, resume_dense=str(dense)), loader=[random_inputs(model, 4)])
+    train(options(**usual, name="sparse", moe=True, resume_dense=str(dense)), loader=pairs())
 
     assert "No pretrained weights" not in caplog.text and "new weights" not in caplog.text
