@@ -13,6 +13,7 @@ import torch
 from picture_samples import load, preprocess
 from platforms import linux_only
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from worker_tasks import QUICK, Hangs, Repairable, at_seven
 
 from clipup.cli import reporting_errors
@@ -27,6 +28,7 @@ MAIN = os.getpid()
 def before_the_first_data_loader(monkeypatch):
     """Torch's handler of ended processes comes with the first data loader of a process."""
     monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))  # seconds, in place of 5
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGCHLD, before)
@@ -74,10 +76,11 @@ SMALL_SHARED_MEMORY = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m 
 READS = """
 import sys, test_data_workers
 from clipup.data.processes import LostWorker
-try:
-    list(test_data_workers.batches(*sys.argv[1:], test_data_workers.large))
-except LostWorker as error:
-    print(error)
+for kind, source in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        list(test_data_workers.batches(kind, source, test_data_workers.large))
+    except LostWorker as error:
+        print(kind, error)
 """
 
 
@@ -86,14 +89,17 @@ def large(image):
 
 
 @linux_only
-@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed", "evaluation"])
-def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures, kind):
+def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures):
     if subprocess.run([*SMALL_SHARED_MEMORY, "true"], check=False).returncode:
         pytest.skip("needs a mount namespace")
-    program = [*SMALL_SHARED_MEMORY, sys.executable, "-c", READS, kind, pictures.source(kind)]
+    kinds = ("webdataset", "cached webdataset", "streamed", "evaluation")
+    read = [word for kind in kinds for word in (kind, pictures.source(kind))]
+    program = [*SMALL_SHARED_MEMORY, sys.executable, "-c", READS, *read]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert "/dev/shm" in done.stdout and "--shm-size" in done.stdout, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(" shared memory (/dev/shm)")[0] for line in lines] == [*kinds], done.stderr
+    assert all("--shm-size" in line for line in lines)
 
 
 @pytest.mark.parametrize("when", ["at exit", "when an iteration is left"])

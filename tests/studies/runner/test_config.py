@@ -1,5 +1,6 @@
 """The file of a study: which runs its grids stand for, and what the studies' own files say."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_dense_runs_at_equal_flops_cost_what_their_arm_says_and_every_start_is_a
 def test_runs_that_train_the_image_tower_alone_cost_the_flops_of_their_budget_in_it(study, dimensions):
     runs = config.read(STUDIES / study)
 
+    @functools.cache
     def gflops(model, moe=None):
         with factory.expecting_random_weights():
             one, *_ = factory.create_model_and_transforms(model, embed_dim=dimensions)
