@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..moe.config import MoEConfig
-from ..moe.options import SparseOptions
+from ..moe.options import UNUSED, SparseOptions
 from ..option_group import OptionGroup, all_idle, option
 from ..precision import Precision
 from ..train.objectives.options import PairLossOptions
@@ -104,7 +104,7 @@ class Options(ParallelOptions, PairLossOptions, TrainedPartsOptions, SparseOptio
 
     def idle(self) -> dict[str, str]:
         idle = super().idle()
-        return idle if self.moe else idle | all_idle(MoEConfig, "without --moe, which makes the model sparse")
+        return idle if self.moe else idle | all_idle(MoEConfig, UNUSED)
 
     def train_options(self) -> TrainOptions:
         given = {name: getattr(self, name, None) for name in RESUMED}

@@ -53,8 +53,9 @@ def indexed_data(options: TrainingDataOptions, source: Source, reader: Reader, p
     batches = GlobalBatches(options.train_num_samples or rows, size, accum_freq, reader.rank, reader.world_size)
     if batches.steps == 0:
         raise ValueError(
-            f"batch_size: got {size} (ranks: {reader.world_size}, batches of a step: {accum_freq}), but "
-            f"{options.train_data} has too few readable samples ({batches.samples}): use a smaller batch"
+            f"batch_size ({size}) * accum_freq ({accum_freq}) * ranks ({reader.world_size}) is {batches.global_size} "
+            f"samples a step, more than the {batches.samples} of an epoch of {options.train_data}; lower one of them, "
+            "or pass more data"
         )
     known = dict(skips.samples) if batches.samples >= rows else {}  # a part of the data is judged by its own samples
     return read_by_workers(

@@ -10,6 +10,12 @@ import tyro
 from ..option_group import OptionGroup, Resumed, option
 from .config import MoEConfig
 
+UNUSED = (
+    "without --moe, which makes a dense model sparse; a sparse model keeps its own options: change moe_cfg in its "
+    "open_clip_config.json"
+)
+"""Why options of sparse layers have no effect on a model that is not made sparse."""
+
 
 @dataclass(kw_only=True)
 class SparseOptions(OptionGroup):

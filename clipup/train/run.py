@@ -191,7 +191,10 @@ def _check_complete(options: TrainOptions, model: nn.Module | None, loader: Any)
             "To measure a model without training it, use clipup eval"
         )
     if not options.model.moe and options.sparse.moe_cfg != MoEConfig.clip_up():
-        raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")
+        raise ValueError(
+            "moe_cfg has no effect without moe=True, which makes a dense model sparse; of a sparse model set the "
+            "config of each of clipup.moe_layers(model), and pass the model"
+        )
 
 
 @contextmanager

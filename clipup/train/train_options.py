@@ -13,7 +13,7 @@ from typing import Any, cast, get_type_hints
 from ..data.formats import idle_options, name_of_format
 from ..data.options import StepOptions, TrainingDataOptions
 from ..moe.config import MoEConfig
-from ..moe.options import SparseOptions
+from ..moe.options import UNUSED, SparseOptions
 from ..option_group import OptionGroup, Resumed, all_idle, conform
 from ..precision import Precision
 from .checkpoints.options import RunDirectoryOptions
@@ -101,7 +101,7 @@ class TrainOptions(OptionGroup):
     def idle(self) -> dict[str, str]:
         idle, data = super().idle(), self.data
         if not self.model.moe:
-            idle |= all_idle(MoEConfig, "without --moe, which makes the model sparse")
+            idle |= all_idle(MoEConfig, UNUSED)
         formats = name_of_format(data.train_data, data.dataset_type), name_of_format(self.evaluation.val_data)
         return idle | idle_options(*formats)
 

@@ -28,8 +28,17 @@ class RunDirectoryOptions(OptionGroup):
     """Discard a run of the same name instead of refusing to start."""
     save_frequency: int = option(1, Resumed.FREE, least=0)
     """Epochs between two kept checkpoints (epoch_K.pt); 0 keeps none but the latest."""
-    save_most_recent: bool = option(True, Resumed.FREE)
-    """Write epoch_latest.pt after every epoch."""
+    save_most_recent: bool = option(
+        True,
+        Resumed.FREE,
+        idle={
+            "with --fsdp-checkpoint sharded and --save-frequency 1": lambda group: (
+                group.fsdp_checkpoint == "sharded" and group.save_frequency == 1
+            )
+        },
+    )
+    """Write epoch_latest.pt after every epoch (sharded: step_N, where no epoch_K is written). A run that ends or is
+    stopped writes it in any case."""
     save_every_n_steps: int = option(0, Resumed.FREE, least=0)
     """Also write epoch_latest.pt after every n steps; 0 does not."""
     save_total_limit: int | None = option(None, Resumed.FREE, least=1)
