@@ -15,17 +15,16 @@ from charts import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from peers import PEERS
 
-from clipup.inspection.figures.palette import EXPERTS
-
-IMPLEMENTATIONS = (
-    "clipup_int8", "clipup_prepared", "clipup", "dense_k_int8", "dense_k_prepared", "dense_k_torch_int8",
-    "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine",
-    "dense_1", "loop_sorted", "scattermoe", "megablocks", "sonicmoe", "grouped_mm_fused", "quack",
-)  # fmt: skip
 OURS = {"clipup_int8": "#8c3a00", "clipup_prepared": "#e0660a", "clipup": "#f2b27a"}
-OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8", "#b3a000", "#1f5c57", "#8f3f71", "#3b6ea8")
-COLORS = OURS | dict(zip(IMPLEMENTATIONS[len(OURS) :], OTHERS, strict=True))
+OTHERS = (
+    "#5599aa", "#bbaaff", "#2266aa", "#7a6ff0", "#ff9911", "#aa7700", "#9966ff", "#49505a", "#55cc99", "#8f3f71",
+    "#3b6ea8", "#bb2266", "#949da8", "#b3a000", "#1f5c57",
+)  # fmt: skip
+"""In the order of ``PEERS``, so that a peer added at its end changes no other color."""
+COLORS = OURS | dict(zip([name for name in PEERS if name not in ("dense_k", *OURS)], OTHERS * 2, strict=False))
+"""Of all but the baseline, the line at 1."""
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 TITLE = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
 LABELS, PANEL, LINE, HEAD, TICK_LABELS = 230, 320, 22, 90, 84  # px: widths; heights
@@ -60,7 +59,7 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
     axes.set_yticks(range(len(cases)), cases)
     axes.set(xlim=limits, ylim=(len(cases) - 0.5, -0.5))
     axes.spines[["left", "bottom"]].set_visible(False)
-    for impl in reversed(IMPLEMENTATIONS):  # clipup on top
+    for impl in reversed(COLORS):  # clipup on top
         of_impl = [row for row in rows if row["impl"] == impl]
         ratios = [float(row["ratio_to_dense_k"]) for row in of_impl]
         places = [cases.index(case_of(row)) for row in of_impl]
@@ -74,7 +73,7 @@ def chart(rows: Sequence[Row]) -> Figure:
     titles = dict.fromkeys(map(section_of, rows))
     sections = {title: [row for row in rows if section_of(row) == title] for title in titles}
     cases = {title: list(dict.fromkeys(map(case_of, of))) for title, of in sections.items()}
-    impls = [impl for impl in IMPLEMENTATIONS if any(row["impl"] == impl for row in rows)]
+    impls = [impl for impl in COLORS if any(row["impl"] == impl for row in rows)]
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]
     limits = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
     heights = [TICK_LABELS + LINE * len(names) for names in cases.values()]

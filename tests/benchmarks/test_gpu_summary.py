@@ -94,8 +94,8 @@ def test_without_a_strong_peer_there_is_no_verdict(tmp_path, peer, rows):
 
 
 def test_peers_that_are_faster_are_named_with_case_and_factor(tmp_path):
-    folder = measured(tmp_path, more=[row("sonicmoe", 0.85, "fwd_bwd"), row("scattermoe", 1.2, "fwd_bwd")])
-    words = "sonicmoe 1.20 times as fast (bf16 50000 768 3072 8 2 balanced fwd_bwd)"
+    folder = measured(tmp_path, more=[row("new_peer", 0.85, "fwd_bwd"), row("scattermoe", 1.2, "fwd_bwd")])
+    words = "new_peer 1.20 times as fast (bf16 50000 768 3072 8 2 balanced fwd_bwd)"
     assert verdicts(folder)["peers that are faster"] == (words, "told")
     assert gpu_summary.main([str(folder)]) == 0
 

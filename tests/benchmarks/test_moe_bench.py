@@ -1,6 +1,7 @@
 """The benchmark of single layers on tiny ones: what it promises about routing, ratios, files and charts."""
 
 import csv
+import runpy
 from pathlib import Path
 
 import gemm_peak
@@ -117,8 +118,11 @@ def test_the_dense_baseline_writes_the_gradients_of_one_expert_only():
     assert [list(gradient.shape) for gradient in gradients] == [[16, 16], [32, 16], [32], [16, 32], [16]]
 
 
-def test_the_chart_shows_every_implementation():
-    assert set(plot.IMPLEMENTATIONS) == set(peers.PEERS) - {"dense_k"}  # which is the line at 1
+def test_the_chart_shows_every_peer_but_the_baseline_and_a_new_one_without_other_colors(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "new", peers.Peer(peers.loop))
+    colors = runpy.run_path(plot.__file__)["COLORS"]
+    assert colors.keys() == peers.PEERS.keys() - {"dense_k"}
+    assert plot.COLORS.items() <= colors.items()
 
 
 @pytest.mark.parametrize("training", [False, True])
