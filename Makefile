@@ -38,7 +38,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: help install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow models demo-start notebooks docs lint format build clean
+.PHONY: help install demo test test-all test-native test-fuzz test-triton test-ptx test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-narrow models demo-start notebooks docs lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -50,12 +50,16 @@ demo: $(call installed,demo)  ## upcycle a small CLIP, train and compare; a repo
 
 test: $(call installed,test)  ## all but slow and cuda (6 to 10 minutes on two cores)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "compiled and not slow" tests/clipup_kernels
+
+test-ptx: $(call installed,test)  ## every Triton kernel as compiled for sm_80, by the executor of PTX
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m compiled tests/clipup_kernels
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,ops.py packed_weights.py sparse_mlp.py transforms.py)
-test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-faults  ## everything: slow ones, all backends and tiers, faults (hours)
+test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-ptx test-faults  ## everything: slow ones, all backends and tiers, faults (hours)
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
 	CLIPUP_BACKEND=torch_eager $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \

@@ -35,6 +35,7 @@ from .grouped_gemm import (
     multiply,
     operand,
     place,
+    product,
     quarters,
     suited,
 )
@@ -61,7 +62,10 @@ def _finish_back(
         a = activated * linear
     else:
         a, slope = activate_with_slope(linear, ACTIVATION)
-    d_gate = tl.sum(a * da, 1)  # both are 0 past the last column
+    if storage == tl.float32:
+        d_gate = tl.sum(product(a, da), 1)  # both are 0 past the last column
+    else:  # the sums of tensor cores leave a thread several columns, which it adds first
+        d_gate = tl.sum(a * da, 1)
     if scaled_a is not None:
         tl.store(scaled_a + corner + target, (gate[:, None] * a).to(storage), mask=inside)
     if dz is not None:

@@ -98,6 +98,16 @@ def _weight_start(weight, expert, stride, first_column, depth, TRANSPOSED: tl.co
 
 
 @triton.jit
+def product(a, b):
+    """a * b, for a sum over threads.
+
+    The compiler would fuse a plain product with the first addition. Two threads that exchange their products would then
+    each round the other's and not their own: their sums differ in the last bit, and both store them at one address.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def _weight_places(
     depth, columns, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip

@@ -47,7 +47,7 @@ def _readable(tensor: Tensor) -> Tensor:
     checks.memory(tensor)
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)
-    if tensor.dtype == torch.bfloat16 and (INTERPRETED or not tensor.is_cuda):
+    if tensor.dtype == torch.bfloat16 and INTERPRETED:
         raise NotImplementedError(
             "Triton's interpreter computes bfloat16 wrongly, without an error; use float16 or float32 there"
         )

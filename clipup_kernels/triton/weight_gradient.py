@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import describe
+from .grouped_gemm import describe, product
 from .launch import ceil_div, dense
 from .variants import Variant
 
@@ -57,7 +57,7 @@ def _add_outer(
                 gate = tl.load(gates + choice)
             else:
                 gate = tl.load(gates + choice, mask=mine, other=0.0)
-            terms *= gate[:, None]
+            terms = product(terms, gate[:, None])
         bias += tl.sum(terms, 0)
     return total, bias
 

@@ -17,7 +17,7 @@ class OutsideOfTensors(IndexError):
     """A kernel read or wrote memory of none of its arguments."""
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
@@ -34,7 +34,7 @@ def guard(monkeypatch) -> None:
         inside = np.zeros(addresses.shape, bool)
         for tensor in tensors:
             start = tensor.data_ptr()
-            inside |= (start <= addresses) & (addresses + size <= start + _extent(tensor))
+            inside |= (start <= addresses) & (addresses + size <= start + extent(tensor))
         if not inside.all():
             raise OutsideOfTensors(f"a {what} of {size} bytes is in none of the arguments")
 

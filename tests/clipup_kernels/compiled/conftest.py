@@ -1,0 +1,30 @@
+"""The tests of this folder run Triton's kernels as compiled for a GPU, on a CPU. See tests/support/ptx."""
+
+import importlib.util
+import os
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:  # some platforms have no wheel of it
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def executing(monkeypatch):
+    """``ptx.triton_driver.executing``, with what CUDA tensors get chosen for CPU tensors, and the tiles of sm_80."""
+    import torch
+    from ptx import triton_driver
+
+    from clipup_kernels.backends import registry
+    from clipup_kernels.triton import configs
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this process interprets kernels; TRITON_INTERPRET=0 pytest -m compiled")
+    function_of = registry.function_of
+    monkeypatch.setattr(registry, "function_of", lambda op, dtype, *device: function_of(op, dtype, "cuda"))
+    monkeypatch.setattr(registry, "_warn_without_triton", lambda index: None)
+    monkeypatch.setattr(configs, "architecture", lambda device: 80)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new tensors hold NaN, so that what a kernel does not write shows
+    yield triton_driver.executing
+    torch.use_deterministic_algorithms(before)

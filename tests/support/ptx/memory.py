@@ -1,0 +1,256 @@
+"""Memory of a launch, with who wrote and read what: the memory model's races are found when they happen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .faults import Fault
+from .parser import Instruction
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_MANY = 0xFFFF
+"""Threads of several warps."""
+_WARP = 0x8000
+"""Added to a warp's number: several of its threads."""
+
+
+class Global:
+    """The tensors of a launch, at their addresses in this process."""
+
+    def __init__(self, extents: list[tuple[int, int, str]]) -> None:
+        """``extents``: address, bytes and name of every tensor."""
+        extents = _joined(sorted(extent for extent in extents if extent[1]))
+        self.starts = np.array([start for start, _, _ in extents] or [0], np.int64)
+        self.ends = np.array([start + size for start, size, _ in extents] or [0], np.int64)
+        self.names = [name for _, _, name in extents]
+        self.base = int(self.starts[0]) & ~15
+        span = int(self.ends.max()) - self.base + 16
+        self.views = {size: _at(self.base, span // size, kind) for size, kind in UNSIGNED.items()}
+        self.writers = [np.full(end - start, -1, np.int32) for start, end in zip(self.starts, self.ends, strict=True)]
+        self.written_by: dict[int, dict[int, Instruction]] = {}
+        self.reads: list[tuple[int, np.ndarray, np.ndarray, int, Instruction]] = []
+
+    def at(self, addresses: np.ndarray, size: int, count: int, instruction: Instruction) -> np.ndarray:
+        """Indices into ``views[size]``, [threads, count], of addresses that each hold ``count`` values."""
+        addresses = addresses.astype(np.int64)
+        tensor = np.searchsorted(self.starts, addresses, "right") - 1
+        inside = (tensor >= 0) & (addresses + size * count <= self.ends[tensor])
+        if not inside.all():
+            far = addresses[~inside][0]
+            near = int(np.abs(self.starts - far).argmin())
+            name = self.names[near] if self.names else "none"
+            raise Fault(
+                f"{instruction}: address outside of every tensor, {far - self.starts[near]:+} from the start of {name}"
+                f" ({self.ends[near] - self.starts[near]} bytes), in {int((~inside).sum())} threads"
+            )
+        if (addresses % (size * count)).any():
+            raise Fault(f"{instruction}: an address is not a multiple of {size * count}")
+        return ((addresses - self.base) // size)[:, None] + np.arange(count)
+
+    def read(self, addresses, size: int, count: int, blocks, instruction: Instruction) -> np.ndarray:
+        """Values [threads, count]."""
+        index = self.at(addresses, size, count, instruction)
+        self.reads.append((size * count, addresses.astype(np.int64), blocks, 0, instruction))
+        return self.views[size][index]
+
+    def write(self, addresses, values: np.ndarray, size: int, blocks, instruction: Instruction) -> None:
+        """``values``: [threads, count]."""
+        index = self.at(addresses, size, values.shape[1], instruction)
+        self.views[size][index] = values
+        if (self.views[size][index] != values).any():
+            raise Fault(f"{instruction}: threads write different values to one global address")
+        self._mark(addresses.astype(np.int64), size * values.shape[1], blocks, instruction)
+
+    def _mark(self, addresses, size: int, blocks, instruction: Instruction) -> None:
+        tensor = np.searchsorted(self.starts, addresses, "right") - 1
+        for number in np.unique(tensor):
+            of_tensor = tensor == number
+            offsets = (addresses[of_tensor] - self.starts[number])[:, None] + np.arange(0, size, min(size, 2))
+            own, before = blocks[of_tensor][:, None], self.writers[number][offsets]
+            other = (before >= 0) & (before != own)
+            if other.any():
+                raise Fault(f"{instruction}: two blocks write one address of {self.names[number]}")
+            self.writers[number][offsets] = own
+            if (self.writers[number][offsets] != own).any():
+                raise Fault(f"{instruction}: two blocks write one address of {self.names[number]}")
+            self.written_by.setdefault(int(number), {})[instruction.line] = instruction
+
+    def finish(self) -> None:
+        """After a launch: no block has read what another has written."""
+        for size, addresses, blocks, _, instruction in self.reads:
+            tensor = np.searchsorted(self.starts, addresses, "right") - 1
+            for number in self.written_by:
+                of_tensor = tensor == number
+                if of_tensor.any():
+                    offsets = (addresses[of_tensor] - self.starts[number])[:, None] + np.arange(0, size, min(size, 2))
+                    writer = self.writers[number][offsets]
+                    if ((writer >= 0) & (writer != blocks[of_tensor][:, None])).any():
+                        lines = "; ".join(str(write) for write in self.written_by[number].values())
+                        raise Fault(f"{instruction}: reads what another block of the launch writes: {lines}")
+        self.reads = []
+
+
+def _joined(extents: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Sorted extents, those that overlap as one."""
+    joined: list[tuple[int, int, str]] = []
+    for start, size, name in extents:
+        if joined and start < joined[-1][0] + joined[-1][1]:
+            first, length, names = joined[-1]
+            joined[-1] = (first, max(length, start + size - first), f"{names} and {name}")
+        else:
+            joined.append((start, size, name))
+    return joined
+
+
+class _Address:
+    def __init__(self, address: int, length: int, kind: type) -> None:
+        self.__array_interface__ = {
+            "data": (address, False), "shape": (length,), "typestr": np.dtype(kind).str, "version": 3
+        }  # fmt: skip
+
+
+def _at(address: int, length: int, kind: type) -> np.ndarray:
+    """Memory of this process; only what ``Global.at`` allows is touched."""
+    return np.asarray(_Address(address, length, kind))
+
+
+class Shared:
+    """Shared memory of ``blocks`` blocks, and per granule the threads that wrote and read it since the last barrier.
+
+    A stamp is (barriers of the block so far) << 32 | (barriers of the warp) << 16 | thread.
+    """
+
+    def __init__(self, blocks: int, size: int, threads: int, granule: int) -> None:
+        self.size, self.threads, self.granule = -(-size // 16) * 16, threads, granule
+        data = np.full(blocks * self.size, 0xA5, np.uint8)
+        self.views = {width: data.view(kind) for width, kind in UNSIGNED.items()}
+        number = blocks * self.size // granule
+        self.writer, self.reader = np.zeros(number, np.int64), np.zeros(number, np.int64)
+        self.write_line, self.read_line = np.zeros(number, np.int32), np.zeros(number, np.int32)
+        self.written, self.pending = np.zeros(number, bool), np.zeros(number, bool)
+        self.barriers = np.ones(blocks, np.int64)
+        self.warp_barriers = np.zeros(-(-blocks * threads // 32), np.int64)
+        self.commits = np.zeros(blocks * threads, np.int64)
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.instructions: dict[int, Instruction] = {}
+
+    def at(self, lanes, addresses, size: int, count: int, instruction: Instruction) -> np.ndarray:
+        """Indices into ``views[size]``, [threads, count]; ``lanes`` are the threads' numbers in all blocks."""
+        addresses = addresses.astype(np.int64)
+        outside = addresses + size * count > self.size
+        if outside.any():
+            raise Fault(f"{instruction}: address {addresses[outside][0]} of {self.size} bytes of shared memory")
+        if (addresses % (size * count)).any():
+            raise Fault(f"{instruction}: an address is not a multiple of {size * count}")
+        return ((addresses + lanes // self.threads * self.size) // size)[:, None] + np.arange(count)
+
+    def _granules(self, index: np.ndarray, size: int) -> np.ndarray:
+        if size <= self.granule:
+            return index * size // self.granule
+        per = size // self.granule
+        return (index[:, :, None] * per + np.arange(per)).reshape(len(index), -1)
+
+    def _stamp(self, lanes) -> np.ndarray:
+        thread, block = lanes % self.threads, lanes // self.threads
+        return (self.barriers[block] << 32 | self.warp_barriers[lanes // 32] << 16 | thread)[:, None]
+
+    def _clash(self, stamps, own) -> np.ndarray:
+        """Where a stamp is of another thread that no barrier orders before ``own``."""
+        code = stamps & 0xFFFF
+        same = (stamps >> 32 == own >> 32) & (code != own & 0xFFFF)
+        if not same.any():
+            return same
+        warp = np.where(code & _WARP, np.where(code == _MANY, -1, code & 0x7FFF), code >> 5)
+        ordered = (warp == (own & 0xFFFF) >> 5) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
+        return same & ~ordered
+
+    def _race(self, where, lines, granules, lanes, instruction: Instruction, what: str) -> None:
+        thread = lanes[where.any(1)][0]
+        other = self.instructions[int(lines[granules[where][0]])]
+        raise Fault(
+            f"race in shared memory: thread {thread % self.threads} at {instruction}, and {what} by another at {other}"
+        )
+
+    def read(self, lanes, index, size: int, instruction: Instruction) -> np.ndarray:
+        """Values at ``index``, which is ``at``'s or of the same form."""
+        granules, own = self._granules(index, size), self._stamp(lanes)
+        self.instructions[instruction.line] = instruction
+        if self.pending[granules].any():
+            raise Fault(f"{instruction}: reads what cp.async has not been waited for")
+        if not self.written[granules].all():
+            raise Fault(f"{instruction}: reads shared memory that was never written")
+        clash = self._clash(self.writer[granules], own)
+        if clash.any():
+            self._race(clash, self.write_line, granules, lanes, instruction, "written")
+        code = self._merged(self.reader[granules], own)
+        self.reader[granules] = code
+        several = self.reader[granules] != code
+        if several.any():
+            self.reader[granules[several]] = self._merged(
+                self.reader[granules[several]], np.broadcast_to(own, granules.shape)[several]
+            )
+        self.read_line[granules] = instruction.line
+        return self.views[size][index]
+
+    def _merged(self, stamps, own) -> np.ndarray:
+        """The stamp of all readers since the last barrier, ``own`` included."""
+        code = stamps & 0xFFFF
+        fresh = (stamps >> 32 != own >> 32) | (code == own & 0xFFFF)
+        if fresh.all():
+            return np.broadcast_to(own, stamps.shape)
+        warp = np.where(code & _WARP, np.where(code == _MANY, -1, code & 0x7FFF), code >> 5)
+        own_warp = (own & 0xFFFF) >> 5
+        ordered = (warp == own_warp) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
+        joint = np.where(warp == own_warp, _WARP | own_warp, _MANY)
+        return np.where(fresh | ordered, own, own & ~0xFFFF | joint)
+
+    def check_write(self, lanes, granules, instruction: Instruction) -> None:
+        own = self._stamp(lanes)
+        self.instructions[instruction.line] = instruction
+        if self.pending[granules].any():
+            raise Fault(f"{instruction}: writes where cp.async is still writing")
+        for stamps, lines, what in ((self.writer, self.write_line, "written"), (self.reader, self.read_line, "read")):
+            clash = self._clash(stamps[granules], own)
+            if clash.any():
+                self._race(clash, lines, granules, lanes, instruction, what)
+        self.writer[granules] = own
+        self.write_line[granules] = instruction.line
+        self.written[granules] = True
+
+    def write(self, lanes, index, values, size: int, instruction: Instruction) -> np.ndarray:
+        """Writes ``values`` [threads, count]; returns the granules."""
+        granules = self._granules(index, size)
+        self.check_write(lanes, granules, instruction)
+        self.views[size][index] = values
+        if (self.views[size][index] != values).any():
+            raise Fault(f"race in shared memory: threads write different values to one address at {instruction}")
+        return granules
+
+    def copy(self, lanes, index, values, size: int, instruction: Instruction) -> None:
+        """``cp.async``: writes from now until the thread waits for its group."""
+        granules = self.write(lanes, index, values, size, instruction)
+        self.pending[granules] = True
+        self.copies.append((lanes, self.commits[lanes], granules))
+
+    def commit(self, lanes) -> None:
+        self.commits[lanes] += 1
+
+    def wait(self, lanes, open_groups: int) -> None:
+        """Completes all but the last ``open_groups`` groups of the threads."""
+        waiting = np.zeros(len(self.commits), bool)
+        waiting[lanes] = True
+        left = []
+        for owners, groups, granules in self.copies:
+            done = waiting[owners] & (groups < self.commits[owners] - open_groups)
+            if done.any():
+                self.pending[granules[done]] = False
+                self.writer[granules[done]] = self._stamp(owners[done])
+            if not done.all():
+                left.append((owners[~done], groups[~done], granules[~done]))
+        self.copies = left
+
+    def barrier(self, blocks) -> None:
+        self.barriers[blocks] += 1
+
+    def warp_barrier(self, warps) -> None:
+        self.warp_barriers[warps] += 1

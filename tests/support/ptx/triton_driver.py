@@ -1,0 +1,103 @@
+"""Triton's kernels by the executor: on CPU tensors, compiled for an architecture, launched by their own host code.
+
+The only file here that knows Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import triton
+from memory_guard import extent
+from triton.backends.compiler import GPUTarget
+
+from . import machine, parser
+
+_FORMATS = {
+    "i1": "b",
+    "i8": "b",
+    "u8": "B",
+    "i16": "h",
+    "i32": "i",
+    "u32": "I",
+    "i64": "q",
+    "u64": "Q",
+    "fp32": "f",
+    "fp64": "d",
+}
+
+
+class Driver:
+    """Stands where Triton has its driver for a card."""
+
+    def __init__(self, arch: int, change: Callable[[str], str] | None) -> None:
+        self.arch, self.change = arch, change
+        self.texts: dict[int, str] = {}
+        self.launched: Counter[str] = Counter()
+        """Launches by kernel."""
+        handles = itertools.count(1)
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (object(), next(handles), 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 232448 if arch == 90 else 166912},
+        )
+
+    def launcher_cls(self, source, metadata):
+        return functools.partial(self._launch, source, metadata)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def loaded(self, module, function, name, group, hash) -> None:
+        self.texts[function] = Path(group[f"{name}.ptx"]).read_text()
+
+    def _launch(self, source, metadata, x, y, z, stream, function, packed, launched, enter, leave, *given) -> None:
+        text = self.texts[function]
+        program = _parsed(self.change(text) if self.change else text)
+        names = [name for name, kind in source.signature.items() if kind != "constexpr"]
+        passed = dict(zip(source.signature, given, strict=True))
+        arguments, extents = bytearray(), []
+        for number, (offset, _) in enumerate(program.parameters.values()):
+            arguments.extend(bytes(offset - len(arguments)))
+            name = names[number] if number < len(names) else ""  # Triton's scratch pointers are last, and null
+            kind, value = source.signature.get(name, "*"), passed.get(name, 0)
+            if kind.startswith("*"):
+                if name:
+                    extents.append((value.data_ptr(), extent(value), name))
+                    value = value.data_ptr()
+                kind = "u64"
+            arguments += struct.pack(f"<{_FORMATS[kind]}", value)
+        self.launched[program.name] += 1
+        machine.launch(program, (x, y, z), 32 * metadata.num_warps, bytes(arguments), extents, metadata.shared)
+
+
+_parsed = functools.lru_cache(parser.parse)
+
+
+@contextlib.contextmanager
+def executing(arch: int = 80, change: Callable[[str], str] | None = None) -> Iterator[Driver]:
+    """Inside, Triton's kernels run on CPU tensors as compiled for ``arch``; ``change`` is applied to their PTX."""
+    driver = Driver(arch, change)
+    hooks = triton.knobs.runtime
+    before = hooks.kernel_load_end_hook
+    hooks.kernel_load_end_hook = driver.loaded
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        yield driver
+    finally:
+        triton.runtime.driver.set_active(active)
+        hooks.kernel_load_end_hook = before
