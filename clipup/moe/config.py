@@ -179,7 +179,7 @@ class MoEConfig:
         check("reinit_ratio", self.reinit_ratio, self.reinit_ratio <= 1, "between 0 and 1")
         self._check_blocks()
         self._check_combinations()
-        if self.top_k == 1 < self.num_experts and self.routing != "expert_choice" and self.normalize_gates != "none":
+        if self.top_k == 1 < self.num_experts and not self.experts_choose and self.normalize_gates != "none":
             warnings.warn(
                 "with top_k=1, normalized gates are always 1, so the task loss does not train the router; "
                 "normalize_gates='none' lets it, and an upcycled model then starts from another function",
@@ -225,8 +225,8 @@ class MoEConfig:
                 "average over tokens; use balance_weight, or loss_scope='batch'",
             ),
             (
-                self.routing == "expert_choice" and unused,
-                f"routing='expert_choice' cannot be combined with {', '.join(unused)}: tokens do not choose experts, "
+                self.experts_choose and unused,
+                f"routing={self.routing!r} cannot be combined with {', '.join(unused)}: tokens do not choose experts, "
                 "and which ones they get depends on all tokens of the batch",
             ),
         ):
@@ -245,9 +245,14 @@ class MoEConfig:
         return cls(**options)
 
     @property
+    def experts_choose(self) -> bool:
+        """Whether experts choose tokens: a token may have any number of experts, and the capacity factor drops none."""
+        return self.routing == "expert_choice"
+
+    @property
     def mean_choices(self) -> int:
         """Experts that compute a token, without dropping; on average and rounded up where experts choose."""
-        if self.routing != "expert_choice":
+        if not self.experts_choose:
             return self.top_k
         return min(self.num_experts, math.ceil(self.top_k * self.expert_choice_factor(training=True)))
 
@@ -263,12 +268,11 @@ class MoEConfig:
     @property
     def keeps_function(self) -> bool:
         """Whether an upcycled model computes the same function as the dense one if nothing is dropped."""
-        return self.normalize_gates != "none" and self.reinit_ratio == 0 and self.routing != "expert_choice"
+        return self.normalize_gates != "none" and self.reinit_ratio == 0 and not self.experts_choose
 
     def differing(self, other: MoEConfig) -> list[str]:
         """The fields for which layers with the same weights compute something else in evaluation."""
-        chosen_by_experts = "expert_choice" in (self.routing, other.routing)
-        names = (*_marked(_OUTPUT), *("capacity_factor",) * chosen_by_experts)
+        names = (*_marked(_OUTPUT), *("capacity_factor",) * (self.experts_choose or other.experts_choose))
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @property

@@ -29,7 +29,7 @@ def evaluating_dropless(model: nn.Module) -> Iterator[None]:
     """``evaluating`` with unlimited expert capacity; the layers' configs are restored afterwards."""
     configs = {layer: layer.config for layer in moe_layers(model).values()}
     for layer, config in configs.items():
-        if config.routing != "expert_choice":  # whose factor is no limit: it says how many tokens an expert takes
+        if not config.experts_choose:  # whose factor is no limit: it says how many tokens an expert takes
             layer.config = config.replace(eval_capacity_factor=None)
     try:
         with evaluating(model):

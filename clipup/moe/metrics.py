@@ -32,10 +32,11 @@ def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     assert last is not None
     tokens_per_expert = last.tokens_per_expert.sum(0)
     pairs = tokens_per_expert.sum()
-    chosen_by_experts = layer.config.routing == "expert_choice"
     return {
         "load": tokens_per_expert / pairs.clamp_min(1),
-        "dropped": _without_expert(last) if chosen_by_experts else (pairs - last.offsets[-1]) / pairs.clamp_min(1),
+        "dropped": _without_expert(last)
+        if layer.config.experts_choose
+        else (pairs - last.offsets[-1]) / pairs.clamp_min(1),
         "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score_function), last.mask),
         "balance": losses.load_balance(
             last.mean_probs, last.tokens_per_expert, layer.config.balance, layer.config.granularity

@@ -124,7 +124,7 @@ def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
 def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
     """Rows of a layer's experts for an image or a text: K for each token, fewer where a capacity drops some."""
     config = subject.sparse[layer.name]
-    if config.routing == "expert_choice":
+    if config.experts_choose:
         return layer.per_pair * min(config.top_k * config.expert_choice_factor(training=True), config.num_experts)
     return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
 
