@@ -178,6 +178,14 @@ def test_changed_configs_of_layers_are_saved(tmp_path):
     assert "top 1" in (tmp_path / "README.md").read_text()
 
 
+def test_an_option_edited_in_the_config_of_a_saved_model_takes_effect(saved):
+    config = json.loads((saved / CONFIG_NAME).read_text())
+    config["moe_cfg"]["capacity_factor"] = 2.0
+    (saved / CONFIG_NAME).write_text(json.dumps(config))
+    layers = moe_layers(clipup.create_model_and_transforms(str(saved))[0])
+    assert {layer.config.capacity_factor for layer in layers.values()} == {2.0}
+
+
 def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
     sparse = make_sparse()
     for config in ({"embed_dim": 16}, tiny_config()):
