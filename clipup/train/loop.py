@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,10 @@ from .objectives.objective import Batch
 from .optimizer.schedule import Schedule, base_lr, set_lr
 from .parallel import sharding
 from .result import Every, TrainingInterrupted, TrainResult
-from .signals import StopRequest, StopWaiting
+from .signals import StopRequest
 from .step import TrainStep
 from .trained_model import TrainedModel
 from .training_data import Epochs
-
-_Result = TypeVar("_Result")
 
 _DATA, _STEP = 1, 2
 """Separate the seeds of an epoch's data from those of steps."""
@@ -214,29 +212,17 @@ class Trainer:
             self._end_epoch()
 
     def _next(self, steps: Iterator[list[Batch]], number: int) -> list[Batch] | None:
-        """The batches of the step of this number in the epoch, None at the end of the epoch and where the run should
-        end."""
+        """The batches of the step of this number in the epoch. None at the end of the epoch and, for
+        ``_stop_if_requested`` to end the run, after a request to stop or the loss of a data worker."""
         self.seeds.of_data(number)
-        with self.clock.timed("data"):
-            batches = self._until_stopped(lost_workers_named()(partial(next, steps, None)))
+        batches = None
+        try:
+            with self.clock.timed("data"):
+                batches = self.stop.unless_stopped(lost_workers_named()(partial(next, steps, None)))
+        except LostWorker as error:
+            self._lost = error
         detect_lost_workers_when_reading()
         return batches
-
-    def _until_stopped(self, act: Callable[[], _Result]) -> _Result | None:
-        """Result of a function that may be interrupted at any point. After a request to stop, or the loss of a data
-        worker, the result is None, and ``_stop_if_requested`` ends the run."""
-        try:
-            with self.stop.waiting():
-                return act()
-        except StopWaiting:
-            return None
-        except (RuntimeError, ValueError, OSError) as error:
-            if self.stop.received:  # the signal may have ended the data workers
-                return None
-            if not isinstance(error, LostWorker):
-                raise
-            self._lost = error
-            return None
 
     def _stop_if_requested(self) -> None:
         """Ends the run if a rank was asked to stop or has lost a data worker. All ranks are between the same steps."""
@@ -305,7 +291,7 @@ class Trainer:
         if self.ranks.several:
             self._measure(at_end)
             return
-        self._until_stopped(partial(self._measure, at_end))
+        self.stop.unless_stopped(partial(self._measure, at_end))
         self._stop_if_requested()
 
     def _measure(self, at_end: bool) -> None:

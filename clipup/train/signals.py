@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 REPEAT_SECONDS = 5.0
 """Signals within this many seconds of the first count as the same request: torchrun, and schedulers that signal a whole
@@ -48,14 +49,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, while the main thread waits, a request raises StopWaiting; an earlier request raises it at once."""
+    def unless_stopped(self, act: Callable[[], Result]) -> Result | None:
+        """The result of a function that a request may interrupt anywhere; None after a request, also an earlier one."""
         self._waits = True
         try:
-            if self.received:
-                raise StopWaiting
-            yield
+            return None if self.received else act()
+        except StopWaiting:
+            return None
         finally:
             self._waits = False
 

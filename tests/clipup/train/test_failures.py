@@ -1,6 +1,7 @@
 """Bad input, full disks and failing callbacks end a run with a clear error, and nothing is lost."""
 
 import errno
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from same_runs import contents
 
 from clipup.data.loaders import train_loader
+from clipup.train import Every
 from clipup.train.checkpoints import sharded
 from clipup.train.checkpoints.format import load
 from clipup.train.log.records import LOG
@@ -61,3 +63,13 @@ def test_a_loader_that_was_made_for_another_accumulation_is_refused(run, csv_dat
     assert run(loader=loader, accum_freq=2, epochs=1).steps == 3
     with pytest.raises(ValueError, match="accum_freq is 4, but the loader was made with 2"):
         run(name="other", loader=loader, accum_freq=4)
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_its_last_step_saved(run, options, csv_data):
+    workers = multiprocessing.active_children
+    kill = Every(2, lambda model: [worker.kill() for worker in workers() if worker.daemon] and None)
+    with pytest.raises(ChildProcessError, match="--name run --resume latest"):
+        run([kill], train_data=csv_data, workers=1, batch_size=2, save_frequency=0)
+
+    [path] = (Path(options().checkpoints.logs) / "run" / "checkpoints").iterdir()
+    assert load(path)["step"] >= 2
