@@ -25,7 +25,7 @@ from .checkpoints import resume
 from .checkpoints.checkpointer import Checkpointer
 from .checkpoints.directory import RunDirectory
 from .checkpoints.position import RunState
-from .evaluations import Validations
+from .evaluations import validations
 from .log.records import LOG
 from .log.reports import Reports
 from .log.trackers import check_installed
@@ -126,9 +126,7 @@ def train(
         options = options.changed(warmup=Schedule(options.optimizer, data.steps).warmup)
         share = Share(ranks.rank, ranks.world_size, ranks.gather_patiently, in_step=options.parallel.is_sharded)
         multi_positive, batch_size = options.loss.multi_positive, options.step.batch_size
-        validations = Validations(
-            options.evaluation, options.data, multi_positive, batch_size, precision, share, built
-        ).create()
+        measured = validations(options.evaluation, options.data, built, share, batch_size, precision, multi_positive)
 
         wrapped = sharding.wrapped(model, options.parallel, ranks, precision)
         optimizer = create_optimizer(model, options.optimizer)
@@ -141,16 +139,15 @@ def train(
         step = TrainStep(wrapped, objective, optimizer, ranks.device, precision, clip, ranks.world_size, seeds.of_batch)
         values = options.values()
         conditions = resume.Conditions(values, RESUMED, ranks.world_size, data.steps, data.order)
-        parts = {} if step.scaler is None else {"scaler": step.scaler}
         checkpoints = Checkpointer(
-            options.checkpoints, directory, ranks, model, optimizer, state, conditions, built.configs(), parts
+            options.checkpoints, directory, ranks, model, optimizer, state, conditions, built.configs(), step.scaler
         )
         trained_model = None
         if directory is not None:
             base_model = model_names.base_model(options.model.model, options.model.pretrained)
             trained_model = TrainedModel(directory.model, built, base_model, unsharded)
         schedule = Schedule(options.optimizer, data.steps)
-        trainer = Trainer(step, data, schedule, seeds, checkpoints, validations, callbacks, trained_model)
+        trainer = Trainer(step, data, schedule, seeds, checkpoints, measured, callbacks, trained_model)
         continues = resumed is not None and resumed.other_run is None
         if resumed is not None:
             same_optimizer = resumed.options.get("opt", options.optimizer.opt) == options.optimizer.opt

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,14 +24,6 @@ from .sharded_writer import ShardedWriter
 LOG = logging.getLogger("clipup.train")
 
 
-class Part(Protocol):
-    """A part of a run with a state of its own."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Checkpointer:
     """Writes and restores the checkpoints of a run. Without a directory nothing is written."""
 
@@ -46,16 +37,16 @@ class Checkpointer:
         state: RunState,
         conditions: Conditions,
         configs: dict[str, Any],
-        parts: Mapping[str, Part],
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
         """
         Args:
             state: the position, which is saved as it is when a checkpoint is written.
             configs: configs that let a checkpoint load on its own: ``Weights.configs``.
-            parts: further objects with a state to save, by their keys in a checkpoint.
+            scaler: of the gradients in float16.
         """
         self.options, self.directory, self.ranks = options, directory, ranks
-        self.model, self.optimizer, self.parts = model, optimizer, parts
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.state, self.conditions, self.configs = state, conditions, configs
         is_sharded = options.fsdp_checkpoint == "sharded" and directory is not None
         self._writer = ShardedWriter(ranks, configs, self._written) if is_sharded else None
@@ -84,9 +75,8 @@ class Checkpointer:
         own = self.directory is not None and source.parent.resolve() == self.directory.checkpoints.resolve()
         if self._writer is not None and own and source.is_dir():
             self._writer.whole = source, self.state.step
-        for name, part in self.parts.items():
-            if name in checkpoint:
-                part.load_state_dict(checkpoint[name])
+        if self.scaler is not None and "scaler" in checkpoint:
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.state.last_checkpoint = source
 
     def save(self, *names: str) -> Path | None:
@@ -100,7 +90,7 @@ class Checkpointer:
             **self.state.state_dict(),
             "name": self.directory.root.name,
             "conditions": self.conditions.state_dict(),
-            **{name: part.state_dict() for name, part in self.parts.items()},
+            **({} if self.scaler is None else {"scaler": self.scaler.state_dict()}),
         }
         optimizer = whole_state.optimizer_state(self.optimizer, self.model)
         if self._writer is not None:
