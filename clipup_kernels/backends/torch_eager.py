@@ -8,6 +8,7 @@ of the tokens; gates, and sums over rows and choices, are at least float32.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from .. import checks, glu, reference
 from ..types import Plan
-from . import grouped_products
+from .grouped_products import outer, project, sums  # noqa: F401  parts of the functions below
 from .plan_checks import check_choices, check_offsets, check_rows
 
 Outputs = tuple[Tensor, ...]
+_PARTS = sys.modules[__name__]
+"""Where products and moves of rows come from: a module with ``project``, ``outer``, ``sums``, ``permute``, ``combine``
+and ``gather_sum``."""
 
 
 def wide(*tensors: Tensor | None) -> list[Any]:
@@ -94,18 +98,18 @@ def gather_sum(rows, row_of_choice) -> Tensor:
     return reference.combine(summed, ones, plan).to(rows.dtype)
 
 
-def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+def grouped_linear(rows, weight, bias, offsets, parts=_PARTS) -> Tensor:
     check_offsets(offsets, len(rows))
-    return grouped_products.project(rows, weight, bias, offsets)
+    return parts.project(rows, weight, bias, offsets)
 
 
-def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> Outputs:
+def grouped_linear_backward(d_out, rows, weight, offsets, output_mask, parts=_PARTS) -> Outputs:
     need_rows, need_weight, need_bias = output_mask
     check_offsets(offsets, len(rows))
     return (
-        grouped_products.project(d_out, weight.mT, None, offsets) if need_rows else rows.new_empty(0),
-        grouped_products.outer(d_out, rows, offsets).to(rows.dtype) if need_weight else rows.new_empty(0),
-        grouped_products.sums(d_out, offsets).to(rows.dtype) if need_bias else rows.new_empty(0),
+        parts.project(d_out, weight.mT, None, offsets) if need_rows else rows.new_empty(0),
+        parts.outer(d_out, rows, offsets).to(rows.dtype) if need_weight else rows.new_empty(0),
+        parts.sums(d_out, offsets).to(rows.dtype) if need_bias else rows.new_empty(0),
     )
 
 
@@ -155,12 +159,12 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
 
 def expert_mlp_forward(
     x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
-    activation, keep_z,
+    activation, keep_z, parts=_PARTS,
 ) -> Outputs:  # fmt: skip
-    rows = permute(x, offsets, choice_of_row, row_of_choice)
-    z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias)
-    out = grouped_linear(activate_z(z, activation), out_weight, out_bias, offsets)
-    return combine(out, gates, offsets, choice_of_row, row_of_choice), z if keep_z else x.new_empty(0)
+    rows = parts.permute(x, offsets, choice_of_row, row_of_choice)
+    z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias, parts)
+    out = parts.project(activate_z(z, activation), out_weight, out_bias, offsets)
+    return parts.combine(out, gates, offsets, choice_of_row, row_of_choice), z if keep_z else x.new_empty(0)
 
 
 def activate_z(z: Tensor, activation: str) -> Tensor:
@@ -177,18 +181,17 @@ def activate_z_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
 
 def expert_mlp_backward(
     dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
-    gate_bias, z, activation, output_mask,
+    gate_bias, z, activation, output_mask, parts=_PARTS,
 ) -> Outputs:  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
-    outer, sums = grouped_products.outer, grouped_products.sums
     check_rows(row_of_choice, len(choice_of_row))
-    rows = permute(x, offsets, choice_of_row, row_of_choice)
+    rows = parts.permute(x, offsets, choice_of_row, row_of_choice)
     if z.numel() == 0:
-        z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias)
-    d_row = permute(dy, offsets, choice_of_row, row_of_choice)
+        z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias, parts)
+    d_row = parts.permute(dy, offsets, choice_of_row, row_of_choice)
     gate = gate_of_row(gates, choice_of_row)[:, None]
     a = activate_z(z, activation)
-    da = grouped_products.project(d_row, out_weight.mT, None, offsets)
+    da = parts.project(d_row, out_weight.mT, None, offsets)
     scaled = (gate * d_row).to(x.dtype)
     dz = activate_z_backward((gate * da).to(x.dtype), z, activation)
     dz_in, dz_gate = (dz, dz) if gate_weight is None else dz.unbind()  # dz_gate is read of gated experts alone
@@ -202,10 +205,10 @@ def expert_mlp_backward(
         return per_choice(of_row, row_of_choice)
 
     def dx() -> Tensor:
-        d_rows = grouped_products.project(dz_in, in_weight.mT, None, offsets)
+        d_rows = parts.project(dz_in, in_weight.mT, None, offsets)
         if gate_weight is not None:
-            d_rows = d_rows + grouped_products.project(dz_gate, gate_weight.mT, None, offsets)
-        return gather_sum(d_rows, row_of_choice)
+            d_rows = d_rows + parts.project(dz_gate, gate_weight.mT, None, offsets)
+        return parts.gather_sum(d_rows, row_of_choice)
 
     def result(wanted: bool, compute: Callable[[], Tensor]) -> Tensor:
         return compute().to(x.dtype) if wanted else x.new_empty(0)
@@ -213,21 +216,21 @@ def expert_mlp_backward(
     return (
         result(need_x, dx),
         d_gates().to(gates.dtype) if need_gates else gates.new_empty(0),
-        result(need_in, lambda: outer(dz_in, rows, offsets)),
-        result(need_in and in_bias is not None, lambda: sums(dz_in, offsets)),
-        result(need_out, lambda: outer(scaled, a, offsets)),
-        result(need_out and out_bias is not None, lambda: sums(scaled, offsets)),
-        result(need_in and gate_weight is not None, lambda: outer(dz_gate, rows, offsets)),
-        result(need_in and gate_bias is not None, lambda: sums(dz_gate, offsets)),
+        result(need_in, lambda: parts.outer(dz_in, rows, offsets)),
+        result(need_in and in_bias is not None, lambda: parts.sums(dz_in, offsets)),
+        result(need_out, lambda: parts.outer(scaled, a, offsets)),
+        result(need_out and out_bias is not None, lambda: parts.sums(scaled, offsets)),
+        result(need_in and gate_weight is not None, lambda: parts.outer(dz_gate, rows, offsets)),
+        result(need_in and gate_bias is not None, lambda: parts.sums(dz_gate, offsets)),
     )
 
 
-def expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias) -> Tensor:
+def expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias, parts) -> Tensor:
     """z [R, H], or [2, R, H] for gated experts, from permuted rows."""
-    z = grouped_linear(rows, in_weight, in_bias, offsets)
+    z = parts.project(rows, in_weight, in_bias, offsets)
     if gate_weight is None:
         return z
-    return torch.stack([z, grouped_linear(rows, gate_weight, gate_bias, offsets)])
+    return torch.stack([z, parts.project(rows, gate_weight, gate_bias, offsets)])
 
 
 def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
