@@ -44,17 +44,6 @@ def _openmp_runtimes(maps: str, torch_home: Path) -> list[str]:
     return sorted(runtimes, key=lambda path: (not path.startswith(own), path))
 
 
-def _remedy() -> str:
-    """What brings the extension here; installing again does not where Python imports a clone's sources instead."""
-    clone = Path(__file__).resolve().parents[2]
-    if (clone / "setup.py").is_file() and (clone / "csrc").is_dir():
-        return (
-            f"These are the sources in {clone}, which come before an installed clipup wherever Python is started "
-            "there. Start it elsewhere, or build in place with a C++17 compiler: pip install --editable ."
-        )
-    return "Install clipup again with a C++17 compiler: pip install --force-reinstall --no-deps, then its sources"
-
-
 def _load_native():
     if os.environ.get(FORCE_BACKEND) == "torch_eager":
         return None, f"{FORCE_BACKEND}=torch_eager is set"
@@ -66,8 +55,9 @@ def _load_native():
         return native, None
     except ImportError as error:
         warnings.warn(
-            f"clipup_kernels runs without its compiled extension ({error}); the CPU ops fall back to plain torch and "
-            f"are slower. {_remedy()}",
+            f"clipup_kernels in {Path(__file__).parents[1]} runs without its compiled extension ({error}); the CPU ops "
+            "fall back to plain torch and are slower. Install clipup again with a C++17 compiler; if that directory is "
+            "a clone, which comes before an installed clipup where Python is started in it: pip install --editable .",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -235,13 +235,6 @@ def distrust(backend: str, op: str, dtype: torch.dtype, reason: str | None, inde
     all_computed_by.cache_clear()
 
 
-def trust_all() -> None:
-    """Undoes all calls of ``distrust``."""
-    _DISTRUSTED.clear()
-    function_of.cache_clear()
-    all_computed_by.cache_clear()
-
-
 def failed_check(backend: Backend, op: str, dtype: torch.dtype, index: int | None = None) -> str | None:
     """Why a backend is not trusted with an op; None if it is. Without an index, on any device."""
     checked = _SAME_CODE.get(op, op)
@@ -310,12 +303,7 @@ def function_of(op: str, dtype: torch.dtype, device: str, index: int | None = No
 @functools.cache
 def all_computed_by(backend: str, ops: tuple[str, ...], dtype: torch.dtype) -> bool:
     """Whether a backend is chosen for each of these ops on the CPU, for tokens of a type."""
-    firsts = [(op, type_of_first(op, dtype)) for op in ops]
-    chosen = [next(iter(choices(op, first, "cpu")), None) for op, first in firsts]
-    return all(
-        choice is not None and choice.backend.name == backend and failed_check(choice.backend, op, first) is None
-        for choice, (op, first) in zip(chosen, firsts, strict=True)
-    )
+    return all(choose(op, type_of_first(op, dtype), "cpu").backend.name == backend for op in ops)
 
 
 @functools.cache

@@ -7,8 +7,7 @@ Training and inference run on ``clipup_kernels.expert_glu``, on CPUs and CUDA de
 they are.
 
 Experts with biases, a transposed or interleaved weight, a norm after each expert or a gating of their own (GPT-OSS,
-Llama 4 and others) are refused by name: when the implementation is set, or, for a model that is loaded with it, at the
-first forward.
+Llama 4 and others) are refused by name at the first forward.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from .. import dispatch, expert_glu, expert_mlp
@@ -97,17 +95,4 @@ def _check(module: Any) -> str:
     return activation
 
 
-_correct = PreTrainedModel.get_correct_experts_implementation
-
-
-def _checked(model: Any, requested_experts: str | None) -> str:
-    """transformers' check of an implementation that is set, which knows the names alone."""
-    for module in model.modules() if requested_experts == NAME else ():
-        if hasattr(module, "is_concatenated"):
-            _check(module)
-    return _correct(model, requested_experts)
-
-
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-# transformers offers no other place
-PreTrainedModel.get_correct_experts_implementation = _checked  # type: ignore[method-assign, assignment]

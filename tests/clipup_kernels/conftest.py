@@ -11,7 +11,12 @@ from clipup_kernels.ops import packed_weights
 
 
 def _forget_choices() -> None:
-    for cached in (registry.function_of, registry._warn_without_triton, packed_weights._layout):
+    for cached in (
+        registry.function_of,
+        registry.all_computed_by,
+        registry._warn_without_triton,
+        packed_weights._layout,
+    ):
         cached.cache_clear()
 
 

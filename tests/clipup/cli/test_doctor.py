@@ -99,7 +99,8 @@ def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "combine", lambda rows, gates, *plan: rows[: len(gates)] * 0)
     assert main(["doctor", "--device", "cpu", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    registry.trust_all()
+    registry._DISTRUSTED.clear()
+    registry.function_of.cache_clear()
     failed = [one for one in found["findings"] if one["reason"]]
     assert found["failed"] == len(failed) and found["machine"]["processor"]
     assert [one["op"] for one in failed if one["backend"] == "cpp"] == ["combine"] * 3
