@@ -56,10 +56,9 @@ def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like:
 
 
 def same_dtype(x_name: str, x: Tensor, **others: Any) -> None:
-    """Refuses a mix of floating types by name: casting is up to the caller (the layer, or autocast)."""
+    """Refuses a mix of floating types by name: casting is up to the caller (the layer, or autocast). ``others`` are
+    tensors, packed weights or None."""
     for name, value in others.items():
-        if value is not None and not isinstance(value, Tensor | PackedWeight):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value is not None and value.dtype != x.dtype:
             raise TypeError(
                 f"{name} is {type_name(value.dtype)} but {x_name} is "

@@ -94,24 +94,21 @@ def computed_where_the_experts_are(
     count = sum(sent)
     rows = permute(tokens, plan)[:count]
     row_gates = gates.reshape(-1)[plan.choice_of_row[:count].long()]
-    rows = exchange(rows, sent, incoming, group)
-    row_gates = exchange(row_gates, sent, incoming, group)
+    rows = _Exchange.apply(rows, sent, incoming, group)
+    row_gates = _Exchange.apply(row_gates, sent, incoming, group)
     own = torch.arange(of_source.shape[1], dtype=torch.int32, device=tokens.device).repeat(ranks)
     experts = own.repeat_interleave(of_source.reshape(-1), output_size=sum(incoming))
     results = compute(rows, row_gates[:, None], dispatch(experts[:, None], of_source.shape[1]))
-    results = exchange(results, incoming, sent, group)
+    results = _Exchange.apply(results, incoming, sent, group)
 
     padded = torch.nn.functional.pad(results, (0, 0, 0, plan.choice_of_row.shape[0] - count))
     return combine(padded, torch.ones_like(gates), plan)
 
 
-def exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+class _Exchange(torch.autograd.Function):
     """The first ``sent[0]`` rows go to rank 0 of the group, the next ``sent[1]`` to rank 1, and so on; returned are the
     ``received[i]`` rows from each rank i, in the ranks' order. A collective; in backward, gradients go back."""
-    return _Exchange.apply(rows, sent, received, group)
 
-
-class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group

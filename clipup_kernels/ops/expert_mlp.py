@@ -122,7 +122,6 @@ _packed_dense_mlp = define(
 def _check_weights(x: Tensor, parameters: dict[str, Any], activation: str, lead: tuple[str, ...]) -> None:
     """x [T, D] and the weights of MLPs, with ``lead`` before [H, D] and [D, H]: ("E",) for experts, () for one MLP."""
     checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
-    checks.same_dtype("x", x, **parameters)
     width = x.shape[1]
     matrix = checks.packed if _any_packed(parameters) else _check_plain
     matrix("in_weight", parameters["in_weight"], (*lead, "H", width), x)
@@ -133,6 +132,7 @@ def _check_weights(x: Tensor, parameters: dict[str, Any], activation: str, lead:
         matrix("gate_weight", parameters["gate_weight"], (*inside, width), x)
     for name, shape in {"in_bias": inside, "out_bias": outside, "gate_bias": inside}.items():
         checks.optional(name, parameters[name], shape, checks.FLOATING, x)
+    checks.same_dtype("x", x, **parameters)
     if parameters["gate_bias"] is not None and parameters["gate_weight"] is None:
         raise ValueError("gate_bias was given without gate_weight; give both for a gated MLP, or neither")
     checks.activation(activation)
@@ -243,10 +243,10 @@ def expert_glu(
         NotImplementedError: on a second derivative.
     """
     checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
-    checks.same_dtype("x", x, gate_in_weight=gate_in_weight, out_weight=out_weight)
     checks.tensor("out_weight", out_weight, ("E", x.shape[1], "H"), checks.FLOATING, x)
     num_experts, width, hidden = out_weight.shape
     checks.tensor("gate_in_weight", gate_in_weight, (num_experts, 2 * hidden, width), checks.FLOATING, x)
+    checks.same_dtype("x", x, gate_in_weight=gate_in_weight, out_weight=out_weight)
     checks.activation(activation)
     checks.routed(x, gates, plan, num_experts, recompute)
     tensors = (x, gates, gate_in_weight, out_weight)

@@ -96,7 +96,6 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | N
         TypeError, ValueError: a wrong argument, by name.
     """
     checks.tensor("rows", rows, ("R", "I"), checks.FLOATING, rows)
-    checks.same_dtype("rows", rows, weight=weight, bias=bias)
     is_packed = isinstance(weight, PackedWeight)
     shape = ("E", "O", rows.shape[1])
     if is_packed:
@@ -104,6 +103,7 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | N
     else:
         checks.tensor("weight", weight, shape, checks.FLOATING, rows)
     checks.optional("bias", bias, tuple(weight.shape[:2]), checks.FLOATING, rows)
+    checks.same_dtype("rows", rows, weight=weight, bias=bias)
     checks.tensor("offsets", offsets, (weight.shape[0] + 1,), (torch.int32,), rows)
     if is_packed:
         checks.no_gradient(rows, bias)

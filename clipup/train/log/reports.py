@@ -89,7 +89,9 @@ class Reports:
         for of_layer in collapsed:
             self.recorder.add("warnings", of_layer)
         if collapsed:
-            self._warn(warning(collapsed))
+            text = warning(collapsed)
+            self.recorder.say(logging.WARNING, text)
+            self._progress.write(f"warning: {text}")
 
     def evaluation(self, numbers: Record) -> None:
         """Adds the position of the run to the numbers. The console leaves out those of splits."""
@@ -98,10 +100,6 @@ class Reports:
         shown = named_numbers("", {key: value for key, value in numbers.items() if key != "splits"})
         text = ", ".join(f"{name.removeprefix('/')} {value:.4g}" for name, value in shown.items())
         self._progress.write(f"evaluation at step {self._state.step}: {text}")
-
-    def _warn(self, text: str) -> None:
-        self.recorder.say(logging.WARNING, text)
-        self._progress.write(f"warning: {text}")
 
     def failure(self, error: BaseException) -> None:
         """Why the run ends early. The console gets it from the caller of the run."""
