@@ -31,7 +31,7 @@ def without_numpy(value: Any) -> Any:
     if np is None:
         return value
     if isinstance(value, np.floating):
-        return float(value)  # item() of a long double is one again
+        return float(value)  # item() of a long double is a long double
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, dict):

@@ -89,7 +89,7 @@ def _release(file: int, path: Path) -> None:
 
 
 def _is_current(path: Path, file: int) -> bool:
-    """Whether the open file is still the one at ``path``."""
+    """Whether the open file is still the file at ``path``."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""``backend_info()``: what was built, and which backend computes every op."""
+"""``backend_info()``: how the extension was built, and which backend computes every op."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .types import ACTIVATIONS, MAX_EXPERTS, QUANTIZATIONS, PackedWeight, Plan, type_name
 
 _MEMORY = 1 << 40
-"""No offset in a storage is so large: from here on an address is one of memory."""
+"""No offset in a storage is so large: from here on an address is in memory."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured on: the processor or card, what the kernels use of it, and versions."""
+"""The machine of a measurement: the processor or card, the instructions that the kernels use, and versions."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _check_op(
 
 
 def check_again(device: str | torch.device = "cuda", each: Each | None = None) -> list[Finding]:
-    """``self_check`` in every type, whose result replaces the one that ``check_once`` keeps."""
+    """``self_check`` in every type, whose result replaces the result that ``check_once`` keeps."""
     findings = self_check(device, each=each)
     _keep(cache_file(device), findings)
     return findings
@@ -146,7 +146,7 @@ def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
 
     A result without failures is kept in the user's cache directory (``$XDG_CACHE_HOME`` or ~/.cache, in
     clipup/self_check). Ops that fail are each named in a ``RuntimeWarning``, and the next program checks again. The
-    ranks of a machine take turns: the first one compiles the kernels, and the others read its result.
+    ranks of a machine take turns: the first rank compiles the kernels, and the others read its result.
     """
     types = _checked_types(dtypes)
     path = cache_file(device)

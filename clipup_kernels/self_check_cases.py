@@ -1,4 +1,4 @@
-"""What the self-check runs: arguments of every op, at the sizes for each device."""
+"""The cases of the self-check: arguments of every op, at the sizes for each device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .types import ACTIVATIONS, Plan
 
 
 class Size(NamedTuple):
-    """The size of a layer that is checked, and what is checked at it. On CUDA devices most of the time is compiling."""
+    """The size of a layer, and the ops that are checked at it. On CUDA devices most of the time is compiling."""
 
     tokens: int
     width: int

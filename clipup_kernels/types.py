@@ -1,4 +1,4 @@
-"""What the ops return, and the activations that they support.
+"""The results of the ops, and the activations that they support.
 
 Axis legend, used in every shape of this package: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts,
 ``K`` choices per token, ``R = T*K`` rows (one per (token, choice) pair). Weights have the layout of ``nn.Linear``:

@@ -16,7 +16,7 @@ def user_cache(*parts: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file so that readers find the old content or the new one; raises OSError where it cannot."""
+    """Writes a file so that readers find the old content or the new; raises OSError where it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -5,5 +5,5 @@ the table of formats. Each is a module, ``shards`` (with ``shard_names`` and ``t
 ``Source`` of a training and the ``samples`` of an evaluation. Training batches are ``indexed`` (CSV files and local
 shards, in the order of ``epoch_order``, in memory if wanted) or ``streamed`` (shards by URL, or resampled); both share
 ``train_data``. ``evaluation`` reads the samples of an evaluation. ``images`` decodes, and ``skips`` counts what cannot
-be read. ``shard_writer`` writes data sets; ``own_pairs`` makes one of a CSV file or a folder.
+be read. ``shard_writer`` writes data sets; ``own_pairs`` makes a data set of a CSV file or a folder.
 """

@@ -91,7 +91,7 @@ def readable_rows(
     Skipped are rows without image or caption, rows whose image is missing, rows with too many cells, and rows with a
     cell that holds other rows, because of an unclosed quote. All lines of such a row are counted.
 
-    Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
+    Raises FileNotFoundError for a missing file, OSError for a file that cannot be read, also after `retries` further
     tries, and ValueError for a missing column, text that is not UTF-8, or a quote that is not closed within 128 KiB.
     """
     separator = "\t" if form.csv_separator == "\\t" else form.csv_separator  # as typed in a shell

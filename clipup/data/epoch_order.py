@@ -62,7 +62,7 @@ class GlobalBatches:
     """The positions of an epoch in the batches of one rank.
 
     The micro-batches of a global batch are numbered through all ranks: rank r has the numbers r * accum_freq to
-    (r + 1) * accum_freq - 1. So four ranks, or one that accumulates four batches, have the same batches of the same
+    (r + 1) * accum_freq - 1. So four ranks, or a rank that accumulates four batches, have the same batches of the same
     size, and features gathered from all ranks are in the order of the epoch.
     """
 

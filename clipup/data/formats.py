@@ -33,7 +33,7 @@ def name_of_format(source: str | None, dataset_type: str = "auto") -> str | None
     """The name of a source's format; None without a source, or if its name does not tell.
 
     Args:
-        dataset_type: a format, or "auto" for the one that the source's ending tells.
+        dataset_type: a format, or "auto" for the format that the source's ending tells.
     """
     if source is None or dataset_type != "auto":
         return None if source is None else dataset_type

@@ -24,7 +24,7 @@ class SourceOptions(CsvOptions):
     """Share of the samples that may be unreadable. Each is named once and left out, or replaced in indexed training
     data; above this share reading stops with an error."""
     max_image_pixels: int = option(MAX_PIXELS, Resumed.ORDER | Resumed.MEASURED, least=1)
-    """Pixels of an image that is decoded at most; one of more, or of a shape of more than 200:1, counts as
+    """Pixels of an image that is decoded at most; larger images, and shapes of more than 200:1, count as
     unreadable."""
 
     def check(self) -> None:

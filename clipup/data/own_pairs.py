@@ -1,4 +1,4 @@
-"""Builds shards from image-text pairs of one's own (`clipup data pairs CSV|FOLDER OUT`).
+"""Builds shards from the user's image-text pairs (`clipup data pairs CSV|FOLDER OUT`).
 
 OUT/train-*.tar   KEY.jpg (or .png, .jpeg, .webp) and KEY.txt; of a CSV file also KEY.json with all captions
 OUT/sizes.json    samples per shard, in open_clip's format

@@ -90,7 +90,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Locks `directory` against other processes that build a data set, and cleans up after killed ones.
+    """Locks `directory` against other processes that build a data set, and cleans up after killed processes.
 
     Raises DirectoryInUse when another process holds the lock.
     """

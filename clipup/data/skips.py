@@ -46,7 +46,7 @@ def raise_lack(error: BaseException) -> None:
 
 
 class Note(NamedTuple):
-    """What cannot be read: a sample, or a part of a shard."""
+    """A sample, or a part of a shard, that cannot be read."""
 
     name: str
     """In messages; and by which it is counted, once."""
@@ -56,7 +56,7 @@ class Note(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a reader met since its last report: the number of samples, and those it skipped."""
+    """The number of samples that a reader met since its last report, and those that it skipped."""
 
     met: int
     skipped: list[Note]
@@ -130,7 +130,7 @@ def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Re
 
 
 def union(of_processes: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """What processes skipped, each sample once."""
+    """The samples that processes skipped, each once."""
     return {name: count for skipped in of_processes for name, count in skipped.items()}
 
 

@@ -1,6 +1,6 @@
 """Training batches streamed from WebDataset shards, with webdataset's readers of URLs and shuffle buffer.
 
-For shards by URL, and for resampled ones. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
+For shards by URL, and for resampled shards. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
 of ranks and workers. Unreadable samples are skipped and counted; opening a shard is tried again. Only images and texts
 are decoded: webdataset's own decoder unpickles members with certain extensions.
 """
@@ -28,7 +28,7 @@ from .skips import Notes, Report, Retries, raise_lack
 from .tars import Members, complete, read_samples
 from .train_data import Reader, TrainData, mixed_seed, read_by_workers, seed_choices
 
-# Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
+# Capacity of the shuffle buffer, and samples read before the first is drawn, as in open_clip
 _SAMPLE_BUFFER = (5000, 1000)
 _DRAWN = 1000
 """Draws with replacement in a pass. If none of these shards can be read, the next pass is not begun."""

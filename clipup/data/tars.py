@@ -60,7 +60,7 @@ class Members:
 
 
 class Parts(NamedTuple):
-    """What a complete sample consists of."""
+    """The parts of a complete sample."""
 
     image: str
     """The extension of its image."""

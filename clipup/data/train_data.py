@@ -1,4 +1,4 @@
-"""What all training loaders share: the epoch, seeds, and batches whose skips are counted."""
+"""The parts of all training loaders: the epoch, seeds, and batches whose skips are counted."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from clipup_kernels.reference import activate
 MATRICES = ("in_weight", "out_weight", "gate_weight")
 """Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
 BIASES = ("in_bias", "out_bias", "gate_bias")
-"""Those of what is added to their products."""
+"""Names of the biases of these matrices."""
 MOST_ROWS, LEAST_ROWS = 1024, 256
 """Rows of a matrix's inputs that are kept; with fewer than the second, what follows from weights alone is used."""
 _ALPHAS, _FAR, _USUAL = (0.5, 0.7, 0.9), (0.5, 1.5, math.inf), 2.0
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What a layer's rows say."""
+    """Scales and offsets chosen from a layer's rows, and the error that they leave."""
 
     inputs: Mapping[str, Inputs]
     """By the names of the matrices."""
@@ -136,14 +136,14 @@ def _balanced(weights: list[Tensor]) -> Inputs:
 
 
 def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
-    """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the one that loses least, in all rows
-    together and, relative to its own size, in every row. Among rows of two kinds, what is best for the sum alone can
-    be bad for one kind.
+    """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the choice that loses least, in all
+    rows together and, relative to its own size, in every row. Among rows of two kinds, what is best for the sum alone
+    can be bad for one kind.
 
     What most rows have in common is taken out: the means of inputs that are far from 0 for how much they vary. Scales
     follow equation 4 of SmoothQuant with alpha from 0.5 on, but inputs that are smaller than usual are not enlarged
     more than others: those that are rarely active have a small range in a sample, and would fill the whole range of a
-    row with the one value that is not.
+    row with a single large value.
     """
     sizes, mean, choices = _relative(_column_sizes(weights)), x.mean(0), []
     for far in _FAR:

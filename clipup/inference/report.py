@@ -45,8 +45,8 @@ def accelerate_report(model: nn.Module) -> list[LayerReport]:
 
     ``print(*clipup.accelerate_report(model), sep="\\n")`` shows it. It is read from the model as it is now, as
     ``clipup.moe_layers`` is: nothing is stored that a copy, a pickle or a layer replaced later could contradict, and
-    ``accelerate`` returns the model alone. A layer that was excluded, or put in afterwards, is reported as one that can
-    be prepared.
+    ``accelerate`` returns the model alone. A layer that was excluded, or put in afterwards, is reported as a layer that
+    can be prepared.
 
     Layers are experts, MLPs, attention, linear layers and convolutions. A module whose layers are left for one reason
     is one row. Embeddings, norms and parameters that a model multiplies itself (open_clip's ``text_projection``) are

@@ -122,7 +122,7 @@ class Selection:
 
     def _pair(self, block: Any) -> dict[nn.Module, type[Prepared]]:
         """The layers of a block's MLP of two modules. Raises ``TypeError`` if they cannot be prepared, also because one
-        is used without the other, as one that only some blocks share would be."""
+        is used without the other, as a module that only some blocks share would be."""
         output = block.output
         layers = {block.intermediate: PreparedIntermediate, output.dense: PreparedOutputProjection}
         of_first, of_second, of_dense = (

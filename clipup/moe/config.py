@@ -227,7 +227,7 @@ class MoEConfig:
             (
                 self.experts_choose and unused,
                 f"routing={self.routing!r} cannot be combined with {', '.join(unused)}: tokens do not choose experts, "
-                "and which ones they get depends on all tokens of the batch",
+                "and which experts they get depends on all tokens of the batch",
             ),
         ):
             if refused:

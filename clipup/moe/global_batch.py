@@ -1,7 +1,7 @@
 """Losses of the sparse layers over all batches of an accumulated step.
 
 With ``loss_scope="global_batch"`` a layer needs the counts of all batches before the first loss. Accumulation runs each
-batch twice, first without gradients (GradCache), so the first passes count and the second ones use the sums::
+batch twice, first without gradients (GradCache), so the first passes count and the second passes use the sums::
 
     counting = StepCounting(model)
     for batch in batches:

@@ -59,8 +59,8 @@ class SparseMoE(Experts):
         d_model: D.
         d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
         config: how many experts there are, how tokens are routed, and the auxiliary losses; None means ``MoEConfig()``.
-            ``layer.config`` holds it; assigning another one takes effect at the next forward, and is saved with a model
-            whose layers all have it.
+            ``layer.config`` holds it; assigning another config takes effect at the next forward, and is saved with a
+            model whose layers all have it.
         activation: one of ``clipup_kernels.ACTIVATIONS``.
         bias: whether the projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
@@ -299,7 +299,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Takes the weighted auxiliary losses of the calling thread's forward passes and returns their sum.
 
     Add it to the loss of each forward pass, or of several at once. The losses of a forward pass count once, and not at
-    all if another one came after it and its outputs are no longer in use. Returns a 0-d tensor, float32 (float64 of
+    all if another came after it and its outputs are no longer in use. Returns a 0-d tensor, float32 (float64 of
     float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse layers). Where the last forward
     pass recorded gradients in evaluation mode, a warning says so once.
 

@@ -1,4 +1,4 @@
-"""What a layer's losses need to know about the other batches of a step, on other ranks or accumulated."""
+"""Counts over all batches of a step, on other ranks or accumulated, which a layer's losses need."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ class Card:
     """To the host's memory."""
     source: str
     device_name: str = ""
-    """What CUDA calls it."""
+    """Its name in CUDA."""
 
     def peak(self, precision: Precision) -> float:
-        """Of products in a precision, 10^12 FLOPs per second."""
+        """10^12 FLOPs per second of products in a precision."""
         return self.tflops_fp32 if precision == "fp32" else self.tflops
 
 

@@ -46,7 +46,7 @@ class FiniteGuard:
         long as a lower scale can help: the loss is finite, and the scale was at least 1.
 
         Raises:
-            NonFiniteGradients: there are more consecutive ones than allowed.
+            NonFiniteGradients: more consecutive steps were not applied than allowed.
         """
         skipped, in_row = self.state.skipped_steps
         if done.applied:

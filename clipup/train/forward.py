@@ -14,7 +14,7 @@ from .objectives.objective import named_output
 
 SHORT = 64
 """Sequence length up to which plain matrix products beat the flash kernel in bfloat16 on a CPU, forward and backward
-(with a mask also longer ones; docs/performance_log.md)."""
+(with a mask also longer sequences; docs/performance_log.md)."""
 
 
 def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:

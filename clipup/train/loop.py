@@ -151,7 +151,7 @@ class Trainer:
         together = not self.ranks.several or isinstance(error, FloatingPointError)
         impatient = isinstance(error, KeyboardInterrupt) and not isinstance(error, TrainingInterrupted)
         if together and not impatient:
-            with suppress(OSError, RuntimeError):  # the error that ended the run is the one to raise
+            with suppress(OSError, RuntimeError):  # the error that ended the run is raised
                 self.checkpoints.wait()
         elif isinstance(error, ValueError):
             self.checkpoints.wait_alone()
@@ -269,7 +269,7 @@ class Trainer:
         epoch, every = self.state.epoch, self.saving.save_frequency
         skipped = sum(self.data.skipped(self.ranks.gather).values())
         LOG.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
-        # The kept name first: a run that is killed between the two continues from here and writes the other one again.
+        # The kept name first: a run that is killed between the two continues from here and writes the other name again.
         names = [f"epoch_{epoch}.pt"] if every and epoch % every == 0 else []
         if self.saving.save_most_recent:
             names.append(file.LATEST)

@@ -12,7 +12,7 @@ from .log.records import Record
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended the run; ``checkpoint`` is the one to resume from."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the run; resume from ``checkpoint``."""
 
     def __init__(self, message: str, checkpoint: Path) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Every(NamedTuple):
-    """Calls a function after every ``steps`` steps and after the last one, on rank 0.
+    """Calls a function after every ``steps`` steps and after the last step, on rank 0.
 
     The function takes the model (not wrapped) and returns numbers to record, or None. It does not change the run: its
     random numbers do not count, and neither does its time.

@@ -58,7 +58,7 @@ def train(
 
     Args:
         options: everything that the command line can set.
-        model: trained instead of one built from ``options.model``.
+        model: trained instead of the model that ``options.model`` names.
         preprocess: image transform, or (training, validation) pair; None takes the built model's own.
         tokenizer: texts to token ids; None takes the built model's own.
         loader: batches (images, texts) instead of ``options.train_data``: ``TrainData``, or anything with a
@@ -67,13 +67,13 @@ def train(
         callbacks: evaluations along the way.
 
     Raises:
-        FileExistsError: the directory of the run holds another run, or newer checkpoints than the one to resume from.
+        FileExistsError: the directory of the run holds another run, or newer checkpoints than the resumed one.
         DirectoryInUse: another process writes into it.
         ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
         NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
         ChildProcessError: a data worker was killed.
         ConnectionError: another rank died, failed, or has kept this one waiting for ``options.dist_timeout``.
-        OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
+        OSError: a checkpoint could not be written, and the checkpoint before it is whole; or could not be read.
         TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint. Without ``options.logs`` it is
             KeyboardInterrupt, at once.
     """

@@ -168,7 +168,7 @@ def _resume_dense(built: Built, path: str, moe: MoEConfig) -> dict[str, Any]:
     """Loads a dense run's weights into the model, and returns the optimizer's state dict for the sparse model.
 
     Raises:
-        ValueError: the run trained another model than the one that is given, or with another tokenizer.
+        ValueError: the run trained another model than the given one, or with another tokenizer.
     """
     checkpoint, model = load(path), built.model
     factory.check_configs(model, checkpoint, path)

@@ -46,7 +46,7 @@ class StepLosses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """What was minimized."""
+        """The sum that was minimized."""
         return sum(self.terms.values()) + self.aux
 
     def scalars(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class StepLosses(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step did."""
+    """The result of a step."""
 
     losses: StepLosses
     applied: bool
@@ -193,7 +193,7 @@ class TrainStep:
         last: bool,
     ) -> StepLosses:
         """Forward and backward of one accumulated batch against the cached features of the others. The scales get their
-        gradient from the last one."""
+        gradient from the last batch."""
         with autocast(self.precision, self.device):
             output = forward(self.model, *batch)
             parts = [*cached[:index], output, *cached[index + 1 :]]

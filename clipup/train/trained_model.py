@@ -14,14 +14,14 @@ from .setup import Built
 
 
 class TrainedModel(NamedTuple):
-    """What is saved at the end of a run."""
+    """The model directory that is saved at the end of a run."""
 
     path: Path
     built: Built
     base_model: str | None
     """For the model card."""
     unsharded: nn.Module | None
-    """Of a model that is sharded: a copy without weights, hooks and meshes."""
+    """A copy of a sharded model without weights, hooks and meshes."""
 
     def save(self, ranks: Ranks, results: list[dict[str, Any]]) -> None:
         """Writes it, with results of evaluations in its card. A collective."""

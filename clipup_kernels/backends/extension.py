@@ -26,7 +26,7 @@ def _share_openmp() -> None:
     """Makes the OpenMP runtime that torch has loaded visible to the extension, which is linked to none.
 
     This way there is one thread pool, and ``torch.set_num_threads`` applies to the extension too. Torch's x86-64
-    wheels load the runtime with global symbols already; the aarch64 ones do not.
+    wheels load the runtime with global symbols already; the aarch64 wheels do not.
     """
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -35,7 +35,7 @@ def _share_openmp() -> None:
 
 
 def _openmp_runtimes(maps: str, torch_home: Path) -> list[str]:
-    """The paths of the OpenMP runtimes in a process's memory map. Torch's own comes first, because the first one made
+    """The paths of the OpenMP runtimes in a process's memory map. Torch's own comes first, because the first made
     visible is used, and faiss and scikit-learn bring theirs."""
     lines = (line.split(maxsplit=5) for line in maps.splitlines())
     loaded = {fields[5] for fields in lines if len(fields) == 6}

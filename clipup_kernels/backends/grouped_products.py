@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
         offsets = offsets.long()
         num_experts, device = offsets.numel() - 1, offsets.device
         size = max(1, num_rows // num_experts)
-        number = (num_rows + min(num_experts, num_rows) * (size - 1)) // size  # each expert's last one may be part full
+        number = (num_rows + min(num_experts, num_rows) * (size - 1)) // size  # an expert's last block may be part full
         starts, ends = offsets[:-1], offsets[1:]
         counts = (ends - starts + size - 1) // size
         after = counts.cumsum(0)

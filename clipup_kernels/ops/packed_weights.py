@@ -19,7 +19,7 @@ from ..types import PLAIN_LAYOUT, PackedWeight, quantization_of
 
 
 def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
-    """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only one that the ops take.
+    """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only layout that the ops take.
 
     Raises:
         ValueError: ``quantize`` is unknown.

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: its directory, open_clip's format, sharded ones, and what they hold."""
+"""Checkpoints of a run: its directory, open_clip's format, the sharded format, and their content."""

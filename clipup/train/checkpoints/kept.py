@@ -32,7 +32,7 @@ def newest(
     """The checkpoint with the most steps of those in a directory that ``load`` accepts; None if there is none.
 
     Args:
-        listed: what ``in_order`` says of the directory, if that is known.
+        listed: the result of ``in_order`` for the directory, if that is known.
 
     Raises:
         ValueError: there are checkpoints, and none of them can be used.

@@ -34,7 +34,7 @@ class Conditions(NamedTuple):
     """What the samples of a step depend on besides the seed, of indexed data (``TrainData.order``)."""
 
     def rule(self, name: str) -> Resumed:
-        """What a change of ``world_size``, of an option, or of a part of one (OPTION.FIELD) means."""
+        """What a change of ``world_size``, of an option, or of a part of an option (OPTION.FIELD) means."""
         return Resumed.BATCH if name == "world_size" else self.rules.get(name.partition(".")[0], Resumed.FREE)
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def changes(checkpoint: ResumePoint, now: Conditions, accepted: bool) -> list[st
     compared.
 
     Args:
-        accepted: whether the run may be another one (``resume_with_changes``).
+        accepted: whether the options may identify another run (``resume_with_changes``).
 
     Raises:
         ValueError: an option that identifies the run has changed, and that is not accepted.

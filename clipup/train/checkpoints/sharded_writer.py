@@ -46,7 +46,7 @@ class ShardedWriter:
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
         )
         self._stager = DefaultStager(how)
-        """Copies tensors into the CPU's memory, which it keeps for the next ones."""
+        """Copies tensors into the CPU's memory, which it keeps for the next tensors."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 

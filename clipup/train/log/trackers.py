@@ -72,7 +72,7 @@ def create_trackers(
 
 
 def _wandb_id(directory: Path, continues: bool) -> str:
-    """A new one for each run: under a used one, wandb drops the steps that it has already."""
+    """A new id for each run: under a used id, wandb drops the steps that it already has."""
     file = directory / "wandb" / "clipup_run_id"
     if not (continues and file.is_file()):
         file.parent.mkdir(exist_ok=True)

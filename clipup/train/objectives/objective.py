@@ -1,4 +1,4 @@
-"""What a loss says of itself: how it is created, its terms, and what it costs."""
+"""The interface of a loss: its creation, its terms, and its cost in memory and traffic."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def groups_of(model: nn.Module, options: OptimizationOptions) -> list[dict[str, 
         if not any(fnmatchcase(name, pattern) for name, _ in model.named_parameters()):
             raise ValueError(
                 f"wd_exclude: {pattern!r} matches no parameter; a pattern is compared with whole names such as "
-                f"{next(iter(named), 'logit_scale')!r}, so use '*' around a part of one"
+                f"{next(iter(named), 'logit_scale')!r}, so use '*' around a part of a name"
             )
     buckets: dict[tuple[float, bool], list[str]] = {} if scales else {(1.0, False): [], (1.0, True): []}
     for name, parameter in named.items():

@@ -68,7 +68,7 @@ class OptimizationOptions(OptionGroup):
     wd_exclude: tuple[str, ...] = option((), Resumed.FREE)
     """Patterns of the names of further parameters without weight decay, such as `*positional_embedding`."""
     image_layer_decay: float | None = option(None, Resumed.FREE, positive=True)
-    """Factor by which the learning rate falls from a group of the image tower to the one below it; the projection has
+    """Factor by which the learning rate falls from a group of the image tower to the group below it; the projection has
     the whole learning rate. The groups are those of --lock-image-unlocked-groups."""
     text_layer_decay: float | None = option(None, Resumed.FREE, positive=True)
     """The same for the text tower."""

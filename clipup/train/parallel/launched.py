@@ -8,7 +8,7 @@ from typing import NamedTuple
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _RANK = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-"""Environment variables of launchers, in the order in which they are looked up; the first one that is set counts."""
+"""Environment variables of launchers, in the order in which they are looked up; the first that is set counts."""
 
 
 class Launched(NamedTuple):

@@ -1,7 +1,7 @@
 """The ranks of a run and what they tell each other: several processes under torchrun, or a single one.
 
 Two groups connect the ranks. The computing group, torch's default one, has ``dist_timeout``: a rank that waits
-longer in it fails, because another one is frozen or gone. In the control group ranks wait for hours, for each other's
+longer in it fails, because another rank is frozen or gone. In the control group ranks wait for hours, for each other's
 part of an evaluation. torchrun ends the other ranks of a node when one fails.
 """
 
@@ -143,7 +143,7 @@ def joined(options: ProcessOptions, device: str) -> Iterator[Ranks]:
         if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise ConnectionError(
-            f"another rank is lost, whose own message comes first if it has one ({error}). The last checkpoint is "
+            f"another rank is lost, whose own message, if any, comes first ({error}). The last checkpoint is "
             "whole; continue with --resume latest"
         ) from error
 

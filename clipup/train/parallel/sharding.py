@@ -160,7 +160,7 @@ class _Sharding:
                 register_fsdp_forward_method(model, name)
 
     def _axis(self, parameter: nn.Parameter) -> Any:
-        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of
+        """The axis of a block's parameter to shard. FSDP2 pads the first axis if it is shorter than the number of
         shards, as that of stacked experts may be."""
         from torch.distributed.tensor import Shard
 
