@@ -15,11 +15,6 @@ from .cpp import _dense, address
 from .extension import NATIVE
 
 
-def built() -> bool:
-    """Whether the extension was built with CUDA."""
-    return NATIVE is not None and NATIVE.build_info()["cuda"]
-
-
 def _workspace(like: Tensor, num_bytes: int) -> Tensor:
     """Memory for one call: torch reuses it only for later work on the same stream."""
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)

@@ -44,12 +44,6 @@ def _glu_gradients(ctx, needs, dy, dz):
     return dict(zip(_GLU_DIFFERENTIATED, grads, strict=True))
 
 
-def _refuse_dense_derivative(ctx, needs, dy):
-    raise NotImplementedError(
-        "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
-    )
-
-
 def _product_flops(arguments: dict[str, Any]) -> tuple[int, int]:
     """The FLOPs of the product of all rows with one matrix, and how many matrices lead into the hidden width."""
     rows = arguments.get("choice_of_row", arguments["x"])[0]
@@ -101,7 +95,6 @@ _expert_glu_backward = define(
 _dense_mlp = define(
     "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
     " Tensor? gate_bias, str activation) -> Tensor",
-    backward=_refuse_dense_derivative,
     flops=_forward_flops,
 )
 _packed_expert_mlp = define(

@@ -18,6 +18,7 @@ from ..backends import cpp, extension, registry
 from ..types import PLAIN_LAYOUT, PackedWeight, quantization_of
 
 
+@functools.cache
 def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
     """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only layout that the ops take.
 
@@ -26,11 +27,6 @@ def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
         RuntimeError: no kernel here multiplies quantized weights.
     """
     checks.quantization(quantize)
-    return _layout(dtype, quantize)
-
-
-@functools.cache
-def _layout(dtype: torch.dtype, quantize: str | None) -> str:
     if quantize is not None:  # chosen by the op itself: no other backend has it
         registry.choose("packed_expert_mlp", dtype, "cpu")
         return cpp.packed_layout(dtype, quantize)
@@ -40,7 +36,7 @@ def _layout(dtype: torch.dtype, quantize: str | None) -> str:
 
 def check_layout(dtype: torch.dtype, layout: str) -> None:
     """Refuses a weight packed for other kernels than this process runs."""
-    runs = _layout(dtype, quantization_of(layout))
+    runs = packed_layout(dtype, quantization_of(layout))
     if layout != runs:
         raise ValueError(
             f"the weight was packed as {layout}, but the kernels of this process read {runs}; pack the weight again "

@@ -15,7 +15,7 @@ def _forget_choices() -> None:
         registry.function_of,
         registry.all_computed_by,
         registry._warn_without_triton,
-        packed_weights._layout,
+        packed_weights.packed_layout,
     ):
         cached.cache_clear()
 

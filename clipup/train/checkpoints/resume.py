@@ -157,15 +157,12 @@ def restore_position(state: RunState, checkpoint: dict[str, Any], now: Condition
     current = now.state_dict()
     former = checkpoint.get("conditions", current)
     was, options = former["options"], current["options"]
-    if any(was.get(name) != options.get(name) and _decides_numbers(now.rule(name)) for name in was | options):
+    of_numbers = Resumed.IDENTITY | Resumed.MEASURED
+    if any(was.get(name) != options.get(name) and now.rule(name) & of_numbers for name in was | options):
         state.validated = {}
     if former["steps_of_epoch"] != now.steps_of_epoch:
         state.step_of_epoch = now.steps_of_epoch if state.step_of_epoch else 0  # all of an epoch, or nothing
         state.steps_before = state.step - state.step_of_epoch - state.epoch * now.steps_of_epoch
-
-
-def _decides_numbers(rule: Resumed) -> bool:
-    return bool(rule & (Resumed.IDENTITY | Resumed.MEASURED))
 
 
 def _check_position(checkpoint: dict[str, Any], now: Conditions, source: Path) -> None:
