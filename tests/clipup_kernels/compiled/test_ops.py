@@ -71,7 +71,5 @@ def test_compiled_kernels_compute_unusual_calls(executing, case):
 @pytest.mark.parametrize("gated", [False, True])
 def test_float32_is_multiplied_by_tf32_where_torch_allows_it(executing, monkeypatch, gated):
     monkeypatch.setattr(configs, "arithmetic", lambda dtype: "tf32")
-    case = experts_case(USUAL, gated=gated)
-    with executing(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        assert_follows_oracle(case._replace(dtype=torch.float16))  # as many bits
+    with executing():
+        assert_follows_oracle(experts_case(USUAL, gated=gated)._replace(dtype=torch.float16))  # as many bits

@@ -281,6 +281,8 @@ for _name, _to_integral in _ROUNDINGS.items():
             for _saturated in ("", ".sat"):
                 FORMS[f"cvt.{_name}{_saturated}.{_to}.{_from}"] = Form(_to, (_from,), _to_integer(_to, _to_integral))
 FORMS |= {
+    "add.f16": Form("f16", ("f16",) * 2, np.add),
+    "mul.f16": Form("f16", ("f16",) * 2, np.multiply),
     "fma.rn.bf16": Form("b16", ("bf16",) * 3, _fma_bf16),
     "fma.rn.f16": Form("b16", ("f16",) * 3, _fma_f16),
     "cvt.f32.f16": Form("f32", ("f16",), lambda a: a.astype(np.float32)),

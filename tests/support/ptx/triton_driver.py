@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,23 +33,26 @@ _FORMATS = {
 }
 
 
+_texts: dict[int, str] = {}
+"""PTX by the handle of its kernel: Triton loads a kernel once, and keeps the handle."""
+
+
 class Driver:
     """Stands where Triton has its driver for a card."""
 
     def __init__(self, arch: int, change: Callable[[str], str] | None) -> None:
         self.arch, self.change = arch, change
-        self.texts: dict[int, str] = {}
         self.launched: Counter[str] = Counter()
         """Launches by kernel."""
-        handles = itertools.count(1)
         self.utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (object(), next(handles), 0, 0, 1024),
+            load_binary=lambda name, kernel, shared, device: (object(), len(_texts) + 1, 0, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232448 if arch == 90 else 166912},
         )
 
     def launcher_cls(self, source, metadata):
-        return functools.partial(self._launch, source, metadata)
+        """What a kernel calls from now on, whichever driver is active then."""
+        return lambda *call: triton.runtime.driver.active.launch(source, metadata, *call)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -61,11 +63,9 @@ class Driver:
     def get_current_stream(self, device) -> int:
         return 0
 
-    def loaded(self, module, function, name, group, hash) -> None:
-        self.texts[function] = Path(group[f"{name}.ptx"]).read_text()
-
-    def _launch(self, source, metadata, x, y, z, stream, function, packed, launched, enter, leave, *given) -> None:
-        text = self.texts[function]
+    def launch(self, source, metadata, x, y, z, stream, function, packed, launched, enter, leave, *given) -> None:
+        """Runs a kernel on the tensors that are passed."""
+        text = _texts[function]
         program = _parsed(self.change(text) if self.change else text)
         names = [name for name, kind in source.signature.items() if kind != "constexpr"]
         passed = dict(zip(source.signature, given, strict=True))
@@ -84,6 +84,10 @@ class Driver:
         machine.launch(program, (x, y, z), 32 * metadata.num_warps, bytes(arguments), extents, metadata.shared)
 
 
+def _loaded(module, function: int, name: str, files: dict[str, str], key: str) -> None:
+    _texts[function] = Path(files[f"{name}.ptx"]).read_text()
+
+
 _parsed = functools.lru_cache(parser.parse)
 
 
@@ -93,7 +97,7 @@ def executing(arch: int = 80, change: Callable[[str], str] | None = None) -> Ite
     driver = Driver(arch, change)
     hooks = triton.knobs.runtime
     before = hooks.kernel_load_end_hook
-    hooks.kernel_load_end_hook = driver.loaded
+    hooks.kernel_load_end_hook = _loaded
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
