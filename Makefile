@@ -48,11 +48,11 @@ install: $(VENV)/.installed-all  ## the package with its extras, editable, in .v
 demo: $(call installed,demo)  ## upcycle a small CLIP, train and compare; a report (minutes)
 	$(BIN)/clipup demo --out runs/demo --overwrite
 
-test: $(call installed,test)  ## all but slow and cuda (6 to 10 minutes on two cores)
+test: $(call installed,test)  ## all but slow and cuda (5 to 10 minutes on two cores)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "compiled and not slow" tests/clipup_kernels
 
-test-ptx: $(call installed,test)  ## every Triton kernel as compiled for sm_80, by the executor of PTX
+test-ptx: $(call installed,test)  ## every Triton kernel as compiled for sm_80, executed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m compiled tests/clipup_kernels
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
@@ -83,6 +83,8 @@ test-triton: $(call installed,test)  ## Triton kernels under the oldest Triton a
 	test -f $(OLDEST_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(OLDEST_TRITON) 'triton==3.6.*' 'numpy<2.4'
 	PYTHONPATH=$(OLDEST_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -m "interpreter and not cuda" tests/clipup_kernels
+	PYTHONPATH=$(OLDEST_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=0 \
+	  $(BIN)/python -m pytest -q -n $(JOBS) tests/clipup_kernels/compiled/test_ops.py
 	test -f $(CUDA_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(CUDA_TRITON) 'triton==3.7.1'
 	PYTHONPATH=$(CUDA_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) tests/clipup_kernels/interpreter/test_variants.py

@@ -57,6 +57,7 @@ class Compiled(NamedTuple):
     """Per block."""
     sass: str
     """Machine code as text."""
+    ptx: str
 
 
 def signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
@@ -85,7 +86,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     registers, stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
-    return Compiled(registers, stack, compiled.metadata.shared, sass)
+    return Compiled(registers, stack, compiled.metadata.shared, sass, compiled.asm["ptx"])
 
 
 def count(instruction: str, sass: str) -> int:

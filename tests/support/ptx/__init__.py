@@ -4,6 +4,6 @@
     machine.launch(program, grid, threads, arguments, extents, shared_bytes)
 
 Every register is a numpy array over the threads of several blocks; where threads part, a mask says who takes part.
-Known are the instructions in ``arithmetic``, ``warps`` and ``machine``; any other is refused by its name. Sections are
-those of the manual of PTX ISA 8.8. Nothing here knows Triton but ``triton_driver``.
+Known are the instructions in ``arithmetic``, ``warps`` and ``instructions``; any other is refused by its name. Sections
+are those of the manual of PTX ISA 8.8. Nothing here knows Triton but ``triton_driver``.
 """

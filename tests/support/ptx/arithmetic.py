@@ -228,6 +228,9 @@ for _name, _compare in _COMPARED.items():
     _add(f"setp.{_name}", f"{INTEGERS} b16 b32 b64", "pred", "T T", _compare)
     _ordered = _compare if _name != "ne" else lambda a, b: (a != b) & (a == a) & (b == b)
     _add(f"setp.{_name}", "f16 f32 f64", "pred", "T T", _ordered)
+    FORMS[f"setp.{_name}.bf16"] = Form(
+        "pred", ("bf16", "bf16"), lambda a, b, c=_ordered: c(bf16_to_f32(a), bf16_to_f32(b))
+    )
     _add(f"setp.{_name}u", "f16 f32 f64", "pred", "T T", lambda a, b, c=_compare: c(a, b) | (a != a) | (b != b))
 _add("setp.num", "f16 f32 f64", "pred", "T T", lambda a, b: (a == a) & (b == b))
 _add("setp.nan", "f16 f32 f64", "pred", "T T", lambda a, b: (a != a) | (b != b))

@@ -1,0 +1,362 @@
+"""Instructions as functions of blocks and mask: control, memory, warps; arithmetic is in ``arithmetic``."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import warps
+from .arithmetic import FORMS, TYPES, halves
+from .faults import Fault, Unknown
+from .memory import UNSIGNED
+from .operands import address_of, as_list, reader
+from .parser import Instruction, Program
+
+if TYPE_CHECKING:
+    from .machine import Blocks
+
+_BITS = {0: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+Step = Callable[["Blocks", "np.ndarray | None"], "np.ndarray | int | None"]
+"""Returns the next segment, of all threads or for each; None: the one that follows."""
+
+
+def compiled(program: Program) -> list[list[Step]]:
+    """Every segment as functions of blocks and mask.
+
+    Raises:
+        Unknown: an instruction, by its name.
+    """
+    return [
+        [_step(program, instruction, number) for instruction in segment.instructions]
+        for number, segment in enumerate(program.segments)
+    ]
+
+
+def _step(program: Program, instruction: Instruction, segment: int) -> Step:
+    build = next((build for pattern, build in _BUILDERS if re.fullmatch(pattern, instruction.opcode)), None)
+    form = FORMS.get(instruction.opcode)
+    lists = any(operand.startswith("{") for operand in instruction.operands)
+    if form and not (lists and instruction.opcode.startswith("mov")):
+        step = _arithmetic(program, instruction, form)
+    elif build:
+        step = build(program, instruction)
+    else:
+        raise Unknown(f"{instruction}: unknown instruction")
+    if not instruction.predicate:
+        return step
+    read = reader(program, instruction.predicate, "pred")
+    jumps = instruction.opcode.startswith(("bra", "ret", "exit"))
+
+    def predicated(blocks: Blocks, mask):
+        wanted = ~read(blocks) if instruction.negated else read(blocks)
+        if jumps:
+            return np.where(wanted, step(blocks, mask), segment + 1).astype(np.int32)
+        taken = wanted if mask is None else wanted & mask
+        if taken.any():
+            step(blocks, None if taken.all() else taken)
+        return None
+
+    return predicated
+
+
+def _arithmetic(program: Program, instruction: Instruction, form) -> Step:
+    destination, *operands = instruction.operands
+    if len(operands) != len(form.operands):
+        raise Unknown(f"{instruction}: {len(form.operands)} operands are known")
+    readers = [reader(program, text, kind) for text, kind in zip(operands, form.operands, strict=True)]
+    width, compute = program.widths[destination], form.compute
+    bits = np.dtype(_BITS[width])
+
+    def step(blocks: Blocks, mask):
+        value = compute(*[read(blocks) for read in readers])
+        if value.dtype != bits:
+            value = value.view(bits) if value.dtype.itemsize == bits.itemsize else value.astype(bits)
+        blocks.put(destination, value, mask)
+
+    return step
+
+
+def _mov(program: Program, instruction: Instruction) -> Step:
+    """``mov`` between a register and a list of narrower ones, the first being the lowest bits."""
+    into, source = map(as_list, instruction.operands)
+    parts, whole = (into, source[0]) if len(into) > 1 else (source, into[0])
+    bits = int(instruction.opcode[5:]) // len(parts)
+    if len(into) > 1:
+        read = reader(program, whole, f"u{bits * len(parts)}")
+
+        def unpack(blocks: Blocks, mask):
+            value = read(blocks)
+            for number, name in enumerate(parts):
+                if name != "_":
+                    blocks.put(name, (value >> value.dtype.type(bits * number)).astype(UNSIGNED[bits // 8]), mask)
+
+        return unpack
+    readers = [reader(program, name, f"u{bits}") for name in parts]
+    wide = UNSIGNED[bits * len(parts) // 8]
+
+    def pack(blocks: Blocks, mask):
+        value = functools.reduce(
+            np.bitwise_or, [read(blocks).astype(wide) << wide(bits * n) for n, read in enumerate(readers)]
+        )
+        blocks.put(whole, value, mask)
+
+    return pack
+
+
+def _load(program: Program, instruction: Instruction) -> Step:
+    space, kind = re.search(r"\.(param|global|shared)", instruction.opcode)[1], instruction.opcode.rsplit(".", 1)[1]
+    names = as_list(instruction.operands[0])
+    size = np.dtype(TYPES[kind]).itemsize
+    base, offset = address_of(program, instruction.operands[1])
+    if space == "param":
+        at = program.parameters[base][0] + offset
+
+        def load_argument(blocks: Blocks, mask):
+            data = np.frombuffer(blocks.launch.arguments, np.uint8, size * len(names), at).view(TYPES[kind])
+            for name, value in zip(names, data, strict=True):
+                blocks.put(name, _widened(np.full(blocks.lanes, value), program, name), mask)
+
+        return load_argument
+    read = reader(program, base, "u64" if space == "global" else "u32")
+
+    def load(blocks: Blocks, mask):
+        lanes = blocks.active(mask)
+        address = read(blocks)[lanes].astype(np.int64) + offset
+        if space == "global":
+            blocks_of = blocks.block_of_lane[lanes]
+            values = blocks.launch.memory.read(address, size, len(names), blocks_of, instruction)
+        else:
+            index = blocks.shared.at(lanes, address, size, len(names), instruction)
+            values = blocks.shared.read(lanes, index, size, instruction)
+        _scatter(blocks, program, names, values.view(TYPES[kind]), lanes, mask)
+
+    return load
+
+
+def _widened(value: np.ndarray, program: Program, name: str) -> np.ndarray:
+    """A loaded value in its register: signed ones are extended by their sign."""
+    bits = program.widths[name]
+    if np.issubdtype(value.dtype, np.signedinteger):
+        value = value.astype(f"i{bits // 8}")
+    return value.view(_BITS[bits]) if value.dtype.itemsize * 8 == bits else value.astype(_BITS[bits])
+
+
+def _scatter(blocks: Blocks, program: Program, names, values, lanes, mask) -> None:
+    """Registers from values [threads that take part, registers]."""
+    for number, name in enumerate(names):
+        value = _widened(np.ascontiguousarray(values[:, number]), program, name)
+        if mask is not None:
+            full = np.zeros(blocks.lanes, value.dtype)
+            full[lanes] = value
+            value = full
+        blocks.put(name, value, mask)
+
+
+def _store(program: Program, instruction: Instruction) -> Step:
+    kind = instruction.opcode.rsplit(".", 1)[1]
+    size = np.dtype(TYPES[kind]).itemsize
+    base, offset = address_of(program, instruction.operands[0])
+    is_global = ".global" in instruction.opcode
+    read = reader(program, base, "u64" if is_global else "u32")
+    readers = [reader(program, name, f"u{8 * size}") for name in as_list(instruction.operands[1])]
+
+    def store(blocks: Blocks, mask):
+        lanes = blocks.active(mask)
+        address = read(blocks)[lanes].astype(np.int64) + offset
+        values = np.stack([value(blocks)[lanes] for value in readers], 1)
+        if is_global:
+            blocks.launch.memory.write(address, values, size, blocks.block_of_lane[lanes], instruction)
+        else:
+            index = blocks.shared.at(lanes, address, size, len(readers), instruction)
+            blocks.shared.write(lanes, index, values, size, instruction)
+
+    return store
+
+
+def _copy(program: Program, instruction: Instruction) -> Step:
+    """``cp.async`` of 4, 8 or 16 bytes, of which the source has ``filled``; the others are zero."""
+    (target, source), count = (
+        (address_of(program, text) for text in instruction.operands[:2]),
+        int(instruction.operands[2], 0),
+    )
+    to, origin = reader(program, target[0], "u32"), reader(program, source[0], "u64")
+    given = instruction.operands[3:]
+    filled = reader(program, given[0], "u32") if given else lambda blocks: np.full(blocks.lanes, count, np.uint32)
+
+    def copy(blocks: Blocks, mask):
+        lanes = blocks.active(mask)
+        shared, memory = blocks.shared, blocks.launch.memory
+        sizes = filled(blocks)[lanes]
+        if not np.isin(sizes, (0, count)).all():
+            raise Unknown(f"{instruction}: source sizes of 0 and {count} bytes are known")
+        values = np.zeros((len(lanes), count // 4), np.uint32)
+        reads = sizes > 0
+        address = origin(blocks)[lanes].astype(np.int64) + source[1]
+        blocks_of = blocks.block_of_lane[lanes]
+        if reads.any():
+            values[reads] = memory.read(address[reads], 4, count // 4, blocks_of[reads], instruction)
+        index = shared.at(lanes, to(blocks)[lanes].astype(np.int64) + target[1], 4, count // 4, instruction)
+        shared.copy(lanes, index, values, 4, instruction)
+
+    return copy
+
+
+def _commit(program: Program, instruction: Instruction) -> Step:
+    return lambda blocks, mask: blocks.shared.commit(blocks.active(mask))
+
+
+def _wait(program: Program, instruction: Instruction) -> Step:
+    open_groups = int(instruction.operands[0], 0) if instruction.operands else 0
+    return lambda blocks, mask: blocks.shared.wait(blocks.active(mask), open_groups)
+
+
+def _barrier(program: Program, instruction: Instruction) -> Step:
+    if instruction.operands not in (("0",), ("0x0",)):
+        raise Unknown(f"{instruction}: barrier 0 of the whole block is known")
+
+    def barrier(blocks: Blocks, mask):
+        whole = np.ones(blocks.count, bool) if mask is None else mask.reshape(blocks.count, -1)[:, 0]
+        blocks.shared.barrier(whole)
+
+    return barrier
+
+
+def _warp_barrier(program: Program, instruction: Instruction) -> Step:
+    members = reader(program, instruction.operands[0], "b32")
+
+    def barrier(blocks: Blocks, mask):
+        present = blocks.warps(mask, members(blocks), instruction)
+        if not (members(blocks) == 0xFFFFFFFF).all():
+            raise Unknown(f"{instruction}: whole warps are known")
+        blocks.shared.warp_barrier(slice(None) if present is None else present)
+
+    return barrier
+
+
+def _shuffle(program: Program, instruction: Instruction) -> Step:
+    mode = instruction.opcode.split(".")[2]
+    into, predicate = [*instruction.operands[0].split("|"), None][:2]
+    value, by, clamp, members = (reader(program, text, "b32") for text in instruction.operands[1:])
+
+    def shuffle(blocks: Blocks, mask):
+        blocks.warps(mask, members(blocks), instruction)
+        rows = [read(blocks).reshape(-1, 32) for read in (value, by, clamp)]
+        moved, inside = warps.shuffle(mode, *rows)
+        blocks.put(into, moved.reshape(-1), mask)
+        if predicate:
+            blocks.put(predicate, inside.reshape(-1), mask)
+
+    return shuffle
+
+
+def _reduce(program: Program, instruction: Instruction) -> Step:
+    _, _, name, kind = instruction.opcode.split(".")
+    reduction = warps.REDUCTIONS[name, kind]
+    value, members = (
+        reader(program, text, as_) for text, as_ in zip(instruction.operands[1:], (kind, "b32"), strict=True)
+    )
+
+    def reduce(blocks: Blocks, mask):
+        blocks.warps(mask, members(blocks), instruction)
+        if not (members(blocks) == 0xFFFFFFFF).all():
+            raise Unknown(f"{instruction}: whole warps are known")
+        rows = value(blocks).reshape(-1, 32)
+        result = reduction.reduce(rows, axis=1, dtype=rows.dtype)
+        blocks.put(instruction.operands[0], np.repeat(result, 32).view(np.uint32), mask)
+
+    return reduce
+
+
+def _multiply(program: Program, instruction: Instruction) -> Step:
+    form = instruction.opcode.split("aligned.")[1]
+    into = as_list(instruction.operands[0])
+    readers = [[reader(program, name, "b32") for name in as_list(text)] for text in instruction.operands[1:]]
+
+    def multiply(blocks: Blocks, mask):
+        blocks.warps(mask, np.full(blocks.lanes, 0xFFFFFFFF, np.uint32), instruction)
+        operands = [[read(blocks).reshape(-1, 32) for read in group] for group in readers]
+        for name, value in zip(into, warps.multiply(form, *operands), strict=True):
+            blocks.put(name, value.reshape(-1), mask)
+
+    return multiply
+
+
+def _load_matrix(program: Program, instruction: Instruction) -> Step:
+    names = as_list(instruction.operands[0])
+    base, offset = address_of(program, instruction.operands[1])
+    read, is_transposed = reader(program, base, "u32"), ".trans" in instruction.opcode
+    within = warps.GROUP * 2 if is_transposed else warps.MEMBER * 4
+
+    def load_matrix(blocks: Blocks, mask):
+        present = blocks.warps(mask, np.full(blocks.lanes, 0xFFFFFFFF, np.uint32), instruction)
+        addresses = read(blocks).astype(np.int64).reshape(-1, 32) + offset
+        lanes, shared = blocks.active(mask), blocks.shared
+        rows = addresses if present is None else addresses[present]
+        if (rows[:, : 8 * len(names)] % 16).any():
+            raise Fault(f"{instruction}: a row's address is not a multiple of 16")
+        for number, name in enumerate(names):
+            if is_transposed:
+                parts = []
+                for element in (0, 1):
+                    at = (warps.transposed_rows(addresses, number, element) + within).reshape(-1)[lanes]
+                    parts.append(shared.read(lanes, shared.at(lanes, at, 2, 1, instruction), 2, instruction)[:, 0])
+                value = parts[1].astype(np.uint32) << np.uint32(16) | parts[0]
+            else:
+                at = (warps.matrix_rows(addresses, number) + within).reshape(-1)[lanes]
+                value = shared.read(lanes, shared.at(lanes, at, 4, 1, instruction), 4, instruction)[:, 0]
+            _scatter(blocks, program, [name], value[:, None], lanes, mask)
+
+    return load_matrix
+
+
+def _compare_halves(program: Program, instruction: Instruction) -> Step:
+    """``setp`` of two halves: the first predicate is of the low ones, the second of the high ones."""
+    form = FORMS[instruction.opcode.removesuffix("x2")]
+    names = instruction.operands[0].split("|")
+    readers = [reader(program, text, "b32") for text in instruction.operands[1:]]
+
+    def compare(blocks: Blocks, mask):
+        high, low = zip(*(halves(read(blocks)) for read in readers), strict=True)
+        for name, pair in zip(names, (low, high), strict=True):
+            blocks.put(name, form.compute(*(bits.view(TYPES[form.operands[0]]) for bits in pair)), mask)
+
+    return compare
+
+
+def _jump(program: Program, instruction: Instruction) -> Step:
+    target = program.labels[instruction.operands[0]]
+    return lambda blocks, mask: target
+
+
+def _exit(program: Program, instruction: Instruction) -> Step:
+    return lambda blocks, mask: -1
+
+
+def _convert_address(program: Program, instruction: Instruction) -> Step:
+    into, source = instruction.operands
+    read = reader(program, source, "u64")
+    return lambda blocks, mask: blocks.put(into, read(blocks), mask)
+
+
+_BUILDERS: list[tuple[str, Callable[[Program, Instruction], Step]]] = [
+    (r"mov\.b(16|32|64)", _mov),
+    (r"ld\.(param|global|shared)(\.v[24])?\.[bsuf](8|16|32|64)", _load),
+    (r"st\.(global|shared|shared::cta)(\.v[24])?\.[bsuf](8|16|32|64)", _store),
+    (r"cp\.async\.c[ag]\.shared\.global", _copy),
+    (r"cp\.async\.commit_group", _commit),
+    (r"cp\.async\.wait_(group|all)", _wait),
+    (r"bar\.sync", _barrier),
+    (r"bar\.warp\.sync", _warp_barrier),
+    (r"shfl\.sync\.(up|down|bfly|idx)\.b32", _shuffle),
+    (r"redux\.sync\.(add|min|max|and|or|xor)\.[sub]32", _reduce),
+    (rf"mma\.sync\.aligned\.({'|'.join(map(re.escape, warps.MATRICES))})", _multiply),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16", _load_matrix),
+    (r"setp\.(eq|ne|lt|le|gt|ge)u?\.b?f16x2", _compare_halves),
+    (r"bra(\.uni)?", _jump),
+    (r"ret|exit", _exit),
+    (r"cvta\.to\.global\.u64", _convert_address),
+]
