@@ -19,6 +19,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--monitor-interval",
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _TRACEBACK = "Traceback (most recent call last)"
 _CTRL_C = re.compile(rf"{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
+_AT_EXIT = re.compile(
+    rf"Exception ignored in [^\n]*\n{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt", re.S
+)
+"""A Ctrl-C while Python ends, after the run."""
 _WORKER = re.compile(rf"{re.escape(_TRACEBACK)}:\n  File [^\n]*/multiprocessing/resource_sharer.py")
 """A data worker that is ended while it hands over a batch may print this; Python's thread does, not the run."""
 _ENDINGS = (("stopped after step", "stopped"), ("clipup train: interrupted", "interrupted"), ("", "refused"))
@@ -105,7 +109,7 @@ class Start:
     def ending(self) -> str:
         """finished, stopped (with a checkpoint), interrupted, refused (with a readable message), killed, or crashed (a
         traceback or an unknown exit code). Ranks that lose another one may print a traceback beside its message."""
-        said = self.said()
+        said = _AT_EXIT.sub("", self.said())
         if self.resumed_at() is None:  # Python itself reports a Ctrl-C during imports
             said = _CTRL_C.sub("clipup train: interrupted\n", said)
         messages = re.findall(r"^clipup train: .*$", said, re.M)

@@ -91,6 +91,7 @@ def test_damage_is_done_and_seen(run, reference, kind):
         ("os.kill(os.getpid(), signal.SIGKILL)", "crashed"),  # we did not send it
         ("raise ValueError", "crashed"),
         ("raise KeyboardInterrupt", "interrupted"),
+        ("import atexit, _thread\natexit.register(lambda: (_thread.interrupt_main(), [0] * 9, print()))", "finished"),
         ("print('from step 3 to step 60', flush=True); raise KeyboardInterrupt", "crashed"),
     ],
 )
