@@ -6,7 +6,7 @@ import pytest
 from clipup_kernels.triton import variants
 from clipup_kernels.triton.variants import SHARED_BYTES, Compiled
 
-FINE = Compiled(registers=64, stack_bytes=0, shared_bytes=1024, sass="HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]")
+FINE = Compiled(registers=64, stack_bytes=0, shared_bytes=1024, sass="HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]", ptx="")
 
 
 @pytest.mark.parametrize(
