@@ -7,15 +7,17 @@ biases, masks and a capacity, on odd shapes and, on CUDA devices, on shapes that
     from clipup_kernels.self_check import check_once
     check_once("cuda")
 
-``clipup doctor --device cuda`` prints every error.
+``python -m clipup_kernels.self_check cuda`` prints every error, as ``clipup doctor --device cuda`` does.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -279,3 +281,21 @@ def _distance(result: Tensor, oracle: Tensor) -> float:
 
 def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report for a device; 1 if an op failed."""
+    parser = argparse.ArgumentParser(prog="python -m clipup_kernels.self_check", description=main.__doc__)
+    parser.add_argument("device", nargs="?", default="cuda", help="cpu, cuda or cuda:N (default cuda)")
+    device = parser.parse_args(argv).device
+    try:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            parser.error(f"device: got {device}, but torch finds no CUDA device; pass cpu to check its kernels")
+        findings = print_check(device)
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
+    return int(any(finding.reason is not None for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
     program = parser.parse(text)
     machine.launch(program, grid, threads, arguments, extents, shared_bytes)
 
-Every register is a numpy array over the threads of several blocks; where threads part, a mask says who takes part.
-Known are the instructions in ``arithmetic``, ``warps`` and ``instructions``; any other is refused by its name. Sections
-are those of the manual of PTX ISA 8.8. Nothing here knows Triton but ``triton_driver``.
+Every register is a numpy array over the threads of several blocks; a mask handles divergence.
+Known are the instructions in ``arithmetic``, ``warps`` and ``instructions``; any other is refused by its name. Section
+numbers refer to the manual of PTX ISA 8.8. Only ``triton_driver`` knows Triton.
 """

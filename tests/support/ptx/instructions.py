@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _BITS = {0: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 Step = Callable[["Blocks", "np.ndarray | None"], "np.ndarray | int | None"]
-"""Returns the next segment, of all threads or for each; None: the one that follows."""
+"""Returns the number of the next segment, or an array of numbers by thread; None for the following segment."""
 
 
 def compiled(program: Program) -> list[list[Step]]:
@@ -81,7 +81,7 @@ def _arithmetic(program: Program, instruction: Instruction, form) -> Step:
 
 
 def _mov(program: Program, instruction: Instruction) -> Step:
-    """``mov`` between a register and a list of narrower ones, the first being the lowest bits."""
+    """``mov`` between a register and a list of narrower registers, lowest bits first."""
     into, source = map(as_list, instruction.operands)
     parts, whole = (into, source[0]) if len(into) > 1 else (source, into[0])
     bits = int(instruction.opcode[5:]) // len(parts)
@@ -111,7 +111,7 @@ def _load(program: Program, instruction: Instruction) -> Step:
     space, kind = re.search(r"\.(param|global|shared)", instruction.opcode)[1], instruction.opcode.rsplit(".", 1)[1]
     names = as_list(instruction.operands[0])
     size = np.dtype(TYPES[kind]).itemsize
-    base, offset = address_of(program, instruction.operands[1])
+    base, offset = address_of(instruction.operands[1])
     if space == "param":
         at = program.parameters[base][0] + offset
 
@@ -138,7 +138,7 @@ def _load(program: Program, instruction: Instruction) -> Step:
 
 
 def _widened(value: np.ndarray, program: Program, name: str) -> np.ndarray:
-    """A loaded value in its register: signed ones are extended by their sign."""
+    """A loaded value as wide as its register; signed types are sign-extended."""
     bits = program.widths[name]
     if np.issubdtype(value.dtype, np.signedinteger):
         value = value.astype(f"i{bits // 8}")
@@ -159,7 +159,7 @@ def _scatter(blocks: Blocks, program: Program, names, values, lanes, mask) -> No
 def _store(program: Program, instruction: Instruction) -> Step:
     kind = instruction.opcode.rsplit(".", 1)[1]
     size = np.dtype(TYPES[kind]).itemsize
-    base, offset = address_of(program, instruction.operands[0])
+    base, offset = address_of(instruction.operands[0])
     is_global = ".global" in instruction.opcode
     read = reader(program, base, "u64" if is_global else "u32")
     readers = [reader(program, name, f"u{8 * size}") for name in as_list(instruction.operands[1])]
@@ -178,11 +178,9 @@ def _store(program: Program, instruction: Instruction) -> Step:
 
 
 def _copy(program: Program, instruction: Instruction) -> Step:
-    """``cp.async`` of 4, 8 or 16 bytes, of which the source has ``filled``; the others are zero."""
-    (target, source), count = (
-        (address_of(program, text) for text in instruction.operands[:2]),
-        int(instruction.operands[2], 0),
-    )
+    """``cp.async`` of 4, 8 or 16 bytes: the source's, or zeros if the given source size is 0."""
+    target, source = map(address_of, instruction.operands[:2])
+    count = int(instruction.operands[2], 0)
     to, origin = reader(program, target[0], "u32"), reader(program, source[0], "u64")
     given = instruction.operands[3:]
     filled = reader(program, given[0], "u32") if given else lambda blocks: np.full(blocks.lanes, count, np.uint32)
@@ -287,7 +285,7 @@ def _multiply(program: Program, instruction: Instruction) -> Step:
 
 def _load_matrix(program: Program, instruction: Instruction) -> Step:
     names = as_list(instruction.operands[0])
-    base, offset = address_of(program, instruction.operands[1])
+    base, offset = address_of(instruction.operands[1])
     read, is_transposed = reader(program, base, "u32"), ".trans" in instruction.opcode
     within = warps.GROUP * 2 if is_transposed else warps.MEMBER * 4
 
@@ -314,7 +312,7 @@ def _load_matrix(program: Program, instruction: Instruction) -> Step:
 
 
 def _compare_halves(program: Program, instruction: Instruction) -> Step:
-    """``setp`` of two halves: the first predicate is of the low ones, the second of the high ones."""
+    """``setp`` of packed pairs: the first predicate compares the low halves, the second the high halves."""
     form = FORMS[instruction.opcode.removesuffix("x2")]
     names = instruction.operands[0].split("|")
     readers = [reader(program, text, "b32") for text in instruction.operands[1:]]

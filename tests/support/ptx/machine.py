@@ -1,7 +1,7 @@
-"""A launch: all threads of some blocks at a time, in lockstep where they are at one place, else by a mask.
+"""A launch: the threads of several blocks run in lockstep, and by a mask where they diverge.
 
-Of the places where threads are, the first in the text goes on. So threads that have parted meet again where the
-compiler lets paths join, as on a GPU. Barriers wait until all threads of their block are there.
+Of the segments that threads have reached, the first in the text runs next, so diverged threads reconverge where their
+paths join. A barrier waits until all threads of its block have arrived.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Blocks:
         self.registers[name] = value if mask is None or before is None else np.where(mask, value, before)
 
     def active(self, mask: np.ndarray | None) -> np.ndarray:
-        """Numbers of the threads that take part."""
+        """Numbers of the active threads."""
         return self.lane if mask is None else np.flatnonzero(mask)
 
     def warps(self, mask: np.ndarray | None, members: np.ndarray, instruction: Instruction) -> np.ndarray | None:
-        """The warps that take part, None for all. Every thread must that is in the bits ``members`` of such a warp."""
+        """The active warps, None for all. All threads in the member mask of an active warp have to be active."""
         if mask is None:
             return None
         present = mask.reshape(-1, 32)

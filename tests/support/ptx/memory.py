@@ -28,7 +28,7 @@ class Global:
         self.views = {size: _at(self.base, span // size, kind) for size, kind in UNSIGNED.items()}
         self.writers = [np.full(end - start, -1, np.int32) for start, end in zip(self.starts, self.ends, strict=True)]
         self.written_by: dict[int, dict[int, Instruction]] = {}
-        self.reads: list[tuple[int, np.ndarray, np.ndarray, int, Instruction]] = []
+        self.reads: list[tuple[int, np.ndarray, np.ndarray, Instruction]] = []
 
     def at(self, addresses: np.ndarray, size: int, count: int, instruction: Instruction) -> np.ndarray:
         """Indices into ``views[size]``, [threads, count], of addresses that each hold ``count`` values."""
@@ -50,7 +50,7 @@ class Global:
     def read(self, addresses, size: int, count: int, blocks, instruction: Instruction) -> np.ndarray:
         """Values [threads, count]."""
         index = self.at(addresses, size, count, instruction)
-        self.reads.append((size * count, addresses.astype(np.int64), blocks, 0, instruction))
+        self.reads.append((size * count, addresses.astype(np.int64), blocks, instruction))
         return self.views[size][index]
 
     def write(self, addresses, values: np.ndarray, size: int, blocks, instruction: Instruction) -> None:
@@ -67,17 +67,14 @@ class Global:
             of_tensor = tensor == number
             offsets = (addresses[of_tensor] - self.starts[number])[:, None] + np.arange(0, size, min(size, 2))
             own, before = blocks[of_tensor][:, None], self.writers[number][offsets]
-            other = (before >= 0) & (before != own)
-            if other.any():
-                raise Fault(f"{instruction}: two blocks write one address of {self.names[number]}")
             self.writers[number][offsets] = own
-            if (self.writers[number][offsets] != own).any():
+            if ((before >= 0) & (before != own)).any() or (self.writers[number][offsets] != own).any():
                 raise Fault(f"{instruction}: two blocks write one address of {self.names[number]}")
             self.written_by.setdefault(int(number), {})[instruction.line] = instruction
 
     def finish(self) -> None:
         """After a launch: no block has read what another has written."""
-        for size, addresses, blocks, _, instruction in self.reads:
+        for size, addresses, blocks, instruction in self.reads:
             tensor = np.searchsorted(self.starts, addresses, "right") - 1
             for number in self.written_by:
                 of_tensor = tensor == number
@@ -87,7 +84,6 @@ class Global:
                     if ((writer >= 0) & (writer != blocks[of_tensor][:, None])).any():
                         lines = "; ".join(str(write) for write in self.written_by[number].values())
                         raise Fault(f"{instruction}: reads what another block of the launch writes: {lines}")
-        self.reads = []
 
 
 def _joined(extents: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -137,7 +133,7 @@ class Shared:
     def at(self, lanes, addresses, size: int, count: int, instruction: Instruction) -> np.ndarray:
         """Indices into ``views[size]``, [threads, count]; ``lanes`` are the threads' numbers in all blocks."""
         addresses = addresses.astype(np.int64)
-        outside = addresses + size * count > self.size
+        outside = (addresses < 0) | (addresses + size * count > self.size)
         if outside.any():
             raise Fault(f"{instruction}: address {addresses[outside][0]} of {self.size} bytes of shared memory")
         if (addresses % (size * count)).any():
@@ -204,7 +200,7 @@ class Shared:
         joint = np.where(warp == own_warp, _WARP | own_warp, _MANY)
         return np.where(fresh | ordered, own, own & ~0xFFFF | joint)
 
-    def check_write(self, lanes, granules, instruction: Instruction) -> None:
+    def _mark(self, lanes, granules, instruction: Instruction) -> None:
         own = self._stamp(lanes)
         self.instructions[instruction.line] = instruction
         if self.pending[granules].any():
@@ -220,7 +216,7 @@ class Shared:
     def write(self, lanes, index, values, size: int, instruction: Instruction) -> np.ndarray:
         """Writes ``values`` [threads, count]; returns the granules."""
         granules = self._granules(index, size)
-        self.check_write(lanes, granules, instruction)
+        self._mark(lanes, granules, instruction)
         self.views[size][index] = values
         if (self.views[size][index] != values).any():
             raise Fault(f"race in shared memory: threads write different values to one address at {instruction}")

@@ -63,7 +63,7 @@ def as_list(text: str) -> list[str]:
     return [part.strip() for part in text.strip("{}").split(",")] if text.startswith("{") else [text]
 
 
-def address_of(program: Program, text: str) -> tuple[str, int]:
+def address_of(text: str) -> tuple[str, int]:
     """Base and offset in bytes of "[base+offset]"."""
     base, _, offset = text.strip("[] ").replace(" ", "").partition("+")
     return base, int(offset or "0", 0)

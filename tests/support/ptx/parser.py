@@ -50,7 +50,7 @@ class Segment:
     @property
     def barrier(self) -> Instruction | None:
         first = self.instructions[0] if self.instructions else None
-        return first if first and first.opcode in ("bar.sync", "barrier.sync") else None
+        return first if first and first.opcode == "bar.sync" else None
 
 
 @dataclass
@@ -65,7 +65,6 @@ class Program:
     shared: dict[str, int]
     """Offsets of the arrays in shared memory; an array without a size is last."""
     shared_bytes: int
-    constants: dict[str, bytes]
     segments: list[Segment]
     labels: dict[str, int]
     """Segments by their label."""
@@ -149,7 +148,7 @@ def parse(text: str) -> Program:
     head = text[:begin]
     body = "\n" * head.count("\n") + text[begin : _end(text, begin)]
     widths, arrays = {}, _ARRAY.findall(head)
-    segments, labels, instructions = [Segment()], {}, []
+    segments, labels = [Segment()], {}
     for kind, statement, line, source in _statements(body):
         last = segments[-1].instructions
         if kind == "label":
@@ -165,7 +164,6 @@ def parse(text: str) -> Program:
             if last and (last[-1].opcode.split(".")[0] in ("bra", "ret", "exit") or instruction.opcode == "bar.sync"):
                 segments.append(Segment())
             segments[-1].instructions.append(instruction)
-            instructions.append(instruction)
         elif kind == "statement" and not statement.startswith(".pragma"):
             raise Unknown(f"line {line}: {statement}")
     shared, size = {}, 0
@@ -176,7 +174,7 @@ def parse(text: str) -> Program:
             size += WIDTHS[element] // 8 * int(length or 0)
         elif space in ("local", "const"):
             raise Unknown(f"{space} memory: {symbol}")
-    return Program(name, widths, parameters, shared, size, {}, segments, labels)
+    return Program(name, widths, parameters, shared, size, segments, labels)
 
 
 def _end(text: str, begin: int) -> int:

@@ -1,6 +1,6 @@
 """Instructions of whole warps, on arrays [warps, 32]: shuffles (9.7.9), ``redux`` (9.7.13), matrices (9.7.14).
 
-The fragments are those of the manual's sections "Matrix Fragments for mma.m16n8k16 with floating point type",
+Fragments follow the manual's sections "Matrix Fragments for mma.m16n8k16 with floating point type",
 "... for mma.m16n8k8" and "ldmatrix".
 """
 
