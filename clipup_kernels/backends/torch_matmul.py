@@ -19,10 +19,10 @@ from .torch_eager import dense_mlp  # noqa: F401  it already uses torch's matmul
 
 
 def _spans(offsets: Tensor, num_rows: int) -> list[tuple[int, slice]]:
-    """(expert, its rows) for the experts that have any."""
+    """(expert, its rows). Products over no rows are zeros."""
     check_offsets(offsets, num_rows)
     edges = offsets.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if b > a]
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
 
 
 def project(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) 
 
 def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """[E, M, N] of the rows' type: the products of ``grouped_products``."""
-    out = left.new_zeros(len(offsets) - 1, left.shape[1], right.shape[1])
+    out = left.new_empty(len(offsets) - 1, left.shape[1], right.shape[1])
     for expert, span in _spans(offsets, len(left)):
         torch.mm(left[span].mT, right[span], out=out[expert])
     return out
@@ -47,7 +47,7 @@ def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 def sums(rows: Tensor, offsets: Tensor) -> Tensor:
     """As in ``grouped_products``."""
-    out = rows.new_zeros(len(offsets) - 1, rows.shape[1], dtype=torch.float32)
+    out = rows.new_empty(len(offsets) - 1, rows.shape[1], dtype=torch.float32)
     for expert, span in _spans(offsets, len(rows)):
         torch.sum(rows[span], 0, dtype=torch.float32, out=out[expert])
     return out

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from moe_cases import DTYPES, Shape, experts_case, randn
+from moe_cases import DTYPES, Shape, experts_case, randn, results
 
 import clipup_kernels as ck
-from clipup_kernels.backends import extension
+from clipup_kernels.backends import extension, torch_eager
 
 SHAPE = Shape(tokens=60, width=32, hidden=64, experts=16, k=2)
 
@@ -76,3 +76,13 @@ def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
     plain = run()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(run(), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_blocks_of_rows_give_the_gradients_of_all_rows_at_once(cpu_backend, gated, monkeypatch):
+    case = experts_case(SHAPE, gated=gated)
+    whole = results(case)
+    monkeypatch.setattr(torch_eager, "_ROWS_IN_CACHE", 7)
+    blocks = results(case)
+    assert whole.keys() == blocks.keys()
+    assert all(torch.equal(whole[name], blocks[name]) for name in whole)
