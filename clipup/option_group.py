@@ -29,7 +29,7 @@ class Resumed(Flag):
     IDENTITY = auto()
     """Another run: refused without ``resume_with_changes``."""
     MEASURED = auto()
-    """Numbers of evaluations before it are of something else; so are those of another IDENTITY."""
+    """Evaluations before the change measured something else, as they do after a change of IDENTITY."""
     ORDER = auto()
     """Another order, choice or augmentation of samples: refused within an epoch."""
     SAMPLES = auto()

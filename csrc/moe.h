@@ -267,7 +267,7 @@ void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O
 // The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word
 // holds one element as a float, or two neighbouring bfloat16, or four int8, the first in its lowest bits.
 // Padding is zero. After the words of int8 weights follow [E, ceil(O / panel) * panel] scales in float, as
-// many sums of int8 by output channel in 32-bit integers, and [E, ceil(I / 32) * 32] input scales in float.
+// many sums of int8 by output channel in 32-bit integers, and [E, 2, ceil(I / 32) * 32] floats: f and -c * f.
 struct PackedLayout {
   std::int64_t panel, per_word;
 };

@@ -52,7 +52,7 @@ def towers(model: nn.Module) -> tuple[str, ...]:
 
 
 def with_towers(config: MoEConfig, model: nn.Module) -> MoEConfig:
-    """The config, naming the towers that become sparse: where it names none, image and text, as far as there are."""
+    """The config with the towers that become sparse: those that it names, else the model's image and text towers."""
     if config.towers is not None:
         return config
     available = towers(model)

@@ -25,8 +25,8 @@ the model: without a limit, a file of some kilobytes would take gigabytes."""
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """Decoded formats, whatever the file extension. Not EPS: Pillow runs it in Ghostscript, an interpreter."""
 _SPARE = 2
-"""Pixels of a JPEG decoded at a smaller scale, on each side, for one of its target. With 2, resized photographs differ
-by 0.3 of 255 levels on average from those decoded in full, with 1.5 by 0.5, with 1 by 0.9; bilinear ones do by 1.0."""
+"""A JPEG is decoded to at least this many times the target's pixels on each side. With 2, resized photographs differ by
+0.3 of 255 levels on average from those decoded in full, with 1.5 by 0.5, with 1 by 0.9; bilinear ones do by 1.0."""
 _FULL_16_BIT = 65_535
 _PILLOWS_BOUND = threading.Lock()
 
@@ -149,8 +149,8 @@ def _opened(file: str | BytesIO) -> Image:
 
 
 def _decode_smaller(image: Image, resize: Resize) -> None:
-    """Lets a JPEG be decoded at the smallest scale that fits. It divides both sides, else the last pixel lies partly
-    outside and shift the resized image."""
+    """Lets a JPEG be decoded at the smallest scale that leaves enough pixels. It divides both sides, because a last
+    pixel that lies partly outside would shift the resized image."""
     side = resize.size if isinstance(resize.size, int) else resize.size[0]
     width, height = image.size
     for scale in (8, 4, 2):

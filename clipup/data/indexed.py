@@ -32,7 +32,7 @@ from .train_data import Places, Reader, TrainData, own_choices, read_by_workers,
 
 _READ_AT_ONCE = 64
 _FILLING = -1
-"""In place of an epoch in the seeds of augmentations in a cache."""
+"""Stands for the epoch in the seeds of a cache's augmentations, which no epoch has."""
 
 
 def indexed_data(options: TrainingDataOptions, source: Source, reader: Reader, progress: bool) -> TrainData:

@@ -62,7 +62,7 @@ class TrainData:
     generator: torch.Generator
     """The data loader's, which seeds its workers; re-seeded every epoch."""
     places: Places | None = None
-    """Of indexed data. Streamed data start at the beginning of an epoch."""
+    """Where an epoch of indexed data can start; None for streamed data, which start at its beginning."""
     order: dict[str, Any] | None = None
     """What the order of samples depends on besides the epoch, as plain values. None for streamed data,
     whose order also depends on the numbers of ranks and workers."""

@@ -225,8 +225,8 @@ class _SkipInitialization(TorchFunctionMode):
 
 @contextmanager
 def without_random_numbers() -> Iterator[None]:
-    """In this context modules are created with parameters that are partly uninitialized, and the global generator of
-    random numbers is afterwards as it was before."""
+    """Skips the initialization of parameters created in this context, which stay uninitialized, and restores the global
+    generator of random numbers."""
     with torch.random.fork_rng(devices=[]), _SkipInitialization():
         yield
 

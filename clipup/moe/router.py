@@ -220,9 +220,12 @@ def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
 
 
 def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoEConfig) -> Tensor:
-    """[] float32: the router z-loss of the logits. ``of_scores`` is that of ``log_scores``, the same for softmax.
+    """[] float32: the router z-loss of the logits.
 
-    logits: [T, E]; mask: [T] bool or None.
+    Args:
+        of_scores: the z-loss of ``log_scores``; softmax's are the logits.
+        logits: [T, E].
+        mask: [T] bool or None.
     """
     return of_scores if config.score_function == "softmax" else losses.router_z(logits, mask)
 

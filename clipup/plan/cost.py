@@ -87,7 +87,10 @@ def step_time(
     transfers: list[Transfer],
     held_bytes: float,
 ) -> StepTime:
-    """held_bytes: of the parameters that a rank updates."""
+    """
+    Args:
+        held_bytes: size of the parameters that a rank updates.
+    """
     if rates.images_per_second is not None:
         compute = options.step.batch_size * options.step.accum_freq / rates.images_per_second
     else:

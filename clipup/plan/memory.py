@@ -82,8 +82,8 @@ def _gathered(parts: list[Unit], options: TrainOptions) -> float:
 
 
 def _largest_block(parts: list[Unit]) -> tuple[float, float]:
-    """Its parameters as they are gathered, and its gradients as they are reduced, with what its sparse layer adds if
-    that is gathered by itself."""
+    """Bytes of the largest block's gathered parameters and of its gradients before they are reduced, its sparse layer
+    included."""
     largest: dict[str, Unit] = {}
     for unit in parts:
         if unit.fsdp and unit.kind != "root":
@@ -93,17 +93,17 @@ def _largest_block(parts: list[Unit]) -> tuple[float, float]:
 
 def _batch_parts(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     activations, pairs = subject.activations(options), options.step.batch_size
-    kept = options.speed.grad_checkpointing
+    again = options.speed.grad_checkpointing
     copies = activations.fixed
-    if kept:  # those of a layer at a time
+    if again:  # expert copies exist for one layer at a time
         copies += max(activations.expert_copies, default=0) - sum(activations.expert_copies)
     name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
         Part("inputs", subject.input_bytes * pairs * options.step.accum_freq, "exact"),
         Part(name, copies, "counted"),
-        Part("activations", (activations.checkpointed_per_pair if kept else activations.per_pair) * pairs, "counted"),
+        Part("activations", (activations.checkpointed_per_pair if again else activations.per_pair) * pairs, "counted"),
     ]
-    if kept:
+    if again:
         result.append(Part("recomputed activations of a block", activations.largest_block_per_pair * pairs, "counted"))
     if options.parallel.ep > 1:
         result.append(Part("expert-parallel rows", expert_parallel_bytes(subject, options), "model"))

@@ -65,7 +65,7 @@ class Unit(NamedTuple):
 
     @property
     def fsdp(self) -> bool:
-        """Whether FSDP2 makes a whole copy of the parameters to compute with, of one shard too."""
+        """Whether FSDP2 computes with a gathered copy of the parameters, even of a single shard."""
         return self.kind not in ("replicated", "unsharded")
 
     @property

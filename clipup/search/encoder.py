@@ -47,7 +47,7 @@ class Encoder:
     model_digest: str
     """``digest`` of the model."""
     int8_agreement: dict[str, float] | None = field(default=None, compare=False)
-    """``compare_int8`` on images of the index; None if they did not decide whether to encode in int8."""
+    """``compare_int8`` on images of the index; None if none were compared."""
 
     def __str__(self) -> str:
         weights = f" with the weights {self.pretrained}" if self.pretrained else ""

@@ -33,7 +33,7 @@ from .trained_model import TrainedModel
 from .training_data import Epochs
 
 _DATA, _STEP = 1, 2
-"""Separate the seeds of an epoch's data from those of steps."""
+"""Numbers in seeds, so that an epoch's data and a step do not share a seed."""
 
 
 def seed_everything(seed: int, *more: int) -> None:

@@ -24,7 +24,7 @@ def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[D
 
     Args:
         config: with towers that the model has.
-        others: the same MLPs of each other model, from which experts are made too.
+        others: for each further model, its MLPs of the same blocks; experts are made of these too.
 
     Raises:
         TypeError, ValueError: as ``upcycle``.

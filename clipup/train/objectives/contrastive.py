@@ -55,8 +55,8 @@ class ChunkedClipLoss(ClipLoss):
         """
         Args:
             image_features, text_features: [B, D], normalized; row i of both is pair i.
-            compared: from the logits of some rows, and the columns of their own pairs, to logits with -inf for pairs
-                that a row does not compete with.
+            compared: maps logits of some rows, and the columns of their own pairs, to logits with -inf in columns that
+                a row is not compared with.
         """
         images, texts = image_features, text_features
         if self.world_size > 1:

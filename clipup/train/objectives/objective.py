@@ -75,8 +75,8 @@ class Objective:
 
     @classmethod
     def bytes_per_logit(cls, precision: Precision) -> int:
-        """Bytes that are saved for the backward pass of each logit, an image compared with a text, of logits that are
-        not computed in chunks. Here two of four bytes: one per direction."""
+        """Bytes saved for the backward pass of each logit (an image compared with a text), unless logits are computed
+        in chunks. Here four bytes in each direction."""
         return 8
 
     @classmethod

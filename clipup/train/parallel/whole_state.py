@@ -17,7 +17,7 @@ from ...moe.expert_parallel import is_distributed
 from ...moe.weight_decay import parameter_groups
 
 _GROUP = "group"
-"""Key of a part of a parameter group: the group's index. It is of this run's layout, and in no checkpoint."""
+"""Key, in a part of a parameter group, of the group's index. Checkpoints do not contain it."""
 _OF_A_RUN = ("lr_scale", _GROUP)
 """Keys of a saved parameter group that a new run overwrites. Others, such as a step count, belong to the optimizer."""
 
