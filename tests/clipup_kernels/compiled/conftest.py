@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:  # some platforms have no wheel o
 
 @pytest.fixture
 def executing(monkeypatch):
-    """``ptx.triton_driver.executing``, with what CUDA tensors get chosen for CPU tensors, and the tiles of sm_80."""
+    """``ptx.triton_driver.executing``, with what CUDA tensors get chosen for CPU tensors, and the architecture's tiles."""
     import torch
     from ptx import triton_driver
 
@@ -23,8 +23,12 @@ def executing(monkeypatch):
     function_of = registry.function_of
     monkeypatch.setattr(registry, "function_of", lambda op, dtype, *device: function_of(op, dtype, "cuda"))
     monkeypatch.setattr(registry, "_warn_without_triton", lambda index: None)
-    monkeypatch.setattr(configs, "architecture", lambda device: 80)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # new tensors hold NaN, so that what a kernel does not write shows
-    yield triton_driver.executing
+
+    def execute(arch: int = 80, **options):
+        monkeypatch.setattr(configs, "architecture", lambda device: arch)
+        return triton_driver.executing(arch, **options)
+
+    yield execute
     torch.use_deterministic_algorithms(before)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import warps
+from . import hopper, warps
 from .arithmetic import FORMS, TYPES, halves
 from .faults import Fault, Unknown
 from .memory import UNSIGNED
@@ -46,6 +46,7 @@ def _step(program: Program, instruction: Instruction, segment: int) -> Step:
         step = build(program, instruction)
     else:
         raise Unknown(f"{instruction}: unknown instruction")
+    step = hopper.guarded(program, instruction, step)
     if not instruction.predicate:
         return step
     read = reader(program, instruction.predicate, "pred")
@@ -356,5 +357,6 @@ _BUILDERS: list[tuple[str, Callable[[Program, Instruction], Step]]] = [
     (r"setp\.(eq|ne|lt|le|gt|ge)u?\.b?f16x2", _compare_halves),
     (r"bra(\.uni)?", _jump),
     (r"ret|exit", _exit),
-    (r"cvta\.to\.global\.u64", _convert_address),
+    (r"cvta\.(to\.global|param)\.u64", _convert_address),
+    *hopper.BUILDERS,
 ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .faults import Fault, Unknown
+from .hopper import Asynchronous
 from .instructions import Step, compiled
 from .memory import Global, Shared
 from .parser import Instruction, Program
@@ -41,6 +42,7 @@ class Blocks:
         constant |= {f"%{name}.{axis}": 1 if name == "ntid" else 0 for name in ("ntid", "tid") for axis in "yz"}
         self.special = {name: value.astype(np.uint32) for name, value in self.special.items()}
         self.special |= {name: np.full(self.lanes, value, np.uint32) for name, value in constant.items()}
+        self.asynchronous = Asynchronous(len(program.accumulators), self.lanes)
         self.shared = Shared(count, launch.shared_bytes, threads, launch.granule)
 
     def put(self, name: str, value: np.ndarray, mask: np.ndarray | None) -> None:

@@ -8,7 +8,7 @@ from .faults import Fault
 from .parser import Instruction
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_MANY = 0xFFFF
+MANY = 0xFFFF
 """Threads of several warps."""
 _WARP = 0x8000
 """Added to a warp's number: several of its threads."""
@@ -124,6 +124,8 @@ class Shared:
         self.writer, self.reader = np.zeros(number, np.int64), np.zeros(number, np.int64)
         self.write_line, self.read_line = np.zeros(number, np.int32), np.zeros(number, np.int32)
         self.written, self.pending = np.zeros(number, bool), np.zeros(number, bool)
+        self.unfenced = np.zeros(number, bool)  # written by instructions that are not the async proxy's
+        self.reading = np.zeros(number, np.int16)  # products in flight that read it
         self.barriers = np.ones(blocks, np.int64)
         self.warp_barriers = np.zeros(-(-blocks * threads // 32), np.int64)
         self.commits = np.zeros(blocks * threads, np.int64)
@@ -156,7 +158,7 @@ class Shared:
         same = (stamps >> 32 == own >> 32) & (code != own & 0xFFFF)
         if not same.any():
             return same
-        warp = np.where(code & _WARP, np.where(code == _MANY, -1, code & 0x7FFF), code >> 5)
+        warp = np.where(code & _WARP, np.where(code == MANY, -1, code & 0x7FFF), code >> 5)
         ordered = (warp == (own & 0xFFFF) >> 5) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
         return same & ~ordered
 
@@ -171,13 +173,7 @@ class Shared:
         """Values at ``index``, which is ``at``'s or of the same form."""
         granules, own = self._granules(index, size), self._stamp(lanes)
         self.instructions[instruction.line] = instruction
-        if self.pending[granules].any():
-            raise Fault(f"{instruction}: reads what cp.async has not been waited for")
-        if not self.written[granules].all():
-            raise Fault(f"{instruction}: reads shared memory that was never written")
-        clash = self._clash(self.writer[granules], own)
-        if clash.any():
-            self._race(clash, self.write_line, granules, lanes, instruction, "written")
+        self._readable(lanes, granules, own, instruction)
         code = self._merged(self.reader[granules], own)
         self.reader[granules] = code
         several = self.reader[granules] != code
@@ -188,30 +184,79 @@ class Shared:
         self.read_line[granules] = instruction.line
         return self.views[size][index]
 
+    def _line(self, where, lines, granules) -> Instruction:
+        return self.instructions[int(lines[granules[where][0]])]
+
+    def _readable(self, lanes, granules, own, instruction: Instruction) -> None:
+        pending = self.pending[granules]
+        if pending.any():
+            other = self._line(pending, self.write_line, granules)
+            raise Fault(f"{instruction}: reads what has not been waited for: {other}")
+        if not self.written[granules].all():
+            raise Fault(f"{instruction}: reads shared memory that was never written")
+        clash = self._clash(self.writer[granules], own)
+        if clash.any():
+            self._race(clash, self.write_line, granules, lanes, instruction, "written")
+
+    def _fenced(self, granules, instruction: Instruction) -> None:
+        unfenced = self.unfenced[granules]
+        if unfenced.any():
+            other = self._line(unfenced, self.write_line, granules)
+            raise Fault(f"{instruction}: no fence.proxy.async after the write of {other}")
+
+    def read_by_async_proxy(self, lanes, index, size: int, instruction: Instruction) -> np.ndarray:
+        """The granules that products begin to read; ``lanes``: the first thread of each warp group."""
+        granules = self._granules(index, size)
+        self.instructions[instruction.line] = instruction
+        self._readable(lanes, granules, self._stamp(lanes) | MANY, instruction)
+        self._fenced(granules, instruction)
+        self.read_line[granules] = instruction.line
+        return granules
+
+    def finish_reads(self, lanes, granules, instruction: Instruction) -> None:
+        """The products of the threads' warp groups have read ``granules``."""
+        self.reading[granules] -= 1
+        self.reader[granules] = self._stamp(lanes) | MANY
+        self.read_line[granules] = instruction.line
+
+    def write_by_async_proxy(self, lanes, index, values, size: int, instruction: Instruction) -> np.ndarray:
+        granules = self._granules(index, size)
+        self._fenced(granules, instruction)
+        self.write(lanes, index, values, size, instruction)
+        self.unfenced[granules], self.pending[granules] = False, True
+        return granules
+
+    def fence_proxies(self, blocks) -> None:
+        self.unfenced.reshape(len(self.barriers), -1)[blocks] = False
+
     def _merged(self, stamps, own) -> np.ndarray:
         """The stamp of all readers since the last barrier, ``own`` included."""
         code = stamps & 0xFFFF
         fresh = (stamps >> 32 != own >> 32) | (code == own & 0xFFFF)
         if fresh.all():
             return np.broadcast_to(own, stamps.shape)
-        warp = np.where(code & _WARP, np.where(code == _MANY, -1, code & 0x7FFF), code >> 5)
+        warp = np.where(code & _WARP, np.where(code == MANY, -1, code & 0x7FFF), code >> 5)
         own_warp = (own & 0xFFFF) >> 5
         ordered = (warp == own_warp) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
-        joint = np.where(warp == own_warp, _WARP | own_warp, _MANY)
+        joint = np.where(warp == own_warp, _WARP | own_warp, MANY)
         return np.where(fresh | ordered, own, own & ~0xFFFF | joint)
 
     def _mark(self, lanes, granules, instruction: Instruction) -> None:
         own = self._stamp(lanes)
         self.instructions[instruction.line] = instruction
-        if self.pending[granules].any():
-            raise Fault(f"{instruction}: writes where cp.async is still writing")
+        pending, reading = self.pending[granules], self.reading[granules] > 0
+        if pending.any():
+            other = self._line(pending, self.write_line, granules)
+            raise Fault(f"{instruction}: writes where {other} is still writing")
+        if reading.any():
+            raise Fault(f"{instruction}: writes where {self._line(reading, self.read_line, granules)} is still reading")
         for stamps, lines, what in ((self.writer, self.write_line, "written"), (self.reader, self.read_line, "read")):
             clash = self._clash(stamps[granules], own)
             if clash.any():
                 self._race(clash, lines, granules, lanes, instruction, what)
         self.writer[granules] = own
         self.write_line[granules] = instruction.line
-        self.written[granules] = True
+        self.written[granules] = self.unfenced[granules] = True
 
     def write(self, lanes, index, values, size: int, instruction: Instruction) -> np.ndarray:
         """Writes ``values`` [threads, count]; returns the granules."""
@@ -239,7 +284,7 @@ class Shared:
         for owners, groups, granules in self.copies:
             done = waiting[owners] & (groups < self.commits[owners] - open_groups)
             if done.any():
-                self.pending[granules[done]] = False
+                self.pending[granules[done]], self.unfenced[granules[done]] = False, True
                 self.writer[granules[done]] = self._stamp(owners[done])
             if not done.all():
                 left.append((owners[~done], groups[~done], granules[~done]))

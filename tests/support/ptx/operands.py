@@ -42,8 +42,9 @@ def reader(program: Program, text: str, kind: str) -> Callable[[Blocks], np.ndar
         return lambda blocks: _register(blocks, text).astype(narrow).view(wanted)
     if text.startswith("%"):
         return lambda blocks: blocks.special[text].astype(wanted)
-    if text in program.shared:
-        value = np.array(program.shared[text], wanted)
+    symbols = program.shared | {name: offset for name, (offset, _) in program.parameters.items()}
+    if text in symbols:
+        value = np.array(symbols[text], wanted)
         return lambda blocks: np.full(blocks.lanes, value)
     try:
         value = constant(text, kind)

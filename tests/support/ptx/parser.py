@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .faults import Unknown
 
@@ -72,6 +73,12 @@ class Program:
     @property
     def instructions(self) -> list[Instruction]:
         return [instruction for segment in self.segments for instruction in segment.instructions]
+
+    @functools.cached_property
+    def accumulators(self) -> dict[str, int]:
+        """Registers that products of warp groups write, numbered."""
+        products = [found.operands[0] for found in self.instructions if found.opcode.startswith("wgmma.mma_async")]
+        return {name: number for number, name in enumerate(dict.fromkeys(re.findall(r"%?[$\w]+", " ".join(products))))}
 
 
 def _statements(text: str):
@@ -148,19 +155,24 @@ def parse(text: str) -> Program:
     head = text[:begin]
     body = "\n" * head.count("\n") + text[begin : _end(text, begin)]
     widths, arrays = {}, _ARRAY.findall(head)
-    segments, labels = [Segment()], {}
+    segments, labels, scopes = [Segment()], {}, [{}]
     for kind, statement, line, source in _statements(body):
         last = segments[-1].instructions
         if kind == "label":
             if last:
                 segments.append(Segment())
-            labels[statement] = len(segments) - 1
+            scopes[-1][statement] = statement if len(scopes) == 1 else f"{statement} of line {line}"
+            labels[scopes[-1][statement]] = len(segments) - 1
+        elif kind == "scope":
+            scopes = [*scopes, {}] if statement == "{" else scopes[:-1]
         elif kind == "statement" and statement.startswith(".reg"):
             _declared(statement, widths)
         elif kind == "statement" and _ARRAY.match(statement):
             arrays += _ARRAY.findall(statement)
         elif kind == "statement" and not statement.startswith("."):
             instruction = _instruction(statement, line, source)
+            if instruction.operands and instruction.operands[0] in scopes[-1]:
+                instruction = replace(instruction, operands=(scopes[-1][instruction.operands[0]],))
             if last and (last[-1].opcode.split(".")[0] in ("bra", "ret", "exit") or instruction.opcode == "bar.sync"):
                 segments.append(Segment())
             segments[-1].instructions.append(instruction)

@@ -18,6 +18,7 @@ from memory_guard import extent
 from triton.backends.compiler import GPUTarget
 
 from . import machine, parser
+from .hopper import TENSOR_MAP
 
 _FORMATS = {
     "i1": "b",
@@ -58,30 +59,39 @@ class Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch  # Triton compiles for a device once
 
     def get_current_stream(self, device) -> int:
         return 0
 
-    def launch(self, source, metadata, x, y, z, stream, function, packed, launched, enter, leave, *given) -> None:
+    def launch(self, source, metadata, x, y, z, stream, function, options, launched, enter, leave, *given) -> None:
         """Runs a kernel on the tensors that are passed."""
         text = _texts[function]
         program = _parsed(self.change(text) if self.change else text)
-        names = [name for name, kind in source.signature.items() if kind != "constexpr"]
-        passed = dict(zip(source.signature, given, strict=True))
-        arguments, extents = bytearray(), []
-        for number, (offset, _) in enumerate(program.parameters.values()):
+        packed, extents, maps = [], [], iter(getattr(metadata, "tensordesc_meta", None) or ())
+        for (name, kind), value in zip(source.signature.items(), given, strict=True):
+            if kind.startswith("tensordesc"):
+                extents.append((value.base.data_ptr(), extent(value.base), name))
+                packed.append(_tensor_map(value, next(maps)))
+                packed += [struct.pack("<i", size) for size in value.shape]
+                packed += [struct.pack("<q", stride) for stride in value.strides]
+            elif kind.startswith("*"):
+                extents.append((value.data_ptr(), extent(value), name))
+                packed.append(struct.pack("<Q", value.data_ptr()))
+            elif kind != "constexpr":
+                packed.append(struct.pack(f"<{_FORMATS[kind]}", value))
+        arguments = bytearray()
+        for number, (offset, size) in enumerate(program.parameters.values()):
             arguments.extend(bytes(offset - len(arguments)))
-            name = names[number] if number < len(names) else ""  # Triton's scratch pointers are last, and null
-            kind, value = source.signature.get(name, "*"), passed.get(name, 0)
-            if kind.startswith("*"):
-                if name:
-                    extents.append((value.data_ptr(), extent(value), name))
-                    value = value.data_ptr()
-                kind = "u64"
-            arguments += struct.pack(f"<{_FORMATS[kind]}", value)
+            arguments += packed[number] if number < len(packed) else bytes(size)  # Triton's scratch pointers: null
         self.launched[program.name] += 1
         machine.launch(program, (x, y, z), 32 * metadata.num_warps, bytes(arguments), extents, metadata.shared)
+
+
+def _tensor_map(given, layout) -> bytes:
+    """The argument for a tensor descriptor of Triton's."""
+    values = (layout["swizzle"], layout["elem_size"], *given.shape, given.strides[0], *layout["block_size"])
+    return TENSOR_MAP.pack(given.base.data_ptr(), *values)
 
 
 def _loaded(module, function: int, name: str, files: dict[str, str], key: str) -> None:
