@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:  # some platforms have no wheel o
 
 @pytest.fixture
 def executing(monkeypatch):
-    """``ptx.triton_driver.executing``, with what CUDA tensors get chosen for CPU tensors, and the architecture's tiles."""
+    """``ptx.triton_driver.executing``, with the tiles of its architecture, and what CUDA tensors get for CPU tensors."""
     import torch
     from ptx import triton_driver
 

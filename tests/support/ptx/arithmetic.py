@@ -111,6 +111,16 @@ def halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (values >> np.uint32(16)).astype(np.uint16), values.astype(np.uint16)
 
 
+def _in_pairs(compute):
+    """``compute`` on both halves of packed pairs."""
+
+    def computed(*operands):
+        high, low = zip(*map(halves, operands), strict=True)
+        return pair(compute(*high), compute(*low))
+
+    return computed
+
+
 def _quotient(a, b):
     wide = [value.astype(np.int64) for value in (a, b)]
     quotient = np.abs(wide[0]) // np.where(wide[1] == 0, 1, np.abs(wide[1]))
@@ -285,6 +295,10 @@ for _name, _to_integral in _ROUNDINGS.items():
                 FORMS[f"cvt.{_name}{_saturated}.{_to}.{_from}"] = Form(_to, (_from,), _to_integer(_to, _to_integral))
 FORMS |= {
     "add.f16": Form("f16", ("f16",) * 2, np.add),
+    "add.bf16x2": Form("b32", ("b32",) * 2, _in_pairs(lambda a, b: _fma_bf16(a, np.full_like(a, 0x3F80), b))),
+    "add.f16x2": Form(
+        "b32", ("b32",) * 2, _in_pairs(lambda a, b: (a.view(np.float16) + b.view(np.float16)).view(np.uint16))
+    ),
     "mul.f16": Form("f16", ("f16",) * 2, np.multiply),
     "fma.rn.bf16": Form("b16", ("bf16",) * 3, _fma_bf16),
     "fma.rn.f16": Form("b16", ("f16",) * 3, _fma_f16),

@@ -18,7 +18,7 @@ import numpy as np
 from . import warps
 from .arithmetic import bf16_to_f32, tf32
 from .faults import Fault, Unknown
-from .memory import MANY, UNSIGNED
+from .memory import UNSIGNED
 from .operands import address_of, as_list, reader
 from .parser import Instruction, Program
 
@@ -52,7 +52,7 @@ class Asynchronous:
     def __init__(self, accumulators: int, lanes: int) -> None:
         self.commits = np.zeros(-(-lanes // GROUP), np.int64)
         self.accessed = np.full((accumulators, len(self.commits)), -1, np.int64)
-        """The line that touched a sum's register since the group's last ``wgmma.fence``; 0 is none, -1 before the first."""
+        """[registers, groups]: the line that used it since the last ``wgmma.fence``; 0 is none, -1 is before any fence."""
         self.products: list[Product] = []
         self.barriers: dict[tuple[int, int], Barrier] = {}
         """By block and address."""
@@ -201,7 +201,7 @@ def _product(program: Program, instruction: Instruction) -> Callable:
         b, also = _matrix(blocks, right(blocks), by_k[1], columns, depth, kind, groups, instruction)
         granules = np.concatenate([read, also], 1)
         state.products.append(Product(rows, groups, state.commits[groups], granules, instruction))
-        blocks.shared.reading[granules] += 1
+        np.add.at(blocks.shared.reading, granules, 1)  # the warp groups of a block share a matrix
         total = np.matmul(a, b.transpose(0, 2, 1)).reshape(-1, 4, 2, 8, columns // 8, 4, 2)
         fragments = np.zeros((len(names), len(state.commits), GROUP), np.float32)
         fragments[:, groups] = total.transpose(4, 2, 6, 0, 1, 3, 5).reshape(len(names), -1, GROUP)
@@ -284,7 +284,7 @@ def _store_matrix(program: Program, instruction: Instruction) -> Callable:
 
 
 def _barrier(program: Program, instruction: Instruction) -> Callable:
-    """``mbarrier``: ``init``, ``inval`` and ``arrive.expect_tx``. Races are those of stores and loads of its 8 bytes."""
+    """``init``, ``inval`` and ``arrive.expect_tx`` of an ``mbarrier``: its 8 bytes race as if stored and loaded."""
     action = instruction.opcode.split(".")[1]
     place = instruction.operands[1 if action == "arrive" else 0]
     base, offset = address_of(place)

@@ -215,7 +215,7 @@ class Shared:
 
     def finish_reads(self, lanes, granules, instruction: Instruction) -> None:
         """The products of the threads' warp groups have read ``granules``."""
-        self.reading[granules] -= 1
+        np.add.at(self.reading, granules, -1)
         self.reader[granules] = self._stamp(lanes) | MANY
         self.read_line[granules] = instruction.line
 

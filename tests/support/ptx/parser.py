@@ -39,7 +39,8 @@ class Instruction:
     def __str__(self) -> str:
         guard = f"@{'!' * self.negated}{self.predicate} " if self.predicate else ""
         place = f" ({self.source})" if self.source else ""
-        return f"line {self.line}{place}: {guard}{self.opcode} {', '.join(self.operands)}"
+        operands = ", ".join(text if len(text) < 60 else f"{text[:20]} ... {text[-10:]}" for text in self.operands)
+        return f"line {self.line}{place}: {guard}{self.opcode} {operands}"
 
 
 @dataclass
