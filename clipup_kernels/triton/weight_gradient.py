@@ -1,6 +1,6 @@
 """Gradients of the experts' weights and biases: sums over each expert's rows of the outer product of two rows.
 
-``dW = left^T right``, ``db = sum of left's rows``, the second inside the loop of the first. A block computes a tile
+``dW = left^T right``, ``db = sum of left's rows``, which the blocks of dW's first columns compute too. A block computes a tile
 of one expert's weight and loops over all of the expert's rows: every sum has a fixed order, without atomics and without
 a split along the rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256 for one weight; the gradients of
 both in one launch have 1,152, 8.7 waves of 132 multiprocessors, where two launches take two waves of 4.4.
@@ -25,18 +25,17 @@ from .variants import Variant
 
 @triton.jit
 def _add_outer(
-    total, bias, left, right, gates, choice_of_row, start, end, left_first, right_first, left_columns,
-    right_columns,
-    TOP_K: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    total, left, right, choice_of_row, start, end, left_first, right_first, left_columns, right_columns,
+    TOP_K: tl.constexpr, FULL: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One step of ``_sum_of_outer``: the sums with some rows added. FULL: all of them are below ``end``."""
+    """One step of ``_sum_of_outer``: the sum with some rows added. FULL: all of them are below ``end``."""
     row = start + tl.arange(0, BLOCK_K)
     mine = row < end
     left_row = row
     right_row = row
-    if GATHER_LEFT or GATHER_RIGHT or (BIAS and gates is not None):
+    if GATHER_LEFT or GATHER_RIGHT:
         if FULL:
             choice = tl.load(choice_of_row + row)
         else:
@@ -49,17 +48,7 @@ def _add_outer(
     right_column = right_first + tl.arange(0, BLOCK_N)
     lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
     rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
-    total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
-    if BIAS:
-        terms = lhs.to(tl.float32)
-        if gates is not None:
-            if FULL:
-                gate = tl.load(gates + choice)
-            else:
-                gate = tl.load(gates + choice, mask=mine, other=0.0)
-            terms = product(terms, gate[:, None])
-        bias += tl.sum(terms, 0)
-    return total, bias
+    return tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -79,31 +68,56 @@ def _load(rows, row, mine, column, columns, FULL: tl.constexpr, EVEN: tl.constex
 
 @triton.jit
 def _sum_of_outer(
-    left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
-    TOP_K: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    left, right, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
+    """``left^T right`` [M, N] over rows ``begin:end``.
 
     A gathered operand has a row per token, found through the row's choice. Only the last step masks rows.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    bias = tl.zeros([BLOCK_M], tl.float32)
     full_end = begin + (end - begin) // BLOCK_K * BLOCK_K
     for start in range(begin, full_end, BLOCK_K):
-        total, bias = _add_outer(
-            total, bias, left, right, gates, choice_of_row, start, end, left_first, right_first,
-            left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT,
-            EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        total = _add_outer(
+            total, left, right, choice_of_row, start, end, left_first, right_first, left_columns, right_columns,
+            TOP_K, True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if full_end < end:
-        total, bias = _add_outer(
-            total, bias, left, right, gates, choice_of_row, full_end, end, left_first, right_first,
-            left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT,
-            EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        total = _add_outer(
+            total, left, right, choice_of_row, full_end, end, left_first, right_first, left_columns, right_columns,
+            TOP_K, False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    return total, bias
+    return total
+
+
+@triton.jit
+def _sum_of_rows(
+    left, gates, choice_of_row, begin, end, first, columns,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """left's rows ``begin:end`` summed [M], by gates if given.
+
+    ``_sum_of_outer`` reads the same rows, but must not sum them too: for rows that both a product and another operation
+    read, Triton (3.6 to 3.9) reserves a buffer too few on architecture 90, and loads the next rows into one that the
+    product still reads (triton-lang/triton, issue 6691).
+    """
+    total = tl.zeros([BLOCK_M], tl.float32)
+    column = first + tl.arange(0, BLOCK_M)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=3):
+        row = start + tl.arange(0, BLOCK_K)
+        mine = row < end
+        own = row
+        if GATHER or gates is not None:
+            choice = tl.load(choice_of_row + row, mask=mine, other=0)
+            if GATHER:
+                own = choice // TOP_K
+        terms = _load(left, own, mine, column, columns, False, EVEN).to(tl.float32)
+        if gates is not None:
+            terms = product(terms, tl.load(gates + choice, mask=mine, other=0.0)[:, None])
+        total += tl.sum(terms, 0)
+    return total
 
 
 @triton.jit
@@ -122,21 +136,18 @@ def _gradient_tile(
     end = tl.load(offsets + expert + 1)
     left_column = left_first + tl.arange(0, BLOCK_M)
     right_column = right_first + tl.arange(0, BLOCK_N)
-    # Two loops, so that only the tiles that sum left's rows pay for it.
-    if d_bias is None or right_first != 0:
-        total, _ = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
-            right_columns, TOP_K, False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        total, bias = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
-            right_columns, TOP_K, True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
-        tl.store(own_bias, bias.to(d_bias.dtype.element_ty), mask=left_column < left_columns)
+    if d_bias is not None:
+        if right_first == 0:
+            bias = _sum_of_rows(
+                left, gates, choice_of_row, begin, end, left_first, left_columns,
+                TOP_K, GATHER_LEFT, EVEN_LEFT, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
+            tl.store(own_bias, bias.to(d_bias.dtype.element_ty), mask=left_column < left_columns)
+    total = _sum_of_outer(
+        left, right, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
+        TOP_K, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     target = d_weight + expert.to(tl.int64) * left_columns * right_columns
     target += left_column[:, None] * right_columns + right_column[None, :]
     inside = (left_column < left_columns)[:, None] & (right_column < right_columns)[None, :]
