@@ -1,6 +1,6 @@
 """Gradients of the experts' weights and biases: sums over each expert's rows of the outer product of two rows.
 
-``dW = left^T right``, ``db = sum of left's rows``, which the blocks of dW's first columns compute too. A block computes a tile
+``dW = left^T right``, ``db = sum of left's rows``, by the blocks of the first columns. A block computes a tile
 of one expert's weight and loops over all of the expert's rows: every sum has a fixed order, without atomics and without
 a split along the rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256 for one weight; the gradients of
 both in one launch have 1,152, 8.7 waves of 132 multiprocessors, where two launches take two waves of 4.4.

@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:  # some platforms have no wheel o
 
 @pytest.fixture
 def executing(monkeypatch):
-    """``ptx.triton_driver.executing``, with the tiles of its architecture, and what CUDA tensors get for CPU tensors."""
+    """``ptx.triton_driver.executing``, with the architecture's tiles, and what CUDA tensors get for CPU tensors."""
     import torch
     from ptx import triton_driver
 

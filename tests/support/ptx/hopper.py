@@ -52,7 +52,7 @@ class Asynchronous:
     def __init__(self, accumulators: int, lanes: int) -> None:
         self.commits = np.zeros(-(-lanes // GROUP), np.int64)
         self.accessed = np.full((accumulators, len(self.commits)), -1, np.int64)
-        """[registers, groups]: the line that used it since the last ``wgmma.fence``; 0 is none, -1 is before any fence."""
+        """[registers, groups]: the line that used it since the last ``wgmma.fence``; 0: none, -1: no fence yet."""
         self.products: list[Product] = []
         self.barriers: dict[tuple[int, int], Barrier] = {}
         """By block and address."""
