@@ -1,8 +1,7 @@
 // Shared by all kernel files: launching, warp size, and sums over a block.
-//
-// csrc/tests/cuda_emulation.h, if included first, replaces the CUDA runtime: it runs a launch on the CPU, so
-// that the kernels are tested without a GPU. Kernels therefore use only the functions that it provides.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -10,10 +9,6 @@
 
 #include "../checks.h"
 #include "../moe_cuda.h"
-
-#ifndef CLIPUP_CUDA_EMULATION
-#include <cuda_runtime.h>
-#endif
 
 namespace clipup::cuda {
 
@@ -31,10 +26,6 @@ inline void check_most_experts(std::int64_t E) {
 template <class... Parameters, class... Arguments>
 void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
             Arguments... arguments) {
-#ifdef CLIPUP_CUDA_EMULATION
-  static_cast<void>(stage), static_cast<void>(stream);
-  emulation::run(blocks, threads, [&] { kernel(arguments...); });
-#else
   cudaLaunchConfig_t config{};
   config.gridDim.x = static_cast<unsigned>(blocks);
   config.blockDim.x = static_cast<unsigned>(threads);
@@ -44,7 +35,6 @@ void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t block
     static_cast<void>(cudaGetLastError());  // clears the error, which is reported here
     throw std::runtime_error(std::string(stage) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
-#endif
 }
 
 // The sum of `value` over the block, in every thread; every thread of the block must call it. Sums of

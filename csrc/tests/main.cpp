@@ -1,6 +1,5 @@
-// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random
-// shapes, sizes of zero included. No framework, so that sanitizers need nothing but the compiler. Exit status
-// 1 when an expectation fails.
+// Native tests of csrc/cpu: every stage against naive loops over random shapes, sizes of zero included. No
+// framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation fails.
 //
 //   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
 //                                          --quick: fewer cases; --errors: prints measured errors
@@ -217,10 +216,6 @@ int run(int count, char** arguments) {
 #ifdef CLIPUP_ASSEMBLES_AMX
     if (std::string(instruction_tier()) == "amx") test_tiles(tiles_are_emulated);
 #endif
-    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
-      test_cuda_topk_gating();
-      test_cuda_dispatch();
-    }
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
   std::printf("%s: %d passed, %d failed, %lld elements compared, %.1f s\n", instruction_tier(),

@@ -1,4 +1,4 @@
-// Random cases of gating and dispatch, for their tests on the CPU and as CUDA kernels.
+// Random cases of gating and dispatch.
 #pragma once
 
 #include <algorithm>

@@ -87,8 +87,6 @@ void test_products();
 void test_attention();
 void test_memory();
 void test_tiles(bool emulated);
-void test_cuda_topk_gating();
-void test_cuda_dispatch();
 
 struct AttentionShape {
   enum { kNone, kOfAll, kOfEachHead };
@@ -104,9 +102,6 @@ void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capac
 void check_rows(std::int64_t T, std::int64_t K, std::int64_t D);
 void check_rows_refusals();
 void check_attention(const AttentionShape& shape);
-void check_cuda_topk_gating(std::int64_t T, std::int64_t E, std::int64_t K, int options);
-void check_cuda_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
-                         bool prioritised);
 void check_router_logits(std::int64_t T, std::int64_t D, std::int64_t E, bool masked);
 
 // Random cases for `seconds`, at least one; case i has the seed `seed` + i.

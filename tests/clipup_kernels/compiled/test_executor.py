@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import struct
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ def program(body: str, parameters: int, shared: int = 0) -> parser.Program:
     )
 
 
-def run(body: str, *arrays: np.ndarray, blocks: int = 1, threads: int = 64, shared: int = 0) -> None:
+def run(body: str, *arrays: np.ndarray, blocks: int = 1, threads: int = 64, shared: int = 0, strict=False) -> None:
     extents = [(array.ctypes.data, array.nbytes, f"array {n}") for n, array in enumerate(arrays)]
     arguments = b"".join(struct.pack("<Q", start) for start, _, _ in extents)
-    machine.launch(program(body, len(arrays), shared), (blocks, 1, 1), threads, arguments, extents)
+    machine.launch(program(body, len(arrays), shared), (blocks, 1, 1), threads, arguments, extents, strict=strict)
 
 
 def computed(form: str, *operands: np.ndarray) -> np.ndarray:
@@ -127,6 +128,18 @@ def test_fused_products_and_sums_are_rounded_once_like_the_c_librarys():
     assert_equal_values(in_parts("fma.rn.f32", [a, b, c]), theirs)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fused_products_and_sums_are_rounded_down_from_what_fractions_give(dtype):
+    (values,) = floats(1, dtype)
+    values = values[np.abs(values) < 1e30][:480]
+    small = [np.full(32, value, dtype) for value in (2.0**-50, -(2.0**-50), 1.0)]  # far below half a step of the sum
+    a, b, c = (np.concatenate([np.roll(values, 7 * n), tail]) for n, tail in enumerate(small))
+    kind = f"f{8 * np.dtype(dtype).itemsize}"
+    for x, y, z, ours in zip(a, b, c, in_parts(f"fma.rm.{kind}", [a, b, c]), strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        assert Fraction(float(ours)) <= exact < Fraction(float(np.nextafter(ours, dtype(np.inf))))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_conversions_round_like_torch(dtype):
     (values,) = floats(1)
@@ -165,6 +178,7 @@ INTEGER = {
     "mul.wide.s32": lambda a, b: a * b, "mul.wide.u32": lambda a, b: (a % 2**32) * (b % 2**32),
     "mad.lo.s32": lambda a, b, c: a * b + c, "mul.hi.s32": lambda a, b: a * b >> 32,
     "div.s32": lambda a, b: (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1) if b else None,
+    "div.u64": lambda a, b: a % 2**64 // (b % 2**64) if b else None,
     "rem.s32": lambda a, b: (abs(a) % abs(b)) * (-1 if a < 0 else 1) if b else None,
     "div.u32": lambda a, b: a % 2**32 // (b % 2**32) if b else None, "min.s32": min, "max.s32": max,
     "min.u32": lambda a, b: min(a % 2**32, b % 2**32), "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
@@ -184,7 +198,8 @@ def test_integer_instructions_are_pythons(form):
     values = np.concatenate([np.array([0, 1, -1, 2**31 - 1, -(2**31), 31, 32, 33]), GENERATOR.integers(-99, 99, 56)])
     number = len(FORMS[form].operands)
     grid = list(itertools.product(values, repeat=min(number, 2)))[:: 4 if number > 1 else 1]
-    columns = [np.array(column, np.int32) for column in zip(*grid, strict=True)]
+    size = np.dtype(TYPES[FORMS[form].operands[0]]).itemsize
+    columns = [np.array(column, f"i{size}") for column in zip(*grid, strict=True)]
     columns += [GENERATOR.permutation(columns[0])] * (number - len(columns))
     if form == "bfe.u32":
         columns[1:] = [column & 31 for column in columns[1:]]
@@ -267,9 +282,58 @@ def test_matrices_are_loaded_from_shared_memory_straight_and_transposed():
             assert result[lane, number] == low | high << 16
 
 
+def test_threads_with_equal_values_are_matched_among_those_in_their_mask():
+    values, result = GENERATOR.integers(0, 5, 64).astype(np.uint32), np.zeros(64, np.uint32)
+    for halves in (False, True):
+        members = (
+            "setp.lt.u32 %p1, %r3, 16;\nselp.b32 %r4, 0xFFFF, 0xFFFF0000, %p1;\n" if halves else "mov.u32 %r4, -1;\n"
+        )
+        run(
+            f"and.b32 %r3, %t, 31;\n{members}add.s64 %d1, %a0, %w;\nld.global.nc.b32 %r1, [%d1];\n"
+            "match.any.sync.b32 %r2, %r1, %r4;\nadd.s64 %d2, %a1, %w;\nst.global.b32 [%d2], %r2;",
+            values, result,
+        )  # fmt: skip
+        for thread, same in enumerate(result):
+            size = 16 if halves else 32
+            group = range(thread // size * size, (thread // size + 1) * size)
+            assert same == sum(1 << other % 32 for other in group if values[other] == values[thread])
+
+
+ZEROS = "mov.b32 %r9, memory;\nadd.s32 %m, %o, %r9;\nst.shared.b32 [%m], 0;\nbar.sync 0;\n"
+ADDED = "and.b32 %r2, %o, 28;\nadd.s32 %r2, %r2, %r9;\n"  # the threads' place modulo 8
+
+
+@pytest.mark.parametrize("line", ["atom.shared.add.u32 %r3, [%r2], %t;", "red.shared.add.u32 [%r2], %t;"])
+def test_atomic_additions_count_every_thread(line):
+    result = np.zeros(64, np.uint32)
+    run(
+        f"{ZEROS}{ADDED}{line}\nbar.sync 0;\nld.shared.b32 %r1, [%m];\n"
+        "add.s64 %d1, %a0, %w;\nst.global.b32 [%d1], %r1;",
+        result, shared=256,
+    )  # fmt: skip
+    np.testing.assert_array_equal(result, np.bincount(np.arange(64) % 8, np.arange(64), minlength=64))
+
+
+def test_a_kernel_of_several_is_chosen_by_its_name():
+    entries = "".join(
+        f".entry {name}(\n.param .u64 p\n)\n{{\n.shared .align 4 .u32 of_{name};\n"
+        f".loc 2 9 3, function_name $x, inlined_at 1 {at} 5\n"
+        "bar.sync 0;\nret;\n}\n"
+        for name, at in (("first", 7), ("second", 8))
+    )
+    text = f'.shared .align 4 .u32 total;\n{entries}.file 1 "some/rows.cu"\n.file 2 "cuda/shuffles.hpp"\n'
+    chosen = parser.parse(text, "second")
+    assert chosen.name == "second" and chosen.instructions[0].source == "rows.cu:8"
+    assert chosen.shared == {"total": 0, "of_second": 4} and chosen.shared_bytes == 8
+    with pytest.raises(Unknown, match="2 kernels"):
+        parser.parse(text)
+
+
 STORE = "mov.b32 %r9, memory;\nadd.s32 %m, %o, %r9;\nst.shared.b32 [%m], %t;\n"
 NEXT = "xor.b32 %r2, %o, 128;\nadd.s32 %r2, %r2, %r9;\n"  # of the other warp
 COPY = "add.s64 %d1, %a0, %w;\nmov.b32 %r9, memory;\nadd.s32 %m, %o, %r9;\ncp.async.ca.shared.global [%m], [%d1], 4;\n"
+OWN = "setp.eq.u32 %p1, %c, 0;\n@!%p1 ret;\nadd.s64 %d1, %a0, %w;\n"  # of the first block
+OTHER = "xor.b32 %r2, %t, 1;\nmul.wide.u32 %d2, %r2, 4;\nadd.s64 %d2, %a0, %d2;\n"
 DONE = "cp.async.commit_group;\n"
 FAULTS = {
     "read without a barrier": (STORE + NEXT + "ld.shared.b32 %r1, [%r2];", "race in shared memory"),
@@ -290,9 +354,40 @@ FAULTS = {
     "a part of the warp": (
         "setp.lt.u32 %p1, %t, 7;\n@!%p1 bra $end;\nshfl.sync.bfly.b32 %r1, %t, 1, 31, -1;\n$end:", "a part of the warp",
     ),
+    "a thread outside of its mask": ("shfl.sync.bfly.b32 %r1, %t, 1, 31, 0xFFFF;", "not in its mask"),
+    "read beside an atomic addition": (
+        ZEROS + ADDED + "red.shared.add.u32 [%r2], %t;\nld.shared.b32 %r1, [%m];", "race.*ld.shared.*added to",
+    ),
+    "write beside an atomic addition": (
+        ZEROS + ADDED + "red.shared.add.u32 [%r2], %t;\nst.shared.b32 [%m], %t;", "race.*st.shared.*added to",
+    ),
+    "atomic addition beside a write": (STORE + ADDED + "red.shared.add.u32 [%r2], %t;", "race.*red.shared.*written"),
+    "atomic addition beside a read": (
+        ZEROS + ADDED + "ld.shared.b32 %r1, [%m];\nred.shared.add.u32 [%r2], %t;", "race.*red.shared.*read",
+    ),
+    "atomic addition to nothing": (
+        "mov.b32 %r9, memory;\nred.shared.add.u32 [%r9], %t;", "never written",
+    ),
+    "a read of one warp and then of two, and a write of one of these": (
+        ZEROS + "setp.lt.u32 %p1, %t, 34;\nsetp.ge.u32 %p2, %t, 31;\nand.pred %p1, %p1, %p2;\n"
+        "@%p1 ld.shared.b32 %r1, [%r9];\n"
+        "bar.warp.sync -1;\nsetp.eq.u32 %p3, %t, 33;\n@%p3 st.shared.b32 [%r9], %t;", "race in shared memory",
+    ),
     "outside of the tensors": ("add.s64 %d1, %a0, %w;\nst.global.b32 [%d1+4], %t;", "outside of every tensor"),
     "not aligned": ("add.s64 %d1, %a0, 2;\nld.global.b32 %r1, [%d1];", "not a multiple of 4"),
     "blocks write one address": ("add.s64 %d1, %a0, %w;\nst.global.b32 [%d1], %t;", "two blocks write one address"),
+    "a thread reads what another writes, without a barrier": (
+        OWN + "st.global.b32 [%d1], %t;\n" + OTHER + "ld.global.b32 %r1, [%d2];", "no barrier after another thread's",
+    ),
+    "threads write different values, without a barrier": (
+        OWN + "st.global.b32 [%d1], %t;\n" + OTHER + "st.global.b32 [%d2], %t;", "no barrier after another thread's",
+    ),
+    "a thread writes what another reads, without a barrier": (
+        OWN + "ld.global.b32 %r1, [%d1];\n" + OTHER + "st.global.b32 [%d2], %t;", "no barrier before another thread's",
+    ),
+    "a number that does not fit": (
+        "cvt.rn.f32.u32 %r1, %t;\nmul.f32 %r1, %r1, 0f4CC00000;\ncvt.rzi.s32.f32 %r2, %r1;", "does not fit",
+    ),
     "a block reads what another writes": (
         "add.s64 %d1, %a0, %w;\nld.global.b32 %r1, [%a0];\nsetp.eq.b32 %p1, %c, 0;\n@%p1 st.global.b32 [%d1], %t;",
         "reads what another block",
@@ -307,9 +402,26 @@ def test_faults_of_threads_are_found_and_named(body, words):
         run(body, np.zeros(64, np.uint32), blocks=2, shared=256)
 
 
+EQUAL = {
+    "in shared memory": "mov.b32 %r9, memory;\nst.shared.b32 [%r9], 7;",
+    "in global memory": OWN + "st.global.b32 [%a0], 7;",
+    "in global memory, one after the other": OWN + "st.global.b32 [%d1], 7;\n" + OTHER + "st.global.b32 [%d2], 7;",
+}
+
+
+@pytest.mark.parametrize("body", EQUAL.values(), ids=EQUAL)
+def test_equal_values_at_one_address_are_a_fault_where_that_is_asked_for(body):
+    run(body, np.zeros(64, np.uint32), blocks=2, shared=256)
+    with pytest.raises(Fault, match="equal values|another thread's write"):
+        run(body, np.zeros(64, np.uint32), blocks=2, shared=256, strict=True)
+
+
 RIGHT = {
+    "a barrier between write and read": OWN
+    + "st.global.b32 [%d1], %t;\nbar.sync 0;\n"
+    + OTHER
+    + "ld.global.b32 %r1, [%d2];",
     "a barrier between": STORE + NEXT + "bar.sync 0;\nld.shared.b32 %r1, [%r2];\nbar.sync 0;\nst.shared.b32 [%m], %t;",
-    "equal values at one address": "mov.b32 %r9, memory;\nst.shared.b32 [%r9], 7;",
     "a barrier of the warp": STORE
     + "xor.b32 %r2, %o, 4;\nadd.s32 %r2, %r2, %r9;\nbar.warp.sync -1;\nld.shared.b32 %r1, [%r2];",
     "waited, then a barrier": COPY
@@ -322,6 +434,7 @@ RIGHT = {
     + "cp.async.ca.shared.global [%m+256], [%d1], 4;\n"
     + DONE
     + "cp.async.wait_group 1;\nld.shared.b32 %r1, [%m];",
+    "atomic additions of two warps": ZEROS + ADDED + "red.shared.add.u32 [%r2], %t;\nred.shared.add.u32 [%r2], 1;",
     "paths that join": (
         "setp.lt.u32 %p1, %t, 7;\n@!%p1 bra $end;\nmov.b32 %r1, 3;\n$end:\nshfl.sync.bfly.b32 %r2, %t, 1, 31, -1;"
     ),
@@ -334,7 +447,13 @@ def test_programs_without_a_fault_raise_no_alarm(body):
 
 
 @pytest.mark.parametrize(
-    "line", ["nanosleep.u32 20;", "mma.sync.aligned.m8n8k4.row.col.f64 %r1, %r2, %r3;", "abs.s8 %s1, %s2;"]
+    "line",
+    [
+        "atom.shared.add.u32 %r1, [%r9], %t;\nadd.s32 %r2, %r1, 1;",
+        "nanosleep.u32 20;",
+        "mma.sync.aligned.m8n8k4.row.col.f64 %r1, %r2, %r3;",
+        "abs.s8 %s1, %s2;",
+    ],
 )
 def test_unknown_instructions_are_refused_by_name(line):
     with pytest.raises(Unknown, match=line.split()[0]):

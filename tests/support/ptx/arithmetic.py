@@ -202,6 +202,7 @@ _add("mad.lo", INTEGERS, "T", "T T T", lambda a, b, c: a * b + c)
 _add("min", INTEGERS, "T", "T T", np.minimum)
 _add("max", INTEGERS, "T", "T T", np.maximum)
 _add("div", INTEGERS.replace("u64", ""), "T", "T T", _quotient)
+_add("div", "u64", "T", "T T", lambda a, b: a // np.maximum(b, np.uint64(1)))
 _add("rem", INTEGERS, "T", "T T", _remainder)
 _add("neg", "s16 s32 s64", "T", "T", np.negative)
 _add("abs", "s16 s32 s64", "T", "T", np.abs)
@@ -267,18 +268,17 @@ _add("fma.rn.ftz", "f32", "T", "T T T", _flushing(fma32))
 _add("fma.rn", "f64", "T", "T T T", fma64)
 
 
-def _floored(compute):
-    """Rounded toward minus infinity."""
+def _fma_floored(a, b, c):
+    """a * b + c, rounded once toward minus infinity; in float64 over long double."""
+    product = a.astype(np.longdouble) * b  # of float32, exact
+    total = product + c
+    back = total - product
+    rest = (product - (total - back)) + (c - back)  # of the sum; exact (TwoSum)
+    near = total.astype(a.dtype)
+    return np.where((near > total) | (near == total) & (rest < 0), np.nextafter(near, a.dtype.type(-np.inf)), near)
 
-    def rounded(a, b, c):
-        exact = compute(a.astype(np.longdouble), b.astype(np.longdouble), c.astype(np.longdouble))
-        near = exact.astype(np.float64)
-        return np.where(near > exact, np.nextafter(near, -np.inf), near)
 
-    return rounded
-
-
-_add("fma.rm", "f64", "T", "T T T", _floored(lambda a, b, c: a * b + c))
+_add("fma.rm", "f32 f64", "T", "T T T", _fma_floored)
 
 _INTEGER_TYPES = [kind for kind in TYPES if kind[0] in "su"]
 for _from in _INTEGER_TYPES:

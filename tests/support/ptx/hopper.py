@@ -367,8 +367,8 @@ def _load_box(program: Program, instruction: Instruction) -> Callable:
             inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
             values = np.zeros((len(y), 1), UNSIGNED[size])
             sources = start + (y[inside].astype(np.int64) * stride + x[inside]) * size
-            block = blocks.block_of_lane[lane]
-            values[inside] = memory.read(sources, size, 1, np.full(len(sources), block), instruction)
+            owners = blocks.owners(np.full(len(sources), lane))
+            values[inside] = memory.read(sources, size, 1, owners, instruction)
             if (target[0] % 128) or box[1] * size % 16:
                 raise Fault(f"{instruction}: a box at {target[0]} in rows of {box[1] * size} bytes is not aligned")
             lanes = np.full(len(y), lane)

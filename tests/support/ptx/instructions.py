@@ -24,6 +24,7 @@ Step = Callable[["Blocks", "np.ndarray | None"], "np.ndarray | int | None"]
 """Returns the number of the next segment, or an array of numbers by thread; None for the following segment."""
 
 
+@functools.lru_cache
 def compiled(program: Program) -> list[list[Step]]:
     """Every segment as functions of blocks and mask.
 
@@ -78,7 +79,21 @@ def _arithmetic(program: Program, instruction: Instruction, form) -> Step:
             value = value.view(bits) if value.dtype.itemsize == bits.itemsize else value.astype(bits)
         blocks.put(destination, value, mask)
 
-    return step
+    truncated = re.fullmatch(r"cvt\.rzi\.([su]\d\d)\.f\d\d", instruction.opcode)
+    return _fitting(instruction, step, readers[0], np.iinfo(TYPES[truncated[1]])) if truncated else step
+
+
+def _fitting(instruction: Instruction, step: Step, read, limits: np.iinfo) -> Step:
+    """A conversion as C++ and LLVM have it: they leave open what becomes of a number that does not fit."""
+
+    def fitting(blocks: Blocks, mask):
+        value = np.trunc(read(blocks).astype(np.float64))
+        outside = ~((value >= float(limits.min)) & (value < float(limits.max) + 1))
+        if (outside if mask is None else outside & mask).any():
+            raise Fault(f"{instruction}: converts a number that does not fit")
+        return step(blocks, mask)
+
+    return fitting
 
 
 def _mov(program: Program, instruction: Instruction) -> Step:
@@ -128,8 +143,7 @@ def _load(program: Program, instruction: Instruction) -> Step:
         lanes = blocks.active(mask)
         address = read(blocks)[lanes].astype(np.int64) + offset
         if space == "global":
-            blocks_of = blocks.block_of_lane[lanes]
-            values = blocks.launch.memory.read(address, size, len(names), blocks_of, instruction)
+            values = blocks.launch.memory.read(address, size, len(names), blocks.owners(lanes), instruction)
         else:
             index = blocks.shared.at(lanes, address, size, len(names), instruction)
             values = blocks.shared.read(lanes, index, size, instruction)
@@ -170,12 +184,29 @@ def _store(program: Program, instruction: Instruction) -> Step:
         address = read(blocks)[lanes].astype(np.int64) + offset
         values = np.stack([value(blocks)[lanes] for value in readers], 1)
         if is_global:
-            blocks.launch.memory.write(address, values, size, blocks.block_of_lane[lanes], instruction)
+            blocks.launch.memory.write(address, values, size, blocks.owners(lanes), instruction)
         else:
             index = blocks.shared.at(lanes, address, size, len(readers), instruction)
             blocks.shared.write(lanes, index, values, size, instruction)
 
     return store
+
+
+def _add(program: Program, instruction: Instruction) -> Step:
+    """Atomic addition in shared memory. The value before depends on the order of threads: nothing may read it."""
+    *into, target, value = instruction.operands
+    others = " ".join(str(other) for other in program.instructions if other is not instruction)
+    if into and into[0] in re.findall(r"%\w+", others):
+        raise Unknown(f"{instruction}: a value before an addition that is read")
+    base, offset = address_of(target)
+    read, values = reader(program, base, "u32"), reader(program, value, instruction.opcode.rsplit(".", 1)[1])
+
+    def add(blocks: Blocks, mask):
+        lanes = blocks.active(mask)
+        index = blocks.shared.at(lanes, read(blocks)[lanes].astype(np.int64) + offset, 4, 1, instruction)
+        blocks.shared.add(lanes, index, values(blocks)[lanes, None], 4, instruction)
+
+    return add
 
 
 def _copy(program: Program, instruction: Instruction) -> Step:
@@ -195,9 +226,8 @@ def _copy(program: Program, instruction: Instruction) -> Step:
         values = np.zeros((len(lanes), count // 4), np.uint32)
         reads = sizes > 0
         address = origin(blocks)[lanes].astype(np.int64) + source[1]
-        blocks_of = blocks.block_of_lane[lanes]
         if reads.any():
-            values[reads] = memory.read(address[reads], 4, count // 4, blocks_of[reads], instruction)
+            values[reads] = memory.read(address[reads], 4, count // 4, blocks.owners(lanes[reads]), instruction)
         index = shared.at(lanes, to(blocks)[lanes].astype(np.int64) + target[1], 4, count // 4, instruction)
         shared.copy(lanes, index, values, 4, instruction)
 
@@ -250,6 +280,19 @@ def _shuffle(program: Program, instruction: Instruction) -> Step:
             blocks.put(predicate, inside.reshape(-1), mask)
 
     return shuffle
+
+
+def _match(program: Program, instruction: Instruction) -> Step:
+    """``match.any``: for every thread the threads in its mask that have the same value."""
+    value, members = (reader(program, text, "b32") for text in instruction.operands[1:])
+
+    def match(blocks: Blocks, mask):
+        blocks.warps(mask, members(blocks), instruction)
+        rows = value(blocks).reshape(-1, 32)
+        same = (rows[:, :, None] == rows[:, None, :]) << np.arange(32, dtype=np.uint32)
+        blocks.put(instruction.operands[0], same.sum(2, dtype=np.uint32).reshape(-1) & members(blocks), mask)
+
+    return match
 
 
 def _reduce(program: Program, instruction: Instruction) -> Step:
@@ -343,14 +386,16 @@ def _convert_address(program: Program, instruction: Instruction) -> Step:
 
 _BUILDERS: list[tuple[str, Callable[[Program, Instruction], Step]]] = [
     (r"mov\.b(16|32|64)", _mov),
-    (r"ld\.(param|global|shared)(\.v[24])?\.[bsuf](8|16|32|64)", _load),
+    (r"ld\.(param|global|shared)(\.nc)?(\.v[24])?\.[bsuf](8|16|32|64)", _load),
     (r"st\.(global|shared|shared::cta)(\.v[24])?\.[bsuf](8|16|32|64)", _store),
+    (r"(atom|red)\.shared\.add\.[su]32", _add),
     (r"cp\.async\.c[ag]\.shared\.global", _copy),
     (r"cp\.async\.commit_group", _commit),
     (r"cp\.async\.wait_(group|all)", _wait),
     (r"bar\.sync", _barrier),
     (r"bar\.warp\.sync", _warp_barrier),
     (r"shfl\.sync\.(up|down|bfly|idx)\.b32", _shuffle),
+    (r"match\.any\.sync\.b32", _match),
     (r"redux\.sync\.(add|min|max|and|or|xor)\.[sub]32", _reduce),
     (rf"mma\.sync\.aligned\.({'|'.join(map(re.escape, warps.MATRICES))})", _multiply),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16", _load_matrix),

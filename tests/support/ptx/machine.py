@@ -43,7 +43,7 @@ class Blocks:
         self.special = {name: value.astype(np.uint32) for name, value in self.special.items()}
         self.special |= {name: np.full(self.lanes, value, np.uint32) for name, value in constant.items()}
         self.asynchronous = Asynchronous(len(program.accumulators), self.lanes)
-        self.shared = Shared(count, launch.shared_bytes, threads, launch.granule)
+        self.shared = Shared(count, launch.shared_bytes, threads, launch.granule, launch.memory.strict)
 
     def put(self, name: str, value: np.ndarray, mask: np.ndarray | None) -> None:
         before = self.registers.get(name)
@@ -55,15 +55,23 @@ class Blocks:
         """Numbers of the active threads."""
         return self.lane if mask is None else np.flatnonzero(mask)
 
+    def owners(self, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of threads, and their stamps."""
+        return self.block_of_lane[lanes], self.shared.stamp(lanes)
+
     def warps(self, mask: np.ndarray | None, members: np.ndarray, instruction: Instruction) -> np.ndarray | None:
-        """The active warps, None for all. All threads in the member mask of an active warp have to be active."""
-        if mask is None:
+        """The active warps, None for all. A thread has to be in its member mask, and all threads in it active."""
+        if mask is None and (members == 0xFFFFFFFF).all():
             return None
-        present = mask.reshape(-1, 32)
-        named = (members.reshape(-1, 32) >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
-        wanted = present.any(1)[:, None] & named
-        if (wanted & ~present).any():
+        present, lane = np.ones((self.lanes // 32, 32), bool), np.arange(32, dtype=np.uint32)
+        if mask is not None:
+            present = mask.reshape(-1, 32)
+        members = members.reshape(-1, 32)
+        active = (present << lane).sum(1, dtype=np.uint32)[:, None]
+        if (present & (members & ~active != 0)).any():
             raise Fault(f"{instruction}: executed by a part of the warp only")
+        if (present & (members >> lane & 1 == 0)).any():
+            raise Fault(f"{instruction}: executed by a thread that is not in its mask")
         return present.any(1)
 
 
@@ -87,7 +95,7 @@ def _element_bytes(instruction: Instruction) -> int:
 
 def launch(
     program: Program, grid: tuple[int, int, int], threads: int, arguments: bytes,
-    extents: Sequence[tuple[int, int, str]], shared_bytes: int = 0,
+    extents: Sequence[tuple[int, int, str]], shared_bytes: int = 0, strict: bool = False,
 ) -> None:  # fmt: skip
     """Runs a kernel on memory of this process.
 
@@ -95,12 +103,13 @@ def launch(
         arguments: the parameters, laid out as ``program.parameters``.
         extents: address, bytes and name of every tensor that the kernel may touch.
         shared_bytes: dynamic shared memory.
+        strict: threads that write equal values to one address are a fault, too.
 
     Raises:
         Fault: what the GPU leaves undefined. Unknown: an instruction that the executor does not have.
     """
     steps = compiled(program)
-    state = Launch(program, grid, threads, arguments, Global(list(extents)), shared_bytes)
+    state = Launch(program, grid, threads, arguments, Global(list(extents), strict), shared_bytes)
     number = grid[0] * grid[1] * grid[2]
     at_once = max(1, min(MOST_LANES // threads, (64 << 20) // state.shared_bytes))
     with np.errstate(all="ignore"):

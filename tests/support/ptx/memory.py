@@ -8,8 +8,8 @@ from .faults import Fault
 from .parser import Instruction
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-MANY = 0xFFFF
-"""Threads of several warps."""
+MANY = 0xFFFFFFFF
+"""Threads of several warps; the largest of all stamps since a barrier of the block."""
 _WARP = 0x8000
 """Added to a warp's number: several of its threads."""
 
@@ -17,8 +17,9 @@ _WARP = 0x8000
 class Global:
     """The tensors of a launch, at their addresses in this process."""
 
-    def __init__(self, extents: list[tuple[int, int, str]]) -> None:
+    def __init__(self, extents: list[tuple[int, int, str]], strict: bool) -> None:
         """``extents``: address, bytes and name of every tensor."""
+        self.strict = strict
         extents = _joined(sorted(extent for extent in extents if extent[1]))
         self.starts = np.array([start for start, _, _ in extents] or [0], np.int64)
         self.ends = np.array([start + size for start, size, _ in extents] or [0], np.int64)
@@ -27,8 +28,9 @@ class Global:
         span = int(self.ends.max()) - self.base + 16
         self.views = {size: _at(self.base, span // size, kind) for size, kind in UNSIGNED.items()}
         self.writers = [np.full(end - start, -1, np.int32) for start, end in zip(self.starts, self.ends, strict=True)]
+        self.stamps = [np.zeros(len(writers), np.int64) for writers in self.writers]
         self.written_by: dict[int, dict[int, Instruction]] = {}
-        self.reads: list[tuple[int, np.ndarray, np.ndarray, Instruction]] = []
+        self.reads: list[tuple[int, np.ndarray, tuple[np.ndarray, np.ndarray], Instruction]] = []
 
     def at(self, addresses: np.ndarray, size: int, count: int, instruction: Instruction) -> np.ndarray:
         """Indices into ``views[size]``, [threads, count], of addresses that each hold ``count`` values."""
@@ -47,43 +49,64 @@ class Global:
             raise Fault(f"{instruction}: an address is not a multiple of {size * count}")
         return ((addresses - self.base) // size)[:, None] + np.arange(count)
 
-    def read(self, addresses, size: int, count: int, blocks, instruction: Instruction) -> np.ndarray:
-        """Values [threads, count]."""
+    def read(self, addresses, size: int, count: int, owners, instruction: Instruction) -> np.ndarray:
+        """Values [threads, count]; ``owners`` are the blocks and the stamps of the threads."""
         index = self.at(addresses, size, count, instruction)
-        self.reads.append((size * count, addresses.astype(np.int64), blocks, instruction))
+        addresses, anywhere = addresses.astype(np.int64), np.ones(len(addresses), bool)
+        for number, of_tensor, offsets in self._places(addresses, size * count, self.written_by):
+            self._check_order(number, offsets, [part[of_tensor] for part in owners], anywhere[of_tensor], instruction)
+        self.reads.append((size * count, addresses, owners, instruction))
         return self.views[size][index]
 
-    def write(self, addresses, values: np.ndarray, size: int, blocks, instruction: Instruction) -> None:
+    def write(self, addresses, values: np.ndarray, size: int, owners, instruction: Instruction) -> None:
         """``values``: [threads, count]."""
-        index = self.at(addresses, size, values.shape[1], instruction)
+        index, addresses = self.at(addresses, size, values.shape[1], instruction), addresses.astype(np.int64)
+        differs = (self.views[size][index] != values).any(1) | self.strict
         self.views[size][index] = values
         if (self.views[size][index] != values).any():
             raise Fault(f"{instruction}: threads write different values to one global address")
-        self._mark(addresses.astype(np.int64), size * values.shape[1], blocks, instruction)
-
-    def _mark(self, addresses, size: int, blocks, instruction: Instruction) -> None:
-        tensor = np.searchsorted(self.starts, addresses, "right") - 1
-        for number in np.unique(tensor):
-            of_tensor = tensor == number
-            offsets = (addresses[of_tensor] - self.starts[number])[:, None] + np.arange(0, size, min(size, 2))
-            own, before = blocks[of_tensor][:, None], self.writers[number][offsets]
-            self.writers[number][offsets] = own
+        for number, of_tensor, offsets in self._places(addresses, size * values.shape[1], range(len(self.starts))):
+            blocks, stamps = (part[of_tensor] for part in owners)
+            own, before = blocks[:, None], self.writers[number][offsets]
+            self._check_order(number, offsets, (blocks, stamps), differs[of_tensor], instruction)
+            self.writers[number][offsets], self.stamps[number][offsets] = own, stamps
             if ((before >= 0) & (before != own)).any() or (self.writers[number][offsets] != own).any():
                 raise Fault(f"{instruction}: two blocks write one address of {self.names[number]}")
-            self.written_by.setdefault(int(number), {})[instruction.line] = instruction
+            if self.strict and (self.stamps[number][offsets] != stamps).any():
+                raise Fault(f"{instruction}: threads write equal values to one address of {self.names[number]}")
+            self.written_by.setdefault(number, {})[instruction.line] = instruction
+
+    def _places(self, addresses, size: int, numbers):
+        """For every tensor of ``numbers``: which addresses it has, and their offsets in steps of two bytes."""
+        tensor = np.searchsorted(self.starts, addresses, "right") - 1
+        for number in numbers:
+            of_tensor = tensor == number
+            if of_tensor.any():
+                steps = np.arange(0, size, min(size, 2))
+                yield number, of_tensor, (addresses[of_tensor] - self.starts[number])[:, None] + steps
+
+    def _check_order(self, number: int, offsets, owners, where, instruction: Instruction) -> None:
+        """No other thread of the block has written there since the last barrier."""
+        blocks, stamps = owners
+        inside = (self.writers[number][offsets] == blocks[:, None]) & where[:, None]
+        if (inside & clashing(self.stamps[number][offsets], stamps)).any():
+            lines = "; ".join(str(write) for write in self.written_by[number].values())
+            raise Fault(f"{instruction}: no barrier after another thread's write to {self.names[number]}: {lines}")
 
     def finish(self) -> None:
-        """After a launch: no block has read what another has written."""
-        for size, addresses, blocks, instruction in self.reads:
-            tensor = np.searchsorted(self.starts, addresses, "right") - 1
-            for number in self.written_by:
-                of_tensor = tensor == number
-                if of_tensor.any():
-                    offsets = (addresses[of_tensor] - self.starts[number])[:, None] + np.arange(0, size, min(size, 2))
-                    writer = self.writers[number][offsets]
-                    if ((writer >= 0) & (writer != blocks[of_tensor][:, None])).any():
-                        lines = "; ".join(str(write) for write in self.written_by[number].values())
-                        raise Fault(f"{instruction}: reads what another block of the launch writes: {lines}")
+        """After a launch: no block has read what another has written, and barriers are between reads and writes."""
+        for size, addresses, owners, instruction in self.reads:
+            for number, of_tensor, offsets in self._places(addresses, size, self.written_by):
+                blocks, stamps = (part[of_tensor] for part in owners)
+                writer, written = self.writers[number][offsets], self.stamps[number][offsets]
+                inside, what = writer == blocks[:, None], ""
+                if ((writer >= 0) & ~inside).any():
+                    what = "reads what another block of the launch writes"
+                elif (inside & clashing(written, stamps) & clashing(stamps, written)).any():
+                    what = "no barrier before another thread's write"
+                if what:
+                    lines = "; ".join(str(write) for write in self.written_by[number].values())
+                    raise Fault(f"{instruction}: {what}: {lines}")
 
 
 def _joined(extents: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -110,19 +133,30 @@ def _at(address: int, length: int, kind: type) -> np.ndarray:
     return np.asarray(_Address(address, length, kind))
 
 
+def clashing(stamps: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Where a stamp is of another thread that no barrier orders before ``own``."""
+    code = stamps & 0xFFFF
+    same = (stamps >> 32 == own >> 32) & (code != own & 0xFFFF)
+    if not same.any():
+        return same
+    warp = np.where(code & _WARP, np.where(code == 0xFFFF, -1, code & 0x7FFF), code >> 5)
+    ordered = (warp == (own & 0xFFFF) >> 5) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
+    return same & ~ordered
+
+
 class Shared:
     """Shared memory of ``blocks`` blocks, and per granule the threads that wrote and read it since the last barrier.
 
     A stamp is (barriers of the block so far) << 32 | (barriers of the warp) << 16 | thread.
     """
 
-    def __init__(self, blocks: int, size: int, threads: int, granule: int) -> None:
-        self.size, self.threads, self.granule = -(-size // 16) * 16, threads, granule
+    def __init__(self, blocks: int, size: int, threads: int, granule: int, strict: bool) -> None:
+        self.size, self.threads, self.granule, self.strict = -(-size // 16) * 16, threads, granule, strict
         data = np.full(blocks * self.size, 0xA5, np.uint8)
         self.views = {width: data.view(kind) for width, kind in UNSIGNED.items()}
         number = blocks * self.size // granule
-        self.writer, self.reader = np.zeros(number, np.int64), np.zeros(number, np.int64)
-        self.write_line, self.read_line = np.zeros(number, np.int32), np.zeros(number, np.int32)
+        self.writer, self.reader, self.adder = (np.zeros(number, np.int64) for _ in range(3))
+        self.write_line, self.read_line, self.add_line = (np.zeros(number, np.int32) for _ in range(3))
         self.written, self.pending = np.zeros(number, bool), np.zeros(number, bool)
         self.unfenced = np.zeros(number, bool)  # written by instructions that are not the async proxy's
         self.reading = np.zeros(number, np.int16)  # products in flight that read it
@@ -148,19 +182,9 @@ class Shared:
         per = size // self.granule
         return (index[:, :, None] * per + np.arange(per)).reshape(len(index), -1)
 
-    def _stamp(self, lanes) -> np.ndarray:
+    def stamp(self, lanes) -> np.ndarray:
         thread, block = lanes % self.threads, lanes // self.threads
         return (self.barriers[block] << 32 | self.warp_barriers[lanes // 32] << 16 | thread)[:, None]
-
-    def _clash(self, stamps, own) -> np.ndarray:
-        """Where a stamp is of another thread that no barrier orders before ``own``."""
-        code = stamps & 0xFFFF
-        same = (stamps >> 32 == own >> 32) & (code != own & 0xFFFF)
-        if not same.any():
-            return same
-        warp = np.where(code & _WARP, np.where(code == MANY, -1, code & 0x7FFF), code >> 5)
-        ordered = (warp == (own & 0xFFFF) >> 5) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
-        return same & ~ordered
 
     def _race(self, where, lines, granules, lanes, instruction: Instruction, what: str) -> None:
         thread = lanes[where.any(1)][0]
@@ -171,32 +195,52 @@ class Shared:
 
     def read(self, lanes, index, size: int, instruction: Instruction) -> np.ndarray:
         """Values at ``index``, which is ``at``'s or of the same form."""
-        granules, own = self._granules(index, size), self._stamp(lanes)
-        self.instructions[instruction.line] = instruction
-        self._readable(lanes, granules, own, instruction)
-        code = self._merged(self.reader[granules], own)
-        self.reader[granules] = code
-        several = self.reader[granules] != code
-        if several.any():
-            self.reader[granules[several]] = self._merged(
-                self.reader[granules[several]], np.broadcast_to(own, granules.shape)[several]
-            )
+        granules, own = self._granules(index, size), self.stamp(lanes)
+        self._check_value(granules, instruction)
+        self._check(granules, own, lanes, instruction, written=True, added=True)
+        self._join(self.reader, granules, own)
         self.read_line[granules] = instruction.line
         return self.views[size][index]
 
-    def _line(self, where, lines, granules) -> Instruction:
-        return self.instructions[int(lines[granules[where][0]])]
+    def add(self, lanes, index, values, size: int, instruction: Instruction) -> None:
+        """Atomic additions: they do not race each other."""
+        granules, own = self._granules(index, size), self.stamp(lanes)
+        self._check_value(granules, instruction)
+        self._check(granules, own, lanes, instruction, written=True, read=True)
+        self._join(self.adder, granules, own)
+        self.add_line[granules] = instruction.line
+        np.add.at(self.views[size], index, values)
 
-    def _readable(self, lanes, granules, own, instruction: Instruction) -> None:
+    def _check_value(self, granules, instruction: Instruction) -> None:
+        self.instructions[instruction.line] = instruction
         pending = self.pending[granules]
         if pending.any():
             other = self._line(pending, self.write_line, granules)
             raise Fault(f"{instruction}: reads what has not been waited for: {other}")
         if not self.written[granules].all():
             raise Fault(f"{instruction}: reads shared memory that was never written")
-        clash = self._clash(self.writer[granules], own)
-        if clash.any():
-            self._race(clash, self.write_line, granules, lanes, instruction, "written")
+
+    def _check(self, granules, own, lanes, instruction: Instruction, *, written=False, read=False, added=False) -> None:
+        """No other thread has done this since the last barrier."""
+        kinds = (
+            (written, self.writer, self.write_line, "written"), (read, self.reader, self.read_line, "read"),
+            (added, self.adder, self.add_line, "added to"),
+        )  # fmt: skip
+        for checked, stamps, lines, what in kinds:
+            if checked and (clash := clashing(stamps[granules], own)).any():
+                self._race(clash, lines, granules, lanes, instruction, what)
+
+    def _join(self, stamps, granules, own) -> None:
+        """Adds threads to those since the last barrier."""
+        merged = self._merged(stamps[granules], own)
+        stamps[granules] = merged
+        several = stamps[granules] != merged
+        if several.any():
+            where = granules[several]
+            np.maximum.at(stamps, where, self._merged(stamps[where], np.broadcast_to(own, granules.shape)[several]))
+
+    def _line(self, where, lines, granules) -> Instruction:
+        return self.instructions[int(lines[granules[where][0]])]
 
     def _fenced(self, granules, instruction: Instruction) -> None:
         unfenced = self.unfenced[granules]
@@ -208,7 +252,8 @@ class Shared:
         """The granules that products begin to read; ``lanes``: the first thread of each warp group."""
         granules = self._granules(index, size)
         self.instructions[instruction.line] = instruction
-        self._readable(lanes, granules, self._stamp(lanes) | MANY, instruction)
+        self._check_value(granules, instruction)
+        self._check(granules, self.stamp(lanes) | MANY, lanes, instruction, written=True, added=True)
         self._fenced(granules, instruction)
         self.read_line[granules] = instruction.line
         return granules
@@ -216,7 +261,7 @@ class Shared:
     def finish_reads(self, lanes, granules, instruction: Instruction) -> None:
         """The products of the threads' warp groups have read ``granules``."""
         np.add.at(self.reading, granules, -1)
-        self.reader[granules] = self._stamp(lanes) | MANY
+        self.reader[granules] = self.stamp(lanes) | MANY
         self.read_line[granules] = instruction.line
 
     def write_by_async_proxy(self, lanes, index, values, size: int, instruction: Instruction) -> np.ndarray:
@@ -235,14 +280,14 @@ class Shared:
         fresh = (stamps >> 32 != own >> 32) | (code == own & 0xFFFF)
         if fresh.all():
             return np.broadcast_to(own, stamps.shape)
-        warp = np.where(code & _WARP, np.where(code == MANY, -1, code & 0x7FFF), code >> 5)
+        warp = np.where(code & _WARP, np.where(code == 0xFFFF, -1, code & 0x7FFF), code >> 5)
         own_warp = (own & 0xFFFF) >> 5
         ordered = (warp == own_warp) & (stamps >> 16 & 0xFFFF < own >> 16 & 0xFFFF)
         joint = np.where(warp == own_warp, _WARP | own_warp, MANY)
         return np.where(fresh | ordered, own, own & ~0xFFFF | joint)
 
     def _mark(self, lanes, granules, instruction: Instruction) -> None:
-        own = self._stamp(lanes)
+        own = self.stamp(lanes)
         self.instructions[instruction.line] = instruction
         pending, reading = self.pending[granules], self.reading[granules] > 0
         if pending.any():
@@ -250,10 +295,7 @@ class Shared:
             raise Fault(f"{instruction}: writes where {other} is still writing")
         if reading.any():
             raise Fault(f"{instruction}: writes where {self._line(reading, self.read_line, granules)} is still reading")
-        for stamps, lines, what in ((self.writer, self.write_line, "written"), (self.reader, self.read_line, "read")):
-            clash = self._clash(stamps[granules], own)
-            if clash.any():
-                self._race(clash, lines, granules, lanes, instruction, what)
+        self._check(granules, own, lanes, instruction, written=True, read=True, added=True)
         self.writer[granules] = own
         self.write_line[granules] = instruction.line
         self.written[granules] = self.unfenced[granules] = True
@@ -263,8 +305,10 @@ class Shared:
         granules = self._granules(index, size)
         self._mark(lanes, granules, instruction)
         self.views[size][index] = values
-        if (self.views[size][index] != values).any():
-            raise Fault(f"race in shared memory: threads write different values to one address at {instruction}")
+        differ = (self.views[size][index] != values).any()
+        if differ or self.strict and (self.writer[granules] != self.stamp(lanes)).any():
+            kind = "different" if differ else "equal"
+            raise Fault(f"race in shared memory: threads write {kind} values to one address at {instruction}")
         return granules
 
     def copy(self, lanes, index, values, size: int, instruction: Instruction) -> None:
@@ -285,7 +329,7 @@ class Shared:
             done = waiting[owners] & (groups < self.commits[owners] - open_groups)
             if done.any():
                 self.pending[granules[done]], self.unfenced[granules[done]] = False, True
-                self.writer[granules[done]] = self._stamp(owners[done])
+                self.writer[granules[done]] = self.stamp(owners[done])
             if not done.all():
                 left.append((owners[~done], groups[~done], granules[~done]))
         self.copies = left

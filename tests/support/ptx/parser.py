@@ -55,7 +55,7 @@ class Segment:
         return first if first and first.opcode == "bar.sync" else None
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """One kernel."""
 
@@ -82,15 +82,17 @@ class Program:
         return {name: number for number, name in enumerate(dict.fromkeys(re.findall(r"%?[$\w]+", " ".join(products))))}
 
 
-def _statements(text: str):
-    """Statements with their line and source; labels and scopes are statements of their own."""
+def _statements(text: str, files: dict[str, str]):
+    """Statements with their line and source; labels and scopes are statements of their own.
+
+    The source is the innermost place that is not in a header of CUDA.
+    """
     source, pending, start = "", "", 0
     for number, raw in enumerate(text.splitlines(), 1):
-        if match := re.match(r"\s*\.loc\s.*//\s*(\S+?):(\d+)", raw):
-            source = f"{match[1]}:{match[2]}"
-            continue
         line = re.sub(r"//.*", "", raw).strip()
         if line.startswith((".loc", ".file")):
+            places = [(files[file], int(at)) for file, at in re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", line)]
+            source = next((f"{name}:{at}" for name, at in places if at and not name.endswith(".hpp")), source)
             continue
         while line:
             if not pending:
@@ -132,16 +134,19 @@ def _aligned(offset: int, to: int) -> int:
     return -(-offset // to) * to
 
 
-def parse(text: str) -> Program:
-    """The only kernel of a PTX module.
+def parse(text: str, kernel: str | None = None) -> Program:
+    """A kernel of a PTX module, by default its only one.
 
     Raises:
-        Unknown: several kernels, functions that are called, or a directive that is not known.
+        Unknown: several kernels and none is named, functions that are called, or a directive that is not known.
     """
-    entries = re.findall(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text)
-    if len(entries) != 1 or re.search(r"^\s*\.func\b", text, re.MULTILINE):
-        raise Unknown(f"{len(entries)} kernels in the module, 1 is known, and no functions")
-    name, arguments, _ = entries[0]
+    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{]*\{", text))
+    wanted = [entry for entry in entries if kernel in (None, entry[1])]
+    if len(wanted) != 1 or re.search(r"^\s*\.func\b", text, re.MULTILINE):
+        raise Unknown(f"{len(wanted)} kernels in the module, 1 is known, and no functions")
+    (entry,) = wanted
+    name, arguments = entry.groups()
+    files = {number: path.rsplit("/", 1)[-1] for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
     parameters, offset = {}, 0
     for declared in filter(str.strip, arguments.split(",")):
         match = _PARAMETER.match(declared.strip())
@@ -152,12 +157,11 @@ def parse(text: str) -> Program:
         size = unit * int(match[4] or 1)
         parameters[match[3]] = (offset, size)
         offset += size
-    begin = re.search(r"\.entry[^{]*\{", text).end()
-    head = text[:begin]
-    body = "\n" * head.count("\n") + text[begin : _end(text, begin)]
-    widths, arrays = {}, _ARRAY.findall(head)
+    begin = entry.end()
+    body = "\n" * text.count("\n", 0, begin) + text[begin : _end(text, begin)]
+    widths, arrays = {}, _ARRAY.findall(text[: entries[0].start()])
     segments, labels, scopes = [Segment()], {}, [{}]
-    for kind, statement, line, source in _statements(body):
+    for kind, statement, line, source in _statements(body, files):
         last = segments[-1].instructions
         if kind == "label":
             if last:
@@ -180,11 +184,11 @@ def parse(text: str) -> Program:
         elif kind == "statement" and not statement.startswith(".pragma"):
             raise Unknown(f"line {line}: {statement}")
     shared, size = {}, 0
-    for space, align, element, symbol, _, length in sorted(arrays, key=lambda array: not array[5]):
+    for space, align, element, symbol, brackets, length in sorted(arrays, key=lambda array: array[4] == "[]"):
         if space == "shared":
             size = _aligned(size, int(align or 4))
             shared[symbol] = size
-            size += WIDTHS[element] // 8 * int(length or 0)
+            size += WIDTHS[element] // 8 * (int(length or 0) if brackets else 1)
         elif space in ("local", "const"):
             raise Unknown(f"{space} memory: {symbol}")
     return Program(name, widths, parameters, shared, size, segments, labels)
