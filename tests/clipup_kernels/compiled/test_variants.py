@@ -65,13 +65,14 @@ def routing_calls() -> list[tuple[Case, tuple[str, ...]]]:
     return [(case, ()) for case in cases]
 
 
-def key(kernel: str, constants: dict, num_warps: int) -> tuple:
-    """Of a variant: its tile and its form."""
+def key(kernel: str, signature: dict[str, str], constants: dict, num_warps: int) -> tuple:
+    """Of a variant: its types, tile and form."""
     form = {name: value for name, value in constants.items() if name.isupper() and name not in NUMBERS}
-    return kernel, *sorted((name, str(value)) for name, value in form.items()), num_warps
+    types = {kind[-4:] for kind in signature.values() if kind.startswith(("*", "tensordesc"))} & {"bf16", "fp16"}
+    return kernel, *types, *sorted((name, str(value)) for name, value in form.items()), num_warps
 
 
-@pytest.mark.parametrize("arch", [80])
+@pytest.mark.parametrize("arch", [80, 90])
 def test_every_variant_of_every_kernel_computes_its_op(executing, monkeypatch, arch):
     from gpu_static import all_variants
 
@@ -86,7 +87,7 @@ def test_every_variant_of_every_kernel_computes_its_op(executing, monkeypatch, a
             start = time.perf_counter()
             launch(source, metadata, *call)
             seconds[source.fn.__name__] += time.perf_counter() - start
-            launches[key(source.fn.__name__, constants, metadata.num_warps)] += 1
+            launches[key(source.fn.__name__, source.signature, constants, metadata.num_warps)] += 1
 
         driver.launch = counted
         for case, frozen in routing_calls():
@@ -95,7 +96,9 @@ def test_every_variant_of_every_kernel_computes_its_op(executing, monkeypatch, a
             monkeypatch.setattr(configs, "arithmetic", lambda dtype, kind=kind: kind)
             for case, frozen in calls(dtype):
                 check(case, frozen, torch.float16 if kind == "tf32" else dtype)
-    listed = {key(v.kernel.fn.__name__, v.constants, v.options["num_warps"]): v for v in all_variants(arch)}
+    listed = {
+        key(v.kernel.fn.__name__, v.signature, v.constants, v.options["num_warps"]): v for v in all_variants(arch)
+    }
     for kernel in sorted({kernel for kernel, *_ in listed}):
         own = [name for name in listed if name[0] == kernel]
         ran = [name for name in own if launches[name]]
