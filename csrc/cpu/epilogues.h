@@ -31,8 +31,8 @@ struct FloatSums {
 struct Int8Sums {
   static constexpr bool kExact = false;
   const float *c, *rows;
-  F32x scales[2];
-  I32x offsets[2];
+  F32x scales[2] = {};
+  I32x offsets[2] = {};
   Int8Sums(const float* c, const Int8Scaling& scaling) : c(c), rows(scaling.rows) {
     if (c == nullptr) return;
     for (int v = 0; v < 2; ++v) {
@@ -44,6 +44,20 @@ struct Int8Sums {
     I32x sums = load_as<I32x>(c + i * kPanel + v * kLanes);
     if constexpr (kInt8Offset != 0) sums -= offsets[v];
     return __builtin_convertvector(sums, F32x) * (scales[v] * rows[i]);
+  }
+};
+
+// The same of rows from which their middles were subtracted.
+struct CentredInt8Sums : Int8Sums {
+  const float* middles;
+  F32x columns[2];  // the product of a row of ones
+  CentredInt8Sums(const float* c, const Int8Scaling& scaling) : Int8Sums(c, scaling), middles(scaling.middles) {
+    for (int v = 0; v < 2; ++v) {
+      columns[v] = __builtin_convertvector(load_as<I32x>(scaling.sums + v * kLanes), F32x) * scales[v];
+    }
+  }
+  F32x at(std::int64_t i, int v) const {
+    return multiply_add(columns[v], splat(middles[i]), Int8Sums::at(i, v));
   }
 };
 
@@ -194,6 +208,12 @@ void finish_output(const OutputTile& tile) {
       }
     }
   }
+}
+
+template <class Storage>
+void finish_int8_output(const OutputTile& tile) {
+  if (tile.scaling.middles == nullptr) return finish_output<Storage, Int8Sums>(tile);
+  finish_output<Storage, CentredInt8Sums>(tile);
 }
 
 // ---------------------------------------------------------------- rows

@@ -39,7 +39,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const Buffer<Word> all_x(wave_rows * x_words);
   const Buffer<Word> all_hidden(wave_rows * hidden_words);
   const Buffer<float> all_rows(int8 ? wave_rows * hidden : 0);  // of hidden activations, to be quantized
-  const Buffer<float> all_scales(int8 ? wave_rows : 0);
+  const Buffer<float> all_scales(int8 ? wave_rows : 0), all_middles(int8 ? wave_rows : 0);
   const Int8Scales in_scales(in, E), gate_scales(gate, E);
   check(!(int8 && gated) || gate_scales.same_inputs(in_scales, E),
         "packed_gate: expected the input scales and offsets of packed_in, got others");
@@ -52,6 +52,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     Word* const hidden_a_panels = all_hidden.get() + row * hidden_words;
     float* const rows = all_rows.get() + row * hidden;
     float* const scales = all_scales.get() + row;
+    float* const middles = all_middles.get() + row;
     for_row_tiles(
         wave, products,
         [&](const RowTile& tile) {
@@ -73,15 +74,15 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
             const std::int64_t at = tile.piece->at + tile.row;
             Word* const to = a_panel_at(hidden_a_panels, at, hidden_words);
             for (std::int64_t i = 0; i < tile.rows; ++i) {
-              scales[at + i] =
-                  ks.of(DType::kFloat32)
-                      .quantize_row(rows + (at + i) * hidden, second.scales.of_inputs(tile.piece->expert), H,
-                                    tile.rows, to + i * kLineWords);
+              const float* const inputs = second.scales.of_inputs(tile.piece->expert);
+              scales[at + i] = ks.of(DType::kFloat32)
+                                   .quantize_hidden_row(rows + (at + i) * hidden, inputs, H, tile.rows,
+                                                        to + i * kLineWords, middles + at + i);
             }
           },
           team);
     }
-    second.run(wave, hidden_a_panels, hidden_words, scales, workspace, team);
+    second.run(wave, hidden_a_panels, hidden_words, scales, int8 ? middles : nullptr, workspace, team);
   });
 
   if (z != nullptr) {

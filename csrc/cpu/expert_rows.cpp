@@ -189,7 +189,7 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
 }
 
 void RowProduct::run(const Wave& wave, const Word* a_panels, std::int64_t row_words, const float* row_scales,
-                     const Workspace& workspace, Team team) const {
+                     const float* row_middles, const Workspace& workspace, Team team) const {
   const Kernels& ks = kernels();
   const DType dtype = matrices.dtype;
   const TypedKernels& typed = ks.of(dtype);
@@ -227,7 +227,9 @@ void RowProduct::run(const Wave& wave, const Word* a_panels, std::int64_t row_wo
             tile.sum = sums + at;
           }
           if (matrices.packed_type == PackedType::kExact) return typed.finish_output(tile);
-          tile.scaling = scales.at(piece.expert, column, row_scales + piece.at + block.row + row);
+          const std::int64_t first = piece.at + block.row + row;
+          tile.scaling = scales.at(piece.expert, column, row_scales + first,
+                                   row_middles == nullptr ? nullptr : row_middles + first);
           typed.finish_int8_output(tile);
         });
   });

@@ -40,10 +40,11 @@ class Int8Scales {
  public:
   Int8Scales(const Matrices& matrices, std::int64_t E);
 
-  // Those of a tile from `column` on; row_scales: of its rows.
-  Int8Scaling at(std::int64_t expert, std::int64_t column, const float* row_scales) const {
+  // Those of a tile from `column` on; row_scales and row_middles (null: 0): of its rows.
+  Int8Scaling at(std::int64_t expert, std::int64_t column, const float* row_scales,
+                 const float* row_middles = nullptr) const {
     const std::int64_t at = expert * columns_ + column;
-    return {row_scales, scales_ + at, sums_ + at};
+    return {row_scales, scales_ + at, sums_ + at, row_middles};
   }
   // As `TypedKernels::quantize_row` takes them.
   const float* of_inputs(std::int64_t expert) const { return inputs_ + expert * 2 * input_stride_; }
@@ -104,9 +105,10 @@ struct RowProduct {
   float* sums;        // [R, n], instead of `out`
   Int8Scales scales;  // of int8 matrices
 
-  // The rows of a wave, in A panels of `row_words` words a row; row_scales: of int8 rows.
+  // The rows of a wave, in A panels of `row_words` words a row; row_scales, row_middles (null: 0): of int8
+  // rows.
   void run(const Wave& wave, const Word* a_panels, std::int64_t row_words, const float* row_scales,
-           const Workspace& workspace, Team team) const;
+           const float* row_middles, const Workspace& workspace, Team team) const;
 };
 
 // y[t] = the gated sum of the rows of every token, from rows[R,D] in float.

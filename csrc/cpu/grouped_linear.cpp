@@ -51,7 +51,7 @@ void multiply_rows(const void* rows, const Matrices& matrices, const void* bias,
                         int8 ? &product.scales : nullptr, scales);
         },
         team);
-    product.run(wave, a_panels, words, scales, workspace, team);
+    product.run(wave, a_panels, words, scales, nullptr, workspace, team);
   });
 }
 

@@ -55,12 +55,13 @@ struct Beside {
 using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
                           Beside& beside);
 
-// What turns a tile of sums of int8 products into floats: (c - kInt8Offset * sums) * rows * columns
-// (int8_products.h).
+// What turns a tile of sums of int8 products into floats: ((c - kInt8Offset * sums) * rows + middles * sums) *
+// columns (int8_products.h).
 struct Int8Scaling {
-  const float* rows;         // of the tile's rows
-  const float* columns;      // [panel]
-  const std::int32_t* sums;  // [panel], of the right operand's columns
+  const float* rows;               // of the tile's rows
+  const float* columns;            // [panel]
+  const std::int32_t* sums;        // [panel], of the right operand's columns
+  const float* middles = nullptr;  // of the tile's rows; null: 0
 };
 
 // A tile of the first product, turned into operands of the second: z = c + bias, a = act(z), gated
@@ -191,6 +192,10 @@ struct TypedKernels : Products {
   // is quantized is row * inputs[0..n) + inputs[m..m+n), m being n padded to kInputPadding; null: the row.
   float (*quantize_row)(const void* row, const float* inputs, std::int64_t n, std::int64_t rows,
                         Word* a_panel);
+
+  // The same of a row that is padded with any numbers to a whole panel, less its middle, which is written.
+  float (*quantize_hidden_row)(const float* row, const float* inputs, std::int64_t n, std::int64_t rows,
+                               Word* a_panel, float* middle);
 
   // logits[rows,E] = x[rows,D] . weight[E,D]^T.
   void (*router_logits)(const void* x, std::int64_t rows, const float* weight, std::int64_t D, std::int64_t E,

@@ -72,7 +72,7 @@ constexpr TypedKernels typed_kernels() {
   CLIPUP_ACTIVATIONS(CLIPUP_FINISH)
 #undef CLIPUP_FINISH
   table.finish_output = finish_output<Storage, FloatSums>;
-  table.finish_int8_output = finish_output<Storage, Int8Sums>;
+  table.finish_int8_output = finish_int8_output<Storage>;
   table.attention_shares = attention_shares<Storage, Operand, FloatScores>;
   table.int8_attention_shares = attention_shares<Storage, Int8Quads, Int8Scores>;
   table.quantize_keys = quantize_keys<Storage>;
@@ -82,6 +82,7 @@ constexpr TypedKernels typed_kernels() {
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
   table.quantize_row = quantize_row<Storage>;
+  table.quantize_hidden_row = quantize_hidden_row;
   table.router_logits = router_logits<Storage>;
   table.router_input_gradient = router_input_gradient<Storage>;
   table.router_weight_gradient = router_weight_gradient<Storage>;

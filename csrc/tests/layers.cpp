@@ -354,7 +354,7 @@ Expected Layer::naive_int8() const {
     for (std::int64_t r = plan_.offsets[e]; r < plan_.offsets[e + 1]; ++r) {
       const double* const token = x.data() + token_of(r) * D;
       const std::vector<double> x_error(D, half_step(token, D));
-      double most = 0.0;
+      double least = INFINITY, most = -INFINITY;
       for (std::int64_t h = 0; h < H; ++h) {
         const Sum z = project(in, in_bias, e * H + h, token, x_error.data(), D);
         const double z_error = z.error() + kStorage * std::abs(z.value);
@@ -365,9 +365,11 @@ Expected Layer::naive_int8() const {
         a_error[h] =
             shape_.gated ? std::abs(act) * z_error + act_error * (std::abs(z.value) + z_error) : act_error;
         a_error[h] += kStorage * (std::abs(a[h]) + a_error[h]);
-        most = std::max(most, std::abs(a[h]) + a_error[h]);
+        least = std::min(least, a[h] - a_error[h]);
+        most = std::max(most, a[h] + a_error[h]);
       }
-      for (double& error : a_error) error += half_step(&most, 1);
+      const double range = (most - least) / 2;  // around the middle of a row
+      for (double& error : a_error) error += half_step(&range, 1);
       for (std::int64_t d = 0; d < D; ++d) {
         project(out, out_bias, e * D + d, a.data(), a_error.data(), H).into(rows, r * D + d);
       }
