@@ -200,7 +200,9 @@ def _calibrations(
             stacklevel=5,  # the caller of accelerate, which has two decorators
         )
     return {
-        layer: calibrated(chosen[layer].tensors(layer), seen, partial(chosen[layer].hidden, layer))
+        layer: calibrated(
+            chosen[layer].tensors(layer), seen, partial(chosen[layer].hidden, layer), chosen[layer].centred
+        )
         for layer, seen in rows.items()
         if max(counts[layer]) >= LEAST_ROWS
     }

@@ -7,14 +7,14 @@ Axis legend: ``N`` rows, ``E`` experts (1 in a dense layer), ``I`` inputs and ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipup_kernels import grouped_linear, pack_weight
+from clipup_kernels import grouped_linear, pack_weight, unpack_weight
 from clipup_kernels.reference import activate
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
@@ -23,7 +23,7 @@ BIASES = ("in_bias", "out_bias", "gate_bias")
 """Names of the biases of these matrices."""
 MOST_ROWS, LEAST_ROWS = 1024, 256
 """Rows of a matrix's inputs that are kept; with fewer than the second, what follows from weights alone is used."""
-_ALPHAS, _FAR, _USUAL = (0.5, 0.7, 0.9), (0.5, 1.5, math.inf), 2.0
+_ALPHAS, _FAR, _USUAL = (0.3, 0.5, 0.7, 0.9), (0.5, 1.5, math.inf), 2.0
 """How much ranges count beside sizes of weights; the least distance from 0, in standard deviations, of a mean that is
 taken out; and up to how many medians of the ranges one is usual. Chosen on a sentence encoder
 (docs/performance_log.md)."""
@@ -68,7 +68,10 @@ def balanced(tensors: Mapping[str, Tensor]) -> dict[str, Inputs]:
 
 
 def calibrated(
-    tensors: Mapping[str, Tensor], rows: list[dict[str, Tensor]], hidden: Callable[[int, Tensor], Tensor]
+    tensors: Mapping[str, Tensor],
+    rows: list[dict[str, Tensor]],
+    hidden: Callable[[int, Tensor], Tensor],
+    centred: Collection[str],
 ) -> Calibration:
     """The inputs of matrices, as rows of a layer say: every other row chooses, the others measure.
 
@@ -77,6 +80,7 @@ def calibrated(
         rows: of each expert, its inputs [N, I] by the matrix ("in_weight" for those that share them); those of
             "out_weight" are computed where they are missing.
         hidden: (expert, its inputs [N, I]) -> the inputs of its "out_weight".
+        centred: matrices whose rows are quantized around their middles.
     """
     inputs: dict[str, list[Inputs]] = {}
     errors: dict[str, list[Tensor]] = {}
@@ -89,10 +93,10 @@ def calibrated(
         for group in _groups(matrices):
             x = seen[group[0]] if group[0] in seen else hidden(expert, seen["in_weight"])
             weights = [matrices[name] for name in group]
-            chosen = _inputs(weights, x[::2]) if len(x) >= LEAST_ROWS else _balanced(weights)
+            chosen = _inputs(weights, x[::2], group[0] in centred) if len(x) >= LEAST_ROWS else _balanced(weights)
             for name in group:
                 inputs.setdefault(name, []).append(chosen)
-            errors.setdefault(group[0], []).append(_lost(weights, x[1::2], chosen))
+            errors.setdefault(group[0], []).append(_lost(weights, x[1::2], chosen, group[0] in centred))
     totals = [torch.stack(parts).sum(0) for parts in errors.values()]
     return Calibration(
         {
@@ -135,13 +139,13 @@ def _balanced(weights: list[Tensor]) -> Inputs:
     return Inputs(scale, torch.zeros_like(scale))
 
 
-def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
+def _inputs(weights: list[Tensor], x: Tensor, centred: bool) -> Inputs:
     """From weights [O, I] of one input, and rows of it, [N, I]: of some choices, the choice that loses least, in all
     rows together and, relative to its own size, in every row. Among rows of two kinds, what is best for the sum alone
     can be bad for one kind.
 
     What most rows have in common is taken out: the means of inputs that are far from 0 for how much they vary. Scales
-    follow equation 4 of SmoothQuant with alpha from 0.5 on, but inputs that are smaller than usual are not enlarged
+    follow equation 4 of SmoothQuant with several alphas, but inputs that are smaller than usual are not enlarged
     more than others: those that are rarely active have a small range in a sample, and would fill the whole range of a
     row with a single large value.
     """
@@ -154,20 +158,24 @@ def _inputs(weights: list[Tensor], x: Tensor) -> Inputs:
         choices += [Inputs(sizes ** (1 - alpha) / ranges**alpha, offset) for alpha in _ALPHAS]
 
     def loss(choice: Inputs) -> float:
-        squares, _, relative = _lost(weights, x, choice).tolist()
+        squares, _, relative = _lost(weights, x, choice, centred).tolist()
         return squares * relative
 
     return min(choices, key=loss)
 
 
-def _lost(weights: list[Tensor], x: Tensor, inputs: Inputs) -> Tensor:
+def _lost(weights: list[Tensor], x: Tensor, inputs: Inputs, centred: bool) -> Tensor:
     """[3]: the squared errors of products of x in int8, how far the products are from their means, and the errors
-    relative to the product of the same row; sums."""
+    relative to the product of the same row; sums. ``centred``: rows are quantized around their middles."""
     offsets = torch.tensor([0, len(x)], dtype=torch.int32)
+    quantized = (x - inputs.offset) * inputs.scale
+    middles = (quantized.amax(-1, keepdim=True) + quantized.amin(-1, keepdim=True)) / 2 * centred
+    common = middles / inputs.scale
     total = torch.zeros(3, dtype=torch.float64)
     for weight in weights:
         y = F.linear(x - inputs.offset, weight)
-        errors = grouped_linear(x, pack_weight(weight[None], "int8", *inputs), None, offsets) - y
+        packed = pack_weight(weight[None], "int8", *inputs)
+        errors = grouped_linear(x - common, packed, None, offsets) + F.linear(common, unpack_weight(packed)[0]) - y
         errors, sizes = (part.double().square().sum(-1) for part in (errors, F.linear(x, weight)))
         varies = (y - y.mean(0)).double().square()
         total += torch.stack([errors.sum(), varies.sum(), (errors / sizes.clamp(min=1e-30)).sum()])

@@ -37,6 +37,8 @@ class Prepared(nn.Module):
 
     is_prepared = True
     """Read by ``checks.plain_weights``."""
+    centred: tuple[str, ...] = ("out_weight",)
+    """Matrices of hidden activations, whose rows int8 kernels quantize around their middles."""
     quantize: str | None
     """None, or how the matrices are quantized (``clipup_kernels.pack_weight``)."""
     _packed: dict[str, PackedWeight]

@@ -20,6 +20,8 @@ from .prepared import Prepared, is_replaceable
 class PreparedProjections(Prepared):
     """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
 
+    centred: tuple[str, ...] = ()
+
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O], the weight [O, I] being that of one expert."""
         if weight.layout == PLAIN_LAYOUT:  # prepared on another CPU, whose kernels this one lacks

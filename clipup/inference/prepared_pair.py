@@ -21,6 +21,8 @@ from .prepared_linear import PreparedLinear
 class PreparedOutputProjection(PreparedLinear):
     """The second projection of an MLP that a ``PreparedIntermediate`` computes."""
 
+    centred = ("in_weight",)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: the output of that layer."""
         return x
