@@ -24,7 +24,9 @@ from clipup_kernels import ACTIVATIONS
 from clipup_kernels.triton import configs
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
-FEW, MANY, ODD = Shape(60, 256, 256, 2, 2), Shape(800, 256, 256, 2, 2), Shape(37, 131, 259, 2, 2)
+FEW, SOME, MANY = Shape(60, 256, 256, 2, 2), Shape(150, 256, 256, 2, 2), Shape(800, 256, 256, 2, 2)
+ODD = Shape(37, 131, 259, 2, 2)
+SHAPES = {80: (FEW, MANY, ODD), 90: (FEW, SOME, MANY, ODD)}
 IN_SIDE, OUT_SIDE = ("out_weight", "out_bias"), ("in_weight", "in_bias", "gate_weight", "gate_bias")
 TYPES = (
     (torch.bfloat16, "half"), (torch.float16, "half"), (torch.float32, "ieee"), (torch.float32, "tf32"),
@@ -33,15 +35,17 @@ NUMBERS = {"GROUPS", "PARTS", "TOP_K", "E", "K"}
 """Constants that are sizes of a call, not of a tile."""
 
 
-def calls(dtype: torch.dtype) -> list[tuple[Case, tuple[str, ...]]]:
+def products(shape: Shape, dtype: torch.dtype) -> list[tuple[Case, tuple[str, ...]]]:
+    found = [(case, ()) for case in rows_cases(shape, "capacity", dtype)]
+    for gated, activation in ((False, "gelu"), (True, "silu")):
+        experts = experts_case(shape, dtype=dtype, activation=activation, gated=gated)
+        found += [(experts, frozen) for frozen in ((), IN_SIDE, OUT_SIDE, tuple(experts.arguments))]
+    return found
+
+
+def calls(arch: int, dtype: torch.dtype) -> list[tuple[Case, tuple[str, ...]]]:
     """Calls, and the arguments that get no gradient."""
-    found = []
-    for shape in (FEW, MANY, ODD):
-        found += [(case, ()) for case in rows_cases(shape, "capacity", dtype)]
-        for gated, activation in ((False, "gelu"), (True, "silu")):
-            experts = experts_case(shape, dtype=dtype, activation=activation, gated=gated)
-            found += [(experts, frozen) for frozen in ((), IN_SIDE, OUT_SIDE)]
-            found.append((experts, tuple(experts.arguments)))
+    found = [call for shape in SHAPES[arch] for call in products(shape, dtype)]
     if dtype == torch.bfloat16:
         found += [
             (experts_case(MANY, dtype=dtype, activation=activation, gated=gated), ())
@@ -94,8 +98,17 @@ def test_every_variant_of_every_kernel_computes_its_op(executing, monkeypatch, a
             check(case, frozen, torch.float32)
         for dtype, kind in TYPES:
             monkeypatch.setattr(configs, "arithmetic", lambda dtype, kind=kind: kind)
-            for case, frozen in calls(dtype):
+            for case, frozen in calls(arch, dtype):
                 check(case, frozen, torch.float16 if kind == "tf32" else dtype)
+        if arch == 90:  # tensor maps, which ``tune`` may choose
+            choose = configs.choose
+            monkeypatch.setattr(
+                configs,
+                "choose",
+                lambda kernel, *of: choose(kernel, *of)._replace(descriptors=kernel not in configs.GRADIENTS),
+            )
+            for case, frozen in products(MANY, torch.bfloat16):
+                check(case, frozen, torch.bfloat16)
     listed = {
         key(v.kernel.fn.__name__, v.signature, v.constants, v.options["num_warps"]): v for v in all_variants(arch)
     }
