@@ -102,6 +102,7 @@ def test_every_variant_of_every_kernel_computes_its_op(executing, monkeypatch, a
                 check(case, frozen, torch.float16 if kind == "tf32" else dtype)
         if arch == 90:  # tensor maps, which ``tune`` may choose
             choose = configs.choose
+            monkeypatch.setattr(configs, "arithmetic", lambda dtype: "half")
             monkeypatch.setattr(
                 configs,
                 "choose",
