@@ -20,7 +20,7 @@ from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
 from ..precision import Precision
 from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
-from .prepared import Prepared, PreparedMLP, refuse_to_load
+from .prepared import Prepared, PreparedMLP, quantization, refuse_to_load
 from .prepared_linear import PreparedPatches
 from .report import CAN_BE_PREPARED, rows_of
 from .selection import ONLY_IN_INT8, PREPARED_EXPERTS, Selection, has_adapters
@@ -131,9 +131,27 @@ def accelerate(
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
+    return replace_layers(model, chosen, weights, calibrations)
+
+
+def replace_layers(
+    model: nn.Module,
+    chosen: dict[nn.Module, type[Prepared]],
+    weights: Quantization | None,
+    sources: dict[nn.Module, Any],
+) -> nn.Module:
+    """Puts prepared layers into a model, and makes it refuse to train or to load.
+
+    Args:
+        chosen: ``Selection.chosen``. Emptied, as ``sources`` is.
+        sources: ``Calibration`` or ``Stored`` tensors of the plain layers.
+
+    Returns:
+        The model, or the layer that replaces it.
+    """
     while chosen:  # a plain layer's memory is free before the next one is packed
         plain, kind = chosen.popitem()
-        layer = kind.of(plain, weights, calibrations.pop(plain, None))
+        layer = kind.of(plain, weights, sources.pop(plain, None))
         for parent in model.modules():
             for name in [name for name, child in parent._modules.items() if child is plain]:
                 parent.add_module(name, layer)
@@ -279,8 +297,11 @@ def _check(model: nn.Module, weights: str | None) -> None:
 
 def for_inference(model: M, precision: Precision = "fp32", weights: Quantization | None = None) -> M:
     """Puts a model into evaluation mode and prepares it in place (``clipup.accelerate``) where that is faster: on the
-    CPU without autocast, which would have to cast packed weights. With ``weights``, that is required."""
+    CPU without autocast, which would have to cast packed weights. With ``weights``, that is required. A model in int8
+    stays as it is."""
     model.eval()
+    if quantization(model) is not None:
+        return model
     if weights is not None:
         return accelerate(model, inplace=True, weights=weights)
     if next(model.parameters()).device.type != "cpu" or precision in ("amp", "amp_bf16"):

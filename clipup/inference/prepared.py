@@ -13,7 +13,7 @@ import copy
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,28 @@ _ONLY_INFERENCE = (
     "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
     "clipup.accelerate"
 )
+
+
+class Stored(NamedTuple):
+    """The tensors of a prepared layer by their names in ``SparseMoE``."""
+
+    weights: Mapping[str, PackedWeight]
+    others: Mapping[str, Tensor]
+    """Biases, with the offsets of a calibration, and norms."""
+    error: float | None = None
+    """``Calibration.error``."""
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], quantize: str | None, calibration: Calibration | None) -> Stored:
+        """Those of a plain layer, packed; the others are not copied."""
+        inputs = calibration.inputs if calibration else {} if quantize is None else balanced(tensors)
+        weights = {
+            name: pack_weight(tensors[name], quantize, *inputs.get(name, ())) for name in MATRICES if name in tensors
+        }
+        if calibration is not None:
+            tensors |= _with_offsets(tensors, inputs)
+        others = {name: tensor for name, tensor in tensors.items() if name not in MATRICES}
+        return cls(weights, others, None if calibration is None else calibration.error)
 
 
 class Prepared(nn.Module):
@@ -49,15 +71,15 @@ class Prepared(nn.Module):
     error: float | None
     """``Calibration.error``; None if the layer was not calibrated."""
 
-    def __init__(self, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
+    def __init__(self, plain: Any, quantize: str | None = None, source: Calibration | Stored | None = None) -> None:
         super().__init__()
-        self._prepare(plain, quantize, calibration)
+        self._prepare(plain, quantize, source)
         self.train(False)
 
     @classmethod
-    def of(cls, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> Prepared:
+    def of(cls, plain: Any, quantize: str | None = None, source: Calibration | Stored | None = None) -> Prepared:
         """The prepared layer that replaces a plain one."""
-        return cls(plain, quantize, calibration)
+        return cls(plain, quantize, source)
 
     def placed(self, parent: nn.Module) -> None:
         """Called after the layer was put into a module."""
@@ -83,18 +105,15 @@ class Prepared(nn.Module):
         """The inputs [N, H] of an MLP's "out_weight", from those of "in_weight", [N, D]."""
         raise NotImplementedError
 
-    def _prepare(self, plain: nn.Module, quantize: str | None, calibration: Calibration | None) -> None:
-        """Takes the tensors of a plain layer, which keeps its own: matrices packed, others (biases) as buffers."""
-        tensors = self.tensors(plain)
-        self.quantize, self._packed = quantize, {}
-        self.error = None if calibration is None else calibration.error
-        inputs = calibration.inputs if calibration else {} if quantize is None else balanced(tensors)
-        for name in [name for name in MATRICES if name in tensors]:
-            self._keep(name, pack_weight(tensors[name], quantize, *inputs.get(name, ())))
-        if calibration is not None:
-            tensors |= _with_offsets(tensors, inputs)
-        for name in tensors.keys() - set(MATRICES):
-            self.register_buffer(name, tensors[name].clone(), persistent=False)
+    def _prepare(self, plain: nn.Module, quantize: str | None, source: Calibration | Stored | None) -> None:
+        """Keeps matrices packed, others (biases) as buffers: those of a plain layer, which keeps its own, or stored
+        ones, for which the plain layer may be on the meta device."""
+        stored = source if isinstance(source, Stored) else Stored.of(self.tensors(plain), quantize, source)
+        self.quantize, self._packed, self.error = quantize, {}, stored.error
+        for name, weight in stored.weights.items():
+            self._keep(name, weight)
+        for name, tensor in stored.others.items():
+            self.register_buffer(name, tensor.clone(), persistent=False)
         # contiguous, so that what ``read`` gives of a filled copy are views
         empty = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in plain.parameters()}
         self._plain = (copy.deepcopy(plain, empty),)
@@ -121,6 +140,10 @@ class Prepared(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type that x must have."""
         return self._packed["in_weight"].dtype
+
+    def plain(self) -> nn.Module:
+        """The plain layer on the meta device."""
+        return self._plain[0]
 
     def _check_type(self, x: Tensor) -> None:
         wanted = autocast_dtype(x) or x.dtype
@@ -181,6 +204,11 @@ class Prepared(nn.Module):
                 self._keep(name, pack_weight(packed))
 
 
+def quantization(model: nn.Module) -> str | None:
+    """How the prepared layers of a model are quantized; None if they are not, or if there are none."""
+    return next((module.quantize for module in model.modules() if isinstance(module, Prepared)), None)
+
+
 def refuse_to_load(*args: Any) -> None:
     """A hook of every module with a prepared layer in it. It is called before the module's own tensors are loaded."""
     raise RuntimeError(
@@ -219,8 +247,8 @@ def is_replaceable(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> b
 class PreparedMLP(Prepared):
     """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding, or quantization."""
 
-    def __init__(self, mlp: nn.Module, quantize: str | None = None, calibration: Calibration | None = None) -> None:
-        super().__init__(mlp, quantize, calibration)
+    def __init__(self, mlp: nn.Module, quantize: str | None = None, source: Calibration | Stored | None = None) -> None:
+        super().__init__(mlp, quantize, source)
         dense = read_mlp(mlp)
         self.activation = dense.activation
         named = mlp.named_children()
@@ -228,6 +256,11 @@ class PreparedMLP(Prepared):
         if self.input_norm_name is not None:
             self.add_module(self.input_norm_name, dense.input_norm)
             self._plain[0].add_module(self.input_norm_name, nn.Identity())
+
+    def plain(self) -> nn.Module:
+        if self.input_norm_name is not None:
+            self._plain[0].add_module(self.input_norm_name, getattr(self, self.input_norm_name))
+        return self._plain[0]
 
     @staticmethod
     def read(plain: nn.Module) -> Mapping[str, Tensor | None]:

@@ -17,7 +17,7 @@ from clipup_kernels import self_attention
 
 from ..dense.transformers_models import PACKAGES, full_name
 from .calibration import Calibration
-from .prepared import first_of, is_replaceable
+from .prepared import Stored, first_of, is_replaceable
 from .prepared_linear import PreparedProjections
 
 ATTENTIONS = frozenset(
@@ -39,8 +39,8 @@ ATTENTIONS = frozenset(
 class PreparedAttention(PreparedProjections):
     """Self-attention by an ``nn.MultiheadAttention`` with packed projections. It returns no attention weights."""
 
-    def __init__(self, attention: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
-        super().__init__(attention, quantize, calibration)
+    def __init__(self, attention: Any, quantize: str | None = None, source: Calibration | Stored | None = None) -> None:
+        super().__init__(attention, quantize, source)
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
 
     @staticmethod

@@ -15,7 +15,7 @@ from ..moe.layer import SHARED_GATE, SparseMoE
 from ..moe.layer_state import LastRouting
 from ..moe.router import Router
 from .calibration import BIASES, MATRICES, Calibration, hidden_rows
-from .prepared import Prepared
+from .prepared import Prepared, Stored
 
 
 class _PreparedExperts(Prepared, Experts):
@@ -23,7 +23,7 @@ class _PreparedExperts(Prepared, Experts):
 
     @staticmethod
     def read(plain: nn.Module) -> Mapping[str, Tensor | None]:
-        return dict(plain.named_parameters())
+        return dict(plain.named_parameters(recurse=False))
 
     @staticmethod
     def hidden(plain: Any, expert: int, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class _PreparedExperts(Prepared, Experts):
         return hidden_rows(tensors, x, plain.activation, plain.norm_eps)
 
     @classmethod
-    def of(cls, plain: Any, quantize: str | None = None, calibration: Calibration | None = None) -> Prepared:
+    def of(cls, plain: Any, quantize: str | None = None, source: Calibration | Stored | None = None) -> Prepared:
         """A layer with the router, shared expert, options and hooks of plain experts."""
         weights = nn.Module()
         for name, parameter in plain.named_parameters(recurse=False):
@@ -41,7 +41,14 @@ class _PreparedExperts(Prepared, Experts):
         vars(layer).update(vars(plain), _parameters=absent, _buffers={}, _modules={**plain._modules})
         for name in BIASES:
             layer.register_buffer(name, None, persistent=False)  # calibration may add biases
-        layer._prepare(weights, quantize, calibration)
+        layer._prepare(weights, quantize, source)
+        return layer
+
+    def plain(self) -> nn.Module:
+        base: Any = type(self).__bases__[1]
+        layer = base.__new__(base)
+        absent = dict.fromkeys((*MATRICES, *BIASES, *self._parameters))
+        vars(layer).update(vars(self), _parameters=absent | self._plain[0]._parameters, _buffers={})
         return layer
 
     def expert_group(self) -> None:

@@ -14,7 +14,7 @@ from clipup_kernels.types import PLAIN_LAYOUT
 
 from ..dense.transformers_models import full_name
 from .calibration import Calibration
-from .prepared import Prepared, is_replaceable
+from .prepared import Prepared, Stored, is_replaceable
 
 
 class PreparedProjections(Prepared):
@@ -43,8 +43,10 @@ class _OneMatrix(PreparedProjections):
 class PreparedLinear(_OneMatrix):
     """An ``nn.Linear`` with packed weights."""
 
-    def __init__(self, linear: nn.Linear, quantize: str | None = None, calibration: Calibration | None = None) -> None:
-        super().__init__(linear, quantize, calibration)
+    def __init__(
+        self, linear: nn.Linear, quantize: str | None = None, source: Calibration | Stored | None = None
+    ) -> None:
+        super().__init__(linear, quantize, source)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def placed(self, parent: Any) -> None:
@@ -68,9 +70,9 @@ class PreparedPatches(_OneMatrix):
     """The convolution that embeds an image's patches, as a linear layer on them."""
 
     def __init__(
-        self, convolution: nn.Conv2d, quantize: str | None = None, calibration: Calibration | None = None
+        self, convolution: nn.Conv2d, quantize: str | None = None, source: Calibration | Stored | None = None
     ) -> None:
-        super().__init__(convolution, quantize, calibration)
+        super().__init__(convolution, quantize, source)
         self.kernel_size = self.stride = convolution.kernel_size
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dense.dense_mlp import read_activation
 from .calibration import Calibration
-from .prepared import Prepared, PreparedMLP
+from .prepared import Prepared, PreparedMLP, Stored
 from .prepared_linear import PreparedLinear
 
 
@@ -34,8 +34,10 @@ class PreparedIntermediate(PreparedMLP):
     out_weight = property(lambda self: self._output[0].dense.weight)
     out_bias = property(lambda self: self._output[0].dense.bias)
 
-    def __init__(self, intermediate: Any, quantize: str | None = None, calibration: Calibration | None = None) -> None:
-        Prepared.__init__(self, intermediate, quantize, calibration)  # PreparedMLP's reads an MLP of one module
+    def __init__(
+        self, intermediate: Any, quantize: str | None = None, source: Calibration | Stored | None = None
+    ) -> None:
+        Prepared.__init__(self, intermediate, quantize, source)  # PreparedMLP's reads an MLP of one module
         self.activation, self.input_norm_name = read_activation(intermediate.intermediate_act_fn), None
 
     @staticmethod

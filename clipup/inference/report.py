@@ -10,7 +10,7 @@ from torch import nn
 from clipup_kernels.types import QUANTIZATIONS
 
 from .. import checks
-from .prepared import Prepared
+from .prepared import Prepared, quantization
 from .selection import Selection
 
 CAN_BE_PREPARED = "it can be prepared: clipup.accelerate(model)"
@@ -56,8 +56,7 @@ def accelerate_report(model: nn.Module) -> list[LayerReport]:
         TypeError: ``model`` is not a module.
     """
     checks.module("model", model)
-    weights = next((module.quantize for module in model.modules() if isinstance(module, Prepared)), None)
-    rows = rows_of(Selection(model, weights))
+    rows = rows_of(Selection(model, quantization(model)))
     return sorted(rows, key=lambda row: -1.0 if row.error is None else row.error, reverse=True)
 
 

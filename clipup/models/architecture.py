@@ -27,6 +27,8 @@ _FORCED_FIELDS = {
     "force_context_length": ("text_cfg", "context_length"),
 }
 _FORCED_FLAGS = {"force_quick_gelu": "quick_gelu", "force_custom_text": "custom_text"}
+FORCED = (*_FORCED_FIELDS, *_FORCED_FLAGS)
+"""Arguments of open_clip's factory that change the model."""
 _NOT_COMPARED = {
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),  # the weights determine these
     *("custom_text", "output_dict", "cast_dtype"),  # the same function

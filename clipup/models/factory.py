@@ -21,11 +21,11 @@ from ..data.images import to_rgb
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
-from . import architecture, tokenizers
+from . import architecture, int8_files, tokenizers
 from .hub import expecting_random_weights as expecting_random_weights
 from .known_models import HUB_PREFIX, LOCAL_PREFIX
-from .model_directory import WEIGHTS_NAME, moe_config_in, read_config
-from .model_names import check_known, directory_of, get_model_config, hub_access, sparse_directory_on_hub
+from .model_directory import INT8, WEIGHTS_NAME, moe_config_in, read_config
+from .model_names import check_known, directory_of, get_model_config, hub_access, own_directory_on_hub
 from .state_dicts import (
     Weights,
     assign_weights,
@@ -104,7 +104,7 @@ def _create(
 ) -> tuple[CLIP, Any, Any]:
     check_known(model_name, pretrained)
     load_weights, cache_dir = kwargs.get("load_weights", True), kwargs.get("cache_dir")
-    directory = directory_of(model_name) or sparse_directory_on_hub(model_name, load_weights, cache_dir)
+    directory = directory_of(model_name) or own_directory_on_hub(model_name, load_weights, cache_dir)
     model_cfg = fill_color = None
     if directory is None:
         file = _file_of_weights(model_name, pretrained)
@@ -115,12 +115,15 @@ def _create(
     else:
         model_name, config, path = f"{LOCAL_PREFIX}{directory}", read_config(directory), directory / WEIGHTS_NAME
         model_cfg, moe_config = config["model_cfg"], moe_config_in(config)
-        weights = read_safetensors(path) if load_weights and (moe_config is not None or path.is_file()) else {}
+        reads = load_weights and INT8 not in config and (moe_config is not None or path.is_file())
+        weights = read_safetensors(path) if reads else {}
     if moe_cfg is not None and moe_config != moe_cfg:
         raise ValueError(
             "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
             "dense model sparse, use clipup.upcycle"
         )
+    if directory is not None and load_weights and INT8 in config:
+        return _create_int8(model_name, directory, config, dict(kwargs))
     source = pretrained or str(directory or model_name)
     if moe_config is not None or (model_cfg is not None and architecture.is_resized(model_cfg)):
         model, *transforms = _create_and_load(model_name, source, weights, model_cfg, moe_config, kwargs)
@@ -132,6 +135,25 @@ def _create(
             )
         _log_resized(model, weights, source)
     return model, *_with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
+
+
+def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """The model of a directory in int8, without its plain weights at any time."""
+    dtype = int8_files.int8_dtype(config[INT8], str(directory))
+    made_for = {"device": "cpu", "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)}
+    for argument in (*made_for, *architecture.FORCED):
+        only, given = made_for.get(argument), kwargs.pop(argument, None)
+        if given not in (None, False) and str(given) != only:
+            raise ValueError(
+                f"{argument} is {given!r}, but the int8 weights in {directory} were made "
+                f"{f'for {only!r}' if only else 'without it'}; leave it out, or take the plain model"
+            )
+    weights = read_safetensors(directory / WEIGHTS_NAME)
+    created = {**kwargs, "device": "meta", "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    with torch.device("meta"), expecting_random_weights():
+        model, *transforms = _create(model_name, None, None, created)
+    architecture.resize_tower(model, config["model_cfg"], weights)
+    return int8_files.load_int8(model, config[INT8], weights, str(directory)), *transforms
 
 
 def _create_and_load(

@@ -15,6 +15,8 @@ from .known_models import LOCAL_PREFIX
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+INT8 = "quantization_config"
+"""Key of ``clipup.models.int8_files`` in the config of a model in int8."""
 _MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 
 

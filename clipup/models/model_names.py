@@ -45,12 +45,13 @@ def directory_of(model_name: str) -> Path | None:
     return next((place for place in places if (place / model_directory.CONFIG_NAME).is_file()), directory)
 
 
-def sparse_directory_on_hub(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
-    """The local directory of a sparse model on the hub; None for other models, which open_clip loads."""
+def own_directory_on_hub(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
+    """The local directory of a sparse or int8 model on the hub; None for other models, which open_clip loads."""
     if not model_name.startswith(hub.HUB_PREFIX):
         return None
     directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
-    if model_directory.moe_config_in(model_directory.read_config(directory)) is None:
+    config = model_directory.read_config(directory)
+    if config.get("moe_cfg") is None and model_directory.INT8 not in config:
         return None
     files = model_directory.CONFIG_NAME, *[model_directory.WEIGHTS_NAME] * load_weights
     return hub.cached(model_name, *files, cache_dir=cache_dir)

@@ -27,10 +27,11 @@ from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..clip.hugging_face import is_hugging_face
+from ..inference.prepared import quantization
 from ..moe.layer import moe_layers, saved_config
-from . import architecture, model_card, timm_factory, tokenizers
+from . import architecture, int8_files, model_card, timm_factory, tokenizers
 from .known_models import LOCAL_PREFIX
-from .model_directory import CONFIG_NAME, WEIGHTS_NAME, check_model_cfg
+from .model_directory import CONFIG_NAME, INT8, WEIGHTS_NAME, check_model_cfg
 
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -102,12 +103,15 @@ def save_with_tokenizer(
     model = towers.unwrapped(model)
     if is_hugging_face(model):
         raise TypeError(f"model is a {type(model).__name__} of transformers: use its own save_pretrained(directory)")
-    checks.plain_weights("model", model)
+    int8 = quantization(model) is not None and not towers.is_timm(model)
+    if not int8:
+        checks.plain_weights("model", model)
     moe_config = saved_config(model)
     if moe_config is None and moe_layers(model):
         raise ValueError(
             "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
         )
+    plain = int8_files.plain_structure(model) if int8 else model
     library = "timm" if towers.is_timm(model) else "open_clip"
     text_cfg: dict[str, Any] = {}
     if library == "timm":
@@ -120,16 +124,18 @@ def save_with_tokenizer(
             preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
         config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}
         text_cfg = config["model_cfg"]["text_cfg"]
-        architecture.check_describes(model, config["model_cfg"], moe_config)
+        architecture.check_describes(plain, config["model_cfg"], moe_config)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
+    if int8:
+        config[INT8] = int8_files.int8_config(model)
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
-    card = reduce(model_card.with_results, results, model_card.model_card(model, library, license, base_model, extra))
+    card = reduce(model_card.with_results, results, model_card.model_card(plain, library, license, base_model, extra))
     directory = Path(directory)
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
     _check_tokenizer_in(directory, files, text_cfg, replaces=tokenizer_files is not None)
-    tensors = _tensors(model)
+    tensors = _unshared(int8_files.int8_tensors(model) if int8 else model.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
     contents = {
         **files,
@@ -157,10 +163,10 @@ def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict
             )
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, without shared memory, which safetensors refuses: tied parameters become copies."""
+def _unshared(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, without shared memory, which safetensors refuses: tied parameters become copies."""
     tensors, storages = {}, set()
-    for name, value in model.state_dict().items():
+    for name, value in state_dict.items():
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor

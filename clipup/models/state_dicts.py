@@ -186,7 +186,21 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
     Raises:
         ValueError: the weights do not fit. Names the first parameters, and both shapes.
     """
-    expected = model.state_dict()
+    check_tensors(model.state_dict(), weights, source, ignore)
+
+
+def check_tensors(
+    expected: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    source: str,
+    ignore: tuple[str, ...] = (),
+    exact: bool = False,
+) -> None:
+    """``check_fit`` for the tensors that a model needs.
+
+    Args:
+        exact: types must be equal. Otherwise every floating type is.
+    """
     weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     shared = [(name, weights[name], tensor) for name, tensor in expected.items() if name in weights]
     differences = [
@@ -198,7 +212,7 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
         *(
             f"{name} is {stored.dtype} in the file, {tensor.dtype} in the model"
             for name, stored, tensor in shared
-            if stored.is_floating_point() != tensor.is_floating_point()
+            if stored.is_floating_point() != tensor.is_floating_point() or (exact and stored.dtype != tensor.dtype)
         ),
         *(f"{name} is missing from the file" for name in expected if name not in weights),
         *(f"{name} is not in the model" for name in weights if name not in expected),

@@ -7,7 +7,7 @@ call; a packed weight already has them. The results are bitwise the same unless 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +92,7 @@ def pack_weight(
     weight = weight.contiguous()
     code, sizes, packed_type = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:], cpp.PACKED_TYPE[quantize]
     num_bytes = extension.NATIVE.packed_weight_bytes(code, *sizes, packed_type)
-    memory = extension.NATIVE.Block(max(num_bytes, 1), lasting=True)  # in huge pages
-    block = torch.frombuffer(memory, dtype=torch.uint8)
+    block = _lasting(num_bytes)
     extension.NATIVE.pack_weight(
         code,
         cpp.address(weight),
@@ -121,10 +120,62 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
         return packed.block.clone()
     if 0 in packed.shape:
         return torch.empty(packed.shape, dtype=packed.dtype)
-    elements, scales, inputs = _parts(packed)
-    if scales is not None:
-        elements = elements * scales[..., None] * inputs[:, :1, : packed.shape[-1]]
+    elements = _elements(packed)
+    if packed.quantization is not None:
+        parts = quantized_parts(packed)
+        elements = parts.elements * parts.scales[..., None] * parts.inputs[..., :1, :]
     return elements.to(packed.dtype).reshape(packed.shape).clone()
+
+
+class QuantizedParts(NamedTuple):
+    """What a weight in int8 consists of, in any layout: with x quantized as ``x * inputs[0] + inputs[1]``, the weight
+    stands for ``elements * scales[:, None] * inputs[0]``."""
+
+    elements: Tensor
+    """[E, O, I] or [O, I] int8."""
+    scales: Tensor
+    """[E, O] or [O] float32, of the output channels."""
+    inputs: Tensor
+    """[E, 2, I] or [2, I] float32: scales and shifts of the inputs."""
+
+
+def quantized_parts(packed: PackedWeight) -> QuantizedParts:
+    """The parts of a quantized weight, independent of the CPU that it was packed for."""
+    experts, rows, columns = (1, *packed.shape)[-3:]
+    channels = _padded(rows, int(packed.layout.rsplit("x", 1)[1]))
+    stride = _padded(columns, _INPUT_PADDING)
+    scales, _, inputs = packed.block[experts * channels * _padded(columns, 4) :].split(
+        [4 * experts * channels, 4 * experts * channels, 8 * experts * stride]
+    )
+    return QuantizedParts(
+        _elements(packed).reshape(packed.shape),
+        scales.view(torch.float32).view(experts, channels)[:, :rows].reshape(packed.shape[:-1]),
+        inputs.view(torch.float32).view(*packed.shape[:-2], 2, stride)[..., :columns],
+    )
+
+
+def pack_parts(parts: QuantizedParts, dtype: torch.dtype) -> PackedWeight:
+    """The weight of these parts in the layout of this CPU's kernels.
+
+    Args:
+        dtype: of x.
+
+    Raises:
+        RuntimeError: no kernel here multiplies quantized weights.
+    """
+    layout, shape = packed_layout(dtype, "int8"), tuple(parts.elements.shape)
+    experts, rows, columns = (1, *shape)[-3:]
+    panel = int(layout.rsplit("x", 1)[1])
+    padding = _padded(rows, panel) - rows
+    padded = F.pad(parts.elements, (0, -columns % 4, 0, padding))
+    words = padded.view(experts, -1, panel, padded.shape[-1] // 4, 4).permute(0, 1, 3, 2, 4)
+    scales, shifts = parts.inputs.unbind(-2)
+    beside = (0, -columns % _INPUT_PADDING)
+    inputs = torch.stack([F.pad(scales, beside, value=1.0), F.pad(shifts, beside)], -2)
+    per_channel = F.pad(parts.scales, (0, padding)), padded.sum(-1, dtype=torch.int32)
+    pieces = [piece.contiguous().flatten().view(torch.uint8) for piece in (words, *per_channel, inputs)]
+    block = _lasting(sum(piece.numel() for piece in pieces))
+    return PackedWeight(torch.cat(pieces, out=block), shape, dtype, layout)
 
 
 _INPUT_PADDING = 32
@@ -132,39 +183,28 @@ _INPUT_PADDING = 32
 _WORDS = {"float32": (torch.float32, 1), "bfloat16x2": (torch.bfloat16, 2), "int8x4": (torch.int8, 4)}
 
 
-def _parts(packed: PackedWeight) -> tuple[Tensor, Any, Any]:
-    """The elements as they are stored, [E, O, I]; of a quantized weight also the scales, [E, O], and the scales and
-    shifts of the inputs, [E, 2, padded I], else None."""
+def _padded(size: int, multiple: int) -> int:
+    return size + -size % multiple
+
+
+def _lasting(num_bytes: int) -> Tensor:
+    """Memory for a packed weight, in huge pages."""
+    return torch.frombuffer(extension.NATIVE.Block(max(num_bytes, 1), lasting=True), dtype=torch.uint8)
+
+
+def _elements(packed: PackedWeight) -> Tensor:
+    """The elements as they are stored, [E, O, I]."""
     word, panel = packed.layout.rsplit("x", 1)
     stored, per_word = _WORDS[word]
     experts, rows, columns = (1, *packed.shape)[-3:]
-    channels = -(-rows // int(panel)) * int(panel)
-    num_bytes = 4 * experts * channels * -(-columns // per_word)
-    words = packed.block[:num_bytes].view(stored).view(experts, channels // int(panel), -1, int(panel), per_word)
-    elements = words.permute(0, 1, 3, 2, 4).reshape(experts, channels, -1)[:, :rows, :columns]
-    if packed.quantization is None:
-        return elements, None, None
-    scales, _, inputs = packed.block[num_bytes:].split(
-        [4 * experts * channels, 4 * experts * channels, 8 * experts * (columns + -columns % _INPUT_PADDING)]
-    )
-    inputs = inputs.view(torch.float32).view(experts, 2, -1)
-    return elements, scales.view(torch.float32).view(experts, channels)[:, :rows], inputs
+    channels = _padded(rows, int(panel))
+    words = packed.block[: 4 * experts * channels * -(-columns // per_word)].view(stored)
+    words = words.view(experts, channels // int(panel), -1, int(panel), per_word)
+    return words.permute(0, 1, 3, 2, 4).reshape(experts, channels, -1)[:, :rows, :columns]
 
 
 def _repack(packed: PackedWeight) -> PackedWeight:
     """A packed weight in the layout of this CPU's kernels, with the same values."""
-    layout = packed_layout(packed.dtype, packed.quantization)
     if packed.quantization is None or 0 in packed.shape:
         return pack_weight(unpack_weight(packed), packed.quantization)
-    if layout == packed.layout:
-        return packed._replace(block=packed.block.clone())
-    elements, scales, inputs = _parts(packed)
-    experts, rows, columns = elements.shape
-    word, panel = layout.rsplit("x", 1)
-    per_word = _WORDS[word][1]
-    padding = -rows % int(panel)
-    padded = F.pad(elements, (0, -columns % per_word, 0, padding))
-    words = padded.view(experts, -1, int(panel), padded.shape[-1] // per_word, per_word).permute(0, 1, 3, 2, 4)
-    per_channel = F.pad(scales, (0, padding)), padded.sum(-1, dtype=torch.int32)
-    parts = [part.contiguous().flatten().view(torch.uint8) for part in (words, *per_channel, inputs)]
-    return packed._replace(block=torch.cat(parts), layout=layout)
+    return pack_parts(quantized_parts(packed), packed.dtype)

@@ -1,0 +1,151 @@
+"""Models in int8 are saved and loaded as integers, without their plain weights, and compute the same."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
+
+import clipup
+import clipup_kernels
+from clipup.clip.inputs import encoders, random_inputs
+from clipup.models.model_directory import CONFIG_NAME, WEIGHTS_NAME
+
+pytestmark = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ quantizes weights")
+MATRIX = "visual.transformer.resblocks.0.mlp.in_weight"
+CONFIG = clipup.MoEConfig(num_experts=3, shared_expert=True)
+
+
+@torch.inference_mode()
+def features(model, dtype=torch.float32):
+    inputs = [each.to(dtype) if each.is_floating_point() else each for each in random_inputs(model, 3)]
+    return [encode(each) for encode, each in zip(encoders(model).values(), inputs, strict=True)]
+
+
+def in_int8(kind="gelu", sparse=True, dtype=torch.float32, **options):
+    model = clipup.upcycle(tiny_clip(kind), CONFIG) if sparse else tiny_clip(kind)
+    return clipup.accelerate(model.eval().to(dtype), weights="int8", **options)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    clipup.save_pretrained(in_int8(), tmp_path / "model", tiny_config())
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_loaded_model_computes_the_same_bit_for_bit(kind, sparse, dtype, tmp_path):
+    model = in_int8(kind, sparse, dtype)
+    clipup.save_pretrained(model, tmp_path, tiny_config(kind))
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path), precision="bf16" if dtype.itemsize == 2 else "fp32")
+    assert all(map(torch.equal, features(loaded, dtype), features(model, dtype)))
+    assert clipup.accelerate_report(loaded) == clipup.accelerate_report(model)
+    assert getattr(loaded, "moe_config", None) == getattr(model, "moe_config", None)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_calibration_and_excluded_layers_are_saved(tmp_path):
+    batches = [random_inputs(tiny_clip(), 200)]
+    with pytest.warns(UserWarning, match="saw fewer than 256 rows"):
+        model = in_int8(calibrate=batches, exclude=["visual.*1.attn"])
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        clipup.save_pretrained(model, directory, tiny_config())
+        loaded, *_ = clipup.create_model_and_transforms(str(directory))
+        assert all(map(torch.equal, features(loaded), features(model)))
+        assert clipup.accelerate_report(loaded) == clipup.accelerate_report(model)
+        assert max(row.error or 0 for row in clipup.accelerate_report(loaded)) > 0
+        model = loaded
+    one, two = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+ON_TIER = """
+import pickle, sys, torch
+import clipup
+directory, pickled, inputs = pickle.load(sys.stdin.buffer)
+loaded = clipup.create_model_and_transforms(directory)[0]
+with torch.inference_mode():
+    assert torch.equal(loaded.encode_text(inputs), pickle.loads(pickled).encode_text(inputs))
+"""
+
+
+def test_a_model_loads_on_another_cpu(saved):
+    model, *_ = clipup.create_model_and_transforms(str(saved))
+    content = pickle.dumps((str(saved), pickle.dumps(model), random_inputs(model, 2)[1]))
+    environment = os.environ | {"CLIPUP_CPU_ISA": "portable", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", ON_TIER], input=content, env=environment, check=True)
+
+
+def test_a_loaded_model_holds_no_plain_weights_and_is_for_inference_alone(saved):
+    loaded, *_ = clipup.create_model_and_transforms(str(saved))
+    assert not any(parameter.dim() == 3 for parameter in loaded.parameters())
+    assert {load_file(saved / WEIGHTS_NAME)[name].dtype for name in (MATRIX, f"{MATRIX}_scale")} == {
+        torch.int8,
+        torch.float32,
+    }
+    for call in (loaded.train, loaded.state_dict, lambda: loaded.load_state_dict({})):
+        with pytest.raises(RuntimeError):
+            call()
+    with pytest.raises(ValueError, match="model was prepared by clipup"):
+        clipup.upcycle(loaded)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        open_clip.create_model_and_transforms(f"local-dir:{saved}")
+
+
+def test_a_config_of_another_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="model_cfg describes another model"):
+        clipup.save_pretrained(in_int8(), tmp_path / "model", tiny_config("quick_gelu"))
+    assert not (tmp_path / "model").exists()
+
+
+def change_config(directory, **values):
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    config["quantization_config"] |= values
+    (directory / CONFIG_NAME).write_text(json.dumps(config))
+
+
+def change_tensor(directory, name, change):
+    tensors = {key: value.clone() for key, value in load_file(directory / WEIGHTS_NAME).items()}
+    value = change(tensors.pop(name))
+    save_file(tensors if value is None else {**tensors, name: value}, directory / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda to: change_config(to, version=2), "quantization_config .* install a newer one"),
+        (lambda to: change_config(to, quant_method="gptq"), "quantization_config is .*gptq"),
+        (lambda to: os.truncate(to / WEIGHTS_NAME, 50_000), "is not a complete safetensors file"),
+        (lambda to: change_tensor(to, MATRIX, lambda value: None), f"{MATRIX} is missing"),
+        (lambda to: change_tensor(to, f"{MATRIX}_scale", lambda value: None), f"{MATRIX}_scale is missing"),
+        (lambda to: change_tensor(to, "ln_final.weight", lambda value: None), "ln_final.weight is missing"),
+        (lambda to: change_tensor(to, MATRIX, lambda value: value[1:].clone()), rf"{MATRIX} is \[127, 32\]"),
+        (lambda to: change_tensor(to, MATRIX, torch.Tensor.int), f"{MATRIX} is torch.int32"),
+        (lambda to: change_tensor(to, f"{MATRIX}_scale", torch.Tensor.half), f"{MATRIX}_scale is torch.float16"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused_in_one_line(saved, damage, message):
+    damage(saved)
+    with pytest.raises(ValueError, match=message) as caught:
+        clipup.create_model_and_transforms(str(saved))
+    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("force_image_size", 32), ("force_quick_gelu", True), ("precision", "bf16"), ("device", "cuda")),
+        ("moe_cfg", clipup.MoEConfig()),
+    ],
+)
+def test_arguments_that_would_change_the_model_are_refused(saved, name, value):
+    with pytest.raises(ValueError, match=f"^{name} "):
+        clipup.create_model_and_transforms(str(saved), **{name: value})
