@@ -160,6 +160,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     from ..evaluate.datasets import ClassificationSet, RetrievalSet
     from ..evaluate.retrieval import evaluate_retrieval
     from ..evaluate.zero_shot import zero_shot
+    from ..inference.prepared import quantization
     from .runs import load_for_inference
 
     if options.device.startswith("cuda"):
@@ -171,13 +172,14 @@ def evaluate(options: Options) -> dict[str, Any]:
     model, preprocess, tokenizer = load_for_inference(
         options.model, options.pretrained, options.precision, options.int8, options.device
     )
+    int8 = quantization(model) is not None
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     paths = {"annotations": options.annotations, "classes": options.classes, "templates": options.templates}
     measured = {
         "model": options.model,
         "pretrained": options.pretrained,
         "random_weights": options.random_weights or None,
-        "precision": f"{options.precision}, int8 weights" if options.int8 else options.precision,
+        "precision": f"{options.precision}, int8 weights" if int8 else options.precision,
         "dataset": options.dataset,
         "root": options.root if options.dataset in _NAMED_BY_ROOT else None,
         "split": None if options.dataset is None or options.is_one_split else options.split,

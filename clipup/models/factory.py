@@ -146,7 +146,7 @@ def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwarg
         if given not in (None, False) and str(given) != only:
             raise ValueError(
                 f"{argument} is {given!r}, but the int8 weights in {directory} were made "
-                f"{f'for {only!r}' if only else 'without it'}; leave it out, or take the plain model"
+                f"{f'for {only!r}: pass that' if only else 'without it: leave it out'}, or take the plain model"
             )
     weights = read_safetensors(directory / WEIGHTS_NAME)
     created = {**kwargs, "device": "meta", "load_weights": False, "pretrained_image": False, "pretrained_text": False}

@@ -22,7 +22,9 @@ from ..data.samples import Sample
 from ..data.skips import Skips
 from ..evaluate.encode import encode_images, encode_texts
 from ..inference.accelerate import NothingToPrepare, accelerate, for_inference
+from ..inference.prepared import quantization
 from ..models import factory, hub, model_names, tokenizers
+from ..models.int8_files import int8_tensors
 from ..precision import Precision
 from ..progress import progress
 
@@ -82,7 +84,8 @@ def digest(model: nn.Module, name: str) -> str:
     files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     for file, content in sorted(files.items()):
         checksum.update(f"\n{file} {len(content)}\n".encode() + content)
-    for name, value in sorted(model.state_dict().items()):
+    tensors = model.state_dict() if quantization(model) is None else int8_tensors(model)
+    for name, value in sorted(tensors.items()):
         checksum.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         checksum.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return checksum.hexdigest()
@@ -153,7 +156,9 @@ def load_encoder(
     device = "cpu" if int8 else device
     clip, _, preprocess = factory.create_model_and_transforms(name, weights, precision=floats, device=device)
     model_digest = digest(clip, name)
-    if earlier is None and precision is None and device == "cpu":
+    if quantization(clip) is not None:
+        int8, agreement = True, None
+    elif earlier is None and precision is None and device == "cpu":
         compared = random.Random(0).sample(records, min(_COMPARED, len(records)))
         batches = upright_samples(compared, preprocess, Skips()).batches(batch_size, workers)
         agreement = compare_int8(clip, (images for images, *_ in progress(batches, "trying int8", "batches")))

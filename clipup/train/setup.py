@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import checks
 from ..clip import word_tokenizer
 from ..models import architecture, factory, known_models, model_names, saving, tokenizers
 from ..models.state_dicts import listed
@@ -119,6 +120,7 @@ def build_model(
         model = model.to(device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
         name = str(options.model)
+    checks.plain_weights("model", model)
     built = Built(model, given[0], given[1], tokenizer, model_cfg)
     if model_cfg is not None:
         built.model_cfg = model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))

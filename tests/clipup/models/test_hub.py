@@ -7,6 +7,7 @@ from PIL import Image
 from tiny_clip import save_with_words, tiny_clip, tiny_config
 
 import clipup
+import clipup_kernels
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 
@@ -94,3 +95,11 @@ def test_without_a_network_uncached_weights_are_named_with_what_to_do(
         clipup.create_model_and_transforms(name, pretrained, cache_dir=str(tmp_path))
     assert str(caught.value).startswith(what) and f" is not in the cache {tmp_path} " in str(caught.value)
     assert "pass the file (pretrained) or the directory" in str(caught.value) and not caplog.records
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ quantizes weights")
+def test_an_int8_model_loads_from_the_cache(tmp_path, publish):
+    model = clipup.accelerate(tiny_clip().eval(), weights="int8")
+    clipup.save_pretrained(model, tmp_path / "model", tiny_config())
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/int8", **publish(tmp_path / "model", "int8"))
+    assert clipup.accelerate_report(loaded) == clipup.accelerate_report(model)

@@ -5,17 +5,22 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from benchmark_layouts import picture
 from safetensors.torch import load_file, save_file
+from sparse_clip import sparse_clip, sparse_config
 from tiny_clip import CONFIGS, tiny_clip, tiny_config
 
 import clipup
 import clipup_kernels
+from clipup.cli import main
 from clipup.clip.inputs import encoders, random_inputs
 from clipup.models.model_directory import CONFIG_NAME, WEIGHTS_NAME
+from clipup.search import ImageIndex
 
 pytestmark = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ quantizes weights")
 MATRIX = "visual.transformer.resblocks.0.mlp.in_weight"
@@ -149,3 +154,68 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(saved, damage, messag
 def test_arguments_that_would_change_the_model_are_refused(saved, name, value):
     with pytest.raises(ValueError, match=f"^{name} "):
         clipup.create_model_and_transforms(str(saved), **{name: value})
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def plain(tmp_path):
+    clipup.save_pretrained(clipup.upcycle(tiny_clip(), CONFIG), tmp_path / "plain", tiny_config())
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint", "int8"])
+def test_convert_quantizes_every_model(source, plain, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    expected = in_int8()
+    if source == "checkpoint":
+        state = {"state_dict": load_file(plain / WEIGHTS_NAME), "epoch": 1}
+        torch.save(state | json.loads((plain / CONFIG_NAME).read_text()), tmp_path / "epoch_1.pt")
+    given = {"directory": plain, "checkpoint": tmp_path / "epoch_1.pt", "int8": saved}[source]
+    assert main(["convert", "--int8", str(given), str(tmp_path / "out")]) == 0
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
+    assert all(map(torch.equal, features(loaded), features(expected)))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("convert --int8 ViT-B-32 out", "pretrained is missing"),
+        ("convert --int8 nothing out", "'nothing' is neither"),
+        ("convert ViT-B-32 out --pretrained x", "--pretrained has no effect without --int8"),
+        ("upcycle saved out", "model was prepared by clipup.accelerate"),
+        ("export saved out", "model was prepared by clipup.accelerate"),
+        ("train --model saved --train-data x.csv --precision fp32", "model was prepared by clipup.accelerate"),
+        ("eval saved --precision bf16 --val-data x.csv", "precision is 'bf16'"),
+    ],
+)
+def test_what_int8_cannot_do_is_refused_in_one_line(line, named, saved, monkeypatch, capsys):
+    monkeypatch.chdir(saved.parent)
+    saved.rename("saved")
+    picture(1).save("cat.jpg")
+    Path("x.csv").write_text("filepath\ttitle\ncat.jpg\ta cat\n")
+    assert main(line.split()) == 2
+    assert named in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not Path("out").exists()
+
+
+def test_an_int8_directory_is_evaluated_and_searched_as_the_plain_model_in_int8(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clipup.save_pretrained(sparse_clip(), "plain", sparse_config())
+    assert main(["convert", "--int8", "plain", "quantized"]) == 0
+    for name in ("red", "green", "blue"):
+        Path("images", name).mkdir(parents=True)
+        picture(len(name)).save(f"images/{name}/1.png")
+    Path("classes.txt").write_text("red\ngreen\nblue\n")
+    found = {}
+    for model, *int8 in (("plain", "int8"), ("quantized",)):
+        index = ["index", "images", f"index-{model}", "--model", model, "--workers", "0"]
+        assert main(index + ["--precision", *int8] * len(int8)) == main(["search", f"index-{model}", "red"]) == 0
+        capsys.readouterr()
+        evaluation = ["eval", model, "--classes", "classes.txt", "--images", "images", "--out", "-", "--workers", "0"]
+        assert main(evaluation + ["--int8"] * len(int8)) == 0
+        results = json.loads(capsys.readouterr().out)
+        found[model] = ImageIndex.load(f"index-{model}").features, results["zero_shot"], results["precision"]
+    assert torch.equal(found["quantized"][0], found["plain"][0]) and found["quantized"][1:] == found["plain"][1:]
+    assert found["plain"][2] == "fp32, int8 weights"
