@@ -18,6 +18,7 @@ from torchvision.transforms import Compose
 from .. import checks
 from ..clip import towers
 from ..data.images import to_rgb
+from ..inference.int8_tensors import int8_dtype
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
@@ -139,7 +140,7 @@ def _create(
 
 def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """The model of a directory in int8, without its plain weights at any time."""
-    dtype = int8_files.int8_dtype(config[INT8], str(directory))
+    dtype = int8_dtype(config[INT8], str(directory))
     made_for = {"device": "cpu", "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)}
     for argument in (*made_for, *architecture.FORCED):
         only, given = made_for.get(argument), kwargs.pop(argument, None)

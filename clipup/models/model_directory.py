@@ -16,7 +16,7 @@ from .known_models import LOCAL_PREFIX
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 INT8 = "quantization_config"
-"""Key of ``clipup.models.int8_files`` in the config of a model in int8."""
+"""Key of ``int8_config`` in the config of a model in int8 (``clipup.inference.int8_tensors``)."""
 _MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 
 

@@ -27,6 +27,7 @@ from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..clip.hugging_face import is_hugging_face
+from ..inference.int8_tensors import int8_config, int8_tensors
 from ..inference.prepared import quantization
 from ..moe.layer import moe_layers, saved_config
 from . import architecture, int8_files, model_card, timm_factory, tokenizers
@@ -128,14 +129,14 @@ def save_with_tokenizer(
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
     if int8:
-        config[INT8] = int8_files.int8_config(model)
+        config[INT8] = int8_config(model)
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     card = reduce(model_card.with_results, results, model_card.model_card(plain, library, license, base_model, extra))
     directory = Path(directory)
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
     _check_tokenizer_in(directory, files, text_cfg, replaces=tokenizer_files is not None)
-    tensors = _unshared(int8_files.int8_tensors(model) if int8 else model.state_dict())
+    tensors = _unshared(int8_tensors(model) if int8 else model.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
     contents = {
         **files,

@@ -22,9 +22,9 @@ from ..data.samples import Sample
 from ..data.skips import Skips
 from ..evaluate.encode import encode_images, encode_texts
 from ..inference.accelerate import NothingToPrepare, accelerate, for_inference
+from ..inference.int8_tensors import int8_tensors
 from ..inference.prepared import quantization
 from ..models import factory, hub, model_names, tokenizers
-from ..models.int8_files import int8_tensors
 from ..precision import Precision
 from ..progress import progress
 
