@@ -14,6 +14,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from .inference.auto_quantizer import register_quantizer
 from .upcycling.auto_classes import register_upcycled
 
 # Public names are listed in __init__.pyi alone, and imported on first access. Some of their modules import open_clip,
@@ -29,6 +30,7 @@ __all__ = sorted(name for name, module in _MODULES.items() if module.count(".") 
 
 
 register_upcycled()
+register_quantizer()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,15 @@ from clipup_kernels import pack_weight
 from clipup_kernels.types import QUANTIZATIONS, Quantization
 
 from .. import checks
+from ..clip.hugging_face import is_hugging_face
 from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
 from ..precision import Precision
 from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
-from .prepared import Prepared, PreparedMLP, quantization, refuse_to_load
+from .prepared import Prepared, PreparedMLP, quantization
 from .prepared_linear import PreparedPatches
+from .replacement import replace_layers
 from .report import CAN_BE_PREPARED, rows_of
 from .selection import ONLY_IN_INT8, PREPARED_EXPERTS, Selection, has_adapters
 
@@ -131,39 +133,11 @@ def accelerate(
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
-    return replace_layers(model, chosen, weights, calibrations)
+    model = replace_layers(model, chosen, weights, calibrations)
+    if weights is not None and is_hugging_face(model):
+        from .hugging_face_quantizer import Int8Config, Int8Quantizer  # imports transformers, which is optional
 
-
-def replace_layers(
-    model: nn.Module,
-    chosen: dict[nn.Module, type[Prepared]],
-    weights: Quantization | None,
-    sources: dict[nn.Module, Any],
-) -> nn.Module:
-    """Puts prepared layers into a model, and makes it refuse to train or to load.
-
-    Args:
-        chosen: ``Selection.chosen``. Emptied, as ``sources`` is.
-        sources: ``Calibration`` or ``Stored`` tensors of the plain layers.
-
-    Returns:
-        The model, or the layer that replaces it.
-    """
-    while chosen:  # a plain layer's memory is free before the next one is packed
-        plain, kind = chosen.popitem()
-        layer = kind.of(plain, weights, sources.pop(plain, None))
-        for parent in model.modules():
-            for name in [name for name, child in parent._modules.items() if child is plain]:
-                parent.add_module(name, layer)
-                layer.placed(parent)
-        model = layer if plain is model else model
-    for module in model.modules():
-        if any(isinstance(part, Prepared) for part in module.modules()):
-            module.register_load_state_dict_pre_hook(refuse_to_load)
-    model.requires_grad_(False)
-    model.eval()
-    if weights is not None and hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained = _refuse_to_save  # transformers' writes the config before it asks for weights
+        cast(Any, model).hf_quantizer = Int8Quantizer(Int8Config())
     return model
 
 
@@ -266,13 +240,6 @@ def _check_layers(selection: Selection) -> None:
                 pack_weight(matrix[..., :1, :], selection.weights)  # one output is refused for the same reasons as all
             except (RuntimeError, TypeError, ValueError) as error:
                 raise type(error)(f"{name or 'model'}: {error}") from error
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "the model holds quantized weights, from which the plain ones cannot be restored; save the plain model, or "
-        "pickle the prepared one"
-    )
 
 
 def _check(model: nn.Module, weights: str | None) -> None:

@@ -33,7 +33,7 @@ def int8_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model in int8, also buffers that the state dict leaves out: on the meta device, where models are
     created to be loaded, buffers have no values."""
     tensors = {
-        f"{prefix}{name}{suffix}": part
+        f"{prefix}{name}{suffix}": part.clone(memory_format=torch.contiguous_format)  # they share memory
         for prefix, layer in _prepared(model)
         for name in layer._packed
         for suffix, part in zip(_SUFFIXES, quantized_parts(layer.packed(name)), strict=True)  # type: ignore[arg-type]

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..clip.padding_aware import make_padding_aware
-from ..inference.accelerate import replace_layers
 from ..inference.int8_tensors import places, stored_layers, values_of
 from ..inference.prepared import Prepared
+from ..inference.replacement import replace_layers
 from .state_dicts import check_tensors
 
 

@@ -21,10 +21,15 @@ def register_upcycled() -> None:
     """Lets transformers' AutoConfig find the configs of upcycled models, and PEFT its defaults for them: now, or when
     they are imported."""
     for name, run in _REGISTERED.items():
-        if name in sys.modules:
-            run(sys.modules[name])
-        else:
-            sys.meta_path.insert(0, _AfterImport(name, run))
+        after_import(name, run)
+
+
+def after_import(name: str, run: Callable[[Any], None]) -> None:
+    """Calls a function with a module: now, or when it is imported."""
+    if name in sys.modules:
+        run(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, run))
 
 
 def _register_configs(auto: Any) -> None:

@@ -26,6 +26,8 @@ FACADES |= {"clipup_kernels.self_check", "clipup_kernels.self_check_cases"}
 
 INSIDE_FUNCTIONS = {
     "clipup.inference.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
+    "clipup.inference.accelerate -> clipup.inference.hugging_face_quantizer": "transformers, an extra",
+    "clipup.inference.auto_quantizer -> clipup.inference.hugging_face_quantizer": "transformers, an extra",
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",

@@ -368,13 +368,3 @@ def test_a_refused_train_leaves_all_modes_as_they_were(path):
     with pytest.raises(RuntimeError, match="no training mode"):
         fast.get_submodule(path).train()
     assert not any(module.training for module in fast.modules())
-
-
-@needs_kernels
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_quantized_model_of_transformers_writes_nothing(tmp_path, sparse):
-    model = tiny_hugging_face("CLIPModel")
-    quantized = clipup.accelerate(clipup.upcycle(model) if sparse else model, weights="int8")
-    with pytest.raises(RuntimeError, match="quantized weights"):
-        copy.deepcopy(quantized).save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()

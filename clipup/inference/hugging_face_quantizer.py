@@ -1,0 +1,100 @@
+"""How transformers saves and loads models in int8: ``save_pretrained``, ``push_to_hub`` and ``from_pretrained`` are its
+own, and call this quantizer. ``auto_quantizer`` registers it.
+
+While transformers loads, a module with the stored tensors is in the place of each layer in int8, so that no plain
+weights are created.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..clip.padding_aware import make_padding_aware
+from ..moe.experts import Experts
+from .int8_tensors import StoredLayer, int8_config, int8_dtype, int8_tensors, stored_layers
+from .prepared import Prepared
+from .replacement import replace_layers, replace_module
+
+
+class Int8Config(QuantizationConfigMixin):
+    """``int8_config`` as attributes."""
+
+    quant_method: Any
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+class Int8Quantizer(HfQuantizer):
+    """Of a model that ``accelerate`` made, or that is being loaded."""
+
+    requires_calibration = True
+    """A plain model is not quantized while it is loaded."""
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses another version's model, and devices other than the CPU."""
+        self.dtype = int8_dtype(self.quantization_config.to_dict(), "config.json")
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if others := {str(device) for device in devices if device is not None} - {"cpu", "auto"}:
+            raise ValueError(
+                f"device_map has {others.pop()}, but the model's weights are int8, for the CPU; leave it out"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map == "auto" else device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
+        """None: tensors keep their types."""
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        model.config.quantization_config = Int8Config(**int8_config(model))
+        tensors = int8_tensors(model)
+        for path, module in model.named_modules():
+            for name in () if isinstance(module, Prepared) else module._non_persistent_buffers_set:
+                tensors.pop(f"{path}.{name}".lstrip("."), None)  # transformers computes them
+        return tensors, {}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        layers = stored_layers(model, self.quantization_config.to_dict(), "config.json")
+        self.holders: list[tuple[str, StoredLayer, nn.Module]] = []
+        for prefix, layer in layers.items():
+            holder = nn.Module()
+            if isinstance(layer.plain, Experts):
+                holder._modules = layer.plain._modules
+            for name, value in layer.plain.named_parameters(recurse=False):
+                value._is_hf_initialized = True  # type: ignore[attr-defined]
+                vars(holder)[name] = value  # some families' initialization reads it, and leaves it
+            for name, tensor in layer.expected().items():
+                vars(holder).pop(name, None)
+                holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            replace_module(model, layer.plain, holder)
+            self.holders.append((prefix, layer, holder))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        chosen, sources = {}, {}
+        while self.holders:  # the memory of its tensors is free before the next ones are packed
+            prefix, layer, holder = self.holders.pop(0)
+            for name, expected in layer.expected().items():
+                value = holder.get_parameter(name)
+                found = str(value.dtype) if getattr(value, "_is_hf_initialized", False) else "missing"
+                if found != str(expected.dtype):
+                    raise ValueError(f"{prefix}{name} is {found} in the file; config.json asks for {expected.dtype}")
+            replace_module(model, holder, layer.plain)
+            tensors = {name: value.detach() for name, value in holder.named_parameters(recurse=False)}
+            del holder
+            chosen[layer.plain], sources[layer.plain] = layer.kind, layer.stored(tensors)
+        make_padding_aware(model)
+        return replace_layers(model, chosen, "int8", sources)
