@@ -83,7 +83,8 @@ def accelerate(
     With ``weights="int8"``, the matrices of experts, dense MLPs, attention and patch embeddings are quantized by output
     channel, and their inputs by row at every call; so outputs of sparse layers change too. Attention without a mask
     multiplies in int8, too, but not in bfloat16 on AMX (``clipup_kernels.self_attention``). ``state_dict()`` then
-    raises: the plain weights are gone.
+    raises: the plain weights are gone. ``clipup.save_pretrained`` writes the integers, and
+    ``create_model_and_transforms`` loads them; so do transformers' own methods.
 
     Packed weights take the memory of plain ones; those of bfloat16 twice as much on CPUs whose instructions have no
     bfloat16 products, and those of float16 everywhere, because they are widened to float32 once instead of in every

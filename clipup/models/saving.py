@@ -6,6 +6,9 @@
     DIR/vocabulary.txt                only for models with a word tokenizer (``clipup.clip.word_tokenizer``)
     DIR/tokenizer.json, ...           only for models whose own directory has a Hugging Face tokenizer
 
+The config of a model in int8 has ``quantization_config``, and its tensors are those of
+``clipup.inference.int8_tensors``.
+
 For a timm model, timm's two files replace open_clip's (``clipup.models.timm_factory``). The files are replaced
 atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
 it refuses the weights of a sparse model.
@@ -46,7 +49,7 @@ def save_pretrained(
     base_model: str | None = None,
     tokenizer_directory: str | Path | None = None,
 ) -> None:
-    """Saves a dense or upcycled model with a model card.
+    """Saves a dense or upcycled model with a model card, also one of open_clip that ``accelerate`` made in int8.
 
     Load it with ``clipup.create_model_and_transforms(directory)``, a timm model with
     ``clipup.create_timm_model(directory)``.
@@ -67,8 +70,8 @@ def save_pretrained(
     Raises:
         TypeError: a model of transformers, which has its own ``save_pretrained``.
         ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
-            ``moe_config``, or layers whose configs differ, it was prepared for inference, its vocabulary has another
-            size than the model's, or the directory holds another tokenizer.
+            ``moe_config``, or layers whose configs differ, it was prepared for inference but not in int8, its
+            vocabulary has another size than the model's, or the directory holds another tokenizer.
         FileNotFoundError: there is no ``tokenizer_directory``.
         OSError: a file could not be written, or a directory has the name of one.
     """

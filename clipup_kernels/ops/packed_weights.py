@@ -168,7 +168,7 @@ def pack_parts(parts: QuantizedParts, dtype: torch.dtype) -> PackedWeight:
     panel = int(layout.rsplit("x", 1)[1])
     padding = _padded(rows, panel) - rows
     padded = F.pad(parts.elements, (0, -columns % 4, 0, padding))
-    words = padded.view(experts, -1, panel, padded.shape[-1] // 4, 4).permute(0, 1, 3, 2, 4)
+    words = padded.view(torch.int32).view(experts, -1, panel, padded.shape[-1] // 4).transpose(2, 3)
     scales, shifts = parts.inputs.unbind(-2)
     beside = (0, -columns % _INPUT_PADDING)
     inputs = torch.stack([F.pad(scales, beside, value=1.0), F.pad(shifts, beside)], -2)
