@@ -20,6 +20,7 @@ from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
 from ..precision import Precision
+from ..progress import progress
 from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
 from .prepared import Prepared, PreparedMLP, quantization
 from .prepared_linear import PreparedPatches
@@ -174,7 +175,7 @@ def _calibrations(
         layer: partial(keep, kind.seen(layer)) for layer, kind in chosen.items() if kind is not PreparedPatches
     }
     with evaluating(model), calls_observed(watched):
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(progress(batches, "calibrating", "batches")):
             mask, place = _text_mask(model, batch), number
             run_batch(model, batch)
     if not samples:
@@ -196,7 +197,7 @@ def _calibrations(
         layer: calibrated(
             chosen[layer].tensors(layer), seen, partial(chosen[layer].hidden, layer), chosen[layer].centred
         )
-        for layer, seen in rows.items()
+        for layer, seen in progress(rows.items(), "choosing int8 scales", "layers")
         if max(counts[layer]) >= LEAST_ROWS
     }
 

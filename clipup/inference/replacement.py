@@ -8,6 +8,7 @@ from torch import nn
 
 from clipup_kernels.types import Quantization
 
+from ..progress import progress
 from .prepared import Prepared, refuse_to_load
 
 
@@ -26,8 +27,8 @@ def replace_layers(
     Returns:
         The model, or the layer that replaces it.
     """
-    while chosen:  # a plain layer's memory is free before the next one is packed
-        plain, kind = chosen.popitem()
+    for _ in progress(range(len(chosen)), "packing", "layers"):
+        plain, kind = chosen.popitem()  # its memory is free before the next one is packed
         layer = kind.of(plain, weights, sources.pop(plain, None))
         for parent in replace_module(model, plain, layer):
             layer.placed(parent)
