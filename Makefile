@@ -52,7 +52,7 @@ test: $(call installed,test)  ## all but slow and cuda (5 to 10 minutes on two c
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "compiled and not slow" tests/clipup_kernels
 
-test-ptx: $(call installed,test)  ## every kernel for GPUs as compiled for sm_80, executed
+test-ptx: $(call installed,test)  ## every variant of every kernel for GPUs as compiled, executed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m compiled tests/clipup_kernels
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process

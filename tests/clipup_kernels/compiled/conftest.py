@@ -1,12 +1,13 @@
 """The tests of this folder run the kernels for GPUs as compiled, on a CPU. See tests/support/ptx."""
 
+import importlib.metadata
 import importlib.util
 import os
 
 import pytest
 
 if importlib.util.find_spec("triton") is None:  # some platforms have no wheel of it
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore = [f"test_{name}.py" for name in ("forms", "layer", "mutants", "ops", "variants")]
 
 
 @pytest.fixture
@@ -35,6 +36,8 @@ def executing(monkeypatch, poisoned):
     monkeypatch.setattr(registry, "_warn_without_triton", lambda index: None)
 
     def execute(arch: int = 80, **options):
+        if arch == 90 and importlib.metadata.version("triton") < "3.9":
+            pytest.skip("Triton before 3.9 puts no fence between a copy and a wgmma that reads it")
         monkeypatch.setattr(configs, "architecture", lambda device: arch)
         return triton_driver.executing(arch, **options)
 

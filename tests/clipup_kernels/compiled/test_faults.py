@@ -27,6 +27,13 @@ FAULTS = {
     "a barrier for half of the block": (
         "setp.lt.u32 %p1, %t, 32;\n@%p1 bra $here;\nbra $end;\n$here:\nbar.sync 0;\n$end:", "does not reach",
     ),
+    "a barrier that a predicate skips": (
+        "setp.lt.u32 %p1, %t, 32;\n@%p1 bar.sync 0;", "a part of the block does not reach",
+    ),
+    "an odd byte that another block writes": (
+        "cvt.u64.u32 %d1, %t;\nadd.s64 %d1, %a0, %d1;\ncvt.u16.u32 %s1, %t;\nsetp.eq.u32 %p1, %c, 0;\n"
+        "@%p1 st.global.v2.b8 [%a0], {%s1, %s1};\n@%p1 ret;\nst.global.b8 [%a0+1], %s1;", "two blocks write|different",
+    ),
     "a part of the warp": (
         "setp.lt.u32 %p1, %t, 7;\n@!%p1 bra $end;\nshfl.sync.bfly.b32 %r1, %t, 1, 31, -1;\n$end:", "a part of the warp",
     ),
@@ -61,9 +68,6 @@ FAULTS = {
     "a thread writes what another reads, without a barrier": (
         OWN + "ld.global.b32 %r1, [%d1];\n" + OTHER + "st.global.b32 [%d2], %t;", "no barrier before another thread's",
     ),
-    "a number that does not fit": (
-        "cvt.rn.f32.u32 %r1, %t;\nmul.f32 %r1, %r1, 0f4CC00000;\ncvt.rzi.s32.f32 %r2, %r1;", "does not fit",
-    ),
     "a block reads what another writes": (
         "add.s64 %d1, %a0, %w;\nld.global.b32 %r1, [%a0];\nsetp.eq.b32 %p1, %c, 0;\n@%p1 st.global.b32 [%d1], %t;",
         "reads what another block",
@@ -78,17 +82,18 @@ def test_faults_of_threads_are_found_and_named(body, words):
         run(body, np.zeros(64, np.uint32), blocks=2, shared=256)
 
 
-EQUAL = {
+STRICT = {
+    "a number that does not fit": "cvt.rn.f32.u32 %r1, %t;\nmul.f32 %r1, %r1, 0f4CC00000;\ncvt.rzi.s32.f32 %r2, %r1;",
     "in shared memory": "mov.b32 %r9, memory;\nst.shared.b32 [%r9], 7;",
     "in global memory": OWN + "st.global.b32 [%a0], 7;",
     "in global memory, one after the other": OWN + "st.global.b32 [%d1], 7;\n" + OTHER + "st.global.b32 [%d2], 7;",
 }
 
 
-@pytest.mark.parametrize("body", EQUAL.values(), ids=EQUAL)
-def test_equal_values_at_one_address_are_a_fault_where_that_is_asked_for(body):
+@pytest.mark.parametrize("body", STRICT.values(), ids=STRICT)
+def test_some_faults_are_found_only_where_that_is_asked_for(body):
     run(body, np.zeros(64, np.uint32), blocks=2, shared=256)
-    with pytest.raises(Fault, match="equal values|another thread's write"):
+    with pytest.raises(Fault, match="equal values|another thread's write|does not fit"):
         run(body, np.zeros(64, np.uint32), blocks=2, shared=256, strict=True)
 
 

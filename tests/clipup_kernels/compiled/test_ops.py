@@ -25,7 +25,8 @@ FEW = {
     **{f"{case.op} {dtype}": case for dtype in TYPES for case in rows_cases(USUAL, "capacity", dtype)},
     **{f"experts {dtype}": experts_case(USUAL, dtype=dtype) for dtype in TYPES},
     **{f"gated experts {dtype}": experts_case(USUAL, dtype=dtype, gated=True, activation="silu") for dtype in TYPES},
-    "router": router_case((301, 16, 4)), "gating": gating_case(200, 8, 2), "plan": plan_case(300, 8, 2, 0.9, True),
+    "router": router_case((301, 16, 4)), "5 experts": router_case((41, 16, 5)),
+    "gating": gating_case(200, 8, 2), "plan": plan_case(300, 8, 2, 0.9, True),
 }  # fmt: skip
 MANY = {
     **{

@@ -84,9 +84,11 @@ def _arithmetic(program: Program, instruction: Instruction, form) -> Step:
 
 
 def _fitting(instruction: Instruction, step: Step, read, limits: np.iinfo) -> Step:
-    """A conversion as C++ and LLVM have it: they leave open what becomes of a number that does not fit."""
+    """A conversion as C++ has it, which leaves open what becomes of a number that does not fit; only if ``strict``."""
 
     def fitting(blocks: Blocks, mask):
+        if not blocks.launch.memory.strict:
+            return step(blocks, mask)
         value = np.trunc(read(blocks).astype(np.float64))
         outside = ~((value >= float(limits.min)) & (value < float(limits.max) + 1))
         if (outside if mask is None else outside & mask).any():
@@ -128,8 +130,10 @@ def _barrier(program: Program, instruction: Instruction) -> Step:
         raise Unknown(f"{instruction}: barrier 0 of the whole block is known")
 
     def barrier(blocks: Blocks, mask):
-        whole = np.ones(blocks.count, bool) if mask is None else mask.reshape(blocks.count, -1)[:, 0]
-        blocks.shared.barrier(whole)
+        present = np.ones((blocks.count, 1), bool) if mask is None else mask.reshape(blocks.count, -1)
+        if (present.any(1) & ~present.all(1)).any():
+            raise Fault(f"{instruction}: a part of the block does not reach the barrier")
+        blocks.shared.barrier(present[:, 0])
 
     return barrier
 

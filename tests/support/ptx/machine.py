@@ -86,6 +86,7 @@ class Launch:
         self.grid, self.threads, self.arguments, self.memory = grid, threads, arguments, memory
         self.shared_bytes = max(shared_bytes, program.shared_bytes, 16)
         self.granule = min([4, *(_element_bytes(i) for i in program.instructions if ".shared" in i.opcode)])
+        memory.granule = min([2, *(_element_bytes(i) for i in program.instructions if ".global" in i.opcode)])
 
 
 def _element_bytes(instruction: Instruction) -> int:
@@ -103,7 +104,7 @@ def launch(
         arguments: the parameters, laid out as ``program.parameters``.
         extents: address, bytes and name of every tensor that the kernel may touch.
         shared_bytes: dynamic shared memory.
-        strict: threads that write equal values to one address are a fault, too.
+        strict: threads that write equal values to one address, and numbers that do not fit an integer, are faults too.
 
     Raises:
         Fault: what the GPU leaves undefined. Unknown: an instruction that the executor does not have.

@@ -20,6 +20,7 @@ class Global:
     def __init__(self, extents: list[tuple[int, int, str]], strict: bool) -> None:
         """``extents``: address, bytes and name of every tensor."""
         self.strict = strict
+        self.granule = 2
         extents = _joined(sorted(extent for extent in extents if extent[1]))
         self.starts = np.array([start for start, _, _ in extents] or [0], np.int64)
         self.ends = np.array([start + size for start, size, _ in extents] or [0], np.int64)
@@ -77,12 +78,12 @@ class Global:
             self.written_by.setdefault(number, {})[instruction.line] = instruction
 
     def _places(self, addresses, size: int, numbers):
-        """For every tensor of ``numbers``: which addresses it has, and their offsets in steps of two bytes."""
+        """For every tensor of ``numbers``: which addresses it has, and their offsets in steps of ``granule`` bytes."""
         tensor = np.searchsorted(self.starts, addresses, "right") - 1
         for number in numbers:
             of_tensor = tensor == number
             if of_tensor.any():
-                steps = np.arange(0, size, min(size, 2))
+                steps = np.arange(0, size, self.granule)
                 yield number, of_tensor, (addresses[of_tensor] - self.starts[number])[:, None] + steps
 
     def _check_order(self, number: int, offsets, owners, where, instruction: Instruction) -> None:
