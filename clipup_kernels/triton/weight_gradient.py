@@ -100,7 +100,7 @@ def _sum_of_rows(
     """left's rows ``begin:end`` summed [M], by gates if given.
 
     ``_sum_of_outer`` reads the same rows, but must not sum them too: for rows that both a product and another operation
-    read, Triton (3.6 to 3.9) reserves a buffer too few on architecture 90, and loads the next rows into one that the
+    read, Triton (3.6 and 3.9) reserves a buffer too few on architecture 90, and loads the next rows into one that the
     product still reads (triton-lang/triton, issue 6691).
     """
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -8,6 +8,8 @@ import torch
 from moe_cases import Shape, assert_follows_oracle, experts_case, gating_case, plan_case, rows_cases
 from ptx.faults import Fault
 
+from clipup_kernels.triton import configs
+
 if importlib.metadata.version("triton") < "3.9":
     pytest.skip("the lines are those of Triton 3.9", allow_module_level=True)
 pytestmark = pytest.mark.compiled
@@ -53,6 +55,26 @@ MUTANTS = {
     "project_in, shifted store": (EXPERTS, "_project_in", SHIFTED_STORE, 0),
     "weight_gradient, shifted store": (LINEAR, "_weight_gradient", SHIFTED_STORE, 0),
 }  # fmt: skip
+PRODUCT_WAIT, PROXY = r"wgmma\.wait_group\.sync\.aligned \d;", (r"fence\.proxy\.async\.shared::cta;", "")
+EARLY = (PRODUCT_WAIT, "wgmma.wait_group.sync.aligned 2;")
+UNFENCED = (r"wgmma\.fence\.sync\.aligned;", "")
+SHIFTED_MATRIX = (r"(or\.b64 \t%rd\d+, %rd\d+, 46116862933052948)48", r"\g<1>50")
+UNTIMED = (r"mbarrier\.try_wait\S+ (\w+), \[%r\d+\], %r\d+;", r"setp.eq.u32 \1, 0, 0;")
+HOPPER = {
+    "project_in waits for a step too few": ("_project_in", EARLY, 0, False, r"cp\.async.* still reading"),
+    "project_rows waits for a step too few": ("_project_rows", EARLY, 0, False, r"cp\.async.* still reading"),
+    "project_back stores sums too early": ("_project_back", EARLY, -1, False, r"stmatrix.* waited for.* wgmma"),
+    "project_in, no wgmma.fence": ("_project_in", UNFENCED, 0, False, r"wgmma.* no wgmma.fence .* mov"),
+    "expert_gradients, no wgmma.fence": ("_expert_gradients", UNFENCED, 0, False, r"wgmma.* no wgmma.fence .* mov"),
+    "project_rows, no proxy fence": ("_project_rows", PROXY, 0, False, r"wgmma.* no fence.proxy.async .* cp\.async"),
+    "expert_gradients, no proxy fence": ("_expert_gradients", PROXY, 0, False, r"no fence.proxy.async .* cp\.async"),
+    "project_in, barrier before a product": ("_project_in", DROPPED, 0, False, r"race .* wgmma.* cp\.async"),
+    "project_back, barrier after a product": ("_project_back", DROPPED, 1, False, r"race .* cp\.async.* wgmma"),
+    "project_in, shifted matrix": ("_project_in", SHIFTED_MATRIX, 0, False, "output: error"),
+    "project_in, no wait for a box": ("_project_in", UNTIMED, 0, True, r"wgmma.* waited for.* cp\.async\.bulk"),
+    "project_in, no arrival": ("_project_in", (r"@%p\d+ mbarrier\.arrive[^;]*;", ""), 0, True, "wait.* without end"),
+}  # fmt: skip
+"""For sm_90, with the words that name the fault and its lines; the fourth: whether weights are read by tensor maps."""
 EQUIVALENT = {"count": (PLAN, "_count"), "gating": (GATING, "_gating")}
 """Their first barrier comes before any access to shared memory."""
 
@@ -78,6 +100,18 @@ def test_a_changed_line_is_found(executing, case, kernel, pattern, number):
     assert driver.launched
 
 
+@pytest.mark.parametrize(("kernel", "pattern", "number", "maps", "words"), HOPPER.values(), ids=HOPPER)
+def test_a_changed_line_is_found_on_sm_90(executing, monkeypatch, kernel, pattern, number, maps, words):
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(descriptors=maps))
+    with (
+        executing(90, change=mutation(kernel, pattern, number)) as driver,
+        pytest.raises((Fault, AssertionError), match=words),
+    ):
+        assert_follows_oracle(EXPERTS)
+    assert driver.launched
+
+
 @pytest.mark.parametrize(("case", "kernel"), EQUIVALENT.values(), ids=EQUIVALENT)
 def test_a_barrier_before_any_access_to_shared_memory_may_go(executing, case, kernel):
     with executing(change=mutation(kernel, DROPPED, 0)) as driver:
@@ -86,6 +120,7 @@ def test_a_barrier_before_any_access_to_shared_memory_may_go(executing, case, ke
 
 
 @pytest.mark.parametrize("case", [EXPERTS, EXACT, PERMUTED, COMBINED, LINEAR, PLAN, GATING], ids=lambda case: case.op)
-def test_kernels_as_compiled_raise_no_alarm(executing, case):
-    with executing():
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_as_compiled_raise_no_alarm(executing, case, arch):
+    with executing(arch):
         assert_follows_oracle(case)

@@ -100,24 +100,19 @@ def _not_in_flight(products: list[Product], rows, groups, instruction: Instructi
             raise Fault(f"{instruction}: a register of a product that has not been waited for: {product.instruction}")
 
 
-def _groups(blocks: Blocks, mask, instruction: Instruction) -> np.ndarray:
-    """Numbers of the active warp groups, which have to be whole."""
-    if blocks.launch.threads % GROUP:
-        raise Fault(f"{instruction}: a block of {blocks.launch.threads} threads is not made of warp groups")
-    if mask is None:
-        return np.arange(blocks.lanes // GROUP)
-    present = mask.reshape(-1, GROUP)
-    if (present.any(1) & ~present.all(1)).any():
-        raise Fault(f"{instruction}: executed by a part of the warp group only")
+def _groups(blocks: Blocks, mask, instruction: Instruction, threads: int = GROUP) -> np.ndarray:
+    """Numbers of the active groups of ``threads``, which have to be whole."""
+    present = (blocks.lane >= 0 if mask is None else mask).reshape(-1, threads)
+    if blocks.launch.threads % threads or (present.any(1) & ~present.all(1)).any():
+        if threads == GROUP:
+            raise Fault(f"{instruction}: executed by a part of the warp group only")
+        raise Unknown(f"{instruction}: known only where all threads of a block execute it")
     return np.flatnonzero(present[:, 0])
 
 
 def _whole(blocks: Blocks, mask, instruction: Instruction) -> np.ndarray:
-    """Numbers of the active blocks, which have to be whole."""
-    present = np.ones((blocks.count, 1), bool) if mask is None else mask.reshape(blocks.count, -1)
-    if (present.any(1) & ~present.all(1)).any():
-        raise Unknown(f"{instruction}: known only where all threads of a block execute it")
-    return np.flatnonzero(present[:, 0])
+    """Numbers of the active blocks."""
+    return _groups(blocks, mask, instruction, blocks.launch.threads)
 
 
 def _swizzled(addresses: np.ndarray, width: int) -> np.ndarray:
@@ -252,12 +247,11 @@ def _fence_proxies(program: Program, instruction: Instruction) -> Callable:
 
 def _elect(program: Program, instruction: Instruction) -> Callable:
     into, predicate = instruction.operands[0].split("|")
-    members = reader(program, instruction.operands[1], "b32")
+    if instruction.operands[1] != "-1":
+        raise Unknown(f"{instruction}: whole warps are known")
 
     def elect(blocks: Blocks, mask):
-        blocks.warps(mask, members(blocks), instruction)
-        if not (members(blocks) == 0xFFFFFFFF).all():
-            raise Unknown(f"{instruction}: whole warps are known")
+        blocks.warps(mask, np.full(blocks.lanes, 0xFFFFFFFF, np.uint32), instruction)
         blocks.put(into, np.zeros(blocks.lanes, np.uint32), mask)
         blocks.put(predicate, blocks.special["%laneid"] == 0, mask)
 
@@ -387,10 +381,10 @@ BUILDERS: list[tuple[str, Callable[[Program, Instruction], Callable]]] = [
     (r"wgmma\.fence\.sync\.aligned", _fence_registers),
     (r"wgmma\.commit_group\.sync\.aligned", _commit),
     (r"wgmma\.wait_group\.sync\.aligned", _wait),
-    (r"fence\.proxy\.async\.shared::cta", _fence_proxies),
+    (r"fence\.proxy\.async\.shared(::cta)?", _fence_proxies),
     (r"elect\.sync", _elect),
     (r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16", _store_matrix),
-    (r"mbarrier\.(init|inval|arrive\.expect_tx)\.shared::cta\.b64", _barrier),
-    (r"mbarrier\.try_wait\.parity\.shared::cta\.b64", _wait_for_phase),
-    (r"cp\.async\.bulk\.tensor\.2d\.shared::cta\.global\.mbarrier::complete_tx::bytes", _load_box),
+    (r"mbarrier\.(init|inval|arrive\.expect_tx)\.shared(::cta)?\.b64", _barrier),
+    (r"mbarrier\.try_wait\.parity\.shared(::cta)?\.b64", _wait_for_phase),
+    (r"cp\.async\.bulk\.tensor\.2d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes", _load_box),
 ]
