@@ -154,9 +154,10 @@ struct Routing {
 // What a packed weight (`pack_weight`) holds: the weight's elements, or int8, quantized by output channel:
 // q = round(w * 127 / max|w|), scale = max|w| / 127 over the inputs of a channel. The rows that an int8
 // weight is multiplied with are quantized in the same way, each by itself, at every call, hidden activations
-// after subtracting the middle of the row's least and greatest; sums are exact integers. A row with a NaN or an infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant,
-// arXiv 2211.10438), and an input offset c[E,I] takes out what rows have in common: w / f and (x - c) * f are
-// quantized, and the product is w (x - c).
+// after subtracting the middle of the row's least and greatest; sums are exact integers. A row with a NaN or
+// an infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant, arXiv 2211.10438), and an input
+// offset c[E,I] takes out what rows have in common: w / f and (x - c) * f are quantized, and the product is w
+// (x - c).
 enum class PackedType : int { kExact = 0, kInt8 = 1 };
 
 // E MLPs of one shape. In the forward pass, a packed matrix from `pack_weight` replaces the matrix.

@@ -51,7 +51,8 @@ struct Int8Sums {
 struct CentredInt8Sums : Int8Sums {
   const float* middles;
   F32x columns[2];  // the product of a row of ones
-  CentredInt8Sums(const float* c, const Int8Scaling& scaling) : Int8Sums(c, scaling), middles(scaling.middles) {
+  CentredInt8Sums(const float* c, const Int8Scaling& scaling)
+      : Int8Sums(c, scaling), middles(scaling.middles) {
     for (int v = 0; v < 2; ++v) {
       columns[v] = __builtin_convertvector(load_as<I32x>(scaling.sums + v * kLanes), F32x) * scales[v];
     }

@@ -1,9 +1,9 @@
 // Int8 products: quantizing rows into operands, multiplying words of four int8, and scaling the sums.
 //
 // A row x of the left operand becomes q = round(x * 127 / max|x|), scale = max|x| / 127; weights are
-// quantized in the same way by output channel (packed_weights.cpp). Hidden activations are mostly of one sign:
-// from their rows the middle of the least and the greatest element is subtracted first, which halves the
-// steps; its products are the middle times the sums of the channels. Sums of products are exact in 32-bit
+// quantized in the same way by output channel (packed_weights.cpp). Hidden activations are mostly of one
+// sign: from their rows the middle of the least and the greatest element is subtracted first, which halves
+// the steps; its products are the middle times the sums of the channels. Sums of products are exact in 32-bit
 // integers, so they depend neither on their order nor on the tier.
 #pragma once
 

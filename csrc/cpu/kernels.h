@@ -55,8 +55,8 @@ struct Beside {
 using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
                           Beside& beside);
 
-// What turns a tile of sums of int8 products into floats: ((c - kInt8Offset * sums) * rows + middles * sums) *
-// columns (int8_products.h).
+// What turns a tile of sums of int8 products into floats: ((c - kInt8Offset * sums) * rows + middles * sums)
+// * columns (int8_products.h).
 struct Int8Scaling {
   const float* rows;               // of the tile's rows
   const float* columns;            // [panel]
