@@ -27,7 +27,7 @@ class Int8Config(QuantizationConfigMixin):
     quant_method: Any
 
     def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
+        self.__dict__.update(values)
 
 
 class Int8Quantizer(HfQuantizer):
