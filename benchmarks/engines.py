@@ -6,9 +6,10 @@ program is made for the shapes that it is timed with. Its features are compared 
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from harness import clock
 from peers import missing
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 CALIBRATION_BATCHES = 4
 Inputs = dict[str, Tensor]
@@ -62,11 +64,8 @@ def openvino(tower: nn.Module, example: Inputs, threads: int, quantize: bool) ->
 
     program = convert_model(tower, example_input=example, input=[tuple(value.shape) for value in example.values()])
     if quantize:
-        seeds = range(CALIBRATION_BATCHES)
-        batches = [{name: _shuffled(value, seed) for name, value in example.items()} for seed in seeds]
-        program = openvino_int8(program, batches)
-    both = [compiled_by_openvino(program, precision, threads) for precision in ("bf16", "f32")]
-    return min(both, key=lambda run: min(clock(partial(run, example), "cpu") for _ in range(4)))
+        program = openvino_int8(program, _batches(example))
+    return _fastest((compiled_by_openvino(program, precision, threads) for precision in ("bf16", "f32")), example)
 
 
 def openvino_int8(program: Any, batches: Sequence[Inputs]) -> Any:
@@ -98,6 +97,61 @@ def arrays(inputs: Inputs) -> dict[str, Any]:
     return {name: value.numpy() for name, value in inputs.items()}
 
 
+def torchao_int8(tower: nn.Module, example: Inputs, threads: int) -> Run:
+    """torchao's int8, compiled by torch's inductor with frozen weights: whichever is fastest of the export for x86 CPUs
+    (static scales from a few batches) and ``quantize_`` (scales of each row), each with bfloat16 or float32 around."""
+    return _fastest((*_exported(tower, example), *_dynamic(tower, "inductor")), example)
+
+
+def zentorch_int8(tower: nn.Module, example: Inputs, threads: int) -> Run:
+    """AMD's zentorch on a tower that torchao's ``quantize_`` quantized, in bfloat16 or float32, whichever is faster."""
+    import zentorch  # noqa: F401  registers the backend
+
+    return _fastest(_dynamic(tower, "zentorch"), example)
+
+
+def _dynamic(tower: nn.Module, backend: str) -> Iterator[Run]:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    for dtype in (torch.bfloat16, torch.float32):
+        quantized = copy.deepcopy(tower).to(dtype)
+        quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
+        yield _compiled(quantized, backend, dtype)
+
+
+def _exported(tower: nn.Module, example: Inputs) -> Iterator[Run]:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    observed = prepare_pt2e(torch.export.export(tower, (), example).module(), quantizer)
+    for batch in _batches(example):
+        observed(**batch)
+    quantized = convert_pt2e(observed)
+    yield _compiled(quantized, "inductor", torch.float32)
+    yield _compiled(quantized, "inductor", torch.float32, autocast=True)
+
+
+def _compiled(tower: nn.Module, backend: str, dtype: torch.dtype, autocast: bool = False) -> Run:
+    """``dtype``: of the tower's inputs in floating point."""
+    compiled = torch.compile(tower, backend=backend, dynamic=False)
+
+    def call(inputs: Inputs) -> Tensor:
+        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), inductor_config.patch(freezing=True):
+            return compiled(**values).float()
+
+    return call
+
+
+def _fastest(runs: Iterable[Run], example: Inputs) -> Run:
+    return min(runs, key=lambda run: min(clock(partial(run, example), "cpu") for _ in range(4)))
+
+
+def _batches(example: Inputs) -> list[Inputs]:
+    return [{name: _shuffled(value, seed) for name, value in example.items()} for seed in range(CALIBRATION_BATCHES)]
+
+
 def _shuffled(example: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if example.is_floating_point():
@@ -109,6 +163,8 @@ ENGINES = {
     "onnxruntime": (onnxruntime_int8, ("onnx", "onnxscript", "onnxruntime")),
     "openvino": (partial(openvino, quantize=False), ("openvino", "nncf")),
     "openvino-int8": (partial(openvino, quantize=True), ("openvino", "nncf")),
+    "torchao-int8": (torchao_int8, ("torchao",)),
+    "zentorch-int8": (zentorch_int8, ("torchao", "zentorch")),
 }
 """How a tower is made for an engine and what has to be installed, by the last word of the names of models on it."""
 
