@@ -5,8 +5,9 @@
 
 Each model gives one experts module with random weights; tokens are routed at random, balanced. ``eager``,
 ``batched_mm`` (where its gathered weights fit into --gather-gb) and ``grouped_mm`` are transformers' own, called by
-the same module. Outputs and gradients are compared with those of ``eager`` before anything is timed. Ratios are to
-``grouped_mm``: below 1 is faster.
+the same module. ``clipup_int8``, for inference on a CPU, is ``clipup.accelerate(experts, weights="int8")``. Outputs and
+gradients are compared with those of ``eager`` before anything is timed. Ratios are to ``grouped_mm``: below 1 is
+faster.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import clipup_kernels.integrations.transformers  # noqa: F401  registers "clipup"
+from clipup import accelerate
 from clipup_kernels.machine import package_version
 
-BASELINE = "grouped_mm"
-IMPLEMENTATIONS = (BASELINE, "eager", "batched_mm", "clipup")
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+BASELINE, INT8 = "grouped_mm", "clipup_int8"
+IMPLEMENTATIONS = (BASELINE, "eager", "batched_mm", "clipup", INT8)
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3, INT8: 3e-2}
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
@@ -52,8 +54,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
 class Case:
     """An experts module, and a batch of routed tokens."""
 
-    def __init__(self, experts: Any, top_k: int, tokens: int, training: bool) -> None:
-        self.experts, self.training = experts, training
+    def __init__(self, experts: Any, int8: Any, top_k: int, tokens: int, training: bool) -> None:
+        self.experts, self.int8, self.training = experts, int8, training
         weight = experts.down_proj
         generator = torch.Generator().manual_seed(tokens)
         x, dy = torch.randn(2, tokens, weight.shape[1], generator=generator).to(weight)
@@ -66,7 +68,7 @@ class Case:
         """The output, and in training the gradients of tokens and weights."""
         self.experts.config._experts_implementation = implementation
         with torch.set_grad_enabled(self.training):
-            y = self.experts(self.x, self.index, self.weights)
+            y = (self.int8 if implementation == INT8 else self.experts)(self.x, self.index, self.weights)
         inputs = [self.x, *self.experts.parameters()]
         return [y.detach(), *(torch.autograd.grad(y, inputs, self.dy) if self.training else ())]
 
@@ -82,7 +84,7 @@ def check(case: Case, implementations: list[str], precision: str) -> None:
     for name in implementations:
         for actual, wanted in zip(case.run(name), expected, strict=True):
             error = (actual.float() - wanted.float()).norm() / wanted.float().norm()
-            if not error <= TOLERANCE[precision]:
+            if not error <= TOLERANCE[INT8 if name == INT8 else precision]:
                 raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
 
 
@@ -100,10 +102,11 @@ def measure_model(name: str, precision: str, args: argparse.Namespace) -> Iterat
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    int8 = accelerate(experts, weights="int8") if INT8 in args.impl and args.device == "cpu" else None
     for tokens, training in product(args.tokens, (False, True)):
-        case = Case(experts, top_k, tokens, training)
-        fits = case.gathered_gb() <= args.gather_gb
-        chosen = [impl for impl in IMPLEMENTATIONS if impl in {*args.impl, BASELINE} and (impl != "batched_mm" or fits)]
+        case = Case(experts, int8, top_k, tokens, training)
+        runs = {"batched_mm": case.gathered_gb() <= args.gather_gb, INT8: int8 is not None and not training}
+        chosen = [impl for impl in IMPLEMENTATIONS if impl in {*args.impl, BASELINE} and runs.get(impl, True)]
         print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
         check(case, chosen, precision)
         candidates = {impl: partial(case.run, impl) for impl in chosen}

@@ -23,6 +23,7 @@ from ..precision import Precision
 from ..progress import progress
 from .calibration import LEAST_ROWS, MATRICES, MOST_ROWS, Calibration, calibrated
 from .prepared import Prepared, PreparedMLP, quantization
+from .prepared_experts import PreparedRoutedExperts, is_routed_experts
 from .prepared_linear import PreparedPatches
 from .replacement import replace_layers
 from .report import CAN_BE_PREPARED, rows_of
@@ -66,11 +67,12 @@ def accelerate(
 
     The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs and self-attention in the
     blocks of open_clip, torchvision, timm and transformers (``clipup.inference.prepared_attention`` names them), the
-    convolutions that embed the patches of a ViT and, in a model with sparse layers, every ``nn.Sequential`` of a linear
-    layer, an activation, perhaps dropout, and a linear layer run on clipup's kernels, with the same outputs up to
-    rounding. In text towers that return only the features of the end-of-text token, computation stops at the end of the
-    longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged,
-    and ``clipup.accelerate_report(model)`` says of each layer why: MLPs that have a norm between their projections,
+    convolutions that embed the patches of a ViT, the experts (not the routers, nor shared experts) of transformers' MoE
+    models and, in a model with sparse layers, every ``nn.Sequential`` of a linear layer, an activation, perhaps
+    dropout, and a linear layer run on clipup's kernels, with the same outputs up to rounding. In text towers that
+    return only the features of the end-of-text token, computation stops at the end of the longest text in the batch, as
+    in upcycled models (``clipup.clip.padding_aware``). All other modules are unchanged, and
+    ``clipup.accelerate_report(model)`` says of each layer why: MLPs that have a norm between their projections,
     attention beside an MLP that is left (except in int8), attention in float16 (except in int8) and float64, layers
     with PEFT's adapters, what has hooks, buffers, parameters or a ``forward`` that are not its class's, and what lies
     in attention or a block with a ``forward`` of its own. A layer that several modules share is prepared once, for all
@@ -101,9 +103,10 @@ def accelerate(
             argument of a model (images), several as a tuple (images and texts), or a dict of arguments by name
             (``input_ids``, ``attention_mask``). What most rows of a layer's input have in common then costs no
             precision, and large channels less (``clipup.inference.calibration``); still nothing is clipped, since rows
-            are scaled at every call. Padding of texts is left out, and patch embeddings are not calibrated.
-            ``accelerate_report`` says how large the errors of each layer are on these batches. A layer or an expert
-            that sees fewer than 256 rows (1,024 are used) is quantized as without batches; a warning says which.
+            are scaled at every call. Padding of texts is left out, but not for the experts of transformers' MoE models;
+            patch embeddings are not calibrated. ``accelerate_report`` says how large the errors of each layer are on
+            these batches. A layer or an expert that sees fewer than 256 rows (1,024 are used) is quantized as without
+            batches; a warning says which.
         exclude: patterns of names in ``model.named_modules()``, as of ``fnmatch``, such as ``["visual.*", "*.attn"]``.
             A layer is left as it is if its name, that of a module around it or that of a linear layer in it matches.
 
@@ -228,7 +231,7 @@ def _without_padding(rows: Tensor, mask: Tensor | None) -> Tensor:
 def _check_layers(selection: Selection) -> None:
     """Refuses a model before anything is changed: one with nothing to prepare, or with a layer that cannot be."""
     if not any(
-        issubclass(kind, (*PREPARED_EXPERTS.values(), PreparedMLP))
+        issubclass(kind, (*PREPARED_EXPERTS.values(), PreparedRoutedExperts, PreparedMLP))
         for kind in (*selection.chosen.values(), *map(type, selection.model.modules()))
     ):
         rows = {
@@ -255,7 +258,9 @@ def _check(model: nn.Module, weights: str | None) -> None:
                     f"{name or 'model'} was prepared with weights={module.quantize!r} before, and cannot be changed to "
                     f"{weights!r}; prepare the plain model"
                 )
-        elif has_adapters(module) and any(isinstance(part, Experts) for part in module.children()):
+        elif has_adapters(module) and any(
+            isinstance(part, Experts) or is_routed_experts(part) for part in module.children()
+        ):
             raise TypeError(f"{name or 'model'} has PEFT's adapters; merge them first: model.merge_and_unload()")
         elif isinstance(module, Experts) and type(module) not in PREPARED_EXPERTS:
             raise TypeError(

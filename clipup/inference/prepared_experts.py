@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipup_kernels import dispatch, expert_mlp
 from clipup_kernels.ops.sparse_mlp import is_one_op, packed_sparse_mlp
 
 from ..moe.experts import Experts, SharedExpert
@@ -115,3 +116,57 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         self._check_type(x)
         super()._check(x, mask)
+
+
+class PreparedRoutedExperts(Prepared):
+    """The experts of an MoE model of transformers. The model's router, which stays as it is, chooses them."""
+
+    def __init__(self, experts: Any, quantize: str | None = None, source: Calibration | Stored | None = None) -> None:
+        super().__init__(experts, quantize, source)
+        self.activation = routed_activation(experts)
+
+    @staticmethod
+    def read(plain: Any) -> Mapping[str, Tensor | None]:
+        gate, projection = plain.gate_up_proj.chunk(2, 1) if plain.has_gate else (None, plain.up_proj)
+        return {"in_weight": projection, "gate_weight": gate, "out_weight": plain.down_proj}
+
+    @staticmethod
+    def seen(plain: Any) -> Callable[..., list[dict[str, Tensor]]]:
+        def inputs(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> list[dict[str, Tensor]]:
+            return [
+                {"in_weight": hidden_states[(top_k_index == expert).any(-1)]} for expert in range(len(plain.down_proj))
+            ]
+
+        return inputs
+
+    @classmethod
+    def hidden(cls, plain: Any, expert: int, x: Tensor) -> Tensor:
+        return hidden_rows(
+            {name: tensor[expert] for name, tensor in cls.tensors(plain).items()}, x, routed_activation(plain)
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D] in the type in which the layer was prepared, top_k_index and top_k_weights [T, K] ->
+        [T, D]."""
+        self._check_type(hidden_states)
+        gates = top_k_weights.to(torch.promote_types(self.dtype, torch.float32))
+        plan = dispatch(top_k_index.to(torch.int32), self.in_weight.shape[0])
+        in_bias, out_bias, gate_bias = (getattr(self, name, None) for name in BIASES)
+        weights = self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
+        return expert_mlp(hidden_states.to(self.dtype), gates, plan, *weights).to(hidden_states.dtype)
+
+
+def is_routed_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of an MoE model of transformers, whose decorator sets this attribute."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def routed_activation(experts: nn.Module) -> str:
+    """The activation of experts for which ``is_routed_experts`` holds.
+
+    Raises:
+        NotImplementedError: the experts have a part that ``expert_mlp`` does not compute; it is named.
+    """
+    from clipup_kernels.integrations.transformers import activation_of  # imports transformers, which is optional
+
+    return activation_of(experts)

@@ -25,7 +25,13 @@ from .prepared_attention import (
     attention_class,
     can_be_prepared,
 )
-from .prepared_experts import PreparedMoE, PreparedSharedExpert
+from .prepared_experts import (
+    PreparedMoE,
+    PreparedRoutedExperts,
+    PreparedSharedExpert,
+    is_routed_experts,
+    routed_activation,
+)
 from .prepared_linear import (
     PATCH_EMBEDDINGS,
     PreparedLinear,
@@ -65,6 +71,8 @@ class Selection:
         for module in model.modules():
             if type(module) in PREPARED_EXPERTS:
                 self._decide({module: PREPARED_EXPERTS[type(module)]})
+            elif is_routed_experts(module):
+                self._decide({module: PreparedRoutedExperts}, _why_not(module))
         self._select_single(model)
         blocks = [
             module
@@ -193,7 +201,17 @@ def _single(mlp: nn.Module, dense: DenseMLP) -> dict[nn.Module, type[Prepared]]:
     return {mlp: PreparedMLP}
 
 
-def _cause(error: TypeError) -> str:
+def _why_not(experts: nn.Module) -> str | None:
+    """Why ``PreparedRoutedExperts`` does not compute or store all that experts do; None if it does."""
+    try:
+        routed_activation(experts)
+    except NotImplementedError as error:
+        return _cause(error)
+    is_own = hasattr(type(experts).forward, "__wrapped__")  # by transformers' decorator; a derived class may lack it
+    return None if is_own and is_replaceable(experts, PreparedRoutedExperts.read(experts)) else _HAS_OWN_PARTS
+
+
+def _cause(error: Exception) -> str:
     return str(error).split("; ")[0]  # then comes what upcycling could do
 
 

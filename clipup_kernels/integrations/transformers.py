@@ -49,7 +49,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     Raises:
         NotImplementedError: the experts have a part that ``expert_mlp`` does not compute; it is named.
     """
-    activation = _check(module)
+    activation = activation_of(module)
     both, out_weight = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
     x = hidden_states.to(both.dtype)
     if torch.is_autocast_enabled(x.device.type):
@@ -69,8 +69,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return y.to(hidden_states.dtype)
 
 
-def _check(module: Any) -> str:
-    """The activation of experts that can be computed."""
+def activation_of(module: Any) -> str:
+    """The activation of experts.
+
+    Raises:
+        NotImplementedError: the experts have a part that ``expert_mlp`` does not compute; it is named.
+    """
     own_gating = type(module)._apply_gate is not moe._default_apply_gate
     act_fn = getattr(module, "act_fn", None)
     unlike = {

@@ -130,7 +130,7 @@ def test_a_saved_int8_model_is_loaded_beside_the_float32_one(rows_of, monkeypatc
     )
 
 
-PASSES, EXPERTS = ("fwd", "fwd_bwd"), ("grouped_mm", "eager", "batched_mm", "clipup")
+PASSES, EXPERTS = ("fwd", "fwd_bwd"), ("grouped_mm", "eager", "batched_mm", "clipup", "clipup_int8")
 WAYS, FORMS_OF_WEIGHTS = ("dense", "all_tokens", "padding_aware"), ("fp32", "bf16", "int8, fp32", "int8, bf16")
 PROGRAMS = {
     padding_aware: (["--models", TINY, "--batch-size", "4", *SHORT], "dtype", "impl", ("fp32", "bf16"), WAYS),
@@ -145,7 +145,7 @@ PROGRAMS = {
 def test_a_program_has_a_row_for_everything_that_it_compares(rows_of, module):
     arguments, outer, inner, cases, variants = PROGRAMS[module]
     rows = rows_of(module, *arguments, like=f"{module.__name__}_cpu.csv")
-    assert of(rows, outer, inner) == list(product(cases, variants))
+    assert of(rows, outer, inner) == [case for case in product(cases, variants) if case != ("fwd_bwd", "clipup_int8")]
     for row in rows:
         assert float(row.get("median_ms", "1")) > 0 and float(row.get("image_cosine_min", "1")) > 0.9
         assert (float(row.get("tokens", "1")) < 1) == (row.get("impl") == "padding_aware")

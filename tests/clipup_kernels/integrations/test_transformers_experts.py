@@ -5,36 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
+from tiny_moe_models import MODELS, SIZE, tiny_moe_model
 
 import clipup_kernels.integrations.transformers  # noqa: F401
 
-SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-SIZE |= {"num_key_value_heads": 2, "intermediate_size": 24, "num_experts_per_tok": 2}
-MODELS = {
-    "Mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZE, num_local_experts=5)),
-    "Qwen2Moe": lambda: transformers.Qwen2MoeForCausalLM(
-        transformers.Qwen2MoeConfig(
-            **SIZE, num_experts=6, moe_intermediate_size=16, shared_expert_intermediate_size=16, decoder_sparse_step=1
-        )
-    ),
-    "Qwen3Moe": lambda: transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(**SIZE, num_experts=6, moe_intermediate_size=16, norm_topk_prob=True)
-    ),
-    "Olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SIZE, num_experts=6)),
-    "Lfm2Moe": lambda: transformers.Lfm2MoeForCausalLM(
-        transformers.Lfm2MoeConfig(
-            **SIZE, num_experts=6, moe_intermediate_size=16, num_dense_layers=0, layer_types=["conv", "full_attention"]
-        )
-    ),
-}
-
 
 def pair(name, dtype=torch.float32):
-    torch.manual_seed(0)
-    eager = MODELS[name]().to(dtype)
-    with torch.no_grad():
-        for parameter in eager.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    eager = tiny_moe_model(name).to(dtype)
     ours = copy.deepcopy(eager)
     eager.set_experts_implementation("eager")
     ours.set_experts_implementation("clipup")
