@@ -236,6 +236,17 @@ def test_few_tokens_and_none_are_served(shape, options):
         assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_a_change_of_the_output_in_place_keeps_its_gradient_and_hooks():
+    layer, x = SparseMoE(8, 16, num_experts=4), torch.randn(2, 3, 8, requires_grad=True)
+    called = []
+    y = layer(x)
+    y.register_hook(called.append)  # as FSDP2 does, which gathers the weights in it
+    y += x
+    y.sum().backward()
+    layer(other := x.detach().requires_grad_()).add(other).sum().backward()
+    assert called and x.grad.equal(other.grad)
+
+
 def test_another_config_takes_effect_at_the_next_forward():
     layer = make_layer()
     x = torch.randn(64, D)
