@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..clip.padding_aware import make_padding_aware
 from ..moe.experts import Experts
 from .int8_tensors import StoredLayer, int8_config, int8_dtype, int8_tensors, stored_layers
-from .prepared import Prepared
+from .prepared import Prepared, quantization
 from .replacement import replace_layers, replace_module
 
 
@@ -59,7 +59,10 @@ class Int8Quantizer(HfQuantizer):
         """None: tensors keep their types."""
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        model.config.quantization_config = Int8Config(**int8_config(model))
+        parts = {id(getattr(module, "config", None)): module for module in reversed([*model.modules()])}
+        for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+            if quantization(part := parts.get(id(config), nn.Module())):
+                config.quantization_config = Int8Config(**int8_config(part))  # classes of towers read theirs alone
         tensors = int8_tensors(model)
         for path, module in model.named_modules():
             for name in () if isinstance(module, Prepared) else module._non_persistent_buffers_set:
@@ -67,7 +70,7 @@ class Int8Quantizer(HfQuantizer):
         return tensors, {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        layers = stored_layers(model, self.quantization_config.to_dict(), "config.json")
+        layers = stored_layers(model, _renamed(self.quantization_config.to_dict(), model), "config.json")
         self.holders: list[tuple[str, StoredLayer, nn.Module]] = []
         for prefix, layer in layers.items():
             holder = nn.Module()
@@ -98,3 +101,16 @@ class Int8Quantizer(HfQuantizer):
             chosen[layer.plain], sources[layer.plain] = layer.kind, layer.stored(tensors)
         make_padding_aware(model)
         return replace_layers(model, chosen, "int8", sources)
+
+
+def _renamed(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``int8_config`` with the names of this model's layers: transformers also loads a base model or a tower from a
+    model with more around it, whose names have a prefix, and the other way round."""
+    own = [name for name, _ in model.named_modules() if name]
+
+    def renamed(name: str) -> str:
+        alike = (other for other in own if f".{name}".endswith(f".{other}") or other.endswith(f".{name}"))
+        return name if name in own else max(alike, key=len, default=name)
+
+    errors = {renamed(name): error for name, error in config["errors"].items()}
+    return config | {"excluded": [*map(renamed, config["excluded"])], "errors": errors}

@@ -141,7 +141,10 @@ def _create(
 def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """The model of a directory in int8, without its plain weights at any time."""
     dtype = int8_dtype(config[INT8], str(directory))
-    made_for = {"device": "cpu", "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)}
+    made_for = {
+        "device": "cpu",
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+    }
     for argument in (*made_for, *architecture.FORCED):
         only, given = made_for.get(argument), kwargs.pop(argument, None)
         if given not in (None, False) and str(given) != only:
@@ -151,6 +154,7 @@ def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwarg
             )
     weights = read_safetensors(directory / WEIGHTS_NAME)
     created = {**kwargs, "device": "meta", "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    created |= {"precision": config[INT8].get("precision", "fp32"), "require_pretrained": False}
     with torch.device("meta"), expecting_random_weights():
         model, *transforms = _create(model_name, None, None, created)
     architecture.resize_tower(model, config["model_cfg"], weights)

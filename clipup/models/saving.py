@@ -24,6 +24,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from open_clip.transformer import LayerNormFp32
 from torch import Tensor, nn
 
 from .. import checks
@@ -133,6 +134,8 @@ def save_with_tokenizer(
         config["moe_cfg"] = moe_config.to_dict()
     if int8:
         config[INT8] = int8_config(model)
+        if any(isinstance(module, LayerNormFp32) for module in model.modules()):  # open_clip's in half precision
+            config[INT8]["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[config[INT8]["dtype"]]
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     card = reduce(model_card.with_results, results, model_card.model_card(plain, library, license, base_model, extra))

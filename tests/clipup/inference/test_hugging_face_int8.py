@@ -89,3 +89,49 @@ def test_other_devices_are_refused(tmp_path):
     with pytest.raises(ValueError, match="device_map has cuda"):
         transformers.AutoModel.from_pretrained(tmp_path, device_map="cuda")
     assert_same(transformers.AutoModel.from_pretrained(tmp_path, device_map="cpu"), model)
+
+
+def layers(model):
+    return [(row.layer, row.error) for row in clipup.accelerate_report(model) if row.weights == "int8"]
+
+
+PARTS = {
+    "CLIPVisionModelWithProjection": ("CLIPModel", "vision"),
+    "CLIPVisionModel": ("CLIPModel", "vision"),
+    "CLIPTextModel": ("CLIPModel", "text"),
+    "SiglipVisionModel": ("SiglipModel", "vision"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_tower_of_a_saved_model_is_loaded_in_int8(part, tmp_path):
+    whole, tower = PARTS[part]
+    model = clipup.accelerate(tiny_hugging_face(whole), weights="int8", exclude=[f"{tower}_model.encoder.layers.1.*"])
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, part).from_pretrained(tmp_path)
+    batch = random_batch(loaded, 2)
+    with torch.inference_mode():
+        expected = model.get_submodule(f"{tower}_model")(**batch)
+        assert loaded(**batch).last_hidden_state.equal(expected.last_hidden_state)
+    assert layers(loaded) == layers(model.get_submodule(f"{tower}_model"))
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_the_base_of_a_saved_model_and_a_head_on_a_saved_base_are_loaded_in_int8(name, tmp_path):
+    config = CONFIGS[name]()
+    config.qkv_bias = False  # of a ViT: calibration adds biases
+    plain = getattr(transformers, name)(config).eval()
+    rows = [random_batch(plain, 100) for _ in range(2)]
+    whole = clipup.accelerate(plain, weights="int8", calibrate=rows, exclude=["*layer*.1.*"])
+    whole.save_pretrained(tmp_path / "whole")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    own = getattr(whole, whole.base_model_prefix)
+    assert layers(base) == layers(own) and all(error is not None for _, error in layers(own)[1:])
+    batch = random_batch(base, 2)
+    with torch.inference_mode():
+        assert base(**batch).last_hidden_state.equal(own(**batch).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    headed = type(whole).from_pretrained(tmp_path / "base")
+    with torch.inference_mode():
+        again = headed.get_submodule(whole.base_model_prefix)(**batch).last_hidden_state
+        assert again.equal(base(**batch).last_hidden_state)

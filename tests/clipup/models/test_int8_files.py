@@ -57,6 +57,18 @@ def test_a_loaded_model_computes_the_same_bit_for_bit(kind, sparse, dtype, tmp_p
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+def test_norms_in_open_clips_half_precision_are_loaded_as_they_are(precision, tmp_path):
+    name = "clipup-tiny-32"
+    plain, *_ = clipup.create_model_and_transforms(name, load_weights=False, precision=precision)
+    model = clipup.accelerate(plain.eval(), weights="int8")
+    clipup.save_pretrained(model, tmp_path, clipup.get_model_config(name))
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path), require_pretrained=True)
+    dtype = open_clip.get_input_dtype(precision)
+    assert all(map(torch.equal, features(loaded, dtype), features(model, dtype)))
+    assert str(loaded) == str(model)
+
+
 def test_calibration_and_excluded_layers_are_saved(tmp_path):
     batches = [random_inputs(tiny_clip(), 200)]
     with pytest.warns(UserWarning, match="saw fewer than 256 rows"):
