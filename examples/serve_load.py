@@ -1,6 +1,6 @@
 """Sends requests to examples/serve.py, and prints how long they took.
 
-    python examples/serve_load.py cat.jpg                # 200 requests from 8 clients, images and texts in turn
+python examples/serve_load.py cat.jpg                # 200 requests from 8 clients, images and texts in turn
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def main() -> None:
             "text", json.dumps({"text": f"photograph {number}"}).encode(), "application/json"
         )  # fmt: skip
         start = time.perf_counter()
-        with urlopen(Request(f"{args.url}/{path}", body, {"Content-Type": kind})) as answer:  # an error ends the program
+        with urlopen(
+            Request(f"{args.url}/{path}", body, {"Content-Type": kind})
+        ) as answer:  # an error ends the program
             json.load(answer)["embedding"]
         return path, (time.perf_counter() - start) * 1e3
 

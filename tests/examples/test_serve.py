@@ -1,0 +1,81 @@
+"""The server of embeddings answers with those of its model."""
+
+import asyncio
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from benchmark_layouts import picture
+from tiny_clip import save_with_words
+
+import clipup
+import clipup_kernels
+
+PATH = Path(__file__).parents[2] / "examples" / "serve.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    pytest.importorskip("fastapi")
+    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
+def test_concurrent_requests_get_the_embeddings_of_the_model(example, tmp_path):
+    from fastapi.testclient import TestClient
+
+    model, config = save_with_words(tmp_path / "plain")
+    fast = clipup.accelerate(model, weights="int8")
+    clipup.save_pretrained(fast, tmp_path / "int8", config, tokenizer_directory=f"local-dir:{tmp_path / 'plain'}")
+    pictures = [picture(seed).resize((16, 16)) for seed in range(12)]  # the size of the model's input
+    words = ["red", "green blue"] * 6
+
+    def ask(number):
+        file = BytesIO()
+        pictures[number].save(file, "PNG")
+        answers = client.post("/image", content=file.getvalue()), client.post("/text", json={"text": words[number]})
+        return [answer.raise_for_status().json()["embedding"] for answer in answers]
+
+    with TestClient(example.create_app(str(tmp_path / "int8"))) as client:
+        with ThreadPoolExecutor(8) as clients:
+            images, texts = map(torch.tensor, zip(*clients.map(ask, range(12)), strict=True))
+        assert client.post("/image", content=b"no image").status_code == 400
+        assert client.post("/text", json={"text": None}).status_code == 422
+    preprocess = clipup.create_model_and_transforms(str(tmp_path / "int8"))[2]
+    with torch.no_grad():
+        expected = fast.encode_image(torch.stack([preprocess(image) for image in pictures]), normalize=True)
+        torch.testing.assert_close(images, expected)
+        tokens = clipup.get_tokenizer(str(tmp_path / "int8"))(words)
+        torch.testing.assert_close(texts, fast.encode_text(tokens, normalize=True))
+
+
+def test_inputs_that_wait_are_encoded_together_and_an_error_reaches_all_of_them(example):
+    sizes, free = [], Event()
+
+    def encode(rows, normalize):
+        sizes.append(len(rows))
+        if rows.max() > 20:
+            raise ValueError("broken")
+        return rows * 2
+
+    async def ask(count):
+        free.clear()
+        threads.submit(free.wait)
+        asked = [asyncio.create_task(batches.embedding(torch.tensor([float(row)]))) for row in range(count)]
+        await asyncio.sleep(0)  # all wait now
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=60)
+
+    with ThreadPoolExecutor(1) as threads:
+        batches = example.Batches(encode, threads)
+        assert asyncio.run(ask(20)) == [[2.0 * row] for row in range(20)]
+        assert [type(answer) for answer in asyncio.run(ask(32))[16:]] == [ValueError] * 16
+        assert asyncio.run(ask(1)) == [[0.0]]
+    assert sizes == [16, 4, 16, 16, 1]
