@@ -1,4 +1,4 @@
-"""Serves the embeddings of a CLIP on a CPU, best of a model in int8. Requests that wait are encoded together.
+"""Serves the embeddings of a CLIP on a CPU, preferably in int8. Requests that wait are encoded together.
 
     pip install fastapi uvicorn
     MODEL=clip-int8 uvicorn --app-dir examples --factory serve:create_app

@@ -5,7 +5,7 @@ import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,25 +57,16 @@ def test_concurrent_requests_get_the_embeddings_of_the_model(example, tmp_path):
 
 
 def test_inputs_that_wait_are_encoded_together_and_an_error_reaches_all_of_them(example):
-    sizes, free = [], Event()
-
-    def encode(rows, normalize):
-        sizes.append(len(rows))
-        if rows.max() > 20:
-            raise ValueError("broken")
-        return rows * 2
-
-    async def ask(count):
-        free.clear()
-        threads.submit(free.wait)
-        asked = [asyncio.create_task(batches.embedding(torch.tensor([float(row)]))) for row in range(count)]
+    async def ask(encode):
+        runs = []
+        batches = example.Batches(encode, SimpleNamespace(submit=runs.append))
+        answers = [asyncio.create_task(batches.embedding(torch.tensor([float(row)]))) for row in range(20)]
         await asyncio.sleep(0)  # all wait now
-        free.set()
-        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=60)
+        for run in runs:
+            run()
+        return await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), timeout=60)
 
-    with ThreadPoolExecutor(1) as threads:
-        batches = example.Batches(encode, threads)
-        assert asyncio.run(ask(20)) == [[2.0 * row] for row in range(20)]
-        assert [type(answer) for answer in asyncio.run(ask(32))[16:]] == [ValueError] * 16
-        assert asyncio.run(ask(1)) == [[0.0]]
-    assert sizes == [16, 4, 16, 16, 1]
+    answers = asyncio.run(ask(lambda rows, normalize: torch.full((len(rows), 1), len(rows))))
+    assert answers == [[16]] * 16 + [[4]] * 4
+    answers = asyncio.run(ask(lambda rows, normalize: rows / 0 if len(rows) < 16 else rows.missing))
+    assert [type(answer) for answer in answers] == [AttributeError] * 16 + [list] * 4
