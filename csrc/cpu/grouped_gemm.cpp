@@ -98,11 +98,20 @@ std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_column
 ForwardWaves::ForwardWaves(const std::int32_t* offsets, std::int64_t E, bool int8, const Products& products) {
   constexpr std::int64_t kWavesPerThread = 4, kFewestTiles = 7, kInt8WaveRows = 504;
   const std::int64_t rows = offsets[E], threads = thread_count(), fewest = kFewestTiles * products.tile_rows;
-  alone_ = int8 && rows >= 2 * threads * fewest;
   std::int64_t most_rows = int8 ? kInt8WaveRows : kWaveRows;
-  if (alone_) {
-    const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), products.tile_rows);
-    most_rows = std::min(std::max(share, fewest), most_rows);
+  if (E == 1) {  // every wave reads the whole matrix: as few as there can be, if all get about as many tiles
+    constexpr std::int64_t kFewestRows = 96;
+    const std::int64_t tiles = ceil_div(rows, products.tile_rows);
+    const std::int64_t waves = threads * ceil_div(rows, threads * kInt8WaveRows);
+    const std::int64_t each = rows == 0 ? 0 : ceil_div(tiles, waves);
+    alone_ = int8 && rows >= threads * kFewestRows && 7 * each * waves <= 8 * tiles;
+    if (alone_) most_rows = each * products.tile_rows;
+  } else {
+    alone_ = int8 && rows >= 2 * threads * fewest;
+    if (alone_) {
+      const std::int64_t share = round_up(ceil_div(rows, kWavesPerThread * threads), products.tile_rows);
+      most_rows = std::min(std::max(share, fewest), most_rows);
+    }
   }
   waves_ = make_waves(offsets, E, most_rows, products);
   most_rows_ = largest(waves_).rows;
