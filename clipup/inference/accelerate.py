@@ -139,10 +139,11 @@ def accelerate(
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
     model = replace_layers(model, chosen, weights, calibrations)
-    if weights is not None and is_hugging_face(model):
-        from .hugging_face_quantizer import Int8Config, Int8Quantizer  # imports transformers, which is optional
+    for part in model.modules() if weights is not None else ():
+        if is_hugging_face(part):  # save_pretrained of the model, of a tower, or of a model in a wrapper
+            from .hugging_face_quantizer import Int8Config, Int8Quantizer  # imports transformers, which is optional
 
-        cast(Any, model).hf_quantizer = Int8Quantizer(Int8Config())
+            cast(Any, part).hf_quantizer = Int8Quantizer(Int8Config())
     return model
 
 

@@ -123,7 +123,7 @@ def test_a_towers_share_is_its_rate_over_that_of_packed_int8_products(rows_of, m
 def test_a_saved_int8_model_is_loaded_beside_the_float32_one(rows_of, monkeypatch):
     monkeypatch.setattr(int8_load, "MODELS", (TINY, f"{TINY} CLIP-UP"))
     monkeypatch.setattr(int8_load, "in_own_process", lambda call: call())
-    rows = rows_of(int8_load, "--rounds", "1", "--threads", "1")
+    rows = rows_of(int8_load, "--rounds", "1", "--threads", "1", like="int8_load_cpu.csv")
     assert of(rows, "model", "form") == list(product(int8_load.MODELS, int8_load.FORMS))
     assert all(
         float(saved["file_mib"]) < float(exact["file_mib"]) for exact, saved in zip(rows[::2], rows[1::2], strict=True)
