@@ -27,6 +27,8 @@ METHOD, VERSION = "clipup_int8", 1
 _SUFFIXES = ("", "_scale", "_input")
 """Of a matrix's name, for each of its ``QuantizedParts``."""
 _DTYPES = {type_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""open_clip's names of these types."""
 
 
 def int8_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torchvision.transforms import Compose
 from .. import checks
 from ..clip import towers
 from ..data.images import to_rgb
-from ..inference.int8_tensors import int8_dtype
+from ..inference.int8_tensors import PRECISIONS, int8_dtype
 from ..moe.config import MoEConfig
 from ..moe.layer import saved_config
 from ..upcycling.upcycle import upcycle
@@ -140,11 +140,8 @@ def _create(
 
 def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """The model of a directory in int8, without its plain weights at any time."""
-    dtype = int8_dtype(config[INT8], str(directory))
-    made_for = {
-        "device": "cpu",
-        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
-    }
+    int8_dtype(config[INT8], str(directory))
+    made_for = {"device": "cpu", "precision": PRECISIONS[config[INT8]["dtype"]]}
     for argument in (*made_for, *architecture.FORCED):
         only, given = made_for.get(argument), kwargs.pop(argument, None)
         if given not in (None, False) and str(given) != only:
@@ -153,10 +150,10 @@ def _create_int8(model_name: str, directory: Path, config: dict[str, Any], kwarg
                 f"{f'for {only!r}: pass that' if only else 'without it: leave it out'}, or take the plain model"
             )
     weights = read_safetensors(directory / WEIGHTS_NAME)
-    created = {**kwargs, "device": "meta", "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    created |= {"precision": config[INT8].get("precision", "fp32"), "require_pretrained": False}
+    off = ("load_weights", "require_pretrained", "pretrained_image", "pretrained_text")
+    made = {"device": "meta", "precision": config[INT8].get("precision", "fp32")}
     with torch.device("meta"), expecting_random_weights():
-        model, *transforms = _create(model_name, None, None, created)
+        model, *transforms = _create(model_name, None, None, kwargs | dict.fromkeys(off, False) | made)
     architecture.resize_tower(model, config["model_cfg"], weights)
     return int8_files.load_int8(model, config[INT8], weights, str(directory)), *transforms
 

@@ -31,7 +31,7 @@ from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..clip.hugging_face import is_hugging_face
-from ..inference.int8_tensors import int8_config, int8_tensors
+from ..inference.int8_tensors import PRECISIONS, int8_config, int8_tensors
 from ..inference.prepared import quantization
 from ..moe.layer import moe_layers, saved_config
 from . import architecture, int8_files, model_card, timm_factory, tokenizers
@@ -135,7 +135,7 @@ def save_with_tokenizer(
     if int8:
         config[INT8] = int8_config(model)
         if any(isinstance(module, LayerNormFp32) for module in model.modules()):  # open_clip's in half precision
-            config[INT8]["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[config[INT8]["dtype"]]
+            config[INT8]["precision"] = PRECISIONS[config[INT8]["dtype"]]
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     card = reduce(model_card.with_results, results, model_card.model_card(plain, library, license, base_model, extra))
