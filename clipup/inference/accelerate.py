@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from clipup_kernels import pack_weight
 from clipup_kernels.types import QUANTIZATIONS, Quantization
 
 from .. import checks
-from ..clip.hugging_face import is_hugging_face
 from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
@@ -138,13 +137,7 @@ def accelerate(
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
-    model = replace_layers(model, chosen, weights, calibrations)
-    for part in model.modules() if weights is not None else ():
-        if is_hugging_face(part):  # save_pretrained of the model, of a tower, or of a model in a wrapper
-            from .hugging_face_quantizer import Int8Config, Int8Quantizer  # imports transformers, which is optional
-
-            cast(Any, part).hf_quantizer = Int8Quantizer(Int8Config())
-    return model
+    return replace_layers(model, chosen, weights, calibrations)
 
 
 def _calibrations(

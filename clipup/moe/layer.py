@@ -208,9 +208,8 @@ class SparseMoE(Experts):
             if self.training and not learns and (balances or self.config.has_losses):
                 warn_inside_function()
             self.state.keep(routing, y, loss, counts_load=learns and balances, evaluates=not self.training)
-        y = torch.ops.aten._unsafe_view(
-            y, x.shape
-        )  # no view for autograd: FSDP2 loses its hook if one is changed in place
+        # autograd must not see a view: if one is changed in place, FSDP2 loses its hook
+        y = torch.ops.aten._unsafe_view(y, x.shape)
         return (y, TokenRouting.of(routing, x.shape[:-1])) if return_routing else y
 
     def _losses(self, routing: Routing) -> Tensor:

@@ -139,6 +139,9 @@ def test_the_base_of_a_saved_model_and_a_head_on_a_saved_base_are_loaded_in_int8
 
 def test_a_tower_and_a_model_in_a_wrapper_are_saved_alone(tmp_path):
     wrapper = clipup.accelerate(torch.nn.Sequential(tiny_hugging_face("CLIPModel")), weights="int8")
-    for model in (wrapper[0], wrapper[0].vision_model):
+    wrapper[0].save_pretrained(tmp_path / "whole")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    assert_same(loaded, wrapper[0])
+    for model in (wrapper[0].vision_model, loaded.vision_model):
         model.save_pretrained(tmp_path)
         assert_same(type(model).from_pretrained(tmp_path), model)
