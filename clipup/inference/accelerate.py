@@ -15,6 +15,7 @@ from clipup_kernels import pack_weight
 from clipup_kernels.types import QUANTIZATIONS, Quantization
 
 from .. import checks
+from ..clip.hugging_face import is_hugging_face
 from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..moe.evaluation import evaluating
 from ..moe.experts import Experts
@@ -132,12 +133,23 @@ def accelerate(
     selection = Selection(model, weights, exclude)
     _check_layers(selection)
     chosen = selection.chosen
-    if model not in chosen and not isinstance(model, Prepared):
+    if _has_towers(model):
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
     calibrations = {} if calibrate is None else _calibrations(model, chosen, calibrate)
-    return replace_layers(model, chosen, weights, calibrations)
+    model = replace_layers(model, chosen, weights, calibrations)
+    if weights is not None and any(map(is_hugging_face, model.modules())):
+        from .hugging_face_quantizer import let_transformers_save  # imports transformers, which is optional
+
+        let_transformers_save(model)
+    return model
+
+
+def _has_towers(model: nn.Module) -> bool:
+    """Whether a module is of one of the libraries whose towers can skip padding, or derives from theirs."""
+    bases = {base.__module__.partition(".")[0] for part in model.modules() for base in type(part).__mro__}
+    return not bases.isdisjoint(("open_clip", "timm", "transformers"))
 
 
 def _calibrations(

@@ -7,13 +7,14 @@ weights are created.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..clip.hugging_face import is_hugging_face
 from ..clip.padding_aware import make_padding_aware
 from ..moe.experts import Experts
 from .int8_tensors import StoredLayer, int8_config, int8_dtype, int8_tensors, stored_layers
@@ -100,7 +101,16 @@ class Int8Quantizer(HfQuantizer):
             del holder
             chosen[layer.plain], sources[layer.plain] = layer.kind, layer.stored(tensors)
         make_padding_aware(model)
-        return replace_layers(model, chosen, "int8", sources)
+        model = replace_layers(model, chosen, "int8", sources)
+        let_transformers_save(model)
+        return model
+
+
+def let_transformers_save(model: nn.Module) -> None:
+    """Lets ``save_pretrained`` write what ``accelerate`` made: of the model, of its towers, or inside a wrapper."""
+    for part in model.modules():
+        if is_hugging_face(part):
+            cast(Any, part).hf_quantizer = Int8Quantizer(Int8Config())
 
 
 def _renamed(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from clipup_kernels.types import Quantization
 
-from ..clip.hugging_face import is_hugging_face
 from ..progress import progress
 from .prepared import Prepared, refuse_to_load
 
@@ -37,10 +36,6 @@ def replace_layers(
     for module in model.modules():
         if any(isinstance(part, Prepared) for part in module.modules()):
             module.register_load_state_dict_pre_hook(refuse_to_load)
-            if weights is not None and is_hugging_face(module):  # the model, a tower, or a model in a wrapper
-                from .hugging_face_quantizer import Int8Config, Int8Quantizer  # imports transformers, which is optional
-
-                cast(Any, module).hf_quantizer = Int8Quantizer(Int8Config())  # for its save_pretrained
     model.requires_grad_(False)
     model.eval()
     return model

@@ -27,6 +27,20 @@ def test_dir_lists_every_public_name_and_open_clip_is_not_imported_by_it_or_by_a
     assert output_of(f"{program}; print({{'open_clip', 'timm'}} & set(sys.modules))") == "set()\nset()\n"
 
 
+def test_a_layer_and_its_model_train_and_run_in_int8_with_torch_triton_and_tqdm_alone():
+    absent = "open_clip timm torchvision transformers tyro typeguard huggingface_hub safetensors jinja2 PIL".split()
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({absent})  # importing one of them is an ImportError
+import clipup, torch
+model = torch.nn.Sequential(clipup.SparseMoE(64, 128, num_experts=4, top_k=2, balance_weight=0.01))
+(model(torch.randn(2, 10, 64)).sum() + clipup.aux_loss(model)).backward()
+torch.optim.AdamW(clipup.parameter_groups(model, weight_decay=0.1)).step()
+print(clipup.accelerate(model, weights="int8")(torch.randn(2, 10, 64)).shape, clipup.moe_metrics(model).keys())
+"""
+    assert output_of(program).startswith("torch.Size([2, 10, 64])")
+
+
 def test_every_public_name_can_be_imported_and_is_in_the_help():
     program = f"""
 import pydoc
