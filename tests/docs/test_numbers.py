@@ -40,6 +40,8 @@ def test_numbers_in_sentences_are_those_of_the_csv_files_and_of_the_study():
     costs = [float(row["gflops_per_pair"]) for row in (dense, sparse, large)]
     batches = tables.batches([["1"], ["4"], ["16"]], "clip_throughput_batches_xeon.csv")
     saved = sorted(round(100 * (1 - float(image))) for _, image, *_ in batches)
+    amx = tables.batches([["1"], ["4"], ["16"]], "clip_throughput_batches_amx.csv")
+    one, four, sixteen = (round(100 * (float(image) - 1)) for _, image, *_ in amx)
     peers = [tables.measured("clip_throughput_engines_xeon.csv", model=f"ViT-B-16{form}")[0] for form in (" int8", "")]
     faster = [float(peers[0][column]) / float(peers[1][column]) for column in ("images_per_s", "texts_per_s")]
     overheads = tables.measured("trainer_overhead_cpu.csv")
@@ -49,6 +51,7 @@ def test_numbers_in_sentences_are_those_of_the_csv_files_and_of_the_study():
         (README, f"{100 * costs[1] / costs[2]:.0f} % of its FLOPs"),
         (README, f"dense B/16 in PyTorch ({dense['pairs_per_s']} per second)"),
         (README, f"takes {saved[0]} to {saved[-1]} % less time"),
+        (README, f"{-sixteen} % less for 16 images, but {four} % more for 4 and {one} % more for one"),
         (TRAINING, f"at most {max(waits):.1f} % of a step"),
         (TRAINING, f"the rest {min(costs_more):+.1f} % to {max(costs_more):+.1f} % more than"),
     ):

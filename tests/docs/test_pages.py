@@ -49,5 +49,5 @@ def test_the_manual_builds_without_a_warning(tmp_path):
     subprocess.run([*command, str(ROOT / "docs"), str(tmp_path / "html")], check=True)
 
 
-def test_readme_is_at_most_ninety_lines():
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 90
+def test_readme_is_at_most_eighty_lines():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 80
