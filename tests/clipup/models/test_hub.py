@@ -85,7 +85,15 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
 
 @pytest.mark.parametrize(
     ("name", "pretrained", "what"),
-    [("ViT-B-32", "openai", "pretrained='openai' of ViT-B-32 ("), ("hf-hub:org/sparse", None, "hf-hub:org/sparse")],
+    [
+        (
+            "ViT-B-32",
+            "openai",
+            "pretrained='openai' of ViT-B-32 (open_clip_model.safetensors of "
+            "https://huggingface.co/timm/vit_base_patch32_clip_224.openai)",
+        ),
+        ("hf-hub:org/sparse", None, "hf-hub:org/sparse"),
+    ],
 )
 def test_without_a_network_uncached_weights_are_named_with_what_to_do(
     monkeypatch, tmp_path, caplog, name, pretrained, what
