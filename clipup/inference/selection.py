@@ -182,6 +182,9 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> set[nn.Module]:
                 "['visual.*'], of the names in model.named_modules()"
             )
         matching.update(part for module in found for part in module.modules())
+    for name, part in model.named_modules():
+        if part in matching and isinstance(part, Prepared):
+            raise ValueError(f"exclude names {name}, which was prepared before; prepare the plain model")
     return matching
 
 

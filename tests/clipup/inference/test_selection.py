@@ -192,6 +192,13 @@ def test_a_pattern_that_matches_nothing_is_refused_by_name(exclude):
     assert not prepared_names(model)
 
 
+def test_a_pattern_that_matches_a_prepared_layer_is_refused():
+    fast = clipup.accelerate(mixed(), exclude=["sparse"])
+    assert prepared_names(clipup.accelerate(fast, exclude=["sparse"])) == prepared_names(fast)
+    with pytest.raises(ValueError, match="exclude names mlp, which was prepared before"):
+        clipup.accelerate(fast, exclude=["mlp"])
+
+
 def test_an_error_about_nothing_to_prepare_names_what_was_excluded():
     with pytest.raises(ValueError, match="parts.0: Sequential, left: excluded"):
         clipup.accelerate(mixed(), exclude=["*"])
