@@ -155,7 +155,7 @@ def load_chart(
     Args:
         steps: [N].
         loads: [N, E], fractions of 1.
-        y_max: gives several charts the same axis.
+        y_max: the largest share of several charts, which gives them the same axis.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -173,10 +173,10 @@ def load_chart(
     def paint(axes: Axes) -> None:
         axes.fill_between(x, low, high, facecolor=_BAND + "50", edgecolor=_BAND, linewidth=1.2, label=labels[0])
         axes.axhline(1 / experts, color=_INK, linewidth=1, linestyle=_dashes("4 4"), label=labels[1])
-        axes.set_ylim(0, y_max or 1.06 * max(*high.tolist(), 1.5 / experts))
+        axes.set_ylim(0, y_max or max(*high.tolist(), 1.5 / experts))
 
-    above = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most\nshare of load"
-    return _drawn(paint, title, "step", above, labels, True, width, height)
+    note = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most"
+    return _drawn(paint, title, "step", "share of choices", labels, True, width, height, note)
 
 
 def imbalance(load: Iterable[SupportsFloat]) -> float:
@@ -194,20 +194,25 @@ def _drawn(
     percent: bool,
     width: float,
     height: float,
+    note: str = "",
 ) -> Figure:
-    """The SVG of the axes that ``paint`` draws on, under a title and a legend of the lines with ``labels``."""
+    """The SVG of the axes that ``paint`` draws on, under a title, a legend of the lines with ``labels``, and a note.
+
+    The y axis ends at a tick, so that the highest value lies below the top line of the grid.
+    """
     with needed_for("drawing charts", "demo"):
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     with matplotlib.rc_context(_STYLE):
         canvas, written = Canvas((width / _POINTS, height / _POINTS)), io.StringIO()
         axes = canvas.subplots()
-        axes.set(xlabel=x_label, title=y_label)
+        axes.set(xlabel=x_label, ylabel=y_label, title=note)
         axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: percent_tick(value))
         paint(axes)
+        axes.set_ylim(top=max(axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())))
         lines = axes.get_legend_handles_labels()[0] if labels else []
         columns = max(1, int(width / max(len(label) * _CHARACTER + 40 for label in ["", *labels])))
         head = {"title": svg.clean(title), "title_fontproperties": {"weight": "bold", "size": 14}, "ncols": columns}
