@@ -50,4 +50,19 @@ def test_the_picture_of_the_readme_shows_each_drawing_each_layers_maps_and_the_r
     program = runpy.run_path(str(ROOT / "docs" / "figures" / "expert_maps.py"))
     drawn, layers = program["figure"](tmp_path), 2
     assert drawn.count("<image ") == len(program["DRAWINGS"]) * (1 + layers)
+    assert [drawn.count(f"<title>expert {expert}</title>") for expert in range(9)] == [1] * 8 + [0], "the legend"
     assert "in 55 s" in drawn and "for 58 % of captions" in drawn
+
+
+FIGURES = [*ROOT.glob("docs/*.svg"), ROOT / "docs" / "figures" / "expert_maps.svg"]
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=[path.stem for path in FIGURES])
+def test_figures_are_legible_on_a_phone_and_on_dark_pages(path):
+    """At a width of 400 px no text is smaller than 8 px; nothing white fills the background."""
+    drawn = path.read_text("utf-8")
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn).groups()
+    sizes = [float(size) for size in re.findall(r'font(?:-size="|-size: ?|: )([\d.]+)(?:px|")', drawn)]
+    assert sizes and min(sizes) * min(1, 400 / float(width)) >= 8
+    assert "prefers-color-scheme: dark" in drawn.replace(":dark", ": dark")
+    assert f'<rect width="{width}" height="{height}"' not in drawn and 'style="fill: #ffffff"' not in drawn

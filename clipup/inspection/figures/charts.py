@@ -75,7 +75,8 @@ _MOST_POINTS = 100
 @dataclass(frozen=True)
 class Series:
     """One line: ``y`` over ``x``, of equal length. ``points`` marks every point. ``dash``: lengths of a dash and of a
-    gap in pixels, "6 3". ``errors``: halves of vertical intervals around ``y``."""
+    gap in pixels, "6 3". ``errors``: halves of vertical intervals around ``y``. ``notes``: a text at each point, below
+    it on the right, or ``above`` it on the left."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -84,6 +85,8 @@ class Series:
     dash: str | None = None
     points: bool = False
     errors: Sequence[float] = ()
+    notes: Sequence[str] = ()
+    above: bool = False
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
@@ -109,7 +112,7 @@ def line_chart(
 
     ``percent``: fractions of 1 are written as percentages. ``y_range``: ends of the y axis; by default those of the
     values. ``levels``: (y, label) of dashed horizontal lines. ``log_ticks``: ticks of a logarithmic x axis. Series
-    without a color cycle through the palette, dashed from the second cycle on.
+    without a color cycle through the palette, dashed from the second cycle on; points have four shapes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -121,9 +124,13 @@ def line_chart(
             color = expert_color(row) if line.color is None else line.color
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(line.dash or dash), "clip_on": False}
             x, y = np.array(line.x, dtype=float), np.array(line.y, dtype=float)
-            axes.plot(x, y, marker="o" if line.points else "", label=line.label, **look)
+            axes.plot(x, y, marker="osD^"[row % 4] if line.points else "", label=line.label, **look)
             if line.errors:
                 axes.errorbar(x, y, line.errors, fmt="none", ecolor=color, elinewidth=1.2, capsize=4)
+            place: Any = {"xytext": (-6, 5), "ha": "right"} if line.above else {"xytext": (6, -13)}
+            for note, right, up in zip(line.notes, x, y, strict=False):
+                axes.annotate(note, (right, up), textcoords="offset points", **place)
+                axes.margins(x=0.13)  # room for the notes of the outer points
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from xml.etree import ElementTree
@@ -76,3 +77,14 @@ def test_the_label_of_the_y_axis_stands_by_itself():
     assert {"step", "share of choices", "largest share over uniform: 1.20 at the end, 1.20 at most"} <= set(
         texts(load_chart([0, 1], [[0.4, 0.6]] * 2, "t"))
     )
+
+
+def test_every_point_of_a_line_can_have_a_note_and_lines_differ_in_more_than_color():
+    notes = {"above": ["10.2", "13.7"], "below": ["10.8", "14.0"]}
+    series = [Series(name, [3, 12], [1, 2 + (name == "above")], points=True, notes=of) for name, of in notes.items()]
+    figure = line_chart([dataclasses.replace(line, above=line.label == "above") for line in series], "t", "x", "y")
+    assert {*notes["above"], *notes["below"]} <= set(texts(figure))
+    at = {text.text.strip(): text for text in ElementTree.fromstring(figure).iter(f"{SVG}text")}
+    assert "text-anchor: end" in at["13.7"].get("style") and "text-anchor: end" not in at["14.0"].get("style")
+    shapes = [shape.get("d") for shape in ElementTree.fromstring(figure).findall(f".//{SVG}defs/{SVG}path")]
+    assert len({shape for shape in shapes if "C" in shape or "z" in shape}) == 2, "two markers"
