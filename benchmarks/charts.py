@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,14 +12,20 @@ from harness import parser
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from clipup.inspection.figures import svg
+
 Row = dict[str, str]
 
+INK = "#1c2128"  # becomes the text color of a light or a dark page
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipup",  # the same chart has the same names of parts
     "text.parse_math": False,  # a dollar sign is a dollar sign
-    "text.color": "#1c2128",
-    "axes.labelcolor": "#1c2128",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -26,7 +33,7 @@ STYLE = {
     "axes.axisbelow": True,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "grid.color": "#dfe2e6",
+    "grid.color": INK + "22",
     "legend.frameon": False,
     "lines.markersize": 8,
 }
@@ -53,6 +60,10 @@ def main(description: str, chart: Callable[[list[Row]], Figure], argv: list[str]
     args = parser(description, options).parse_args(argv)
     rows = [row for path in args.csv for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        chart(rows).savefig(args.out, metadata={"Date": None})
+        chart(rows).savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    args.out.write_text(
+        drawn.getvalue().replace(INK, "currentColor").replace("<defs>", f"{svg.INK}<defs>", 1), encoding="utf-8"
+    )
     return 0

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py benchmarks/results/moe_{forward,training}_cpu.csv --out benchmarks/results/moe_cpu.svg
 
-One row for each case, one panel for each dtype, one marker for each implementation.
+One row for each case, one panel below the other for each dtype, one marker for each implementation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COLORS = OURS | dict(zip([name for name in PEERS if name not in ("dense_k", *OUR
 """Of all but the baseline, the line at 1."""
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 TITLE = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
-LABELS, PANEL, LINE, HEAD, TICK_LABELS = 230, 320, 22, 90, 84  # px: widths; heights
-BOLD = {"weight": "bold", "size": 14}
-LEGEND_COLUMNS = 5
+LABELS, PANEL, LINE, HEAD, TICK_LABELS = 215, 320, 22, 130, 60  # pt: widths; heights
+BOLD = {"weight": "bold", "size": 12}
+LEGEND_COLUMNS = 3
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
@@ -55,7 +55,7 @@ def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limi
     """One dtype of one section; ``name`` makes the ids of its markers unique, ``limits`` are the ends of its axis."""
     charts.log_ticks(axes.xaxis, TICKS)
     axes.grid(axis="x")
-    axes.axvline(1, color="#1c2128", linewidth=1.2)
+    axes.axvline(1, color=charts.INK, linewidth=1.2)
     axes.set_yticks(range(len(cases)), cases)
     axes.set(xlim=limits, ylim=(len(cases) - 0.5, -0.5))
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -76,14 +76,14 @@ def chart(rows: Sequence[Row]) -> Figure:
     impls = [impl for impl in COLORS if any(row["impl"] == impl for row in rows)]
     ratios = [float(row["ratio_to_dense_k"]) for row in rows]
     limits = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
-    heights = [TICK_LABELS + LINE * len(names) for names in cases.values()]
-    figure = charts.figure(LABELS + PANEL * len(dtypes), HEAD + sum(heights))
+    heights = [len(dtypes) * (TICK_LABELS + LINE * len(names)) for names in cases.values()]
+    figure = charts.figure(LABELS + PANEL, HEAD + sum(heights))
     keys = [Line2D([], [], linestyle="none", label=impl, **marker(impl)) for impl in impls]
     above, *parts = figure.subfigures(1 + len(sections), 1, height_ratios=[HEAD, *heights])
     above.legend(handles=keys, loc="center left", ncols=LEGEND_COLUMNS, title=TITLE, title_fontproperties=BOLD)
     for part, (title, of) in zip(parts, sections.items(), strict=True):
         part.suptitle(title, x=0.01, ha="left", weight="bold")
-        panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+        panels = part.subplots(len(dtypes), 1, squeeze=False)[:, 0]
         for axes, dtype in zip(panels, dtypes, strict=True):
             panel(axes, [row for row in of if row["dtype"] == dtype], cases[title], f"{title}, {dtype}", limits)
             axes.set_title(dtype)

@@ -2,8 +2,8 @@
 
     python benchmarks/plot_throughput.py benchmarks/results/clip_throughput_cpu.csv --out clip_throughput_cpu.svg
 
-One panel for each pass and dtype; both axes are relative to dense B/16. On the diagonal, time grows as the FLOPs do;
-above it, a model takes longer than its FLOPs predict.
+One panel below the other for each pass and dtype; both axes are relative to dense B/16. On the diagonal, time grows as
+the FLOPs do; above it, a model takes longer than its FLOPs predict.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from charts import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PANEL, HEAD = 320, 100  # px
-LABEL_GAP = 13  # px between neighbouring labels
+WIDTH, PANEL, HEAD = 450, 320, 75  # pt
+LABEL_GAP = 13  # pt between neighbouring labels
 TICKS = (0.25, 0.5, 1, 2, 4, 8)
-COLORS = {"accelerated": "#0969da", "CLIP-UP": "#e0660a", "": "#57606a"}
+COLORS = {"accelerated": "#2f81f7", "CLIP-UP": "#e0660a", "": "#7d8590"}
 """By a part of a model's name, the first that it has."""
 PASSES = {"fwd": "inference", "fwd_bwd": "training step"}
 BASELINE = "ViT-B-16"
-TITLE = "Measured time against counted FLOPs, both relative to dense ViT-B-16"
+TITLE = "Measured time against counted FLOPs, relative to dense B-16"
 
 Point = tuple[str, float, float]
 """Model, FLOPs and time, both over the baseline's."""
@@ -37,25 +37,29 @@ def relative(rows: Sequence[Row]) -> list[Point]:
 
 
 def panel(axes: Axes, points: Sequence[Point], limits: tuple[float, float]) -> None:
-    """One panel; dense models are labelled to the left of their dots, sparse ones to the right."""
+    """One panel; dots are labelled on the side that is away from the diagonal: above it left, below it right."""
     for axis in (axes.xaxis, axes.yaxis):
         charts.log_ticks(axis, TICKS)
-    axes.set(xlim=limits, ylim=limits, xlabel="FLOPs")
+    axes.set(
+        xlim=(limits[0], 4 * limits[1]),
+        ylim=limits,
+        xlabel="FLOPs over those of dense B-16",
+        ylabel="time over that of dense B-16",
+    )
     axes.grid()
-    axes.plot(limits, limits, color="#57606a", linewidth=1, dashes=(4, 4))
+    axes.plot(limits, limits, color="#7d8590", linewidth=1, dashes=(4, 4))
     low, high = map(math.log, limits)
     for left in (True, False):
-        of_side = sorted((point for point in points if ("CLIP-UP" not in point[0]) == left), key=lambda point: point[2])
+        of_side = sorted((point for point in points if (point[2] >= point[1]) == left), key=lambda point: point[2])
         heights = [PANEL * (math.log(time) - low) / (high - low) for _, _, time in of_side]
         shifts = [place - height for place, height in zip(spread(heights, LABEL_GAP, 0, PANEL), heights, strict=True)]
         for (model, flops, time), shift in zip(of_side, shifts, strict=True):
             ink = next(color for part, color in COLORS.items() if part in model)
             axes.plot(flops, time, "o", color=ink, gid=f"{axes.get_title(loc='left')}: {model}")
-            name = "accelerated" if "accelerated" in model else model.removeprefix("ViT-")
             axes.annotate(
-                f"{name} {time:.2f}",
+                f"{model.removeprefix('ViT-')} {time:.2f}",
                 (flops, time),
-                (-9 if left else 9, shift),
+                (-9 if left else 9, shift + (4 if left else -4)),
                 textcoords="offset points",
                 color=ink,
                 ha="right" if left else "left",
@@ -82,7 +86,7 @@ def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) 
 
 
 def chart(rows: Sequence[Row]) -> Figure:
-    """The panels side by side."""
+    """The panels, one below the other."""
     panels_of = dict.fromkeys((row["pass"], row["dtype"]) for row in rows)
     groups = {key: [row for row in rows if (row["pass"], row["dtype"]) == key] for key in panels_of}
     points = {key: relative(group) for key, group in groups.items()}
@@ -90,10 +94,10 @@ def chart(rows: Sequence[Row]) -> Figure:
     limits = min(values) / 2, max(values) * 1.4  # room for labels
     first = rows[0]
     where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
-    figure = charts.figure(PANEL * len(points), HEAD + PANEL)
-    note = f"{where}; below the dashed line: less time than the FLOPs predict"
+    figure = charts.figure(WIDTH, HEAD + (PANEL + 60) * len(points))
+    note = f"{where}\nBelow the dashed line: less time than the FLOPs predict"
     figure.suptitle(f"{TITLE}\n{note}", x=0.01, ha="left")
-    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    panels = figure.subplots(len(points), 1, squeeze=False)[:, 0]
     for axes, ((pass_, dtype), group) in zip(panels, points.items(), strict=True):
         batch = groups[pass_, dtype][0]["batch_size"]
         axes.set_title(f"{PASSES[pass_]}, {dtype}, batch {batch}", loc="left", weight="bold")

@@ -65,8 +65,21 @@ def render_demo(
 def _charts(
     report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records], window: int
 ) -> list[Figure]:
-    losses = [_loss(arm, curves[arm], window) for arm in _CURVES]
-    drawn = [charts.line_chart(losses, "Contrastive loss", "step", "nats")]
+    losses = {arm: [record["contrastive"] for record in curves[arm]] for arm in _CURVES}
+    steps = [record["step"] for record in curves["clip_up"]]
+    ahead = np.subtract(losses["clip_up"], losses["dense_continued"]).tolist()
+    drawn = [
+        charts.line_chart(
+            [_loss(arm, steps, losses[arm], window) for arm in _CURVES], "Contrastive loss", "step", "nats"
+        ),
+        charts.line_chart(
+            [_loss("clip_up", steps, ahead, window)],
+            "Contrastive loss, CLIP-UP − dense continued",
+            "step",
+            "nats",
+            levels=[(0, "")],
+        ),
+    ]
     level = report["chance_R@1"]
     for way, name in WAYS:
         series = [_recall(report, arm, evaluations[arm], f"{way}_R@1") for arm in _CURVES]
@@ -78,17 +91,17 @@ def _charts(
                 "step",
                 "R@1",
                 percent=True,
-                y_range=(-0.03 * highest, 1.06 * highest),
+                y_range=(-0.03 * highest, highest),
                 levels=[(level, f"chance {chance(level)}%")],
             )
         )
     return drawn
 
 
-def _loss(arm: str, records: Records, window: int) -> Series:
-    smoothed = charts.smooth([record["contrastive"] for record in records], window)
-    shown = np.unique(np.linspace(0, len(records) - 1, min(len(records), _MOST_POINTS)).round().astype(int)).tolist()
-    x, y = [records[index]["step"] for index in shown], [smoothed[index] for index in shown]
+def _loss(arm: str, steps: Sequence[int], losses: Sequence[float], window: int) -> Series:
+    smoothed = charts.smooth(losses, window)
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int)).tolist()
+    x, y = [steps[index] for index in shown], [smoothed[index] for index in shown]
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm])
 
 
@@ -103,7 +116,7 @@ def _load_charts(history: Records) -> list[Figure]:
     layers = {layer: [record["layers"][layer]["load"] for record in history] for layer in history[0]["layers"]}
     largest = max(max(share, 1.5 / len(row)) for rows in layers.values() for row in rows for share in row)
     steps = [record["step"] for record in history]
-    return [charts.load_chart(steps, rows, layer_title(layer), y_max=1.06 * largest) for layer, rows in layers.items()]
+    return [charts.load_chart(steps, rows, layer_title(layer), y_max=largest) for layer, rows in layers.items()]
 
 
 def _routing(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .figures.charts import imbalance
 from .figures.format import MISSING, count
 from .figures.heatmaps import load_bars, similarity_heatmap
 from .figures.html import html
-from .figures.images import MOST_CAPTION_CHARACTERS, expert_legend, patch, routing_map
+from .figures.images import MOST_CAPTION_CHARACTERS, expert_legend, map_width, patch, routing_map
 from .figures.images import picture as whole_picture
 from .figures.svg import Figure
 from .figures.tables import Column, Table, as_html
@@ -37,7 +37,6 @@ from .page import layer_title, template
 from .routing_trace import LayerRouting, route_images, route_texts
 from .token_words import PADDING, Piece, expert_words, pieces
 
-_MAP_WIDTH = 144  # px
 _MAP_MARGIN = 14  # px by which a map may shrink before the row wraps
 _MOST_SKIPPED = 20
 _NARROW = 2  # maps per image that leave room for a second image beside it
@@ -113,12 +112,13 @@ class ExpertReport:
         image = self.pictures[picture]
         layers = self.of_tower("image").items()
         maps = {name: layer.maps()[picture] for name, layer in layers if layer.grid is not None}
-        shown = [("input", whole_picture(image, self._label(picture), _MAP_WIDTH))]
+        width = map_width(max((len(experts[0]) for experts in maps.values()), default=0))
+        shown = [("input", whole_picture(image, self._label(picture), width))]
         shown += [
-            (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), _MAP_WIDTH))
+            (self.title(name).removeprefix("Image tower, "), routing_map(image, experts, self.title(name), width))
             for name, experts in maps.items()
         ]
-        maps_of_layers = html("side_by_side", figures=shown, narrowest=_MAP_WIDTH - _MAP_MARGIN)
+        maps_of_layers = html("side_by_side", figures=shown, narrowest=width - _MAP_MARGIN)
         if not self.labels:
             return maps_of_layers
         label = svg.shorten(self.labels[picture], MOST_CAPTION_CHARACTERS)

@@ -1,4 +1,4 @@
-"""Which expert a demonstration's model chooses for each patch of five drawings, as one SVG on white.
+"""Which expert a demonstration's model chooses for each patch of five drawings, as one SVG.
 
 clipup demo
 python docs/figures/expert_maps.py runs/demo
@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 import clipup
 from clipup.inspection import data_uri, inspect_experts, routing_map
 from clipup.inspection.figures import svg
+from clipup.inspection.figures.html import html
 
-SIDE, GAP, LINE = 124, 14, 22  # px
+SIDE, GAP, LINE = 100, 10, 20  # px, whose texts are legible on a phone
 HEIGHT = LINE + SIDE + GAP
 SCALE = 8  # coordinates are those of 32 x 32 pixels, the size that the model sees
 
@@ -58,8 +59,8 @@ DRAWINGS: dict[str, list[tuple[str, list[float], str]]] = {
 
 
 def draw(shapes: list[tuple[str, list[float], str]]) -> Image.Image:
-    """The shapes on white, the first at the bottom."""
-    image = Image.new("RGB", (32 * SCALE, 32 * SCALE), "white")
+    """The shapes on nothing, which the model's transform makes white, the first at the bottom."""
+    image = Image.new("RGBA", (32 * SCALE, 32 * SCALE))
     pen = ImageDraw.Draw(image)
     for shape, points, color in shapes:
         getattr(pen, shape)([SCALE * value for value in points], fill=color)
@@ -67,7 +68,8 @@ def draw(shapes: list[tuple[str, list[float], str]]) -> Image.Image:
 
 
 def figure(demo: Path) -> str:
-    """SVG: a row of drawings, a row of maps for each sparse layer of the image tower, and the model's time and recall.
+    """SVG: a row of drawings, a row of maps for each sparse layer of the image tower, the experts' colors, and the
+    model's time and recall.
 
     ``demo``: the directory of a demonstration.
     """
@@ -82,16 +84,21 @@ def figure(demo: Path) -> str:
         rows.append((f"{seen.title(name)}: the first choice for each patch", maps))
     parts = [_row(label, cells, number * HEIGHT) for number, (label, cells) in enumerate(rows)]
     report, top = json.loads((demo / "report.json").read_text("utf-8")), len(rows) * HEIGHT
-    parts += [_text(line, top + number * LINE) for number, line in enumerate(result(report))]
-    return f"{svg.on_white(''.join(parts), len(drawings) * (SIDE + GAP) - GAP, top + 2 * LINE)}\n"
+    experts = max(layer.num_experts for layer in seen.layers.values())
+    marks = [html("expert_mark", expert=expert) for expert in range(experts)]
+    moved = [svg.element("g", mark, transform=f"translate({70 + 30 * n} 0)") for n, mark in enumerate(marks)]
+    parts.append(svg.element("g", _text("Expert", 0), *moved, transform=f"translate(0 {top:g})"))
+    parts += [_text(line, top + (number + 1.75) * LINE) for number, line in enumerate(result(report))]
+    return f"{svg.for_file(''.join(parts), len(drawings) * (SIDE + GAP) - GAP, top + 3.75 * LINE)}\n"
 
 
 def result(report: dict) -> tuple[str, str]:
     """The sparse model's time and recall in two lines."""
     sparse, dense, way = report["clip_up"], report["dense_continued"], "text_to_image_R@1"
+    cores = "1 CPU core" if report["machine"]["threads"] == 1 else f"{report['machine']['threads']} CPU cores"
     return (
-        f"Trained for {sparse['steps']} steps in {sparse['seconds']:.0f} s on {report['machine']['threads']} CPU cores."
-        f" The right picture of {report['data']['test_images']:,}",
+        f"Trained for {sparse['steps']} steps in {sparse['seconds']:.0f} s on {cores}. The right picture of "
+        f"{report['data']['test_images']:,}",
         f"comes first for {100 * sparse[way]:.0f} % of captions (dense model: {100 * dense[way]:.0f} %, "
         f"chance: {100 * report['chance_R@1']:.1f} %).",
     )
@@ -104,7 +111,7 @@ def _row(label: str, cells: Sequence[str], top: int) -> str:
 
 
 def _text(line: str, top: int) -> str:
-    return svg.element("text", line, y=top + 15, font_size=16)
+    return svg.element("text", line, y=top + 15, font_size=13, fill="currentColor")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipup.inspection.figures import svg
+
 COLORS = ("#2266aa", "#ff9911", "#bb2266")  # the report's first three experts
 CHOICES = ((0, 1), (1, 2), (0, 2), (1, 0), (0, 1), (2, 0), (0, 2), (1, 0))
 """Experts of every token, the first choice first."""
 
 TOP, HEIGHT, TOKEN, ROW = 92, 160, 20, 10
-COLUMNS = {"x": 36, "rows": 176, "hidden": 318, "out": 562, "y": 702}
+COLUMNS = {"x": 14, "rows": 150, "hidden": 288, "out": 540, "y": 640}
 """Left edges; every column is 52 wide, that of the hidden activations 168."""
-INK, FAINT = "#1c2128", "#6e7781"
+INK, SMALL = "currentColor", 14  # the smallest text, 8 px where 700 px are shown as 400
 
 
 def rows_in_expert_order() -> list[tuple[int, int]]:
@@ -26,16 +28,14 @@ def rows_in_expert_order() -> list[tuple[int, int]]:
 
 
 def text(
-    x: float, y: float, words: str, size: int = 13, anchor: str = "middle", fill: str = INK, weight: int = 400
+    x: float, y: float, words: str, size: int = SMALL, anchor: str = "middle", fill: str = INK, weight: int = 400
 ) -> str:
     style = f'font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{words}</text>'
 
 
 def lines(x: float, y: float, words: tuple[str, ...], **style: str | int) -> str:
-    return "".join(
-        text(x, y + 16 * i, line, size=12, anchor="start", fill=FAINT, **style) for i, line in enumerate(words)
-    )
+    return "".join(text(x, y + 18 * i, line, anchor="start", **style) for i, line in enumerate(words))
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, extra: str = "") -> str:
@@ -53,8 +53,8 @@ def pipeline() -> list[str]:
         y = TOP + TOKEN * t
         drawn.append(box(COLUMNS["x"], y, 52, TOKEN - 2, "#d8dee4"))
         drawn.append(box(COLUMNS["y"], y, 52, TOKEN - 2, "#d8dee4"))
-        drawn.append(text(COLUMNS["x"] + 14, y + 13, f"t{t}", size=11))
-        drawn.append(text(COLUMNS["y"] + 38, y + 13, f"t{t}", size=11))
+        drawn.append(text(COLUMNS["x"] + 15, y + 14, f"t{t}", fill="#1c2128"))
+        drawn.append(text(COLUMNS["y"] + 36, y + 14, f"t{t}", fill="#1c2128"))
         for k, expert in enumerate(experts):
             drawn.append(box(COLUMNS["x"] + 32 + 9 * k, y + 4, 7, 10, COLORS[expert]))
     for row, (token, expert) in enumerate(rows_in_expert_order()):
@@ -70,15 +70,14 @@ def pipeline() -> list[str]:
             drawn.append(
                 f'<path d="M{start} {start_y:g}C{start + 44} {start_y:g} {end - 44} {end_y:g} {end} {end_y:g}" {line}/>'
             )
-    for x, words in ((132, "gather"), (273, "GEMM 1"), (402, "bias, activation"), (524, "GEMM 2"), (658, "combine")):
+    for x, words in ((108, "gather"), (245, "GEMM 1"), (372, "bias, activation"), (498, "GEMM 2"), (616, "combine")):
         drawn.append(text(x, TOP - 40, words, weight=600))
-    for x, words in ((273, "W_in of each expert"), (524, "W_out of each")):
-        drawn.append(text(x, TOP - 22, words, size=11, fill=FAINT))
-    drawn.append(text(658, TOP - 22, "gates × rows, summed", size=11, fill=FAINT))
-    drawn += [arrow(232, TOP + HEIGHT / 2, 82), arrow(490, TOP + HEIGHT / 2, 68)]
+    for x, words in ((245, "W_in of each expert"), (498, "W_out of each"), (625, "sum of gate × row")):
+        drawn.append(text(x, TOP - 20, words))
+    drawn += [arrow(206, TOP + HEIGHT / 2, 78), arrow(460, TOP + HEIGHT / 2, 76)]
     names = {"x": "x [T, D]", "rows": "rows [R, D]", "out": "rows [R, D]", "y": "y [T, D]"}
-    drawn += [text(COLUMNS[name] + 26, TOP + HEIGHT + 20, words, size=12) for name, words in names.items()]
-    drawn.append(text(COLUMNS["hidden"] + 84, TOP + HEIGHT + 20, "z and a = act(z) [R, H]", size=12))
+    drawn += [text(COLUMNS[name] + 26, TOP + HEIGHT + 20, words) for name, words in names.items()]
+    drawn.append(text(COLUMNS["hidden"] + 84, TOP + HEIGHT + 20, "z and a = act(z) [R, H]"))
     wave = f'stroke="{INK}" stroke-width="1.6" stroke-dasharray="5 3" rx="4"'
     drawn.append(box(COLUMNS["rows"] - 6, TOP - 5, 450, 7 * ROW + 8, "none", wave))
     drawn.append(box(COLUMNS["hidden"] + 54, TOP + 21, 60, 28, COLORS[0]))
@@ -88,40 +87,41 @@ def pipeline() -> list[str]:
 
 def engine(top: float) -> list[str]:
     """One wave's first product, cut into blocks, a block into tiles, a tile into registers."""
-    drawn = [text(36, top - 46, "On a CPU: what one wave's GEMM 1 is cut into", size=14, anchor="start", weight=600)]
+    drawn = [text(14, top - 46, "On a CPU: what one wave's GEMM 1 is cut into", size=15, anchor="start", weight=600)]
     faint = f'stroke="{INK}" stroke-opacity="0.4"'
     grids = (("blocks", 66, 60), ("tiles", 33, 10), ("registers", 66, 8.5))
     for name, width, height in grids:
         inside = f'<path d="M{width} 0H0V{height}" fill="none" stroke="#ffffff" stroke-width="1.4"/>'
         size = f'width="{width}" height="{height}" patternUnits="userSpaceOnUse"'
         drawn.append(f'<pattern id="{name}" {size} patternTransform="translate(0 {top:g})">{inside}</pattern>')
-    places = {"blocks": (36, 264), "tiles": (396, 132), "registers": (606, 132)}
+    places = {"blocks": (14, 198), "tiles": (270, 132), "registers": (470, 132)}
     for name, (x, width) in places.items():
         drawn.append(box(x, top, width, 119, COLORS[0]))
         drawn.append(f'<g transform="translate({x} 0)">{box(0, top, width, 119, f"url(#{name})")}</g>')
-    drawn.append(box(168, top, 66, 60, "none", f'stroke="{COLORS[1]}" stroke-width="3"'))
-    drawn.append(box(429, top + 30, 33, 10, "none", f'stroke="{COLORS[1]}" stroke-width="3"'))
-    for start, first, last, end in ((234, top, top + 60, 396), (462, top + 30, top + 40, 606)):
+    drawn.append(box(146, top, 66, 60, "none", f'stroke="{COLORS[1]}" stroke-width="3"'))
+    drawn.append(box(303, top + 30, 33, 10, "none", f'stroke="{COLORS[1]}" stroke-width="3"'))
+    for start, first, last, end in ((212, top, top + 60, 270), (336, top + 30, top + 40, 470)):
         drawn.append(f'<path d="M{start} {first:g}L{end} {top:g}M{start} {last:g}L{end} {top + 119:g}" {faint}/>')
     drawn += [
-        text(36, top - 12, "the wave's rows × H", size=12, anchor="start"),
-        text(396, top - 12, "a block", size=12, anchor="start"),
-        text(606, top - 12, "a tile of sums", size=12, anchor="start"),
+        text(14, top - 12, "the wave's rows × H", anchor="start"),
+        text(270, top - 12, "a block", anchor="start"),
+        text(470, top - 12, "a tile of sums", anchor="start"),
         lines(
-            36, top + 142, ("blocks of up to 504 rows and 128 columns;", "a thread takes the next one when it is done")
+            14, top + 142, ("blocks of up to 504 rows and", "128 columns; a thread takes", "the next when it is done")
         ),
-        lines(396, top + 142, ("tiles of 14 rows and 32 columns,", "weights packed in passing")),
-        lines(606, top + 142, ("28 registers of 16 sums (AVX-512);", "bias and activation on them, then")),
-        lines(606, top + 174, ("stored as GEMM 2's packed operand",)),
+        lines(270, top + 142, ("tiles of 14 rows and", "32 columns, weights", "packed in passing")),
+        lines(
+            470, top + 142, ("28 registers of 16 sums", "(AVX-512); bias, activation,", "then GEMM 2's packed operand")
+        ),
     ]
     return drawn
 
 
 def figure() -> str:
-    width, height, title = 860, 552, "expert_mlp: gather, GEMM, activation, GEMM, combine; and waves, blocks and tiles"
+    width, height, title = 700, 552, "expert_mlp: gather, GEMM, activation, GEMM, combine; and waves, blocks and tiles"
     drawn = [
-        box(0, 0, width, height, "#ffffff", 'rx="6"'),
-        text(36, 28, "Eight tokens, three experts, two choices per token", size=14, anchor="start", weight=600),
+        svg.INK,
+        text(14, 28, "Eight tokens, three experts, two choices per token", size=15, anchor="start", weight=600),
         *pipeline(),
         *engine(360),
     ]

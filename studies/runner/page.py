@@ -63,9 +63,9 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         written[out.with_suffix("") / file] = text.getvalue()
         return f"[`{file}`]({out.stem}/{file})"
 
-    def figure(name: str, *of: Any) -> str:
+    def figure(name: str, *of: Any, **options: Any) -> str:
         path = out.with_name(f"{out.stem}_{name}.svg")
-        written[path] = getattr(figures, name)(*of) + "\n"
+        written[path] = getattr(figures, name)(*of, **options) + "\n"
         return path.name
 
     environment = jinja2.Environment(

@@ -75,7 +75,8 @@ _MOST_POINTS = 100
 @dataclass(frozen=True)
 class Series:
     """One line: ``y`` over ``x``, of equal length. ``points`` marks every point. ``dash``: lengths of a dash and of a
-    gap in pixels, "6 3". ``errors``: halves of vertical intervals around ``y``."""
+    gap in pixels, "6 3". ``errors``: halves of vertical intervals around ``y``. ``notes``: a text at each point, below
+    it on the right, or ``above`` it on the left."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -84,6 +85,8 @@ class Series:
     dash: str | None = None
     points: bool = False
     errors: Sequence[float] = ()
+    notes: Sequence[str] = ()
+    above: bool = False
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
@@ -109,7 +112,7 @@ def line_chart(
 
     ``percent``: fractions of 1 are written as percentages. ``y_range``: ends of the y axis; by default those of the
     values. ``levels``: (y, label) of dashed horizontal lines. ``log_ticks``: ticks of a logarithmic x axis. Series
-    without a color cycle through the palette, dashed from the second cycle on.
+    without a color cycle through the palette, dashed from the second cycle on; points have four shapes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -121,9 +124,13 @@ def line_chart(
             color = expert_color(row) if line.color is None else line.color
             look: dict[str, Any] = {"color": color, "linestyle": _dashes(line.dash or dash), "clip_on": False}
             x, y = np.array(line.x, dtype=float), np.array(line.y, dtype=float)
-            axes.plot(x, y, marker="o" if line.points else "", label=line.label, **look)
+            axes.plot(x, y, marker="osD^"[row % 4] if line.points else "", label=line.label, **look)
             if line.errors:
                 axes.errorbar(x, y, line.errors, fmt="none", ecolor=color, elinewidth=1.2, capsize=4)
+            place: Any = {"xytext": (-6, 5), "ha": "right"} if line.above else {"xytext": (6, -13)}
+            for note, right, up in zip(line.notes, x, y, strict=False):
+                axes.annotate(note, (right, up), textcoords="offset points", **place)
+                axes.margins(x=0.13)  # room for the notes of the outer points
         for level, label in levels:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=_dashes("4 4"))
             right = axes.get_yaxis_transform()
@@ -155,7 +162,7 @@ def load_chart(
     Args:
         steps: [N].
         loads: [N, E], fractions of 1.
-        y_max: gives several charts the same axis.
+        y_max: the largest share of several charts, which gives them the same axis.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -173,10 +180,10 @@ def load_chart(
     def paint(axes: Axes) -> None:
         axes.fill_between(x, low, high, facecolor=_BAND + "50", edgecolor=_BAND, linewidth=1.2, label=labels[0])
         axes.axhline(1 / experts, color=_INK, linewidth=1, linestyle=_dashes("4 4"), label=labels[1])
-        axes.set_ylim(0, y_max or 1.06 * max(*high.tolist(), 1.5 / experts))
+        axes.set_ylim(0, y_max or max(*high.tolist(), 1.5 / experts))
 
-    above = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most\nshare of load"
-    return _drawn(paint, title, "step", above, labels, True, width, height)
+    note = f"largest share over uniform: {imbalances[-1]:.2f} at the end, {max(imbalances):.2f} at most"
+    return _drawn(paint, title, "step", "share of choices", labels, True, width, height, note)
 
 
 def imbalance(load: Iterable[SupportsFloat]) -> float:
@@ -194,20 +201,25 @@ def _drawn(
     percent: bool,
     width: float,
     height: float,
+    note: str = "",
 ) -> Figure:
-    """The SVG of the axes that ``paint`` draws on, under a title and a legend of the lines with ``labels``."""
+    """The SVG of the axes that ``paint`` draws on, under a title, a legend of the lines with ``labels``, and a note.
+
+    The y axis ends at a tick, so that the highest value lies below the top line of the grid.
+    """
     with needed_for("drawing charts", "demo"):
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     with matplotlib.rc_context(_STYLE):
         canvas, written = Canvas((width / _POINTS, height / _POINTS)), io.StringIO()
         axes = canvas.subplots()
-        axes.set(xlabel=x_label, title=y_label)
+        axes.set(xlabel=x_label, ylabel=y_label, title=note)
         axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: percent_tick(value))
         paint(axes)
+        axes.set_ylim(top=max(axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())))
         lines = axes.get_legend_handles_labels()[0] if labels else []
         columns = max(1, int(width / max(len(label) * _CHARACTER + 40 for label in ["", *labels])))
         head = {"title": svg.clean(title), "title_fontproperties": {"weight": "bold", "size": 14}, "ncols": columns}

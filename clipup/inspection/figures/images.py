@@ -43,14 +43,22 @@ def picture(image: Image.Image, label: str, width: int) -> Figure:
     return html("picture", uri=data_uri(image), label=label, width=width, height=height)
 
 
-def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> Figure:
-    """An image with each patch tinted in the color of its first-choice expert, as SVG.
+def map_width(columns: int) -> int:
+    """Width of a routing map in which the numbers of experts are legible, in CSS pixels."""
+    return max(144, 12 * columns)
+
+
+def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int | None = None) -> Figure:
+    """An image in gray, each patch tinted in the color of its first-choice expert, with the expert's number, as SVG.
 
     experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch was masked and stays
-    untinted). A dot marks experts 8 to 15, which share the colors of 0 to 7.
+    untinted). Eight experts have colors of their own; the others share them. ``width`` in CSS pixels, by default
+    ``map_width``; patches that are smaller than 11 pixels have no number.
     """
-    height, grid = width * image.height / image.width, np.asarray(experts).tolist()
-    return html("routing_map", uri=data_uri(image), experts=grid, name=name, width=width, height=height)
+    grid, gray = np.asarray(experts), image.convert("LA" if image.has_transparency_data else "L")
+    width = width or map_width(grid.shape[1])
+    height = width * image.height / image.width
+    return html("routing_map", uri=data_uri(gray), experts=grid.tolist(), name=name, width=width, height=height)
 
 
 def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:

@@ -1,13 +1,13 @@
 """Colors of the figures, distinguishable on white and on near-black, and for color-blind readers.
 
-The eight maximize the smallest pairwise distance in OKLab under normal vision, protanopia, deuteranopia and tritanopia
-(Machado et al. 2009); a test holds the distances.
+The eight were searched for a large smallest distance in OKLab between any two, under normal vision, protanopia,
+deuteranopia and tritanopia (Machado et al. 2009), solid and as the tint of a patch; a test holds the distances.
 """
 
 from __future__ import annotations
 
-EXPERTS = ("#2266aa", "#ff9911", "#bb2266", "#55cc99", "#9966ff", "#aa7700", "#bbaaff", "#5599aa")
-"""The color of expert e is ``EXPERTS[e % 8]``; a second mark (dash, dot) distinguishes experts 8 to 15 from 0 to 7."""
+EXPERTS = ("#2266aa", "#ff9911", "#bb2266", "#00aa88", "#8800ff", "#996600", "#bb66ff", "#88bbee")
+"""The color of expert e is ``EXPERTS[e % 8]``; dashes and double lines distinguish 8 to 15 from 0 to 7."""
 
 ARMS = {"dense_continued": "#2f68d8", "clip_up": "#e0660a"}
 """Colors of the two training curves."""

@@ -65,12 +65,14 @@ def picture(width: float, height: float, name: str, *children: str, **attributes
     )
 
 
-def on_white(figure: str, width: float, height: float, margin: float = 12) -> Figure:
-    """A figure of this size on white with a margin, for a file: an image cannot inherit the page's text color."""
-    whole = width + 2 * margin, height + 2 * margin
-    background = element("rect", width=whole[0], height=whole[1], fill="#fff")
+INK = element("style", "svg{color:#1c2128}@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}")
+"""The text color of an SVG file, which cannot inherit the page's: that of a light or a dark page."""
+
+
+def for_file(figure: str, width: float, height: float, margin: float = 12) -> Figure:
+    """A figure of this size with a margin, for a file that light and dark pages show."""
     content = element("g", figure, transform=f"translate({margin:g} {margin:g})", font_family="sans-serif")
-    return picture(*whole, "", background, content, color="#1c2128")
+    return picture(width + 2 * margin, height + 2 * margin, "", INK, content)
 
 
 def pixels(value: object) -> str:

@@ -1,13 +1,19 @@
 """The page of a study is that of its logs."""
 
 import csv
+import dataclasses
 from pathlib import Path
+from statistics import fmean
+from xml.etree import ElementTree
 
 import pytest
 
 from studies import cli
+from studies.runner import figures
 from studies.runner import page as study_page
+from studies.runner.tables import Tables
 
+SVG = "{http://www.w3.org/2000/svg}"
 ROOT = Path(__file__).parents[3]
 
 
@@ -42,3 +48,14 @@ def test_a_study_that_has_begun_has_a_page_that_counts_the_runs_to_come(small_st
     with (tmp_path / "docs" / "study" / "retrieval.csv").open(newline="") as file:
         (row,) = (row for row in csv.DictReader(file) if (row["split"], row["arm"]) == ("test_styles", "clip up"))
     assert row["text_to_image_R@1 %"] == "54.0 ± 2.8" and row["seeds"] == "2"
+
+
+def test_a_figure_of_models_has_round_ticks_and_the_value_at_each_point(small_study):
+    runs = Tables(small_study).shortest("clip_up")
+    flops = [0.00062, 0.0043]
+    points = [[dataclasses.replace(run, cost=run.cost | {"gflops_per_pair": x}) for run in runs] for x in flops]
+    drawn = figures.models({"dense": points, "CLIP-UP": points[1:]}, "t", above=["CLIP-UP"])
+    words = ["".join(text.itertext()).strip() for text in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+    assert [word for word in words if word in ("0.5", "1", "2", "4", "0.62", "4.3")] == ["0.5", "1", "2", "4"]
+    value = f"{100 * fmean(run.mean('R@1') for run in runs):.1f}"
+    assert words.count(value) == 3

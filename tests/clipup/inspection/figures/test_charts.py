@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from xml.etree import ElementTree
@@ -59,3 +60,31 @@ def test_the_load_is_a_band_from_the_least_to_the_most_used_expert(experts):
 def test_smoothing_is_a_centered_mean_that_leaves_out_what_is_not_finite():
     assert smooth([1, 2, 3, 4, 9], 3) == pytest.approx([1.5, 2, 3, 16 / 3, 6.5])
     assert smooth([1, math.nan, 3], 3) == [1, 2, 3] and smooth([5.0, 7.0], 1) == [5.0, 7.0]
+
+
+@pytest.mark.parametrize("highest", [0.09, 0.448, 3.01])
+def test_the_highest_value_lies_below_the_top_line_of_the_grid(highest):
+    series = [Series("a", range(3), [0, highest, 0], color="#ff0000")]
+    drawn = [line_chart(series, "t", "step", "nats"), line_chart(series, "t", "x", "y", y_range=(0, highest))]
+    for figure in drawn:
+        ((line, _),) = strokes(figure, "#ff0000")
+        lines = "".join(line for line, style in strokes(figure, "currentColor") if "stroke-opacity: 0.133" in style)
+        top = min(float(y) for y in re.findall(r"M \S+ (\S+)", lines))
+        assert min(float(y) for y in re.findall(r"[ML] \S+ (\S+)", line)) >= top
+
+
+def test_the_label_of_the_y_axis_stands_by_itself():
+    assert {"step", "share of choices", "largest share over uniform: 1.20 at the end, 1.20 at most"} <= set(
+        texts(load_chart([0, 1], [[0.4, 0.6]] * 2, "t"))
+    )
+
+
+def test_every_point_of_a_line_can_have_a_note_and_lines_differ_in_more_than_color():
+    notes = {"above": ["10.2", "13.7"], "below": ["10.8", "14.0"]}
+    series = [Series(name, [3, 12], [1, 2 + (name == "above")], points=True, notes=of) for name, of in notes.items()]
+    figure = line_chart([dataclasses.replace(line, above=line.label == "above") for line in series], "t", "x", "y")
+    assert {*notes["above"], *notes["below"]} <= set(texts(figure))
+    at = {text.text.strip(): text for text in ElementTree.fromstring(figure).iter(f"{SVG}text")}
+    assert "text-anchor: end" in at["13.7"].get("style") and "text-anchor: end" not in at["14.0"].get("style")
+    shapes = [shape.get("d") for shape in ElementTree.fromstring(figure).findall(f".//{SVG}defs/{SVG}path")]
+    assert len({shape for shape in shapes if "C" in shape or "z" in shape}) == 2, "two markers"
