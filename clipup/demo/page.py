@@ -65,15 +65,14 @@ def render_demo(
 def _charts(
     report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records], window: int
 ) -> list[Figure]:
-    losses = {arm: [record["contrastive"] for record in curves[arm]] for arm in _CURVES}
-    steps = [record["step"] for record in curves["clip_up"]]
-    ahead = np.subtract(losses["clip_up"], losses["dense_continued"]).tolist()
+    ahead = [
+        {"step": sparse["step"], "contrastive": sparse["contrastive"] - dense["contrastive"]}
+        for sparse, dense in zip(curves["clip_up"], curves["dense_continued"], strict=True)
+    ]
     drawn = [
+        charts.line_chart([_loss(arm, curves[arm], window) for arm in _CURVES], "Contrastive loss", "step", "nats"),
         charts.line_chart(
-            [_loss(arm, steps, losses[arm], window) for arm in _CURVES], "Contrastive loss", "step", "nats"
-        ),
-        charts.line_chart(
-            [_loss("clip_up", steps, ahead, window)],
+            [_loss("clip_up", ahead, window)],
             "Contrastive loss, CLIP-UP − dense continued",
             "step",
             "nats",
@@ -98,10 +97,10 @@ def _charts(
     return drawn
 
 
-def _loss(arm: str, steps: Sequence[int], losses: Sequence[float], window: int) -> Series:
-    smoothed = charts.smooth(losses, window)
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int)).tolist()
-    x, y = [steps[index] for index in shown], [smoothed[index] for index in shown]
+def _loss(arm: str, records: Records, window: int) -> Series:
+    smoothed = charts.smooth([record["contrastive"] for record in records], window)
+    shown = np.unique(np.linspace(0, len(records) - 1, min(len(records), _MOST_POINTS)).round().astype(int)).tolist()
+    x, y = [records[index]["step"] for index in shown], [smoothed[index] for index in shown]
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm])
 
 

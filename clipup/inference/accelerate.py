@@ -114,8 +114,8 @@ def accelerate(
         TypeError: ``model`` is not a module, or contains a SparseMoE of a derived class, as a parametrized one is.
         ValueError: the model has nothing to prepare (NothingToPrepare, with the reasons), or is not on the CPU;
             ``weights`` is unknown; ``calibrate`` is given without "int8", has no batch, or has a batch with which a
-            layer's inputs are not finite; a pattern matches no name, or a layer that is prepared; a layer has more inputs than
-            int8 products can sum (65,536).
+            layer's inputs are not finite; a pattern matches no name, or a layer that is prepared; a
+            layer has more inputs than int8 products can sum (65,536).
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
     checks.module("model", model)

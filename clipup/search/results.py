@@ -46,14 +46,28 @@ def find(index: ImageIndex, queries: Tensor, count: int, min_score: float = -1.0
 
 def results_page(index: ImageIndex, found: Sequence[tuple[str, Sequence[Result]]], command: str) -> str:
     """One HTML page with the results of each query, small pictures included, which link to the files; to be written as
-    UTF-8.
+    UTF-8. Pictures that equal one above them are counted with it.
 
     Args:
         found: every query, a text or the name of an image, with its images of ``index``.
         command: the command line that searches again.
     """
-    page = template("results.html.j2", __package__).render(index=index, found=found, command=command, picture=_picture)
+    page = template("results.html.j2", __package__).render(
+        index=index,
+        found=[(query, _folded(index, results)) for query, results in found],
+        command=command,
+        picture=_picture,
+    )
     return svg.clean(page)
+
+
+def _folded(index: ImageIndex, results: Sequence[Result]) -> list[tuple[Result, int]]:
+    """The results without those whose picture equals an earlier one, each with the number of these. Pictures with
+    a cosine over 0.9999 are equal: copies, or nearly so."""
+    rows = {index.images / entry.name: row for row, entry in enumerate(index.entries)}
+    features = index.features[[rows[result.path] for result in results]]
+    equal = zip(results, (features @ features.T > 0.9999).tolist(), strict=True)
+    return [(result, sum(row[at + 1 :])) for at, (result, row) in enumerate(equal) if not any(row[:at])]
 
 
 def _picture(path: Path) -> str | None:

@@ -71,8 +71,13 @@ INK = element("style", "svg{color:#1c2128}@media(prefers-color-scheme:dark){svg{
 
 def for_file(figure: str, width: float, height: float, margin: float = 12) -> Figure:
     """A figure of this size with a margin, for a file that light and dark pages show."""
-    content = element("g", figure, transform=f"translate({margin:g} {margin:g})", font_family="sans-serif")
-    return picture(width + 2 * margin, height + 2 * margin, "", INK, content)
+    return picture(
+        width + 2 * margin,
+        height + 2 * margin,
+        "",
+        INK,
+        element("g", figure, transform=f"translate({margin:g} {margin:g})", font_family="sans-serif"),
+    )
 
 
 def pixels(value: object) -> str:

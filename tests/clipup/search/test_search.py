@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark_layouts import picture
+from html_page import Page
 from PIL import Image
 from sparse_clip import sparse_clip, sparse_config
 from tiny_clip import save_with_words
@@ -28,6 +29,7 @@ from clipup.data.images import load_image
 from clipup.locks import DirectoryInUse
 from clipup.search import ImageIndex, Result, find, image_index, results_page, update_index
 from clipup.search.encoder import Encoder
+from clipup.search.image_index import Entry
 
 ENCODER = Encoder("model", None, "fp32", False, "a0")
 
@@ -179,20 +181,32 @@ def test_the_best_images_are_found_in_order(tmp_path, photos):
 
 
 def test_the_page_has_the_query_the_command_and_whole_pictures_that_link_to_the_files(tmp_path, photos):
-    (photos / "<b>.png").write_bytes((photos / "0.png").read_bytes())
+    picture(6).resize((32, 32)).save(photos / "<b>.png")
     index = updated(tmp_path / "index", photos, Counted())
+    index.entries[-1] = Entry("caf\udce9.png", 0, 0)  # Latin-1 of an old disk, as Python has it
     found = find(index, index.features[:1], 7)[0]
     (photos / "holiday" / "3.png").unlink()
-    found.append(Result(photos / "caf\udce9.png", 0.1))  # Latin-1 of an old disk, as Python has it
     page = results_page(index, [("a <i>red</i> bicycle", found)], "clipup search index '<u>'")
     assert "<title>a &lt;i&gt;red&lt;/i&gt; bicycle – images of photos</title>" in page
     assert "clipup search index &#39;&lt;u&gt;&#39;</pre>" in page
     assert 'title="holiday/1.png"' in page and ". 1.png</code>" in page
     assert f'href="{(photos / "0.png").as_uri()}"' in page and "object-fit: contain" in page
-    assert page.count("data:image/") == 6 and "cannot be read any more" in page
+    assert page.count("data:image/") == 5 and "cannot be read any more" in page
     assert "<i>red</i>" not in page and "<b>.png" not in page and "&lt;b&gt;.png" in page
     assert not re.search(r"src=\"(?!data:)", page) and "caf\ufffd.png" in page
     page.encode("utf-8")
+
+
+def test_the_page_names_the_folders_and_shows_equal_pictures_once(tmp_path, photos):
+    for copy in ("a.png", "b.png"):
+        shutil.copy(photos / "0.png", photos / "holiday" / copy)
+    index = updated(tmp_path / "index", photos, Counted())
+    found = find(index, index.features[:1], 8)[0]
+    page = Page(results_page(index, [("q", found), ("nothing", [])], "clipup search index q"))
+    assert f"Images of {photos}, 8 searched" in page.text
+    assert sum(tag == "figure" for tag, _ in page.elements) == 6
+    assert page.text.count("and 2 equal pictures") == 1 and "1.png in holiday" in page.text
+    assert not re.search(r"\b[01]\.\d{3}\b", page.text), "no cosine, which says little to people"
 
 
 def photo(path):
