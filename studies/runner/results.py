@@ -216,39 +216,27 @@ def lead_over_line(
     arms: Sequence[Iterable[Result]],
     line: Sequence[Iterable[Result]],
     splits: Sequence[str] = TESTS,
-    linear: bool = False,
-    curved: bool = False,
 ) -> Lead | None:
     """The lead in R@1, mean over the arms, over others at the same FLOPs of a pair in inference. Between these, in
-    ascending FLOPs, the line is straight. None without a shared seed.
-
-    Args:
-        linear: over FLOPs, not over their logarithm.
-        curved: the line is a polynomial through all the others, with one coefficient for each.
-    """
-    at = _polynomial if curved else numpy.interp
+    ascending FLOPs, the line is straight over the logarithm. None without a shared seed."""
     differences = []
     for ours, others in _by_seed(arms, line):
-        x, y = zip(*((_flops(run, linear), run.mean("R@1", splits)) for run in others), strict=True)
-        leads = (run.mean("R@1", splits) - at(_flops(run, linear), x, y) for run in ours)
+        x, y = zip(*((_log_flops(run), run.mean("R@1", splits)) for run in others), strict=True)
+        leads = (run.mean("R@1", splits) - numpy.interp(_log_flops(run), x, y) for run in ours)
         differences.append(float(fmean(leads)))
     return _over_seeds(differences)
-
-
-def _polynomial(at: float, x: Sequence[float], y: Sequence[float]) -> float:
-    return float(numpy.polyval(numpy.polyfit(x, y, len(x) - 1), at))
 
 
 def flops_saved(ours: Iterable[Result], line: Sequence[Iterable[Result]], splits: Sequence[str]) -> Saved:
     """How many times an arm's FLOPs the line of ``lead_over_line`` has where it has the arm's R@1."""
     ratios, bounds = [], ""
     for (run,), others in _by_seed([ours], line):
-        x, y = zip(*((_flops(other), other.mean("R@1", splits)) for other in others), strict=True)
+        x, y = zip(*((_log_flops(other), other.mean("R@1", splits)) for other in others), strict=True)
         if list(y) != sorted(y):
             return Saved([], "")
         recall = run.mean("R@1", splits)
         bounds += ">" if recall > y[-1] else "<" if recall < y[0] else ""
-        ratios.append(float(numpy.exp(numpy.interp(recall, y, x) - _flops(run))))
+        ratios.append(float(numpy.exp(numpy.interp(recall, y, x) - _log_flops(run))))
     return Saved(ratios, "".join(sorted(set(bounds))))
 
 
@@ -259,9 +247,8 @@ def _by_seed(
     return [(runs[: len(arms)], runs[len(arms) :]) for runs in zip(*shared(*arms, *others), strict=True)]
 
 
-def _flops(run: Result, linear: bool = False) -> float:
-    flops = run.cost["gflops_per_pair"]
-    return flops if linear else math.log(flops)
+def _log_flops(run: Result) -> float:
+    return math.log(run.cost["gflops_per_pair"])
 
 
 def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | None:

@@ -76,10 +76,6 @@ class Tables:
         test = next(iter(self.results.values())).test
         return {split: {"images": of["gallery"], "captions": of["captions"]} for split, of in test.items()}
 
-    def validation(self, run: str) -> str:
-        """A run's R@1 on validation, mean of both directions, for a sentence."""
-        return percent(self.results[run].selection, 2)
-
     def retrieval(self) -> Table:
         """Recall and negative log-likelihood of every group on every test split, at its chosen learning rate."""
         tests = [split for split in self.galleries() if split.startswith("test_")]
@@ -94,22 +90,13 @@ class Tables:
         measures = [f"{way}_{name}" for way, name in product(WAYS, ("R@1 %", "R@5 %", "NLL"))]
         return [["split", "arm", "steps", "lr", "seeds", "PFLOP", *measures], *rows]
 
-    def lead(
-        self,
-        arm: str,
-        other: str,
-        splits: Sequence[str] = TESTS,
-        seeds: Collection[int] | None = None,
-        measure: str = "R@1",
-    ) -> str:
+    def lead(self, arm: str, other: str, splits: Sequence[str] = TESTS, measure: str = "R@1") -> str:
         """The lead of an arm over another one, each at its smallest budget, over the seeds of both, for a sentence.
 
         Args:
-            seeds: those to take; default all.
             measure: ``R@1`` or ``R@5``, in points, or ``nll`` or the training ``loss``, in nats.
         """
-        ours = [run for run in self.shortest(arm) if seeds is None or run.seed in seeds]
-        return str(results.lead(ours, self.shortest(other), splits, measure=measure) or MISSING)
+        return str(results.lead(self.shortest(arm), self.shortest(other), splits, measure=measure) or MISSING)
 
     def lead_over_start(self, arm: str) -> str:
         """The lead of an arm over its starts, at its smallest budget, for a sentence."""
@@ -226,22 +213,6 @@ class Tables:
             "machine": lambda run: run.cost["machine"]["processor"],
         }
         return [[*columns], *([cell(run) for cell in columns.values()] for run in self.results.values())]
-
-    def machines(self) -> str:
-        """The machines of the runs with their seeds, for a sentence.
-
-        Raises:
-            ValueError: the runs of one seed were made on two machines, so that more differs between them than the arm.
-        """
-        of_seed: dict[int, str] = {}
-        for run in sorted(self.results.values(), key=lambda run: run.seed):
-            processor = run.cost["machine"]["processor"]
-            if of_seed.setdefault(run.seed, processor) != processor:
-                raise ValueError(
-                    f"seed {run.seed} has runs on {of_seed[run.seed]} and {processor}: run the seed again on one"
-                )
-        seeds = {name: [str(seed) for seed, of in of_seed.items() if of == name] for name in of_seed.values()}
-        return "; ".join(f"{name}, seeds {', '.join(of)}" for name, of in seeds.items())
 
     def _rivals(self, arm: str) -> Iterator[tuple[Group, list[Result], list[Result]]]:
         """The groups of other arms that share a seed with the runs of ``arm`` of the same model and budget: these runs
