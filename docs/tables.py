@@ -127,13 +127,6 @@ def text_encoder(shown: list[list[str]]) -> Rows:
         yield one["form"], one["spearman"], cosine, one["error"], ratio(one["ratio"]), ratio(many["ratio"])
 
 
-def large_units(shown: list[list[str]]) -> Rows:
-    for model, *_ in shown:
-        rows = {row["form"]: row["error"] for row in measured("int8_text_cpu.csv", model=model)}
-        forms = ("torch, bf16", "torch int8, fp32", "clipup int8, fp32", "clipup int8 calibrated, fp32")
-        yield model, *(rows[form] for form in forms)
-
-
 def requests(shown: list[list[str]]) -> Rows:
     for image, caption in zip(*(measured("latency_cpu.csv", input=of) for of in ("image", "caption")), strict=True):
         times = [[f"{float(row[at]):.1f}" for at in ("p50_ms", "p99_ms")] for row in (image, caption)]
@@ -169,7 +162,6 @@ TABLES: dict[str, Callable[[list[list[str]]], Rows]] = {
     "batches_amx": partial(batches, file="clip_throughput_batches_amx.csv"),
     "accuracy": accuracy,
     "text_encoder": text_encoder,
-    "large_units": large_units,
     "requests": requests,
     "few_rows": partial(
         by_implementation,
