@@ -39,7 +39,7 @@ from .user_cache import one_process, user_cache, write_json
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
 products to TF32, which has 10 bits."""
-_LINE = "{:28}  {:8}  {:12}  {:7}  {:7}  {}"
+_LINE = "{:28}  {:8}  {:14}  {:12}  {:7}  {:7}  {}"
 _lock = threading.Lock()
 
 
@@ -181,7 +181,7 @@ def sentence(finding: Finding, device: str | torch.device) -> str:
 def print_check(device: str | torch.device) -> list[Finding]:
     """``check_again``, which prints every finding as soon as it is known, and counts them in the last line."""
     print(processor_name(device))
-    print(_LINE.format("op", "type", "backend", "error", "allowed", "verdict"), flush=True)
+    print(_LINE.format("op", "type", "first argument", "backend", "error", "allowed", "verdict"), flush=True)
     findings = check_again(device, lambda finding: print(_line(finding), flush=True))
     if not findings:
         print("nothing to check: plain torch computes every op here (clipup_kernels.backend_info() says why)")
@@ -192,7 +192,7 @@ def print_check(device: str | torch.device) -> list[Finding]:
 def _line(finding: Finding) -> str:
     error = "" if finding.error is None else f"{finding.error:.1e}"
     allowed, verdict = f"{finding.allowed:.0e}", finding.reason or "ok"
-    return _LINE.format(finding.op, finding.dtype, finding.backend, error, allowed, verdict)
+    return _LINE.format(finding.op, finding.dtype, finding.chosen_by, finding.backend, error, allowed, verdict)
 
 
 def cache_file(device: str | torch.device) -> Path:

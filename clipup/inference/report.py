@@ -43,10 +43,11 @@ def accelerate_report(model: nn.Module) -> list[LayerReport]:
     """What ``clipup.accelerate`` made of each layer of a model, and why it left others. Calibrated layers come first,
     by their errors, the largest first; then the others in the order of the modules.
 
-    ``print(*clipup.accelerate_report(model), sep="\\n")`` shows it. It is read from the model as it is now, as
-    ``clipup.moe_layers`` is: nothing is stored that a copy, a pickle or a layer replaced later could contradict, and
-    ``accelerate`` returns the model alone. A layer that was excluded, or put in afterwards, is reported as a layer that
-    can be prepared.
+    ``print(*clipup.accelerate_report(model), sep="\\n")`` shows it, and ``collections.Counter(row.weights for row in
+    clipup.accelerate_report(model))`` counts the layers by the type of their weights, None for those that were left. It
+    is read from the model as it is now, as ``clipup.moe_layers`` is: nothing is stored that a copy, a pickle or a layer
+    replaced later could contradict, and ``accelerate`` returns the model alone. A layer that was excluded, or put in
+    afterwards, is reported as a layer that can be prepared.
 
     Layers are experts, MLPs, attention, linear layers and convolutions. A module whose layers are left for one reason
     is one row. Embeddings, norms and parameters that a model multiplies itself (open_clip's ``text_projection``) are

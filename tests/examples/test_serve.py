@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -70,3 +72,9 @@ def test_inputs_that_wait_are_encoded_together_and_an_error_reaches_all_of_them(
     assert answers == [[16]] * 16 + [[4]] * 4
     answers = asyncio.run(ask(lambda rows, normalize: rows / 0 if len(rows) < 16 else rows.missing))
     assert [type(answer) for answer in answers] == [AttributeError] * 16 + [list] * 4
+
+
+def test_the_load_says_in_lines_without_a_traceback_that_no_server_is_there():
+    program = [sys.executable, PATH.with_name("serve_load.py"), PATH, "http://localhost:9"]
+    said = subprocess.run(program, capture_output=True, text=True).stderr
+    assert "refused" in said and "Traceback" not in said

@@ -93,7 +93,7 @@ def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch, tmp_path):
     assert main(["doctor", "--device", "cpu"]) == 0
     *lines, waiting = capsys.readouterr().out.splitlines()
     assert waiting.startswith("waiting threads: ")
-    assert lines[1].split() == ["op", "type", "backend", "error", "allowed", "verdict"]
+    assert len({line.rsplit(maxsplit=3)[0] for line in lines[2:-1]}) == len(lines) - 3  # each check by its own name
     assert lines[-1] == f"{len(lines) - 3} checks, 0 failed" and all(line.endswith("ok") for line in lines[2:-1])
 
     monkeypatch.setattr(cpp, "combine", lambda rows, gates, *plan: rows[: len(gates)] * 0)

@@ -89,7 +89,7 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
         (
             "ViT-B-32",
             "openai",
-            "pretrained='openai' of ViT-B-32 (open_clip_model.safetensors of "
+            "ViT-B-32 with the weights 'openai' (open_clip_model.safetensors of "
             "https://huggingface.co/timm/vit_base_patch32_clip_224.openai)",
         ),
         ("hf-hub:org/sparse", None, "hf-hub:org/sparse"),

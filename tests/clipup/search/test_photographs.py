@@ -96,12 +96,13 @@ def test_without_kernels_for_int8_photographs_are_encoded_in_float32(index, monk
 
 
 def test_the_size_of_the_default_model_is_said_before_it_is_downloaded(photos, tmp_path, monkeypatch, capsys):
-    """Without a network, one line says what to do instead."""
+    """Without a network, one line says what to do instead, and names no flag that was not given."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(open_clip, "create_model_and_transforms", unreachable)
     assert main(["index", str(photos)]) == 2
     size, error = capsys.readouterr().err.splitlines()
     assert "ViT-B-32-256 (151 M parameters, about 605 MB)" in size and "pass the file" in error
+    assert all(name in error for name in encoder.DEFAULT_MODEL) and "--pretrained" not in error
 
 
 def unreachable(*args, **kwargs):
