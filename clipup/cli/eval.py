@@ -31,6 +31,7 @@ _WITH_ANNOTATIONS = ("coco", "flickr30k")
 _NAMED_BY_ROOT = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
 _DATASET = {"with --dataset": lambda group: group.dataset is not None}
 _NO_DATASET = {"without --dataset": lambda group: group.dataset is None}
+_ONE_SPLIT = {"on imagenet-v2, or on files named by --root, which are one split": lambda group: group.is_one_split}
 _NO_RETRIEVAL = {
     "without data for retrieval (--val-data)": lambda group: group.val_data is None and group.dataset not in _RETRIEVAL
 }
@@ -67,7 +68,7 @@ class Options(EncodingOptions):
     as given in its directory; csv: retrieval."""
     root: str | None = None
     """Directory of the benchmark; for webdataset also a shard pattern, for csv also the file."""
-    split: str = option("test", idle=_NO_DATASET)
+    split: str = option("test", idle=_NO_DATASET | _ONE_SPLIT)
     """Split of the benchmark."""
     annotations: Path | None = option(
         None, idle={"without --dataset coco or flickr30k": lambda group: group.dataset not in _WITH_ANNOTATIONS}
@@ -104,13 +105,9 @@ class Options(EncodingOptions):
         return self.dataset == "imagenet-v2" or of_files
 
     def idle(self) -> dict[str, str]:
-        idle = super().idle()
-        if self.is_one_split:
-            idle["split"] = "on imagenet-v2, or on files named by --root, which are one split"
-        if self.val_data is None:
-            idle["dataset_type"] = "without --val-data"
-            idle["max_skipped"] = "without --val-data: nothing is skipped"
-        return idle | idle_options(self.dataset, name_of_format(self.val_data, self.source.dataset_type))
+        of_val_data = {"dataset_type": "without --val-data", "max_skipped": "without --val-data: nothing is skipped"}
+        others = idle_options(self.dataset, name_of_format(self.val_data, self.source.dataset_type))
+        return super().idle() | (of_val_data if self.val_data is None else {}) | others
 
     def check(self) -> None:
         """
@@ -118,12 +115,16 @@ class Options(EncodingOptions):
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
-        if self.dataset is None and self.val_data is None and self.classes is None:
-            raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
-        if (self.dataset is None) != (self.root is None):
-            raise ValueError("a benchmark needs both --dataset and --root")
-        if (self.classes is None) != (self.images is None):
-            raise ValueError("classification needs both --classes and --images")
+        for refused, why in (
+            (
+                self.dataset is None and self.val_data is None and self.classes is None,
+                "nothing to measure: pass --dataset and --root, --val-data, or --classes and --images",
+            ),
+            ((self.dataset is None) != (self.root is None), "a benchmark needs both --dataset and --root"),
+            ((self.classes is None) != (self.images is None), "classification needs both --classes and --images"),
+        ):
+            if refused:
+                raise ValueError(why)
 
 
 @errors_only()

@@ -103,8 +103,7 @@ class Options(ParallelOptions, PairLossOptions, TrainedPartsOptions, SparseOptio
             raise ValueError("epochs counts passes over train_num_samples pairs; set both, or samples instead")
 
     def idle(self) -> dict[str, str]:
-        idle = super().idle()
-        return idle if self.moe else idle | all_idle(MoEConfig, UNUSED)
+        return super().idle() | ({} if self.moe else all_idle(MoEConfig, UNUSED))
 
     def train_options(self) -> TrainOptions:
         given = {name: getattr(self, name, None) for name in RESUMED}
@@ -151,9 +150,7 @@ def main(argv: list[str]) -> int:
         best = None if proposed is None else as_json(proposed, cluster, length)
         print(json.dumps({"plan": as_json(made, cluster, length), "proposed": best}))
         return 0
-    print(_heading(options, cluster))
-    print(as_text(made, cluster, length))
-    print(_proposal(made, proposed, cluster))
+    print(_heading(options, cluster), as_text(made, cluster, length), _proposal(made, proposed, cluster), sep="\n")
     return 0
 
 

@@ -42,11 +42,23 @@ class Options(SparseOptions):
     """Directory for the sparse model. It must be empty or not exist."""
     pretrained: str | None = None
     """Tag, file of weights, or directory of a model or a finished run, for an open_clip model name."""
-    random_weights: bool = False
+    random_weights: bool = option(
+        False,
+        idle={
+            "on a model that has its own weights": lambda group: known_models.has_weights(group.model, group.pretrained)
+        },
+    )
     """Upcycle an open_clip model with untrained, random weights."""
     seed: int = 0
     """Seed of the routers, of re-initialized hidden units, and of random weights."""
-    calibrate_data: str | None = None
+    calibrate_data: str | None = option(
+        None,
+        idle={
+            "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out": lambda group: (
+                group.moe_cfg.keeps_function
+            )
+        },
+    )
     """CSV file or WebDataset shards of image-text pairs for calibration, which fits re-initialized experts
     (--reinit-ratio) to the outputs of the dense MLPs."""
     calibrate_steps: int = option(100, idle=_UNCALIBRATED)
@@ -60,18 +72,11 @@ class Options(SparseOptions):
     """Let pipe:COMMAND in calibrate_data run its command in a shell. Only for a calibrate_data that you trust."""
 
     def idle(self) -> dict[str, str]:
-        idle = super().idle()
-        if self.moe_cfg.keeps_function:
-            idle["calibrate_data"] = (
-                "on experts that compute what the dense MLP does; set --reinit-ratio, or leave it out"
-            )
-        if self.calibrate_data is None:
-            idle |= all_idle(SourceOptions, "without --calibrate-data")
-        else:
-            idle |= idle_options(name_of_format(self.calibrate_data, self.source.dataset_type))
-        if known_models.has_weights(self.model, self.pretrained):
-            idle["random_weights"] = "on a model that has its own weights"
-        return idle
+        return super().idle() | (
+            all_idle(SourceOptions, "without --calibrate-data")
+            if self.calibrate_data is None
+            else idle_options(name_of_format(self.calibrate_data, self.source.dataset_type))
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -24,15 +24,13 @@ class SparseOptions(OptionGroup):
     moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = option(factory=MoEConfig.clip_up, resumed=Resumed.IDENTITY)
 
     def idle(self) -> dict[str, str]:
-        idle, config = super().idle(), self.moe_cfg
-        if config.selection_bias == "none":
-            idle["selection_bias_rate"] = "without --selection-bias"
-        if config.balance_weight == 0:
-            idle["balance"] = "with --balance-weight 0"
-        if config.global_entropy_weight == 0:
-            idle["entropy_threshold"] = "without --global-entropy-weight"
-        if config.capacity_factor is None and config.eval_capacity_factor is None:
-            idle["priority"] = "without --capacity-factor or --eval-capacity-factor"
-        if "text" not in (config.towers or ("text",)):
-            idle["padding_aware"] = "without the text tower in --towers"
-        return idle
+        config = self.moe_cfg
+        unlimited = config.capacity_factor is None and config.eval_capacity_factor is None
+        reasons = {
+            "selection_bias_rate": ("without --selection-bias", config.selection_bias == "none"),
+            "balance": ("with --balance-weight 0", config.balance_weight == 0),
+            "entropy_threshold": ("without --global-entropy-weight", config.global_entropy_weight == 0),
+            "priority": ("without --capacity-factor or --eval-capacity-factor", unlimited),
+            "padding_aware": ("without the text tower in --towers", "text" not in (config.towers or ("text",))),
+        }
+        return super().idle() | {name: why for name, (why, holds) in reasons.items() if holds}

@@ -99,11 +99,9 @@ class TrainOptions(OptionGroup):
             )
 
     def idle(self) -> dict[str, str]:
-        idle, data = super().idle(), self.data
-        if not self.model.moe:
-            idle |= all_idle(MoEConfig, UNUSED)
-        formats = name_of_format(data.train_data, data.dataset_type), name_of_format(self.evaluation.val_data)
-        return idle | idle_options(*formats)
+        unused = {} if self.model.moe else all_idle(MoEConfig, UNUSED)
+        trained_on = name_of_format(self.data.train_data, self.data.dataset_type)
+        return super().idle() | unused | idle_options(trained_on, name_of_format(self.evaluation.val_data))
 
     def precision_on(self, device_type: str) -> Precision:
         """The precision of a run on "cuda" or "cpu"."""
