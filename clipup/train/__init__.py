@@ -22,43 +22,7 @@ stream WebDataset shards live for the whole run, so that from the second epoch o
 the same order, but other random crops.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .finite import NonFiniteGradients, NonFiniteWeights
-    from .loop import Trainer
-    from .result import Every, TrainingInterrupted, TrainResult
-    from .run import train
-    from .train_options import TrainOptions
+from ..extras import lazy_names
 
 # Imported on first access: the options alone need no torch.
-_LAZY = {
-    "Every": "result",
-    "NonFiniteGradients": "finite",
-    "NonFiniteWeights": "finite",
-    "TrainOptions": "train_options",
-    "TrainResult": "result",
-    "Trainer": "loop",
-    "TrainingInterrupted": "result",
-    "train": "run",
-}
-
-__all__ = [
-    "Every",
-    "NonFiniteGradients",
-    "NonFiniteWeights",
-    "TrainOptions",
-    "TrainResult",
-    "Trainer",
-    "TrainingInterrupted",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)
