@@ -18,19 +18,6 @@ _HEADS = ("proj", "text_projection", "attn_pool", "pooler")
 _DECODER = "text_decoder."
 
 
-def tower_parameters(model: nn.Module, tower: str) -> Group:
-    """All parameters of the "image" or the "text" tower, by full name.
-
-    In open_clip's CLIP the text tower is not a module. Its parameters are those of the model without the image tower's
-    and without the scale and bias of the logits.
-    """
-    path, module = tower_module(model, tower)
-    if path:
-        return {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
-    others = ("visual.", "logit_", _DECODER) if tower == "text" else ("logit_",)
-    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(others)}
-
-
 def layer_groups(model: nn.Module, tower: str) -> list[Group]:
     """The parameters of a tower in groups, as open_clip 4 forms them: the embeddings, each block, the head.
 
@@ -43,7 +30,10 @@ def layer_groups(model: nn.Module, tower: str) -> list[Group]:
         tower: "image" or "text".
     """
     path, module = tower_module(model, tower)
-    parameters = tower_parameters(model, tower)
+    # A text tower that is not a module of its own: the model's parameters without those of the other towers.
+    others = ("visual.", "logit_", _DECODER) if tower == "text" else ("logit_",)
+    named = module.named_parameters(path)
+    parameters = {name: parameter for name, parameter in named if path or not name.startswith(others)}
     if isinstance(module, TimmModel) or is_timm(module):
         return _timm_groups(path, module, parameters)
     try:
@@ -54,24 +44,18 @@ def layer_groups(model: nn.Module, tower: str) -> list[Group]:
     last = 0
     for name, parameter in parameters.items():
         block = next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        parts = name.removeprefix(f"{path}.").split(".")
         if block is not None:
             last = block + 1
             groups[last][name] = parameter
-        elif _is_head(name.removeprefix(f"{path}.")):
+        elif parts[0] in _HEADS or parts[:2] == ["transformer", "pooler"]:
             groups[-1][name] = parameter
         else:
             # A final norm is defined after the blocks. A CLIP registers its embeddings after its text transformer, so
             # there the names decide.
-            is_norm = name.removeprefix(f"{path}.").split(".")[0].startswith("ln_")
-            after = last > 0 and (is_norm or isinstance(module, HFTextEncoder))
+            after = last > 0 and (parts[0].startswith("ln_") or isinstance(module, HFTextEncoder))
             groups[len(blocks) if after else 0][name] = parameter
     return [group for group in groups if group]
-
-
-def _is_head(name: str) -> bool:
-    """name: within the tower."""
-    parts = name.split(".")
-    return parts[0] in _HEADS or parts[:2] == ["transformer", "pooler"]
 
 
 def _timm_groups(path: str, module: nn.Module, parameters: Group) -> list[Group]:

@@ -101,12 +101,9 @@ def _make_text_padding_aware(model: nn.Module) -> bool:
     tower: Any = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
     if type(tower) not in _TOWERS or type(tower.transformer) is not Transformer:
         return False
-    if not getattr(tower.transformer, "batch_first", True):  # open_clip 4 has no other order
-        return False
-    blocks = tower.transformer.resblocks
-    if not all(type(block) in _BLOCKS for block in blocks):
-        return False
-    if not (_returns_end_of_text(tower) and _is_causal(tower.attn_mask)):
+    blocks, batch_first = tower.transformer.resblocks, getattr(tower.transformer, "batch_first", True)  # in open_clip 3
+    known = batch_first and all(type(block) in _BLOCKS for block in blocks)
+    if not (known and _returns_end_of_text(tower) and _is_causal(tower.attn_mask)):
         return False
     tower.__class__ = _TOWERS[type(tower)]
     tower.transformer.__class__ = PaddingAwareTransformer

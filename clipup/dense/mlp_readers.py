@@ -59,11 +59,6 @@ def _read_sequential(mlp: Any) -> DenseMLP:
     return read_linears({"in": first, "out": second}, activation, dropout=dropout, **others)
 
 
-def _read_timm_glu(mlp: Any) -> DenseMLP:
-    order = ("in", "gate") if mlp.gate_last else ("gate", "in")
-    return _read_halves(order, mlp.fc1, mlp.fc2, activation=read_activation(mlp.act), **_between(mlp))
-
-
 def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **others: Any) -> DenseMLP:
     """A gated MLP in which one linear layer holds both projections into the hidden width, in this order."""
     check_linears(both, out)
@@ -75,15 +70,14 @@ def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **othe
     return DenseMLP(**fields, **others)
 
 
-def _geglu_others(mlp: Any) -> dict[str, Any]:
+def _dropout(mlp: Any) -> float:
+    """The dropout between the projections of timm's MLPs; dropout after them is refused."""
     refuse_dropout("drop2", mlp.drop2)
-    return {"dropout": read_dropout("drop1", mlp.drop1), "input_norm": mlp.norm}
+    return read_dropout("drop1", mlp.drop1)
 
 
 def _between(mlp: Any) -> dict[str, Any]:
-    """The parts of timm's MLPs between their projections; dropout after them is refused."""
-    refuse_dropout("drop2", mlp.drop2)
-    return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
+    return {"dropout": _dropout(mlp), **read_norm("norm", mlp.norm)}
 
 
 def _linears(
@@ -95,22 +89,9 @@ def _linears(
     )
 
 
-def _read_modern_bert(mlp: Any) -> DenseMLP:
-    """The first half is activated."""
-    dropout = read_dropout("drop", mlp.drop)
-    return _read_halves(("gate", "in"), mlp.Wi, mlp.Wo, activation=read_activation(mlp.act), dropout=dropout)
-
-
 _FC = {"in": "fc1", "out": "fc2"}
 _UP_DOWN = {"in": "up_proj", "out": "down_proj"}
 _GATE_UP_DOWN = {**_UP_DOWN, "gate": "gate_proj"}
-
-
-def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
-    """The second projection is in the module that also adds the residual and normalizes, which stays."""
-    return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
-
-
 _OPEN_CLIP_BLOCKS = (
     "open_clip.transformer.ResidualAttentionBlock",
     "open_clip.transformer.CustomResidualAttentionBlock",
@@ -148,7 +129,13 @@ def _llama(model: str, name: str) -> Family:
 
 def _pair(model: str, name: str) -> Family:
     parts = (("intermediate", full_name(model, f"{name}Intermediate")), ("output", full_name(model, f"{name}Output")))
-    return Family((full_name(model, f"{name}Layer"),), parts, _read_bert, passed=("output.dense",))
+    # the second projection is in the module that also adds the residual and normalizes, which stays
+    return Family(
+        (full_name(model, f"{name}Layer"),),
+        parts,
+        lambda first, second: read_linears({"in": first.dense, "out": second.dense}, first.intermediate_act_fn),
+        passed=("output.dense",),
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -160,11 +147,38 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _timm("timm.layers.mlp.Mlp", _linears(_FC, "act", _between)),
     _timm("timm.layers.mlp.SwiGLU", _linears({"in": "fc1_x", "gate": "fc1_g", "out": "fc2"}, "act", _between)),
-    _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
-    _timm("timm.models.vitamin.GeGluMlp", _linears({"in": "w1", "gate": "w0", "out": "w2"}, "act", _geglu_others)),
+    _timm(
+        "timm.layers.mlp.GluMlp",
+        lambda mlp: _read_halves(
+            ("in", "gate") if mlp.gate_last else ("gate", "in"),
+            mlp.fc1,
+            mlp.fc2,
+            activation=read_activation(mlp.act),
+            **_between(mlp),
+        ),
+    ),
+    _timm(
+        "timm.models.vitamin.GeGluMlp",
+        _linears(
+            {"in": "w1", "gate": "w0", "out": "w2"},
+            "act",
+            lambda mlp: {"dropout": _dropout(mlp), "input_norm": mlp.norm},
+        ),
+    ),
     _mt5("MT5DenseActDense", {"in": "wi", "out": "wo"}),
     _mt5("MT5DenseGatedActDense", {"in": "wi_1", "gate": "wi_0", "out": "wo"}),
-    _hugging_face("modernbert", "ModernBertEncoderLayer", "ModernBertMLP", _read_modern_bert),
+    _hugging_face(
+        "modernbert",
+        "ModernBertEncoderLayer",
+        "ModernBertMLP",
+        lambda mlp: _read_halves(  # the first half is activated
+            ("gate", "in"),
+            mlp.Wi,
+            mlp.Wo,
+            activation=read_activation(mlp.act),
+            dropout=read_dropout("drop", mlp.drop),
+        ),
+    ),
     _pair("bert", "Bert"),
     _pair("roberta", "Roberta"),
     _pair("xlm_roberta", "XLMRoberta"),
