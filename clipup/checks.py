@@ -112,7 +112,9 @@ def read_json(path: Path, argument: str = "") -> Any:
 
 
 def plain_weights(name: str, model: Any) -> None:
-    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are not parameters."""
+    """Refuses what is not a module, and a model that ``clipup.accelerate`` has prepared: its packed weights are not
+    parameters."""
+    module(name, model)
     if any(getattr(type(module), "is_prepared", False) for module in model.modules()):
         raise ValueError(f"{name} was prepared by clipup.accelerate, for inference; pass the plain model")
 

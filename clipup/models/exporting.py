@@ -47,7 +47,6 @@ def export_encoders(model: nn.Module) -> dict[str, Any]:
         TypeError: no such model.
         ValueError: it is prepared; the packed weights are those of this CPU.
     """
-    checks.module("model", model)
     checks.plain_weights("model", model)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     inputs = dict(zip(("image", "text"), random_inputs(model, 2), strict=True))

@@ -238,7 +238,6 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         ValueError: the weights do not fit, the file's configs are those of another function, it contains more than
             weights, or ``clipup.accelerate`` prepared the model. The model is unchanged.
     """
-    checks.module("model", model)
     checks.plain_weights("model", model)
     file = read_weights(path)
     check_configs(model, file.configs, path)

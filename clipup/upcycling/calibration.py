@@ -46,7 +46,6 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
             batches.
         FloatingPointError: the error of a layer became NaN or infinite.
     """
-    checks.module("model", model)
     checks.module("dense", dense)
     checks.positive_number("lr", lr)
     config, students = getattr(model, "moe_config", None), moe_layers(model)

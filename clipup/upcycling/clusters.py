@@ -54,7 +54,6 @@ def initialize_by_clusters(
     Raises:
         TypeError, ValueError: a wrong argument, by name; no sparse layers, batches or fewer tokens than experts.
     """
-    checks.module("model", model)
     checks.plain_weights("model", model)
     checks.number("energy", energy)
     checks.check("energy", energy, 0 < energy <= 1, "above 0 and at most 1")

@@ -84,8 +84,7 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
                 f"{depth} blocks; lower it, or select every block"
             )
         return chosen[-last:]
-    outside = [index for index in config.blocks if not -depth <= index < depth]
-    if outside:
+    if outside := [index for index in config.blocks if not -depth <= index < depth]:
         raise ValueError(
             f"blocks names {outside}, but the {tower} tower has {depth} blocks (0 to {depth - 1}); name some of these"
         )

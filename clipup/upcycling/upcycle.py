@@ -50,7 +50,6 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")
     for dense in models:
-        checks.module("model", dense)
         checks.plain_weights("model", dense)
     first = models[0]
     if config is None:
