@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -61,10 +60,10 @@ def _acquire(path: Path, directory: Path, advice: str) -> int | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(file, 1000, 0)
+            holder = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
             os.close(file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DirectoryInUse(f"{directory} is in use by {_describe(holder)}; {advice}") from None
+                raise DirectoryInUse(f"{directory} is in use by {holder}; {advice}") from None
             if error.errno not in _UNSUPPORTED:
                 raise
             _LOG.warning("%s is on a file system without locks: make sure that nothing else writes there", directory)
@@ -73,9 +72,9 @@ def _acquire(path: Path, directory: Path, advice: str) -> int | None:
             break
         os.close(file)  # the previous holder removed the file after it was opened here
     _held.add(file)
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
     os.truncate(file, 0)
-    os.pwrite(file, json.dumps(about).encode(), 0)
+    os.pwrite(file, holder.encode(), 0)
     return file
 
 
@@ -94,14 +93,6 @@ def _is_current(path: Path, file: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:
         return False
-
-
-def _describe(holder: bytes) -> str:
-    try:
-        about = json.loads(holder)
-        return f"process {about['pid']} on {about['host']}, since {about['since']}"
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return "another process"
 
 
 def _close_in_child() -> None:

@@ -134,6 +134,5 @@ def refuse_idle(argv: Sequence[str], idle: Mapping[str, str]) -> None:
     set_flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
     given = {flag[2:].replace("-", "_").removeprefix("no_"): flag for flag in set_flags}  # by the fields that they set
     for why in idle.values():
-        same = [flag for name, flag in given.items() if idle.get(name) == why]
-        if same:
+        if same := [flag for name, flag in given.items() if idle.get(name) == why]:
             raise ValueError(f"{', '.join(same)} {'has' if len(same) == 1 else 'have'} no effect {why}")

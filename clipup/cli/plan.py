@@ -150,14 +150,11 @@ def main(argv: list[str]) -> int:
         best = None if proposed is None else as_json(proposed, cluster, length)
         print(json.dumps({"plan": as_json(made, cluster, length), "proposed": best}))
         return 0
-    print(_heading(options, cluster), as_text(made, cluster, length), _proposal(made, proposed, cluster), sep="\n")
-    return 0
-
-
-def _heading(options: Options, cluster: Cluster) -> str:
     name = f"CLIP-UP of {options.model}" if options.moe else options.model
     run = f"{name} in {options.precision}, global batch {options.batch:,}, on {cluster.gpus} {options.gpu}"
-    return f"{run}\nconstants: {cluster.card.source}\n"
+    print(f"{run}\nconstants: {cluster.card.source}\n")
+    print(as_text(made, cluster, length), _proposal(made, proposed, cluster), sep="\n")
+    return 0
 
 
 def _proposal(made: Plan, proposed: Plan | None, cluster: Cluster) -> str:

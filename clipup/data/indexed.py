@@ -12,9 +12,9 @@ that each can have any batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -129,7 +129,10 @@ class IndexedBatches(Dataset):
             for position, row, seed in zip(positions.tolist(), rows.tolist(), seeds.tolist(), strict=True):
                 sample = None
                 notes.met += 1  # spares are met at their own places
-                for candidate in islice(self._candidates(epoch, position, row), self.most_tries - tries):
+                spares = (
+                    int(self.order.rows_at(epoch, np.array([spare]))[0]) for spare in self.batches.spares(position)
+                )
+                for candidate in islice(chain([row], spares), self.most_tries - tries):
                     tries += 1
                     sample = self.samples.read(candidate, seed)
                     if sample is not None:
@@ -142,12 +145,6 @@ class IndexedBatches(Dataset):
                 image, captions = sample
                 pairs.append((image, self.tokens(captions[seed % len(captions)])))
         return (*default_collate(pairs), notes.report())
-
-    def _candidates(self, epoch: int, position: int, row: int) -> Iterator[int]:
-        """The row at a position, then its spares."""
-        yield row
-        for spare in self.batches.spares(position):
-            yield int(self.order.rows_at(epoch, np.array([spare]))[0])
 
 
 class _Cached:

@@ -46,11 +46,6 @@ class Reading(NamedTuple):
     """Evaluation samples of the data with this name; the last argument: the option's name in messages."""
 
 
-def _shard_source(options: TrainingDataOptions, shards: list[str], reader: Reader, progress: bool) -> Source:
-    first = reader.rank * len(shards) // reader.world_size  # a rank finds in the cache what others have read
-    return ShardSource(shards, reader.skips, options.workers, first, options.data_retries, progress)
-
-
 _READINGS = {
     "csv": Reading(
         lambda options: [],
@@ -61,7 +56,14 @@ _READINGS = {
     ),
     "webdataset": Reading(
         lambda options: expand_shards(options.source, "train_data", options.allow_pipe),
-        _shard_source,
+        lambda options, shards, reader, progress: ShardSource(
+            shards,
+            reader.skips,
+            options.workers,
+            reader.rank * len(shards) // reader.world_size,  # a rank finds in the cache what others have read
+            options.data_retries,
+            progress,
+        ),
         lambda source, options, skips, argument: tar_samples(expand_shards(source, argument), skips, argument),
     ),
 }

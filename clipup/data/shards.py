@@ -204,10 +204,5 @@ def _kept_or_read(shard: str, expected: int | None) -> Contents:
         noted = np.array(json.dumps([about, index.samples, index.notes]))
         with suppress(OSError):  # without a cache directory that can be written to, the shard is read again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_files({path: lambda file: _write(file, about=noted, places=index.complete)})
+            replace_files({path: partial(np.savez_compressed, about=noted, places=index.complete)})
     return index
-
-
-def _write(path: Path, **arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -11,14 +11,13 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
+
+from typing_extensions import Self
 
 from ..progress import printable
 from .shard_writer import SIZES_FILE
 from .skips import raise_lack
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""

@@ -69,10 +69,6 @@ class TrainData:
     shards: str = ""
     """Of streamed data: a digest of which shards there are."""
 
-    @property
-    def accum_freq(self) -> int:
-        return self.reader.step.accum_freq
-
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that must be the same on all ranks, by name."""
         groups = self.options, self.reader.step
@@ -99,7 +95,7 @@ class TrainData:
         """
         self.reader.epoch.value = epoch
         if self.places is not None:
-            self.places.epoch, self.places.first = epoch, first_step * self.accum_freq
+            self.places.epoch, self.places.first = epoch, first_step * self.reader.step.accum_freq
         else:
             check("first_step", first_step, first_step == 0, "0 for streamed data, which start at an epoch's beginning")
         own = (self.reader.rank,) if self.reader.rank else ()  # so that ranks do not augment alike

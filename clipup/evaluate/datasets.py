@@ -269,12 +269,10 @@ def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
 
 def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) -> RetrievalSet:
     """Records of images in ``root``. All must exist and have a caption: skipping one would change the recall."""
-    outside = [name for name, _ in pairs if leaves(str(name))]
-    if outside:
+    if outside := [name for name, _ in pairs if leaves(str(name))]:
         raise ValueError(f"annotations: {source} names {outside[0]}, which is not in {root}: do not trust it")
     pairs = [(root / name, captions) for name, captions in pairs]
-    unusable = [path for path, captions in pairs if not captions or not path.is_file()]
-    if unusable:
+    if unusable := [path for path, captions in pairs if not captions or not path.is_file()]:
         raise FileNotFoundError(
             f"root: {len(unusable)} of the {len(pairs)} images that {source} names are missing under {root} or have no "
             f"caption, the first is {unusable[0]}"

@@ -25,10 +25,6 @@ class Share:
     in_step: bool = False
     """Whether all processes must run the same number of batches, because none has all weights of the model."""
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. A collective."""
-        return any(self.gather(flag))
-
     def part(self, items: Sequence[Item], batch_size: int) -> list[Item]:
         """The items in this process's batches."""
         starts = range(self.index * batch_size, len(items), self.count * batch_size)
@@ -40,7 +36,7 @@ class Share:
         if not self.in_step:
             return [run(batch) for batch in batches]
         results: list[Result] = []
-        while self.any((batch := next(batches, None)) is not None):
+        while any(self.gather((batch := next(batches, None)) is not None)):
             result = run(filler() if batch is None else batch)
             results += [] if batch is None else [result]
         return results

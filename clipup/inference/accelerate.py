@@ -254,8 +254,7 @@ def _check_layers(selection: Selection) -> None:
 
 
 def _check(model: nn.Module, weights: str | None) -> None:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
-    if devices:
+    if devices := {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}:
         raise ValueError(f"the model is on {devices.pop()}, but it must be on the CPU; move it first: model.cpu()")
     for name, module in model.named_modules():
         if isinstance(module, Prepared):

@@ -256,8 +256,7 @@ def _earlier(directory: Path, images: Path, entries: Set[Entry]) -> Iterator[Ima
     Raises:
         ValueError: the directory holds anything else, also a damaged file.
     """
-    others = {path.name for path in directory.glob("[!.]*")} - {INDEX_FILE, PARTS}
-    if others:
+    if others := {path.name for path in directory.glob("[!.]*")} - {INDEX_FILE, PARTS}:
         raise ValueError(f"out: {directory} holds {min(others)}; expected an index, or a new or empty directory")
     for source in [*[directory] * (directory / INDEX_FILE).exists(), *_parts(directory)]:
         index = ImageIndex.load(source)
