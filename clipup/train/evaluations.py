@@ -60,11 +60,8 @@ def validations(
         found.append(
             Validation("retrieval", options.val_frequency, measure, lambda numbers: [{**of, "retrieval": numbers}])
         )
-    sets = {}
-    if options.imagenet_val is not None:
-        sets["imagenet_val"] = options.imagenet_val, imagenet(options.imagenet_val)
-    if options.imagenet_v2 is not None:
-        sets["imagenet_v2"] = options.imagenet_v2, imagenet_v2(options.imagenet_v2)
+    readers = {"imagenet_val": (options.imagenet_val, imagenet), "imagenet_v2": (options.imagenet_v2, imagenet_v2)}
+    sets = {name: (root, read(root)) for name, (root, read) in readers.items() if root is not None}
     if sets:
         measure = _zero_shot({name: images for name, (_, images) in sets.items()}, reading, built, **common)
         found.append(

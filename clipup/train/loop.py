@@ -115,7 +115,8 @@ class Trainer:
 
     @property
     def _is_done(self) -> bool:
-        return self.schedule.is_reached(self.state.step, self.state.epoch)
+        options = self.schedule.options
+        return self.state.step >= self.schedule.steps or not options.steps and self.state.epoch >= options.epochs
 
     def result_before(self) -> TrainResult:
         """The result of a run that was finished before. Writes nothing."""
@@ -357,8 +358,8 @@ class Trainer:
             return
         results: list[dict[str, Any]] = []
         for validation in self.validations:
-            numbers = self.state.numbers_now(validation.name)
-            results += validation.results(numbers) if numbers else []
+            step, numbers = self.state.validated.get(validation.name, (-1, None))
+            results += validation.results(numbers) if numbers and step == self.state.step else []
         precision = {"precision": self.step.precision}
         self.trained_model.save(self.ranks, [each | precision for each in results])
         if self.directory is not None:

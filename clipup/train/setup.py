@@ -124,8 +124,7 @@ def build_model(
     built = Built(model, given[0], given[1], tokenizer, model_cfg)
     if model_cfg is not None:
         built.model_cfg = model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
-        differences = architecture.differences(model, model_cfg, saved_config(model))
-        if differences:
+        if differences := architecture.differences(model, model_cfg, saved_config(model)):
             raise ValueError(
                 f"model: it is another than {name!r}, as which it would be saved: {listed(differences)}. Give the name "
                 "of the model that is trained, or leave model out of the options (then no model directory is saved; "

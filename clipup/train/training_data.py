@@ -22,8 +22,8 @@ class Epochs:
         Raises:
             ValueError: fewer than ``accum_freq`` batches per epoch, or ``TrainData`` for another ``accum_freq``.
         """
-        if isinstance(loader, TrainData) and loader.accum_freq != accum_freq:
-            raise ValueError(f"accum_freq is {accum_freq}, but the loader was made with {loader.accum_freq}")
+        if isinstance(loader, TrainData) and (made_with := loader.reader.step.accum_freq) != accum_freq:
+            raise ValueError(f"accum_freq is {accum_freq}, but the loader was made with {made_with}")
         self._info = loader
         self.order: dict[str, Any] | None = getattr(loader, "order", None)
         """What the samples of a step depend on besides seed and epoch; None where an epoch can only be read from its

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from .format import format_of
 from .options import RunDirectoryOptions
 from .position import RunState
 from .resume import Conditions, restore_position
-from .sharded_writer import ShardedWriter
-
-LOG = logging.getLogger("clipup.train")
+from .sharded_writer import LOG, ShardedWriter
 
 
 class Checkpointer:

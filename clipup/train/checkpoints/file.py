@@ -59,8 +59,7 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint, ours or open_clip_train's."""
     check_archive(path)
     state = read_pickle(path)
-    missing = [key for key in _REQUIRED if key not in state]
-    if missing:
+    if missing := [key for key in _REQUIRED if key not in state]:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}, so it is not a checkpoint of a run; to start from weights alone "
             "use --pretrained"

@@ -36,11 +36,6 @@ class RunState:
     last_checkpoint: Path | None = None
     """The last complete checkpoint. Not saved itself."""
 
-    def numbers_now(self, validation: str) -> dict[str, Any] | None:
-        """The numbers of a validation, if it was done at the current step; on rank 0."""
-        step, numbers = self.validated.get(validation, (-1, None))
-        return numbers if step == self.step else None
-
     def state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint."""
         return copy.deepcopy({name: getattr(self, name) for name in _SAVED})

@@ -1,1 +1,1 @@
-"""What a run records and shows: metrics, evaluations, warnings, trackers, copies at another place."""
+"""What a run records and shows: metrics, evaluations, warnings, trackers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,16 +48,18 @@ class Recorder:
             log.addHandler(self._handler)
 
     def add(self, kind: str, record: Record) -> None:
-        """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None."""
-        record = _plain(record)
+        """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None; what users' callbacks
+        return, of numpy and torch, becomes numbers and lists."""
+        text = json.dumps(record, default=lambda value: value.tolist())
+        record = json.loads(text, parse_constant=lambda constant: None)
         if self._directory is None:
             self._memory[kind].append(record)
         else:
             with open(self._directory / f"{kind}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if kind != "warnings":
-            words = (f"{key} {_short(value)}" for key, value in record.items() if key != "layers")
-            LOG.info("%s: %s", kind, " ".join(words))
+            shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in record.items()}
+            LOG.info("%s: %s", kind, " ".join(f"{key} {text}" for key, text in shown.items() if key != "layers"))
             numbers = named_numbers("train" if kind == "metrics" else "val", record)
             self._tell(lambda tracker: tracker.log(numbers, step=record["step"]))
 
@@ -127,17 +128,3 @@ def named_numbers(prefix: str, value: Any) -> dict[str, float]:
         return {prefix: value}
     items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
     return {path: number for key, of_key in items for path, number in named_numbers(f"{prefix}/{key}", of_key).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if hasattr(value, "tolist"):  # what users' callbacks return, of numpy and torch
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

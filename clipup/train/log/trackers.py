@@ -54,21 +54,21 @@ def create_trackers(
             checkpoint of its own.
     """
     run = {"project": options.wandb_project_name, "name": directory.name, "config": config}
-    trackers = []
-    for name in sorted(options.trackers()):
+
+    def create(name: str) -> Tracker:
         module = tracker_module(name)
         if name == "tensorboard":
             writer = module.SummaryWriter(str(directory / name), purge_step=steps_done + 1)
-            trackers.append(Tracker(name, partial(_log_scalars, writer), _either_way(writer.close)))
-        elif name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
+            return Tracker(name, partial(_log_scalars, writer), lambda failed: writer.close())
+        if name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
             place = {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
             run_id = _wandb_id(directory, continues)
             module.init(**run, **place, id=run_id, notes=options.wandb_notes, resume="allow")
-            trackers.append(Tracker(name, module.log, partial(_finish_wandb, module)))
-        else:  # into its local database
-            module.init(**run, resume="allow" if continues else "never")
-            trackers.append(Tracker(name, module.log, _either_way(module.finish)))
-    return trackers
+            return Tracker(name, module.log, lambda failed: module.finish(exit_code=int(failed)))
+        module.init(**run, resume="allow" if continues else "never")  # trackio, into its local database
+        return Tracker(name, module.log, lambda failed: module.finish())
+
+    return [create(name) for name in sorted(options.trackers())]
 
 
 def _wandb_id(directory: Path, continues: bool) -> str:
@@ -78,14 +78,6 @@ def _wandb_id(directory: Path, continues: bool) -> str:
         file.parent.mkdir(exist_ok=True)
         file.write_text(uuid4().hex, encoding="utf-8")
     return file.read_text(encoding="utf-8")
-
-
-def _finish_wandb(wandb: Any, failed: bool) -> None:
-    wandb.finish(exit_code=int(failed))
-
-
-def _either_way(close: Callable[[], object]) -> Callable[[bool], object]:
-    return lambda failed: close()
 
 
 def _log_scalars(writer: Any, numbers: dict[str, float], step: int) -> None:

@@ -52,10 +52,6 @@ class Schedule:
             if steps > self.steps
         ]
 
-    def is_reached(self, step: int, epoch: int) -> bool:
-        """Whether a run that has done so many steps, and whole epochs, is at its end."""
-        return step >= self.steps or not self.options.steps and epoch >= self.options.epochs
-
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0, without any group's ``lr_scale``."""
         options, warmup = self.options, self.warmup
