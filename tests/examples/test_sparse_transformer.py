@@ -1,23 +1,10 @@
-import importlib.util
-from pathlib import Path
-
-import pytest
+import sparse_transformer as example
 import torch
 
 from clipup import aux_loss, moe_layers, moe_metrics
 
-PATH = Path(__file__).parents[2] / "examples" / "sparse_transformer.py"
 
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_loss_falls_and_every_loss_is_taken(example, capsys):
+def test_loss_falls_and_every_loss_is_taken(capsys):
     model, history = example.train(steps=40, batch_size=16)
     assert sum(history[-10:]) / 10 < 0.8 * history[0]
     assert len(moe_layers(model)) == 2 and aux_loss(model) == 0
@@ -25,7 +12,7 @@ def test_loss_falls_and_every_loss_is_taken(example, capsys):
     assert "digits right on fresh sequences" in capsys.readouterr().out
 
 
-def test_padding_takes_no_part_in_routing(example):
+def test_padding_takes_no_part_in_routing():
     model = example.SortingTransformer()
     sequences, _ = example.make_batch(8, torch.Generator().manual_seed(0))
     model(sequences)

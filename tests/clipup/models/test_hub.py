@@ -95,10 +95,7 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
         ("hf-hub:org/sparse", None, "hf-hub:org/sparse"),
     ],
 )
-def test_without_a_network_uncached_weights_are_named_with_what_to_do(
-    monkeypatch, tmp_path, caplog, name, pretrained, what
-):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def test_without_a_network_uncached_weights_are_named_with_what_to_do(tmp_path, caplog, name, pretrained, what):
     with pytest.raises(FileNotFoundError, match="cannot be downloaded") as caught:
         clipup.create_model_and_transforms(name, pretrained, cache_dir=str(tmp_path))
     assert str(caught.value).startswith(what) and f" is not in the cache {tmp_path} " in str(caught.value)
