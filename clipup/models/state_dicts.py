@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..checks import read_json, without_numpy
-from ..moe.expert_parallel import is_distributed
+from ..moe.expert_parallel import shard_of
 from . import shard_files
 from .model_directory import CONFIG_NAME, WEIGHTS_NAME
 
@@ -287,9 +287,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
     """
     for name, tensor in tensors.items():
-        sharded: Any = tensor
-        part = (sharded.to_local() if is_distributed(tensor) else tensor).detach()
-        if part.is_floating_point() and part.numel() and not torch.linalg.vector_norm(part, math.inf).isfinite():
-            if not ((part == 0) | (part == -math.inf)).all():
-                return name
+        part = shard_of(tensor).detach()
+        if (
+            part.is_floating_point()
+            and part.numel()
+            and not torch.linalg.vector_norm(part, math.inf).isfinite()
+            and not ((part == 0) | (part == -math.inf)).all()
+        ):
+            return name
     return None

@@ -29,6 +29,12 @@ def is_distributed(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
+def shard_of(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
+    sharded: Any = tensor
+    return sharded.to_local().detach() if is_distributed(tensor) else tensor
+
+
 def local(tensor: Any) -> Any:
     """What a rank computes with: of a DTensor its shard of the experts (axis 0), whole in all other axes. Anything else
     as it is. Ranks that compute with the same part have tokens of their own, so its gradient is the sum of theirs."""

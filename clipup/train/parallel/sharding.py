@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...clip.towers import tower_blocks, towers
-from ...moe.expert_parallel import is_distributed
+from ...moe.expert_parallel import is_distributed, shard_of
 from ...moe.layer import SparseMoE, moe_layers
 from ...moe.router import Router
 from ...precision import Precision
@@ -226,12 +226,6 @@ def finish_gradients(model: nn.Module, world_size: int) -> None:
     for gradient in filter(is_distributed, gradients):
         if _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
             shard_of(gradient).div_(gradient.device_mesh[_EP].size())
-
-
-def shard_of(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
-    sharded: Any = tensor
-    return sharded.to_local().detach() if is_distributed(tensor) else tensor
 
 
 @torch.no_grad()
