@@ -31,7 +31,6 @@ _WITH_ANNOTATIONS = ("coco", "flickr30k")
 _NAMED_BY_ROOT = ("imagenet-v2", "webdataset", "csv")  # --root decides what is measured, so results name it
 _DATASET = {"with --dataset": lambda group: group.dataset is not None}
 _NO_DATASET = {"without --dataset": lambda group: group.dataset is None}
-_ONE_SPLIT = {"on imagenet-v2, or on files named by --root, which are one split": lambda group: group.is_one_split}
 _NO_RETRIEVAL = {
     "without data for retrieval (--val-data)": lambda group: group.val_data is None and group.dataset not in _RETRIEVAL
 }
@@ -68,7 +67,11 @@ class Options(EncodingOptions):
     as given in its directory; csv: retrieval."""
     root: str | None = None
     """Directory of the benchmark; for webdataset also a shard pattern, for csv also the file."""
-    split: str = option("test", idle=_NO_DATASET | _ONE_SPLIT)
+    split: str = option(
+        "test",
+        idle=_NO_DATASET
+        | {"on imagenet-v2, or on files named by --root, which are one split": lambda group: group.is_one_split},
+    )
     """Split of the benchmark."""
     annotations: Path | None = option(
         None, idle={"without --dataset coco or flickr30k": lambda group: group.dataset not in _WITH_ANNOTATIONS}

@@ -71,12 +71,15 @@ def pass_padding_on(block: Any, to: type) -> bool:
 def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """A hook in front of a sparse layer's forward; whatever class the layer has, plain or prepared."""
     mask = _threads.state.token_mask
-    if mask is None or len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
+    if (
+        mask is None
+        or len(args) > 1
+        or "mask" in kwargs
+        or not layer.config.padding_aware
+        or mask.shape[-1] != args[0].shape[-2]  # with a cache, keys are more than the new tokens, none of them padding
+    ):
         return None
-    shape = args[0].shape[:-1]
-    if mask.shape[-1] != shape[-1]:
-        return None  # with a cache, keys are more than the new tokens, which are none of the padding
-    return (*args, mask.expand(shape)), kwargs  # by position, as hooks of others see it
+    return (*args, mask.expand(args[0].shape[:-1])), kwargs  # by position, as hooks of others see it
 
 
 def attended_tokens(attn_mask: Any) -> Tensor | None:

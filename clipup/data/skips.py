@@ -104,7 +104,8 @@ class Retries:
         while True:
             try:
                 result = read()
-                break
+                self._left = self.retries
+                return result
             except OSError as error:
                 if error.errno in _LASTING:
                     raise
@@ -114,8 +115,6 @@ class Retries:
                 _LOG.warning("reads %s again: %s", name(), error)
             sleep(FIRST_PAUSE * 2 ** min(number, _DOUBLINGS) * random.Random().uniform(0.5, 1.5))
             number += 1
-        self._left = self.retries
-        return result
 
 
 def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Retries) -> Result:

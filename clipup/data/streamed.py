@@ -85,8 +85,7 @@ class StreamedBatches(IterableDataset):
         factors = options.train_data_upsampling_factors
         self.weights = None if factors is None else shard_weights(options.source, factors, options.allow_pipe)
         self.sizes = sizes_of(shards)
-        self.notes = Notes()
-        self.retried = Retries(options.data_retries)
+        self.notes, self.retried = Notes(), Retries(options.data_retries)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Report]]:
         served, size = 0, self.reader.step.batch_size

@@ -73,10 +73,11 @@ def reduce_to_clusters(
     for expert in range(len(experts["in_weight"])):
         x = rows[owner == expert]
         hidden = reduced_linear("in", expert, x)
-        if "gate_weight" in experts:
-            hidden = activate(reduced_linear("gate", expert, x), activation) * hidden
-        else:
-            hidden = activate(hidden, activation)
+        hidden = (
+            activate(reduced_linear("gate", expert, x), activation) * hidden
+            if "gate_weight" in experts
+            else activate(hidden, activation)
+        )
         if "ln_weight" in experts:
             weight, bias = (experts[name][expert].float().cpu() for name in ("ln_weight", "ln_bias"))
             hidden = F.layer_norm(hidden, hidden.shape[-1:], weight, bias, ln_eps)

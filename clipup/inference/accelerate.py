@@ -133,7 +133,8 @@ def accelerate(
     selection = Selection(model, weights, exclude)
     _check_layers(selection)
     chosen = selection.chosen
-    if _has_towers(model):
+    bases = {base.__module__.partition(".")[0] for part in model.modules() for base in type(part).__mro__}
+    if not bases.isdisjoint(("open_clip", "timm", "transformers")):  # whose towers can skip padding
         from ..clip.padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)  # first, so that calibration sees what the prepared model computes
@@ -144,12 +145,6 @@ def accelerate(
 
         let_transformers_save(model)
     return model
-
-
-def _has_towers(model: nn.Module) -> bool:
-    """Whether a module is of one of the libraries whose towers can skip padding, or derives from theirs."""
-    bases = {base.__module__.partition(".")[0] for part in model.modules() for base in type(part).__mro__}
-    return not bases.isdisjoint(("open_clip", "timm", "transformers"))
 
 
 def _calibrations(

@@ -75,11 +75,13 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
         yield
         return
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
-    file = file or "open_clip_model.safetensors"
-    place = f"{file} of https://huggingface.co/{repository}" if repository else tag.get("url", "")
+    on_page = f"{file or 'open_clip_model.safetensors'} of https://huggingface.co/{repository}"
+    place = on_page if repository else tag.get("url", "")
     what = f"{model_name} with the weights {pretrained!r} ({place})" if tag else model_name
-    trusted = not (on_hub or hf_name)  # open_clip's own models
-    with nullcontext() if trusted else hub.refusing_code(what), hub.naming_what_is_missing(what, cache_dir):
+    with (
+        hub.refusing_code(what) if on_hub or hf_name else nullcontext(),  # open_clip's own models are trusted
+        hub.naming_what_is_missing(what, cache_dir),
+    ):
         yield
 
 

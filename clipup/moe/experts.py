@@ -208,10 +208,11 @@ def unfused_mlp(
         [R, D] of rows' type.
     """
     hidden = grouped_linear(rows, in_weight, in_bias, offsets)
-    if gate_weight is None:
-        hidden = activate(hidden, activation)
-    else:
-        hidden = activate(grouped_linear(rows, gate_weight, gate_bias, offsets), activation) * hidden
+    hidden = (
+        activate(hidden, activation)
+        if gate_weight is None
+        else activate(grouped_linear(rows, gate_weight, gate_bias, offsets), activation) * hidden
+    )
     hidden = F.dropout(hidden, dropout)
     if ln_weight is not None and ln_bias is not None:
         hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, offsets, ln_eps)

@@ -91,10 +91,11 @@ def step_time(
     Args:
         held_bytes: size of the parameters that a rank updates.
     """
-    if rates.images_per_second is not None:
-        compute = options.step.batch_size * options.step.accum_freq / rates.images_per_second
-    else:
-        compute = step_flops(subject, options, gpus) / (rates.mfu * card.peak(subject.precision) * 1e12)
+    compute = (
+        options.step.batch_size * options.step.accum_freq / rates.images_per_second
+        if rates.images_per_second is not None
+        else step_flops(subject, options, gpus) / (rates.mfu * card.peak(subject.precision) * 1e12)
+    )
     by_kind: dict[str, float] = {}
     hidden = 0.0
     for transfer in transfers:

@@ -115,8 +115,8 @@ class Trainer:
 
     @property
     def _is_done(self) -> bool:
-        options = self.schedule.options
-        return self.state.step >= self.schedule.steps or not options.steps and self.state.epoch >= options.epochs
+        by_epochs = not self.schedule.options.steps and self.state.epoch >= self.schedule.options.epochs
+        return by_epochs or self.state.step >= self.schedule.steps
 
     def result_before(self) -> TrainResult:
         """The result of a run that was finished before. Writes nothing."""

@@ -123,18 +123,12 @@ class TrainStep:
             world_size: number of ranks.
             seed_batch: called with a batch's index before each of its forward passes, to seed the random numbers in it.
         """
-        self.model = model
-        self.module = unwrapped(model)
-        self.objective = objective
-        self.optimizer = optimizer
-        self.device = device
+        self.model, self.module, self.objective = model, unwrapped(model), objective
+        self.optimizer, self.grad_clip_norm = optimizer, grad_clip_norm
+        self.device, self.world_size, self.seed_batch = device, world_size, seed_batch
         self.precision: Precision = precision
-        self.grad_clip_norm = grad_clip_norm
-        self.world_size = world_size
-        self.seed_batch = seed_batch
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
         self._statistics = batch_statistics(self.module)
-        self._measure_routing = False
 
     def __call__(self, batches: Sequence[Batch], measure_routing: bool = False) -> StepResult:
         """measure_routing: whether the losses have the sparse layers' metrics."""

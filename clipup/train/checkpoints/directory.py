@@ -39,10 +39,8 @@ class RunDirectory:
     """Paths of a run, and who may write there."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.checkpoints = root / "checkpoints"
-        self.model = root / "model"
-        self.former_model = root / "model_before"
+        self.root, self.checkpoints = root, root / "checkpoints"
+        self.model, self.former_model = root / "model", root / "model_before"
 
     @contextmanager
     def locked(self, options: RunDirectoryOptions) -> Iterator[None]:

@@ -102,10 +102,11 @@ def prune(newest: Path, limit: int | None) -> None:
     usable, _ = in_order(newest.parent)
     last = _position(newest)
     older = [path for position, path in usable if position <= last and path != newest and path.name != LATEST]
-    if limit is None:
-        old = [path for path in older if path.name.startswith("step_")]
-    else:
-        old = older[: max(len(older) - (limit - (newest.name != LATEST)), 0)]
+    old = (
+        [path for path in older if path.name.startswith("step_")]
+        if limit is None
+        else older[: max(len(older) - (limit - (newest.name != LATEST)), 0)]
+    )
     for path in old:
         delete(path)
 
