@@ -65,14 +65,15 @@ def create_app(name: str | None = None) -> FastAPI:
     """The application, with the model of a directory or a name; by default that of MODEL."""
     name = name or os.environ["MODEL"]
     model, _, preprocess = clipup.create_model_and_transforms(name)
-    tokenizer, resize = clipup.get_tokenizer(name), resize_of(preprocess)
+    tokenizer, resize, dtype = clipup.get_tokenizer(name), resize_of(preprocess), next(model.parameters()).dtype
     each = int(os.environ.get("OMP_NUM_THREADS", 1))
     cores = int(os.environ.get("CORES", os.cpu_count() or 1))
     threads = ThreadPoolExecutor(max(cores // each, 1), initializer=torch.set_num_threads, initargs=(each,))
     images, texts = Batches(model.encode_image, threads), Batches(model.encode_text, threads)
 
     def read(content: bytes) -> Tensor:
-        return preprocess(upright(load_image(content, resize=resize)))  # JPEGs are decoded at a reduced scale
+        image = upright(load_image(content, resize=resize))  # JPEGs are decoded at a reduced scale
+        return preprocess(image).to(dtype)
 
     app = FastAPI()
 

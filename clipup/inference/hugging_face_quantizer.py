@@ -7,6 +7,7 @@ weights are created.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import torch
@@ -54,7 +55,9 @@ class Int8Quantizer(HfQuantizer):
         return {"": "cpu"} if device_map == "auto" else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self.dtype
+        if dtype != self.dtype:
+            raise ValueError(f"dtype is {dtype}, but the model was saved in int8 with {self.dtype}; leave it out")
+        return dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
         """None: tensors keep their types."""
@@ -66,6 +69,9 @@ class Int8Quantizer(HfQuantizer):
                 config.quantization_config = Int8Config(**int8_config(part))  # classes of towers read theirs alone
         tensors = int8_tensors(model)
         for path, module in model.named_modules():
+            if isinstance(module, Prepared):
+                plain = {f"{path}.{name}".lstrip("."): torch.empty(0) for name, _ in module.plain().named_parameters()}
+                tensors = plain | tensors  # of a size that transformers refuses if clipup is not imported
             for name in () if isinstance(module, Prepared) else module._non_persistent_buffers_set:
                 tensors.pop(f"{path}.{name}".lstrip("."), None)  # transformers computes them
         return tensors, {}
@@ -85,6 +91,8 @@ class Int8Quantizer(HfQuantizer):
                 holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             replace_module(model, layer.plain, holder)
             self.holders.append((prefix, layer, holder))
+            ignored = {rf"\b{re.escape(prefix + name)}$" for name, _ in layer.plain.named_parameters()}
+            model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

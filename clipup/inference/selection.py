@@ -94,7 +94,7 @@ class Selection:
                     fits = patches_can_be_prepared(child) and "forward" not in vars(parent)
                     self._choose(child, PreparedPatches, fits, child.weight)
                 elif _is_layer(child) and child not in self.chosen:
-                    place = f"{class_name(parent)} is not a supported block, attention or patch embedding"
+                    place = f"it is in {class_name(parent)}, not in a supported block, attention or patch embedding"
                     self.left.setdefault(child, place)
 
     def _decide(self, layers: Mapping[nn.Module, type[Prepared]], reason: str | None = None) -> None:

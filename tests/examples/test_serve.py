@@ -28,11 +28,12 @@ def example():
 
 
 @pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="int8 needs the C++ extension")
-def test_concurrent_requests_get_the_embeddings_of_the_model(example, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_concurrent_requests_get_the_embeddings_of_the_model(dtype, example, tmp_path):
     from fastapi.testclient import TestClient
 
     model, config = save_with_words(tmp_path / "plain")
-    fast = clipup.accelerate(model, weights="int8")
+    fast = clipup.accelerate(model.to(dtype), weights="int8")
     clipup.save_pretrained(fast, tmp_path / "int8", config, tokenizer_directory=f"local-dir:{tmp_path / 'plain'}")
     pictures = [picture(seed).resize((16, 16)) for seed in range(12)]  # the size of the model's input
     words = ["red", "green blue"] * 6
@@ -50,10 +51,10 @@ def test_concurrent_requests_get_the_embeddings_of_the_model(example, tmp_path):
         assert client.post("/text", json={"text": None}).status_code == 422
     preprocess = clipup.create_model_and_transforms(str(tmp_path / "int8"))[2]
     with torch.no_grad():
-        expected = fast.encode_image(torch.stack([preprocess(image) for image in pictures]), normalize=True)
-        torch.testing.assert_close(images, expected)
+        expected = fast.encode_image(torch.stack([preprocess(image).to(dtype) for image in pictures]), normalize=True)
+        torch.testing.assert_close(images.to(dtype), expected)
         tokens = clipup.get_tokenizer(str(tmp_path / "int8"))(words)
-        torch.testing.assert_close(texts, fast.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(texts.to(dtype), fast.encode_text(tokens, normalize=True))
 
 
 def test_inputs_that_wait_are_encoded_together_and_an_error_reaches_all_of_them(example):

@@ -37,7 +37,18 @@ def test_a_loaded_model_computes_the_same_bit_for_bit(name, sparse, tmp_path, mo
     plain = tiny_hugging_face(name)
     model = clipup.accelerate(clipup.upcycle(plain, CONFIG) if sparse else plain, weights="int8")
     model.save_pretrained(tmp_path)
-    assert_same(type(model).from_pretrained(tmp_path), model)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert_same(loaded, model)
+    assert not any(report.values())
+
+
+def test_transformers_refuses_the_files_if_clipup_is_not_imported(tmp_path, monkeypatch):
+    clipup.accelerate(tiny_hugging_face("CLIPModel"), weights="int8").save_pretrained(tmp_path)
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING, "clipup_int8")
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "clipup_int8")
+    for part in (transformers.CLIPModel, transformers.CLIPVisionModel, transformers.CLIPTextModel):
+        with pytest.raises(RuntimeError, match="mismatched"):
+            part.from_pretrained(tmp_path)
 
 
 def test_calibrated_excluded_and_bfloat16_layers_are_saved_again_and_again(tmp_path):
@@ -83,11 +94,13 @@ def test_damaged_and_foreign_files_are_refused(damage, message, tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
-def test_other_devices_are_refused(tmp_path):
+def test_other_devices_and_types_are_refused(tmp_path):
     model = clipup.accelerate(tiny_hugging_face("CLIPModel"), weights="int8")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="device_map has cuda"):
         transformers.AutoModel.from_pretrained(tmp_path, device_map="cuda")
+    with pytest.raises(ValueError, match="dtype is torch.bfloat16"):
+        transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_same(transformers.AutoModel.from_pretrained(tmp_path, device_map="cpu"), model)
 
 
