@@ -70,8 +70,8 @@ class Int8Quantizer(HfQuantizer):
         tensors = int8_tensors(model)
         for path, module in model.named_modules():
             if isinstance(module, Prepared):
-                plain = {f"{path}.{name}".lstrip("."): torch.empty(0) for name, _ in module.plain().named_parameters()}
-                tensors = plain | tensors  # of a size that transformers refuses if clipup is not imported
+                for name, plain in module.plain().named_parameters():  # refused by transformers without clipup
+                    tensors.setdefault(f"{path}.{name}".lstrip("."), torch.empty(*plain.shape[:-1], 0))
             for name in () if isinstance(module, Prepared) else module._non_persistent_buffers_set:
                 tensors.pop(f"{path}.{name}".lstrip("."), None)  # transformers computes them
         return tensors, {}
