@@ -37,8 +37,9 @@ from .types import type_name
 from .user_cache import one_process, user_cache, write_json
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
-products to TF32, which has 10 bits."""
+"""Largest error allowed, relative to the largest entry of the result in float64. That of float32 is for products whose
+factors torch's ``fp32_precision`` lets round to TF32, which has 10 bits; otherwise it is ``_EXACT``."""
+_EXACT = 2e-5
 _LINE = "{:28}  {:8}  {:14}  {:12}  {:7}  {:7}  {}"
 _lock = threading.Lock()
 
@@ -242,18 +243,20 @@ def _checked_types(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
 def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.dtype, device: torch.device) -> Finding:
     error: float | None = None
     reason = None
+    rounding = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul.fp32_precision
+    allowed = _EXACT if dtype == torch.float32 and rounding in ("none", "ieee") else TOLERANCE[dtype]
     try:
         error = max(_error(op, backend, arguments, device) for arguments in cases)
         if error == torch.inf:
             error, reason = None, "its results are not finite, or not of the right type or shape"
-        elif error > TOLERANCE[dtype]:
-            reason = f"its error is {error:.1e} of the largest entry, allowed {TOLERANCE[dtype]:.0e}"
+        elif error > allowed:
+            reason = f"its error is {error:.1e} of the largest entry, allowed {allowed:.0e}"
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # a compiler's own, of many kinds
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     of_tokens, chosen_by = map(type_name, (dtype, cases[0][0].dtype))
-    return Finding(op, of_tokens, chosen_by, backend.name, error, TOLERANCE[dtype], reason)
+    return Finding(op, of_tokens, chosen_by, backend.name, error, allowed, reason)
 
 
 def _error(op: str, backend: registry.Backend, arguments: tuple, device: torch.device) -> float:

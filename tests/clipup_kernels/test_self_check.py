@@ -52,6 +52,22 @@ def test_every_op_is_checked_in_every_type_and_right_ones_pass_whatever_the_call
     assert failed(findings) == set() == set(ck.backend_info()["failed_checks"])
 
 
+def test_products_rounded_to_tf32_fail_in_float32_unless_torch_allows_them(monkeypatch):
+    right = cpp.grouped_linear
+
+    def rounded(rows, weight, *others):
+        return right(
+            *((one.view(torch.int32) + 2**12 >> 13 << 13).view(torch.float32) for one in (rows, weight)), *others
+        )
+
+    monkeypatch.setattr(cpp, "grouped_linear", rounded)
+    assert failed(self_check("cpu", [torch.float32])) == {("grouped_linear", "float32")}
+    torch.set_float32_matmul_precision("high")
+    allowed = self_check("cpu", [torch.float32])
+    torch.set_float32_matmul_precision("highest")
+    assert failed(allowed) == set()
+
+
 def test_the_backend_that_takes_the_place_of_a_wrong_one_is_checked_too(monkeypatch):
     matmul = next(one for one in registry.BACKENDS if one.name == "cpp")._replace(
         name="torch_matmul", modules=dict.fromkeys(registry.PRODUCTS, "backends.torch_matmul")
