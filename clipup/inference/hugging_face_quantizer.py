@@ -55,9 +55,7 @@ class Int8Quantizer(HfQuantizer):
         return {"": "cpu"} if device_map == "auto" else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if dtype != self.dtype:
-            raise ValueError(f"dtype is {dtype}, but the model was saved in int8 with {self.dtype}; leave it out")
-        return dtype
+        return self.dtype  # that of a config of transformers may be of the model before a cast
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
         """None: tensors keep their types."""
@@ -91,7 +89,7 @@ class Int8Quantizer(HfQuantizer):
                 holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             replace_module(model, layer.plain, holder)
             self.holders.append((prefix, layer, holder))
-            ignored = {rf"\b{re.escape(prefix + name)}$" for name, _ in layer.plain.named_parameters()}
+            ignored = {rf"\b{re.escape(name)}$" for name, _ in layer.plain.named_parameters(prefix.split(".")[-2])}
             model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         return model
 

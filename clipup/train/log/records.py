@@ -49,8 +49,8 @@ class Recorder:
 
     def add(self, kind: str, record: Record) -> None:
         """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None; what users' callbacks
-        return, of numpy and torch, becomes numbers and lists."""
-        text = json.dumps(record, default=lambda value: value.tolist())
+        return, of numpy and torch, becomes numbers and lists, and else text."""
+        text = json.dumps(record, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
         record = json.loads(text, parse_constant=lambda constant: None)
         if self._directory is None:
             self._memory[kind].append(record)

@@ -94,13 +94,11 @@ def test_damaged_and_foreign_files_are_refused(damage, message, tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
-def test_other_devices_and_types_are_refused(tmp_path):
+def test_other_devices_are_refused(tmp_path):
     model = clipup.accelerate(tiny_hugging_face("CLIPModel"), weights="int8")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="device_map has cuda"):
         transformers.AutoModel.from_pretrained(tmp_path, device_map="cuda")
-    with pytest.raises(ValueError, match="dtype is torch.bfloat16"):
-        transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_same(transformers.AutoModel.from_pretrained(tmp_path, device_map="cpu"), model)
 
 
@@ -144,10 +142,18 @@ def test_the_base_of_a_saved_model_and_a_head_on_a_saved_base_are_loaded_in_int8
     with torch.inference_mode():
         assert base(**batch).last_hidden_state.equal(own(**batch).last_hidden_state)
     base.save_pretrained(tmp_path / "base")
-    headed = type(whole).from_pretrained(tmp_path / "base")
+    headed, report = type(whole).from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not [key for key in report["unexpected_keys"] if "layer" in key]
     with torch.inference_mode():
         again = headed.get_submodule(whole.base_model_prefix)(**batch).last_hidden_state
         assert again.equal(base(**batch).last_hidden_state)
+
+
+def test_a_tower_of_a_model_that_was_cast_after_loading_has_its_type(tmp_path):
+    tiny_hugging_face("CLIPModel").save_pretrained(tmp_path / "plain")
+    plain = transformers.CLIPModel.from_pretrained(tmp_path / "plain").bfloat16()
+    clipup.accelerate(plain, weights="int8").save_pretrained(tmp_path / "int8")
+    assert transformers.CLIPVisionModel.from_pretrained(tmp_path / "int8").dtype == torch.bfloat16
 
 
 def test_a_tower_and_a_model_in_a_wrapper_are_saved_alone(tmp_path):
