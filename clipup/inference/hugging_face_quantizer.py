@@ -74,7 +74,7 @@ class Int8Quantizer(HfQuantizer):
                 tensors.pop(f"{path}.{name}".lstrip("."), None)  # transformers computes them
         return tensors, {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         layers = stored_layers(model, _renamed(self.quantization_config.to_dict(), model), "config.json")
         self.holders: list[tuple[str, StoredLayer, nn.Module]] = []
         for prefix, layer in layers.items():
