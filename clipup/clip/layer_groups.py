@@ -30,7 +30,7 @@ def layer_groups(model: nn.Module, tower: str) -> list[Group]:
         tower: "image" or "text".
     """
     path, module = tower_module(model, tower)
-    # A text tower that is not a module of its own: the model's parameters without those of the other towers.
+    # Without a text module: the model's parameters minus those of the other towers.
     others = ("visual.", "logit_", _DECODER) if tower == "text" else ("logit_",)
     named = module.named_parameters(path)
     parameters = {name: parameter for name, parameter in named if path or not name.startswith(others)}
