@@ -118,16 +118,12 @@ class Options(EncodingOptions):
             ValueError: an option has a value that is refused, or two contradict each other.
         """
         super().check()
-        for refused, why in (
-            (
-                self.dataset is None and self.val_data is None and self.classes is None,
-                "nothing to measure: pass --dataset and --root, --val-data, or --classes and --images",
-            ),
-            ((self.dataset is None) != (self.root is None), "a benchmark needs both --dataset and --root"),
-            ((self.classes is None) != (self.images is None), "classification needs both --classes and --images"),
-        ):
-            if refused:
-                raise ValueError(why)
+        if self.dataset is None and self.val_data is None and self.classes is None:
+            raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
+        if (self.dataset is None) != (self.root is None):
+            raise ValueError("a benchmark needs both --dataset and --root")
+        if (self.classes is None) != (self.images is None):
+            raise ValueError("classification needs both --classes and --images")
 
 
 @errors_only()

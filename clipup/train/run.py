@@ -177,25 +177,21 @@ def _check_complete(options: TrainOptions, model: nn.Module | None, loader: Any)
         ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
     """
     named, pretrained = options.model.model, options.model.pretrained
-    for refused, why in (
-        (
-            model is None and named is None and not (pretrained is not None and Path(pretrained).is_dir()),
+    if model is None and named is None and not (pretrained is not None and Path(pretrained).is_dir()):
+        raise ValueError(
             "model is missing: pass a name that open_clip knows, such as --model ViT-B-16, or a directory with a saved "
-            "model",
-        ),
-        (
-            loader is None and options.data.train_data is None,
+            "model"
+        )
+    if loader is None and options.data.train_data is None:
+        raise ValueError(
             "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader). "
-            "To measure a model without training it, use clipup eval",
-        ),
-        (
-            not options.model.moe and options.sparse.moe_cfg != MoEConfig.clip_up(),
+            "To measure a model without training it, use clipup eval"
+        )
+    if not options.model.moe and options.sparse.moe_cfg != MoEConfig.clip_up():
+        raise ValueError(
             "moe_cfg has no effect without moe=True, which makes a dense model sparse; of a sparse model set the "
-            "config of each of clipup.moe_layers(model), and pass the model",
-        ),
-    ):
-        if refused:
-            raise ValueError(why)
+            "config of each of clipup.moe_layers(model), and pass the model"
+        )
 
 
 @contextmanager
