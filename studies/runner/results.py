@@ -155,7 +155,9 @@ class Lead(NamedTuple):
     seeds: int
     measure: str = "R@1"
     p: float | None = None
-    """Of a mean of 0, two-sided; None without an interval."""
+    """Of a mean of -``margin``, two-sided; None without an interval."""
+    margin: float = 0.0
+    """How far the first arm may be behind and still count as good."""
 
     def __str__(self) -> str:
         """In points or nats, with the interval. If that excludes 0: bold if the first arm is better, italic if the
@@ -199,9 +201,10 @@ def contrast(
     minus: Sequence[Sequence[Result]],
     splits: Sequence[str] = TESTS,
     measure: str = "R@1",
+    margin: float = 0.0,
 ) -> Lead | None:
     """The sum of the means of some arms minus that of others, whose runs share nothing but the numbers of their seeds.
-    Interval and p are Welch's. None if an arm has fewer than two runs."""
+    Interval and p, which tests a mean of -``margin``, are Welch's. None if an arm has fewer than two runs."""
     arms = [[run.mean(measure, splits) for run in runs] for runs in (*plus, *minus)]
     if min(map(len, arms)) < 2:
         return None
@@ -209,7 +212,7 @@ def contrast(
     squares = [stdev(values) ** 2 / len(values) for values in arms]  # of the standard errors
     parts = (square**2 / (len(values) - 1) for square, values in zip(squares, arms, strict=True))
     difference = sum(means[: len(plus)]) - sum(means[len(plus) :])
-    return _tested(difference, sum(squares), sum(squares) ** 2 / sum(parts), min(map(len, arms)), measure)
+    return _tested(difference, sum(squares), sum(squares) ** 2 / sum(parts), min(map(len, arms)), measure, margin)
 
 
 def lead_over_line(
@@ -259,11 +262,11 @@ def _over_seeds(differences: Sequence[float], measure: str = "R@1") -> Lead | No
     return _tested(fmean(differences), stdev(differences) ** 2 / count, count - 1, count, measure)
 
 
-def _tested(mean: float, square: float, freedom: float, seeds: int, measure: str) -> Lead:
+def _tested(mean: float, square: float, freedom: float, seeds: int, measure: str, margin: float = 0.0) -> Lead:
     """A lead from its mean, the square of its standard error, and the degrees of freedom of Student's t."""
     error, student = math.sqrt(square), stats.t(freedom)
-    p = 2 * student.sf(abs(mean) / error) if error else 0.0
-    return Lead(mean, float(student.ppf(0.975) * error), seeds, measure, float(p))
+    p = 2 * student.sf(abs(mean + margin) / error) if error else 0.0
+    return Lead(mean, float(student.ppf(0.975) * error), seeds, measure, float(p), margin)
 
 
 def half_width(values: Sequence[float]) -> float | None:

@@ -227,14 +227,14 @@ class Tables:
 
 
 class Hypothesis(NamedTuple):
-    """What a plan asks: whether a lead is above 0."""
+    """What a plan asks: whether a lead is above 0, or above minus its margin."""
 
     words: str
     lead: Lead | None
     seeds: int
     """How many the plan asks for. A lead of fewer is not tested."""
     parts: Sequence[Lead | None] = ()
-    """Leads that must be above 0 too."""
+    """Leads that must be so too."""
 
 
 def decided(hypotheses: Sequence[Hypothesis]) -> Table:
@@ -245,7 +245,7 @@ def decided(hypotheses: Sequence[Hypothesis]) -> Table:
     rows = []
     for of, tested, corrected, own in zip(hypotheses, complete, results.holm(p), p, strict=True):
         if tested:
-            holds = all(part and part.mean > 0 for part in (of.lead, *of.parts))
+            holds = all(part and part.mean > -part.margin for part in (of.lead, *of.parts))
             verdict = "open" if corrected >= 0.05 else "holds" if holds else "does not hold"
             rows.append([of.words, str(of.lead).strip("*"), f"{own:.2g}", f"{corrected:.2g}", verdict])
         else:

@@ -189,6 +189,9 @@ def test_arms_are_compared_with_the_line_of_several_and_contrasts_of_arms_are_we
 
     difference = results.contrast([runs["sparser"]], [runs["large"]], ["test_styles"])
     assert difference.p == pytest.approx(welch(values["sparser"], values["large"])[0])
+    within = results.contrast([runs["sparser"]], [runs["large"]], ["test_styles"], margin=0.06)
+    assert within.p == pytest.approx(welch(values["sparser"] + 0.06 / 0.75, values["large"])[0])
+    assert within[:3] == difference[:3]
     arms = [[runs["sparser"], runs["small"]], [runs["large"], runs["sparse"]]]
     of_four = results.contrast(*arms, ["test_styles"])
     squares = [values[arm].var(ddof=1) / 3 for arm in ("sparser", "small", "large", "sparse")]
@@ -219,3 +222,4 @@ def test_hypotheses_are_decided_together_and_one_without_all_its_runs_is_not_tes
     assert verdicts(above, below, few) == ["holds", "does not hold", "not tested"]
     assert verdicts(above, weak, None) == ["holds", "open", "not tested"]
     assert verdicts(above, parts=[above, below]) == ["does not hold"]
+    assert verdicts(below._replace(margin=0.2), below._replace(margin=0.05)) == ["holds", "does not hold"]
