@@ -236,7 +236,8 @@ class SparseMoE(Experts):
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.is_nested:
             raise TypeError(
-                "x is a nested tensor; pass a padded one, x.to_padded_tensor(0.0), and the mask of its tokens"
+                "x is a nested tensor; pass a padded one, x.to_padded_tensor(0.0), and the mask of its tokens "
+                "(nn.TransformerEncoder makes nested ones in evaluation unless enable_nested_tensor=False)"
             )
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")

@@ -49,6 +49,8 @@ def update_selection_bias(model: nn.Module) -> None:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(joined)
     for (layer, bias, _), load in zip(counted, joined.split([bias.numel() for _, bias, _ in counted]), strict=True):
+        # assign=True, and FSDP1's buffer_dtype, may have narrowed it
+        bias = layer.router.selection_bias = bias.float()
         step = _STEPS[layer.config.selection_bias](load.to(bias.device, bias.dtype))
         bias.add_(step, alpha=layer.config.selection_bias_rate)
 

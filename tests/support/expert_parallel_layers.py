@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from documents import ROOT, blocks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from clipup import SparseMoE, aux_loss
@@ -81,6 +84,20 @@ def difference(own: dict[str, Any], expected: dict[str, Any], rank: int) -> floa
     return max(errors)
 
 
+def loop_of_the_manual(rank: int, ranks: int) -> float:
+    """The largest difference of the gradients of the loop of docs/distributed.md from those of replicas."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), layer_of(shared_expert=True))
+    expected, x = DistributedDataParallel(copy.deepcopy(model)), tokens_of(rank)
+    (expected(x).square().mean() + aux_loss(expected)).backward()
+    spreading, step = (block.text for block in blocks(ROOT / "docs" / "distributed.md", "python"))
+    page: dict[str, Any] = {"model": model}
+    exec(spreading.replace('"cuda", (8,)', f'"cpu", ({ranks},)').replace("lr=", "foreach=True, lr="), page)
+    exec(step, page | {"loss": page["replicas"](x).square().mean() + aux_loss(model)})
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    return max((whole(own.grad) - other.grad).abs().max().item() for own, other in pairs)
+
+
 def run(out: Path) -> None:
     """Writes by case the errors of this rank."""
     dist.init_process_group("gloo")
@@ -116,6 +133,7 @@ def run(out: Path) -> None:
     compare("replicated", placement=Replicate())
     compare("other axis", placement=Shard(1))
 
+    errors["the manual's loop"] = loop_of_the_manual(rank, ranks)
     with pytest.raises(ValueError, match="^3 experts cannot be sharded evenly"):
         spread(SparseMoE(16, 32, num_experts=3), mesh, [Shard(0)])(tokens_of(0))
     torch.save(errors, out / f"errors-{rank}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from open_clip.hf_model import HFTextEncoder
@@ -14,7 +15,8 @@ from .options import TrainedPartsOptions
 
 
 def lock_parts(model: nn.Module, options: TrainedPartsOptions) -> None:
-    """Sets ``requires_grad`` of the model's parameters as the options say.
+    """Sets ``requires_grad`` of the model's parameters as the options say. Sparse layers without a trained parameter
+    run in evaluation mode, also while the model trains: they drop no more than evaluation does, and add no noise.
 
     Raises:
         ValueError: more groups should stay unlocked than a tower has, or ``train_only`` is set for a dense model.
@@ -22,7 +24,8 @@ def lock_parts(model: nn.Module, options: TrainedPartsOptions) -> None:
     if options.lock_image:
         _lock(model, "image", options.lock_image_unlocked_groups, "lock_image_unlocked_groups")
         if options.lock_image_freeze_bn_stats:
-            _keep_statistics(tower_module(model, "image")[1])
+            image = tower_module(model, "image")[1]
+            _evaluate_locked(each for each in image.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm))
     if options.lock_text:
         keep_norms = not options.lock_text_freeze_layer_norm and isinstance(
             tower_module(model, "text")[1], HFTextEncoder
@@ -30,6 +33,7 @@ def lock_parts(model: nn.Module, options: TrainedPartsOptions) -> None:
         _lock(model, "text", options.lock_text_unlocked_layers, "lock_text_unlocked_layers", keep_norms)
     if options.train_only != "all":
         _lock_all_but(model, options.train_only)
+    _evaluate_locked(moe_layers(model).values())
 
 
 def _lock(model: nn.Module, tower: str, unlocked: int, option: str, keep_norms: bool = False) -> None:
@@ -56,14 +60,11 @@ def _lock_all_but(model: nn.Module, trained: str) -> None:
         parameter.requires_grad_(False)
 
 
-def _keep_statistics(tower: nn.Module) -> None:
-    """Lets batch norms whose parameters are locked run in evaluation mode, also while the model trains."""
-    for module in tower.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            p.requires_grad for p in module.parameters()
-        ):
-            module.register_forward_pre_hook(_evaluate)
+def _evaluate_locked(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.register_forward_pre_hook(_evaluate_if_locked)
 
 
-def _evaluate(module: nn.Module, inputs: Any) -> None:
-    module.eval()
+def _evaluate_if_locked(module: nn.Module, inputs: Any) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        module.eval()

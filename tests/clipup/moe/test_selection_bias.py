@@ -51,5 +51,9 @@ def test_cast_layer_keeps_the_bias_in_float32_and_exact():
     exact = layer.router.selection_bias.clone()
     half = copy.deepcopy(layer).bfloat16()
     assert half.router.weight.dtype == torch.bfloat16 and torch.equal(half.router.selection_bias, exact)
-    half(torch.randn(T, D, dtype=torch.bfloat16))
+    half(torch.randn(T + 1, D, dtype=torch.bfloat16))  # no expert can have the mean load
+    half.load_state_dict(half.bfloat16().state_dict() | {"router.selection_bias": exact.bfloat16()}, assign=True)
+    update(half)  # in bfloat16 the largest biases would stay
+    moved = half.router.selection_bias - exact.bfloat16()
+    torch.testing.assert_close(moved.abs(), torch.full((E,), 1e-3), rtol=1e-3, atol=0)
     assert torch.equal(copy.deepcopy(layer).double().router.selection_bias, exact)

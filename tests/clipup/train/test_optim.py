@@ -147,6 +147,18 @@ def test_a_locked_image_tower_keeps_its_experts_routers_and_selection_biases(mak
     assert found == {name for name in model.state_dict() if not name.startswith("visual.")} - {"attn_mask"}
 
 
+def test_a_sparse_layer_without_a_trained_parameter_evaluates_until_it_is_trained_again(make_model, pairs, options):
+    model = make_model(SPARSE.replace(router_noise=1.0, capacity_factor=0.5, eval_capacity_factor=None))
+    history = train(options(logs=None, steps=2, lock_image=True), model=model, loader=pairs()).history
+    dropped = {name: layer["dropped"] for name, layer in history[-1]["layers"].items()}
+    assert {name.startswith("visual.") for name in dropped} == {True, False}
+    assert all((value == 0) == name.startswith("visual.") for name, value in dropped.items())
+    unlocked = clipup.moe_layers(model.requires_grad_(True).train())
+    model(*next(iter(pairs())))
+    assert all(values["dropped"] > 0 for values in clipup.moe_metrics(model).values())
+    assert all(layer.training for layer in unlocked.values())
+
+
 @pytest.mark.parametrize("custom, unlocked", [(False, 0), (True, 1), (False, 2), (True, 3)])
 def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unlocked):
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "custom_text": custom}

@@ -22,6 +22,8 @@ def errors(tmp_path_factory):
 OTHER_USES = ("checkpointed", "compiled", "no tokens on some ranks", "masked tokens", "autocast")
 
 
-@pytest.mark.parametrize("case", [*expert_parallel_layers.LAYERS, *OTHER_USES, "replicated", "other axis"])
+@pytest.mark.parametrize(
+    "case", [*expert_parallel_layers.LAYERS, *OTHER_USES, "replicated", "other axis", "the manual's loop"]
+)
 def test_outputs_and_gradients_are_those_of_one_process(errors, case):
     assert max(errors[case]) < TOLERANCES.get(case, 1e-5)
