@@ -68,8 +68,9 @@ def _acquire(path: Path, directory: Path, advice: str) -> int | None:
                 raise
             _LOG.warning("%s is on a file system without locks: make sure that nothing else writes there", directory)
             return None
-        if _is_current(path, file):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file)):
+                break
         os.close(file)  # the previous holder removed the file after it was opened here
     _held.add(file)
     holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -85,14 +86,6 @@ def _release(file: int, path: Path) -> None:
         path.unlink(missing_ok=True)
     _held.remove(file)
     os.close(file)
-
-
-def _is_current(path: Path, file: int) -> bool:
-    """Whether the open file is still the file at ``path``."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
-    except FileNotFoundError:
-        return False
 
 
 def _close_in_child() -> None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -24,7 +23,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Call ``update`` after each piece of work and ``close`` at the end, or use it as a context manager.
 
     If stderr is not a terminal, a line is printed after 5, 15 and 35 seconds, then every 30 seconds, and at the end. A
@@ -112,12 +111,7 @@ class Progress:
         if done and self.total is not None and self.done < self.total:
             yield f"{tqdm.format_interval(seconds / done * (self.total - self.done))} left"
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

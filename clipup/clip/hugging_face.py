@@ -78,6 +78,5 @@ def random_batch(model: Any, batch_size: int, seed: int = 0) -> dict[str, Tensor
             batch["spatial_shapes"] = torch.full((batch_size, 2), side)
         else:
             height, width = (size, size) if isinstance(size, int) else size
-            channels = config.num_channels
-            batch["pixel_values"] = torch.randn(batch_size, channels, height, width, generator=generator)
+            batch["pixel_values"] = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
     return batch

@@ -66,7 +66,12 @@ class CheckedTokenizer:
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor], model: nn.Module) -> None:
-        embedding = _token_embedding(model)
+        text: Any = getattr(model, "text", model)
+        embedding = (
+            text.transformer.get_input_embeddings()
+            if isinstance(text, HFTextEncoder)
+            else getattr(text, "token_embedding", None)
+        )
         self.tokenizer = tokenizer
         self.shape = None if embedding is None else tuple(embedding.weight.shape)
 
@@ -84,13 +89,6 @@ class CheckedTokenizer:
         """Tries a text at once: in many vocabularies the end-of-text token has the largest id."""
         self(["a photo"])
         return self
-
-
-def _token_embedding(model: nn.Module) -> nn.Embedding | None:
-    text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
-        return text.transformer.get_input_embeddings()
-    return getattr(text, "token_embedding", None)
 
 
 def image_normalization(model: nn.Module) -> tuple[tuple[float, ...], ...] | None:

@@ -32,8 +32,7 @@ def write_shards(directory: Path, split: str, samples: Iterable[Sample], samples
     while part := list(islice(rest, samples_per_shard)):
         path = directory / f"{split}-{len(shards):06d}.tar"
         _write_tar(path, part)
-        size = path.stat().st_size
-        shards.append({"file": path.name, "samples": len(part), "bytes": size, "sha256": sha256(path)})
+        shards.append({"file": path.name, "samples": len(part), "bytes": path.stat().st_size, "sha256": sha256(path)})
     return shards
 
 

@@ -30,7 +30,7 @@ from .model_names import check_known, directory_of, get_model_config, hub_access
 from .state_dicts import (
     Weights,
     assign_weights,
-    check_fit,
+    check_tensors,
     drop_parameters,
     read_safetensors,
     read_weights,
@@ -282,12 +282,12 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -
 
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
-    check_fit(model, weights, source, _POSITION_EMBEDDINGS)
+    check_tensors(model.state_dict(), weights, source, _POSITION_EMBEDDINGS)
     _log_resized(model, weights, source)
     weights = dict(weights)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
-    check_fit(model, weights, source)
+    check_tensors(model.state_dict(), weights, source)
     return weights
 
 

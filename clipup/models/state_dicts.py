@@ -176,19 +176,6 @@ def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {_WRAPPERS.sub("", name): value for name, value in state_dict.items() if name != "n_averaged"}
 
 
-def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
-    """Checks that names and shapes of weights fit a model.
-
-    Args:
-        source: where the weights come from, for the error message.
-        ignore: names whose shapes are not compared.
-
-    Raises:
-        ValueError: the weights do not fit. Names the first parameters, and both shapes.
-    """
-    check_tensors(model.state_dict(), weights, source, ignore)
-
-
 def check_tensors(
     expected: dict[str, Tensor],
     weights: dict[str, Tensor],
@@ -196,10 +183,16 @@ def check_tensors(
     ignore: tuple[str, ...] = (),
     exact: bool = False,
 ) -> None:
-    """``check_fit`` for the tensors that a model needs.
+    """Checks that names, shapes and types of weights are those that a model needs.
 
     Args:
+        expected: of the model.
+        source: where the weights come from, for the error message.
+        ignore: names whose shapes are not compared.
         exact: types must be equal. Otherwise every floating type is.
+
+    Raises:
+        ValueError: the weights do not fit. Names the first parameters, and both shapes.
     """
     weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     shared = [(name, weights[name], tensor) for name, tensor in expected.items() if name in weights]
@@ -262,7 +255,7 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.d
     Copies are needed because the tensors may be memory-mapped from a file that can change.
 
     Args:
-        weights: must fit the model (``check_fit``). Emptied one by one, to hold each in memory only once.
+        weights: must fit the model (``check_tensors``). Emptied one by one, to hold each in memory only once.
     """
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -23,7 +23,7 @@ from ..upcycling.upcycle import upcycle
 from .hub import HUB_PREFIX, cached, naming_what_is_missing
 from .known_models import LOCAL_PREFIX
 from .model_directory import moe_config_in, read_config_file
-from .state_dicts import assign_weights, check_fit, drop_parameters, read_safetensors, without_random_numbers
+from .state_dicts import assign_weights, check_tensors, drop_parameters, read_safetensors, without_random_numbers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -57,7 +57,7 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
     if moe_config is not None:
         upcycle(model, moe_config, inplace=True)
     if load_weights:
-        check_fit(model, weights, str(directory))
+        check_tensors(model.state_dict(), weights, str(directory))
         assign_weights(model, weights, device)
     return model.eval()
 

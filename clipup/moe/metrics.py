@@ -24,12 +24,11 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     ``expert_indices`` [T, K] int32 the choices, -1 for masked tokens; with expert choice [T, E], -1 for absent ones.
     Layers that have not run in this thread are omitted.
     """
-    return {name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.state.last_routing is not None}
+    last = {name: (layer, layer.state.last_routing) for name, layer in moe_layers(model).items()}
+    return {name: _of_layer(layer, routing) for name, (layer, routing) in last.items() if routing is not None}
 
 
-def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
-    last = layer.state.last_routing
-    assert last is not None
+def _of_layer(layer: SparseMoE, last: LastRouting) -> dict[str, Tensor]:
     tokens_per_expert = last.tokens_per_expert.sum(0)
     pairs = tokens_per_expert.sum()
     return {

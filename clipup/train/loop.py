@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,10 @@ from .log.reports import Reports
 from .objectives.objective import Batch
 from .optimizer.schedule import Schedule, base_lr, set_lr
 from .parallel import sharding
+from .parallel.ranks import Ranks
 from .result import Every, TrainingInterrupted, TrainResult
 from .signals import StopRequest
 from .step import TrainStep
-from .trained_model import TrainedModel
 from .training_data import Epochs
 
 _DATA, _STEP = 1, 2
@@ -74,16 +74,16 @@ class Trainer:
         checkpoints: Checkpointer,
         validations: Sequence[Validation] = (),
         callbacks: Sequence[Every] = (),
-        trained_model: TrainedModel | None = None,
+        save_model: Callable[[Ranks, list[dict[str, Any]]], object] | None = None,
     ) -> None:
         """
         Args:
             step, data, schedule, seeds, checkpoints: the parts of a run. ``checkpoints`` has its position and ranks.
             validations, callbacks: evaluations along the way.
-            trained_model: what is saved at the end.
+            save_model: writes the model directory at the end, with results of evaluations; a collective.
         """
         self.step, self.data, self.schedule, self.seeds, self.checkpoints = step, data, schedule, seeds, checkpoints
-        self.validations, self.callbacks, self.trained_model = validations, callbacks, trained_model
+        self.validations, self.callbacks, self.save_model = validations, callbacks, save_model
         self.saving, self.state, self.ranks = checkpoints.options, checkpoints.state, checkpoints.ranks
         self.model, self.directory = step.module, checkpoints.directory
         self.guard = FiniteGuard(schedule.options.max_nonfinite_steps, self.state)
@@ -354,13 +354,12 @@ class Trainer:
         self.model.eval()
 
     def _save_model(self) -> None:
-        if self.trained_model is None:
+        if self.save_model is None:
             return
         results: list[dict[str, Any]] = []
         for validation in self.validations:
             step, numbers = self.state.validated.get(validation.name, (-1, None))
             results += validation.results(numbers) if numbers and step == self.state.step else []
-        precision = {"precision": self.step.precision}
-        self.trained_model.save(self.ranks, [each | precision for each in results])
+        self.save_model(self.ranks, [each | {"precision": self.step.precision} for each in results])
         if self.directory is not None:
             self.ranks.on_first(partial(kept.delete, self.directory.former_model))

@@ -41,7 +41,6 @@ from .setup import build_model, speed_up
 from .signals import StopRequest
 from .step import TrainStep
 from .train_options import RESUMED, TrainOptions
-from .trained_model import TrainedModel
 from .training_data import Epochs
 
 
@@ -142,12 +141,12 @@ def train(
         checkpoints = Checkpointer(
             options.checkpoints, directory, ranks, model, optimizer, state, conditions, built.configs(), step.scaler
         )
-        trained_model = None
+        save_model = None
         if directory is not None:
             base_model = model_names.base_model(options.model.model, options.model.pretrained)
-            trained_model = TrainedModel(directory.model, built, base_model, unsharded)
+            save_model = partial(built.save, directory.model, base_model, unsharded)
         schedule = Schedule(options.optimizer, data.steps)
-        trainer = Trainer(step, data, schedule, seeds, checkpoints, measured, callbacks, trained_model)
+        trainer = Trainer(step, data, schedule, seeds, checkpoints, measured, callbacks, save_model)
         continues = resumed is not None and resumed.other_run is None
         if resumed is not None:
             same_optimizer = resumed.options.get("opt", options.optimizer.opt) == options.optimizer.opt

@@ -24,6 +24,8 @@ from .checkpoints.format import load
 from .log.records import LOG
 from .model_options import ImageTransformOptions, ModelOptions, SpeedOptions
 from .optimizer.dense_moments import named_state, upcycled_state
+from .parallel.ranks import Ranks
+from .parallel.whole_state import gathered
 
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
@@ -61,6 +63,33 @@ class Built:
                 "preprocess and tokenizer are missing: pass those of the model too, to read data with them"
             )
         return preprocess, self.tokenizer
+
+    def save(
+        self,
+        path: Path,
+        base_model: str | None,
+        unsharded: nn.Module | None,
+        ranks: Ranks,
+        results: list[dict[str, Any]],
+    ) -> None:
+        """Writes the model directory, which loads without the run. A collective.
+
+        Args:
+            base_model: for the model card, like ``results`` of evaluations.
+            unsharded: a copy of a sharded model without weights, hooks and meshes.
+        """
+        if self.model_cfg is None:
+            return
+        weights = gathered(self.model.state_dict(), keep=ranks.first)
+
+        def write() -> None:
+            model, files = self.model, self.tokenizer_files
+            if unsharded is not None:
+                model = unsharded
+                model.load_state_dict(weights, assign=True)
+            saving.save_with_tokenizer(model, path, self.model_cfg, files, base_model=base_model, results=results)
+
+        ranks.on_first(write)
 
     def configs(self) -> dict[str, Any]:
         """Configs that let a checkpoint load on its own: ``Weights.configs``."""

@@ -13,7 +13,7 @@ from .. import checks
 from ..clip.hugging_face import is_hugging_face
 from ..clip.row_samples import RowSample, calls_observed, run_batch
 from ..dense.expert_clusters import reduce_to_clusters, spherical_k_means
-from ..moe.evaluation import evaluating_dropless
+from ..moe.evaluation import configs_changed, evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
 
 Batch = tuple[Tensor, Tensor | None]
@@ -89,15 +89,9 @@ def _inputs_of(
     """[N, D] float32 on the CPU for every layer: tokens that are not masked, in the dense function."""
     samples = {name: RowSample(tokens, seed + number) for number, name in enumerate(layers)}
     observers: dict[nn.Module, Any] = {layer: partial(_record, samples[name]) for name, layer in layers.items()}
-    configs = {layer: layer.config for layer in layers.values()}
-    try:
-        for layer, config in configs.items():  # so that the model computes the dense function
-            layer.config = config.replace(routing="token_choice", normalize_gates="before_drop")
-        with calls_observed(observers):
-            run_batches(model, batches)
-    finally:
-        for layer, config in configs.items():
-            layer.config = config
+    dense = {"routing": "token_choice", "normalize_gates": "before_drop"}  # the model then computes the dense function
+    with configs_changed(model, lambda config: dense), calls_observed(observers):
+        run_batches(model, batches)
     return {name: sample.rows for name, sample in samples.items()}
 
 

@@ -96,7 +96,7 @@ class Checkpointer:
             tensors = sharded.own_tensors(self.model, optimizer, self.ranks.first)
             return self._writer.save(self.directory.checkpoints / name, state, tensors)
         paths = [self.directory.checkpoints / name for name in names]
-        weights = whole_state.weights(self.model, keep=self.ranks.first)
+        weights = whole_state.gathered(self.model.state_dict(), keep=self.ranks.first)
         for index, values in optimizer["state"].items():
             optimizer["state"][index] = whole_state.gathered(values, keep=self.ranks.first)
         state |= {**self.configs, "state_dict": weights, "optimizer": optimizer}

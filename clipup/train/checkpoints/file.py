@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...atomic_files import replace_files
-from ...models.state_dicts import check_archive, check_fit, read_pickle, strip_wrapper_prefixes, write_pickle
+from ...models.state_dicts import check_archive, check_tensors, read_pickle, strip_wrapper_prefixes, write_pickle
 from ..parallel.whole_state import load_optimizer_state, load_weights
 
 LATEST = "epoch_latest.pt"
@@ -81,7 +81,7 @@ def restore(
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Loads a checkpoint's tensors into the model and the optimizer."""
-    check_fit(model, checkpoint["state_dict"], str(path))
+    check_tensors(model.state_dict(), checkpoint["state_dict"], str(path))
     load_weights(model, checkpoint["state_dict"])
     if optimizer is not None:
         load_optimizer_state(optimizer, model, checkpoint["optimizer"])

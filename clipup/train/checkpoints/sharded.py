@@ -35,7 +35,7 @@ from ...models.shard_files import (
     read_tensors,
     sum_of,
 )
-from ...models.state_dicts import check_archive, check_fit, read_pickle, write_pickle
+from ...models.state_dicts import check_archive, check_tensors, read_pickle, write_pickle
 from ...moe.expert_parallel import is_distributed
 from ..parallel.whole_state import by_name, load_optimizer_state
 
@@ -164,7 +164,7 @@ def restore(
         for name, tensor in saved.items()
         if name.startswith(MODEL)
     }
-    check_fit(model, shapes, str(directory))
+    check_tensors(model.state_dict(), shapes, str(directory))
     wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     moments = {} if optimizer is None else _targets(optimizer, saved)
     wanted |= {f"{OPTIMIZER}{name}": value for name, value in moments.items()}

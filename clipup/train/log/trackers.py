@@ -62,8 +62,7 @@ def create_trackers(
             return Tracker(name, partial(_log_scalars, writer), lambda failed: writer.close())
         if name == "wandb":  # offline, into the run's directory, unless the environment says otherwise
             place = {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
-            run_id = _wandb_id(directory, continues)
-            module.init(**run, **place, id=run_id, notes=options.wandb_notes, resume="allow")
+            module.init(**run, **place, id=_wandb_id(directory, continues), notes=options.wandb_notes, resume="allow")
             return Tracker(name, module.log, lambda failed: module.finish(exit_code=int(failed)))
         module.init(**run, resume="allow" if continues else "never")  # trackio, into its local database
         return Tracker(name, module.log, lambda failed: module.finish())

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ...precision import Precision
 from ..parallel.ranks import Ranks
 from .chunked import LOGITS_AT_ONCE, sum_over_chunks
-from .objective import FEATURES, Collective, Objective
+from .contrastive import ContrastiveObjective
+from .objective import Collective, Objective
 from .options import LossOptions
 
 
-class SigmoidObjective(Objective):
+class SigmoidObjective(ContrastiveObjective):
     """SigLIP's loss: a binary decision for every image and text (arXiv 2303.15343)."""
 
     option = "siglip"
@@ -33,10 +34,6 @@ class SigmoidObjective(Objective):
     @classmethod
     def create(cls, options: LossOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
         return cls(options.loss_chunk_size, ranks.rank, ranks.world_size)
-
-    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        features = [output[name] for name in FEATURES]
-        return {"contrastive": self.loss(*features, output["logit_scale"], output["logit_bias"])}
 
     @classmethod
     def rows(cls, options: LossOptions, own: int, gathered: int) -> int:

@@ -37,11 +37,6 @@ def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(parts.values())
 
 
-def weights(model: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """``model.state_dict()`` of plain tensors; empty without ``keep``."""
-    return gathered(model.state_dict(), keep)
-
-
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
     """Loads plain tensors of the whole model's shapes."""
     own = model.state_dict()
