@@ -128,5 +128,4 @@ def _renamed(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         alike = (other for other in own if f".{name}".endswith(f".{other}") or other.endswith(f".{name}"))
         return name if name in own else max(alike, key=len, default=name)
 
-    errors = {renamed(name): error for name, error in config["errors"].items()}
-    return config | {"excluded": [*map(renamed, config["excluded"])], "errors": errors}
+    return config | {"layers": {renamed(name): error for name, error in config["layers"].items()}}

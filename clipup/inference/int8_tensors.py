@@ -44,8 +44,8 @@ def int8_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def int8_config(model: nn.Module) -> dict[str, Any]:
-    """What the config file says of a model in int8: the type of the features between its layers, the layers that were
-    excluded, and the errors of those that were calibrated.
+    """What the config file says of a model in int8: the type of the features between its layers, and the layers in int8
+    with the errors of those that were calibrated.
 
     Raises:
         ValueError: the layers were prepared in several types.
@@ -58,8 +58,7 @@ def int8_config(model: nn.Module) -> dict[str, Any]:
         "quant_method": METHOD,
         "version": VERSION,
         "dtype": dtype,
-        "excluded": sorted(prefix[:-1] for prefix in _chosen(model)),
-        "errors": {prefix[:-1]: layer.error for prefix, layer in layers.items() if layer.error is not None},
+        "layers": {prefix[:-1]: layer.error for prefix, layer in layers.items()},
     }
 
 
@@ -118,18 +117,13 @@ def stored_layers(model: nn.Module, config: dict[str, Any], source: str) -> dict
         ValueError: as ``int8_dtype``.
         RuntimeError: no kernel here multiplies int8.
     """
-    dtype, errors, excluded = int8_dtype(config, source), config.get("errors", {}), config.get("excluded", ())
+    dtype, errors = int8_dtype(config, source), config.get("layers", {})
+    names = {module: name for name, module in model.named_modules()}
     return {
-        prefix: StoredLayer(*chosen, dtype, errors.get(prefix[:-1]))
-        for prefix, chosen in _chosen(model).items()
-        if prefix[:-1] not in excluded
+        f"{names[layer]}.".lstrip("."): StoredLayer(layer, kind, dtype, errors[names[layer]])
+        for layer, kind in Selection(model, "int8").chosen.items()
+        if names[layer] in errors
     }
-
-
-def _chosen(model: nn.Module) -> dict[str, tuple[nn.Module, type[Prepared]]]:
-    """The plain layers that can be prepared, by how the names of their tensors begin."""
-    chosen, names = Selection(model, "int8").chosen, {module: name for name, module in model.named_modules()}
-    return {f"{names[layer]}.".lstrip("."): (layer, kind) for layer, kind in chosen.items()}
 
 
 def _prepared(model: nn.Module) -> Iterator[tuple[str, Prepared]]:

@@ -85,6 +85,8 @@ class PreparedPatches(_OneMatrix):
         height, width = self.kernel_size
         batch, channels = x.shape[:2]
         rows, columns = x.shape[2] // height, x.shape[3] // width
+        if not (rows and columns):
+            raise RuntimeError(f"x is {list(x.shape)}, smaller than a patch of {height} x {width}")
         whole = x[..., : rows * height, : columns * width]  # a convolution leaves out what is left over
         parts = whole.reshape(batch, channels, rows, height, columns, width)
         patches = parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * height * width)

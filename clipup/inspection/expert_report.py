@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clipup_kernels import backend_info
 
 from ..clip.inputs import CheckedTokenizer
+from ..inference.prepared import quantization
 from .expert_similarity import EQUAL, Similarity, in_words, model_similarity
 from .figures import svg
 from .figures.charts import imbalance
@@ -229,9 +230,11 @@ def inspect_experts(
         The report, whose methods draw the figures and the page.
 
     Raises:
-        ValueError: the model has no sparse layers; neither images nor captions; ``dense`` is sparse or has another
-            architecture.
+        ValueError: the model has no sparse layers, or is in int8; neither images nor captions; ``dense`` is sparse or
+            has another architecture.
     """
+    if quantization(model) is not None:
+        raise ValueError("model is in int8, whose experts are not compared; pass the plain model that it was made from")
     similarities = model_similarity(model, dense)
     captions, split = list(captions), []
     kept: list[Image.Image] = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from ..checks import check
 from ..data.evaluation import EvalSamples
 from ..data.images import resize_of, upright
 from ..data.samples import Sample
@@ -157,6 +158,7 @@ def load_encoder(
     clip, _, preprocess = factory.create_model_and_transforms(name, weights, precision=floats, device=device)
     model_digest = digest(clip, name)
     if quantization(clip) is not None:
+        check("precision", precision, precision != "fp32", "int8 or None: the model is in int8")
         int8, agreement = True, None
     elif earlier is None and precision is None and device == "cpu":
         compared = random.Random(0).sample(records, min(_COMPARED, len(records)))

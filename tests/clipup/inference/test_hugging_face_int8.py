@@ -51,6 +51,14 @@ def test_transformers_refuses_the_files_if_clipup_is_not_imported(tmp_path, monk
             part.from_pretrained(tmp_path)
 
 
+def test_a_layer_that_was_left_for_its_hook_is_loaded_plain(tmp_path):
+    plain = tiny_hugging_face("CLIPModel")
+    plain.get_submodule(MATRIX.removesuffix(".in_weight")).register_forward_hook(lambda layer, args, output: None)
+    model = clipup.accelerate(plain, weights="int8")
+    model.save_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(transformers.AutoModel.from_pretrained(tmp_path)), outputs(model)))
+
+
 def test_calibrated_excluded_and_bfloat16_layers_are_saved_again_and_again(tmp_path):
     plain = tiny_hugging_face("CLIPModel").bfloat16()
     batch = {**random_batch(plain, 100), "pixel_values": torch.randn(100, 3, 16, 16, dtype=torch.bfloat16)}

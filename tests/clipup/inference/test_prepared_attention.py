@@ -132,6 +132,14 @@ def test_patches_follow_the_convolution(size, dtype, weights):
         torch.testing.assert_close(restored.weight, plain.weight.to(dtype))
 
 
+@pytest.mark.parametrize("size", [(3, 9), (9, 3)])
+def test_images_below_a_patch_are_refused_as_by_the_convolution(size):
+    plain, x = nn.Conv2d(3, 8, 4, 4), torch.randn(2, 3, *size)
+    for layer in (plain, PreparedPatches(plain)):
+        with pytest.raises(RuntimeError):
+            layer(x)
+
+
 def test_only_convolutions_of_patches_side_by_side_are_prepared():
     hooked = nn.Conv2d(3, 8, 4, 4)
     hooked.register_forward_hook(lambda *_: None)

@@ -69,6 +69,15 @@ def test_norms_in_open_clips_half_precision_are_loaded_as_they_are(precision, tm
     assert str(loaded) == str(model)
 
 
+def test_a_layer_that_was_left_for_its_hook_is_loaded_plain(tmp_path):
+    plain = tiny_clip()
+    plain.visual.transformer.resblocks[1].mlp.register_forward_hook(lambda layer, args, output: None)
+    model = clipup.accelerate(plain, weights="int8")
+    clipup.save_pretrained(model, tmp_path, tiny_config())
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path))
+    assert all(map(torch.equal, features(loaded), features(model)))
+
+
 def test_calibration_and_excluded_layers_are_saved(tmp_path):
     batches = [random_inputs(tiny_clip(), 200)]
     with pytest.warns(UserWarning, match="saw fewer than 256 rows"):
@@ -199,6 +208,8 @@ def test_convert_quantizes_every_model(source, plain, saved, tmp_path, monkeypat
         ("upcycle saved out", "model was prepared by clipup.accelerate"),
         ("export saved out", "model was prepared by clipup.accelerate"),
         ("train --model saved --train-data x.csv --precision fp32", "model was prepared by clipup.accelerate"),
+        ("inspect saved --captions x.csv --out out", "model is in int8"),
+        ("index . out --model saved --precision fp32", "precision must be int8 or None: the model is in int8"),
         ("eval saved --precision bf16 --val-data x.csv", "precision is 'bf16'"),
     ],
 )
