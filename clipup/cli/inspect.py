@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ..data.images import upright
+from ..data.skips import Note, Skips
 from ..models import known_models
 from ..option_group import option
 from ..progress import progress
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     check_file("out", options.out)
     path = options.run_or_model.removeprefix(known_models.LOCAL_PREFIX)
-    records, incomplete = ([], {}) if options.images is None else find_images(options.images)
+    records, skips = ([], Skips()) if options.images is None else find_images(options.images)
     records = records[: options.max_images]
     in_shards = [record.captions[0] for record in records if record.captions]
     captions = in_shards if options.captions is None else read_lines(options.captions, "caption")[: options.max_images]
@@ -79,10 +80,9 @@ def main(argv: list[str]) -> int:
         else factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]
     )
     labels: list[str] = []
-    skipped: dict[str, str] = {}
     report = inspect_experts(
         model,
-        progress(_readable(records, labels, skipped), "routing images", "images", total=len(records)),
+        progress(_readable(records, labels, skips), "routing images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
         tokenizer=tokenizer,
@@ -90,19 +90,18 @@ def main(argv: list[str]) -> int:
         name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
-    skipped |= incomplete
-    report = dataclasses.replace(report, skipped=skipped, labels=labels, steps=trained_steps(Path(path)))
+    report = dataclasses.replace(report, skipped=skips.reasons, labels=labels, steps=trained_steps(Path(path)))
     write_text(options.out, report.page(options.shown))
     if options.images is not None and (others := passed_over(options.images)):
         print(f"clipup inspect: passed over {others}", file=sys.stderr)
-    left_out = f", {len(skipped)} skipped, such as {_first(skipped)}" if skipped else ""
+    left_out = f", {len(skips.reasons)} skipped (such as {skips.first})" if skips.reasons else ""
     print(f"{len(report.pictures)} images and {len(report.captions)} captions{left_out}: {options.out}")
     return 0
 
 
-def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
+def find_images(source: str) -> tuple[list[Sample], Skips]:
     """The images of a directory, or of evaluation shards (which bring captions), in the order of their names; and the
-    incomplete samples of the shards, with the reason.
+    incomplete samples of the shards.
 
     Raises:
         FileNotFoundError: no such directory or shards, or no image in it.
@@ -112,28 +111,22 @@ def find_images(source: str) -> tuple[list[Sample], dict[str, str]]:
     from ..data.loaders import eval_samples
 
     if ".tar" not in Path(source).name:
-        return image_files(source), {}
+        return image_files(source), Skips()
     samples = eval_samples(source, preprocess=None, argument="images", max_skipped=1.0)
-    return list(samples.samples), dict.fromkeys(samples.skips.samples, "no image or caption in its shard, or damaged")
+    return list(samples.samples), samples.skips
 
 
-def _readable(records: list[Sample], labels: list[str], skipped: dict[str, str]) -> Iterator[Image]:
-    """The images that can be read, whose names and captions go into ``labels``; the others go into ``skipped`` with the
-    reason."""
+def _readable(records: list[Sample], labels: list[str], skips: Skips) -> Iterator[Image]:
+    """The images that can be read, whose names and captions go into ``labels``; the others go into ``skips``."""
     from ..data.evaluation import read_image
 
     for record in records:
         try:
             image = upright(read_image(record))
         except Exception as error:  # PIL has no common class for what a broken file may raise
-            skipped[record.key] = f"{type(error).__name__}: {error}"
+            skips.add([Note(record.key, f"{type(error).__name__}: {error}")])
             continue
         labels.append(" · ".join((record.key, *record.captions[:1])))
         yield image
-    if records and len(skipped) == len(records):
-        raise ValueError(f"images: none of the {len(records)} can be read, such as {_first(skipped)}")
-
-
-def _first(skipped: dict[str, str]) -> str:
-    name, reason = next(iter(skipped.items()))
-    return f"{name} ({reason})"
+    if records and not labels:
+        raise ValueError(f"images: none of the {len(records)} can be read, such as {skips.first}")

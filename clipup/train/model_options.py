@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ..checks import check
 from ..option_group import KeyValues, OptionGroup, Resumed, option
 
 _UNCOMPILED = {"without --torchcompile": lambda group: not group.torchcompile}
@@ -51,27 +50,15 @@ class ImageTransformOptions(OptionGroup):
     aug_cfg: KeyValues = option(factory=dict, resumed=Resumed.FREE)
     """Augmentations in training, KEY=VALUE: fields of open_clip's AugmentationCfg, such as scale="(0.4, 1.0)"
     color_jitter=0.4 use_timm=True."""
-    image_mean: tuple[float, ...] | None = option(None, Resumed.MEASURED)
+    image_mean: tuple[float] | tuple[float, float, float] | None = option(None, Resumed.MEASURED)
     """Mean of the channels that is subtracted, one value or three."""
-    image_std: tuple[float, ...] | None = option(None, Resumed.MEASURED)
+    image_std: tuple[float] | tuple[float, float, float] | None = option(None, Resumed.MEASURED)
     """Standard deviation of the channels that is divided by, one value or three."""
     image_interpolation: Literal["bicubic", "bilinear", "random"] | None = option(None, Resumed.MEASURED)
     """How images are resized. In training it needs aug_cfg use_timm=True; otherwise training images are resized
     bicubically."""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = option(None, Resumed.MEASURED)
     """How images get the model's shape in evaluation: crop what exceeds it, pad what is short of it, or distort."""
-
-    def check(self) -> None:
-        super().check()
-        check(
-            "image_mean",
-            self.image_mean,
-            self.image_mean is None or len(self.image_mean) in (1, 3),
-            "one value or three",
-        )
-        check(
-            "image_std", self.image_std, self.image_std is None or len(self.image_std) in (1, 3), "one value or three"
-        )
 
     def transform_arguments(self) -> dict[str, Any]:
         """The arguments of open_clip's factory about transforms that differ from its defaults."""

@@ -117,7 +117,7 @@ def test_max_images_is_kept_and_unreadable_images_are_counted_and_named(model, i
     (images / "0.png").write_bytes((images / "0.png").read_bytes()[:60])
     arguments = ["--images", images, "--captions", captions, "--max-images", 3, "--shown", 1]
     html = made(tmp_path / "r.html", model, *arguments)
-    assert "1 skipped, such as 0.png (" in capsys.readouterr().out
+    assert "1 skipped (such as 0.png: " in capsys.readouterr().out
     text = Page(html).text
     assert "1 image could not be read and was skipped" in text and "run on 2 images and 3 captions" in text
     assert html.count(">input<") == 1

@@ -46,7 +46,8 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
             for changes in (
                 *({"lr": [1e-3]}, {"wd_exclude": "*weight"}, {"batch_size": "8"}, {"steps": 10.5}, {"opt": None}),
                 *({"lr_scheduler": "x"}, {"precision": "fp16"}, {"lock_image": "no"}, {"force_image_size": (1, 2, 3)}),
-                *({"aug_cfg": "scale"}, {"moe_cfg": {}}, {"image_mean": ("a",)}, {"moe": MoEConfig(num_experts=4)}),
+                *({"aug_cfg": "scale"}, {"moe_cfg": {}}, {"image_mean": (0.5, 0.5)}, {"image_std": ()}),
+                *({"image_mean": ("a",)}, {"moe": MoEConfig(num_experts=4)}),
             )
         ],
         *[
@@ -57,9 +58,9 @@ def test_numbers_of_numpy_lists_paths_and_second_names_are_taken(given, kept):
                 *({"report_to": "comet"}, {"resume": "latest"}, {"siglip": True, "multi_positive": True}),
                 *({"resume_dense": "x.pt"}, {"resume_dense": "x.pt", "moe": True, "pretrained": "openai"}),
                 *({"lr_scheduler": "const-cooldown"}, {"ep": 0}, {"dist_timeout": 0}, {"save_total_limit": 0}),
-                *({"opt": "adam"}, {"max_skipped": 2.0}, {"workers": -1}, {"seed": -1}, {"image_mean": (0.5, 0.5)}),
+                *({"opt": "adam"}, {"max_skipped": 2.0}, {"workers": -1}, {"seed": -1}),
                 *({"opt_kwargs": {"lr": 1.0}}, {"opt_kwargs": {"weight_decay": 0.1}}),
-                *({"image_std": ()}, {"beta1": 0.9, "opt": "timm/lion"}, {"beta2": 0.9, "opt": "timm/lamb"}),
+                *({"beta1": 0.9, "opt": "timm/lion"}, {"beta2": 0.9, "opt": "timm/lamb"}),
             )
         ],
     ],
