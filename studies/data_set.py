@@ -14,6 +14,8 @@ from PIL.Image import Image
 from clipup.data import shard_writer
 from clipup.data.loaders import describe
 
+from . import fixed_texts
+
 SAMPLES_PER_SHARD = 4096
 
 
@@ -52,7 +54,7 @@ def build(
     with shard_writer.only_writer(out):
         if shard_writer.finished(out, fingerprint):
             return describe(out)
-        shard_writer.check_target(out, overwrite)
+        shard_writer.check_target(out, overwrite, (fixed_texts.FILE, "licences"))
         with shard_writer.appearing_whole(out) as directory:
             content = make(directory)
             shards = [shard for split in content["splits"].values() for shard in split["shards"]]

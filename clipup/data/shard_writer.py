@@ -17,6 +17,7 @@ from ..locks import exclusive
 
 DATASET_FILE = "dataset.json"
 SIZES_FILE = "sizes.json"
+LICENCES_FILE = "LICENSES.md"
 
 Sample = tuple[str, dict[str, bytes]]
 """A key and its members by extension: `("twemoji-1f602", {"png": ..., "txt": ...})`."""
@@ -58,24 +59,43 @@ def finished(directory: Path, fingerprint: str) -> bool:
     """Whether `directory` holds the data set with this fingerprint, complete and undamaged."""
     try:
         dataset = json.loads((directory / DATASET_FILE).read_text("utf-8"))
-        if dataset["fingerprint"] != fingerprint:
-            return False
-        shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
-        return all(sha256(directory / os.path.basename(shard["file"])) == shard["sha256"] for shard in shards)
+        shards = _shards(directory)
+        return (
+            dataset["fingerprint"] == fingerprint
+            and bool(shards)
+            and all(sha256(directory / name) == checksum for name, checksum in shards.items())
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def check_target(directory: Path, overwrite: bool) -> None:
-    """Raises ValueError, with how to continue, when building into `directory` would lose its content."""
-    is_data_set, is_empty = (directory / DATASET_FILE).is_file(), directory.is_dir() and not any(directory.iterdir())
-    if not directory.exists() or is_empty or is_data_set and overwrite:
+def check_target(directory: Path, overwrite: bool, also: Iterable[str] = ()) -> None:
+    """Raises ValueError, with how to continue, when building into `directory` would lose its content.
+
+    Args:
+        overwrite: whether a data set may be replaced.
+        also: names of other files and directories of such data sets.
+    """
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    others = names - {DATASET_FILE, SIZES_FILE, LICENCES_FILE, *also, *_shards(directory)}
+    if not names or overwrite and DATASET_FILE in names and not others:
         return
-    fault, also = "is not a data set", ""
-    if is_data_set:
+    fault, advice = "is not a data set", ""
+    if DATASET_FILE in names and others:
+        fault, advice = f"holds {', '.join(sorted(others)[:3])} beside a data set", ", or move that away"
+    elif DATASET_FILE in names:
         fault = "contains another data set (other options or package versions)"
-        also = ", or replace it with --overwrite"
-    raise ValueError(f"OUT: {directory} {fault}, nothing was changed: name another directory{also}")
+        advice = ", or replace it with --overwrite"
+    raise ValueError(f"OUT: {directory} {fault}, nothing was changed: name another directory{advice}")
+
+
+def _shards(directory: Path) -> dict[str, str]:
+    """The checksums of the shards that a data set lists, by their names; none if its description cannot be read."""
+    try:
+        splits = json.loads((directory / DATASET_FILE).read_text("utf-8"))["splits"]
+        return {os.path.basename(of["file"]): of["sha256"] for split in splits.values() for of in split["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def sha256(path: str | os.PathLike) -> str:

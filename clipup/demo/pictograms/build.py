@@ -104,7 +104,7 @@ def build(
                 "sources": credits,
                 "left_out_same_picture": removed,
             }
-            (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
+            (directory / shard_writer.LICENCES_FILE).write_text(_licences(credits), "utf-8")
             shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
         return dataset
 

@@ -47,9 +47,9 @@ class Recorder:
         for log in (LOG, _DATA_LOG):
             log.addHandler(self._handler)
 
-    def add(self, kind: str, record: Record) -> None:
-        """A record of one of ``KINDS``. NaN and infinity, which JSON does not have, become None; what users' callbacks
-        return, of numpy and torch, becomes numbers and lists, and else text."""
+    def add(self, kind: str, record: Record) -> Record:
+        """Adds a record of one of ``KINDS``, and returns it as written. NaN and infinity, which JSON does not have,
+        become None; what users' callbacks return, of numpy and torch, becomes numbers and lists, and else text."""
         text = json.dumps(record, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
         record = json.loads(text, parse_constant=lambda constant: None)
         if self._directory is None:
@@ -62,6 +62,7 @@ class Recorder:
             LOG.info("%s: %s", kind, " ".join(f"{key} {text}" for key, text in shown.items() if key != "layers"))
             numbers = named_numbers("train" if kind == "metrics" else "val", record)
             self._tell(lambda tracker: tracker.log(numbers, step=record["step"]))
+        return record
 
     def say(self, level: int, text: str) -> None:
         """Writes to the run's log only."""

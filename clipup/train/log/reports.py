@@ -96,8 +96,8 @@ class Reports:
     def evaluation(self, numbers: Record) -> None:
         """Adds the position of the run to the numbers. The console leaves out those of splits."""
         place = {"step": self._state.step, "epoch": self._state.epoch, "seconds": self._state.seconds}
-        self.recorder.add("evaluations", {**place, **numbers})
-        shown = named_numbers("", {key: value for key, value in numbers.items() if key != "splits"})
+        record = self.recorder.add("evaluations", {**place, **numbers})
+        shown = named_numbers("", {key: record[key] for key in numbers if key != "splits"})
         text = ", ".join(f"{name.removeprefix('/')} {value:.4g}" for name, value in shown.items())
         self._progress.write(f"evaluation at step {self._state.step}: {text}")
 

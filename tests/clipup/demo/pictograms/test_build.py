@@ -107,6 +107,12 @@ def test_a_directory_with_other_files_is_never_touched(tmp_path):
     with pytest.raises(ValueError, match="not a data set, nothing was changed"):
         build_few(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    out = tmp_path / "out"
+    build_few(out)
+    (out / "originals").mkdir()
+    with pytest.raises(ValueError, match="holds originals beside a data set, nothing was changed"):
+        build_few(out, size=16, overwrite=True)
+    assert (out / "originals").is_dir()
 
 
 def fails_to_rename(self, target, rename=Path.rename):

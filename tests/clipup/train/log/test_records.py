@@ -60,10 +60,11 @@ def test_the_console_has_the_first_and_the_last_step_and_every_evaluation(make_m
     assert len(lines) == 5 and re.fullmatch(rf"training: 6 of 6 steps, epoch 1, {of_step}", lines[-1])
 
 
-def test_a_callback_may_return_numbers_of_torch_and_numpy_and_what_json_does_not_have(run):
+def test_a_callback_may_return_numbers_of_torch_and_numpy_and_what_json_does_not_have(run, capsys):
     numbers = {"ratio": torch.tensor(0.25), "parts": np.array([0.5, math.nan]), "count": np.int64(3), "of": Path("a")}
     (record,) = run(steps=1, callbacks=[Every(1, lambda model: {"of": numbers})]).evaluations
     assert record["of"] == {"ratio": 0.25, "parts": [0.5, None], "count": 3, "of": "a"}
+    assert "evaluation at step 1: of/ratio 0.25, of/parts/0 0.5, of/count 3" in capsys.readouterr().err
 
 
 def test_the_times_of_the_records_add_up_to_those_of_the_run_also_with_checkpoints_between(run):
