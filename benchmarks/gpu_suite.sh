@@ -196,7 +196,7 @@ build() {  # the extension, whose CUDA C++ some windows test and measure
 }
 
 window_main() {
-  checks=checks step self_check 75 "$PYTHON" -m clipup_kernels.self_check cuda
+  checks=checks step self_check 110 "$PYTHON" -m clipup_kernels.self_check cuda
   step kernels 100 "$PYTHON" benchmarks/gpu_kernels.py --csv "$out/kernels.csv"
   layer forward 85 forward "${main_case[@]}" --dtype bf16
   layer training 110 training "${main_case[@]}" --dtype bf16

@@ -254,6 +254,8 @@ def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # a compiler's own, of many kinds
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # raises if an illegal access has ended the context: no op works any more
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     of_tokens, chosen_by = map(type_name, (dtype, cases[0][0].dtype))
     return Finding(op, of_tokens, chosen_by, backend.name, error, allowed, reason)

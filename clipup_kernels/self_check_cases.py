@@ -36,9 +36,13 @@ SIZES = {
     ),
     "cuda": (
         Size(37, 19, 53, 5, 3, forms=("plain", "gated", "gated without biases")),
-        Size(64, 256, 256, 4, 2),
+        Size(64, 256, 256, 16, 2),
         Size(400, 256, 256, 4, 2, products_alone=True),
-        Size(1600, 256, 256, 4, 2, products_alone=True),
+        Size(
+            *(1600, 256, 256, 4, 2),
+            products_alone=True,
+            forms=("plain", "gated", "gated without biases", "activations"),
+        ),
     ),
 }
 """By device type: odd widths, and widths and rows for several full tiles. On CUDA devices a size for each class of rows

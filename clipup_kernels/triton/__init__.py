@@ -1,4 +1,4 @@
-"""The ops on CUDA devices as Triton kernels; they need no compiler, and the host never waits.
+"""The ops on CUDA devices as Triton kernels, and the host never waits. Triton needs a C compiler and Python's headers.
 
 A file has the kernels of one stage (jitted, private) and the functions that launch them. These have the names,
 arguments and outputs of the functions in ``backends/torch_eager.py``; ``backends/registry.py`` chooses them by op:

@@ -197,10 +197,13 @@ def table() -> dict[str, Config]:
     Raises:
         FileNotFoundError: CLIPUP_TRITON_CONFIGS names a file that does not exist.
     """
-    path = table_path()
-    if not path.exists() and not os.environ.get(TABLE_PATH):
+    try:
+        text = table_path().read_text()
+    except (OSError, RuntimeError):  # also a home directory that is another user's, or none
+        if os.environ.get(TABLE_PATH):
+            raise
         return {}
-    return {name: Config(*values) for name, values in json.loads(path.read_text()).items()}
+    return {name: Config(*values) for name, values in json.loads(text).items()}
 
 
 def store(measured: dict[str, Config]) -> Path:

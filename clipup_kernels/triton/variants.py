@@ -20,8 +20,9 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities, times ten, that the kernels are compiled for without a GPU; for 100 no more than that."""
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, technical specifications)."""
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, technical specifications). 80
+stands for 8.6, 8.9 and 12.0 too, which have less than 8.0."""
 
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the kernels' storage types."""

@@ -12,6 +12,8 @@ import clipup_kernels as ck
 from clipup_kernels import self_check as module
 from clipup_kernels.backends import cpp, extension, registry, torch_eager, torch_matmul
 from clipup_kernels.self_check import cache_file, check_again, check_once, self_check
+from clipup_kernels.self_check_cases import SIZES, cases_of_ops
+from clipup_kernels.types import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
@@ -90,6 +92,26 @@ def test_a_check_without_memory_fails_no_op(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
         check_once("cpu")
     assert ck.backend_info()["failed_checks"] == {} and not cache_file("cpu").exists()
+
+
+def test_on_a_gpu_every_activation_and_form_is_tried_with_the_tiles_of_many_rows():
+    cases = cases_of_ops(torch.bfloat16, SIZES["cuda"])[("expert_mlp_forward", torch.bfloat16)]
+    tried = {(case[-2], case[-4] is not None) for case in cases if len(case[0]) == 1600}
+    assert tried >= {(name, False) for name in ACTIVATIONS} | {("silu", True), ("quick_gelu", True)}
+    logits = [case[0] for case in cases_of_ops(torch.bfloat16, SIZES["cuda"])[("topk_gating", torch.float32)]]
+    assert {5, 16} <= {logit.shape[1] for logit in logits}
+
+
+def test_an_illegal_access_ends_the_check_as_no_op_works_after_it(monkeypatch):
+    def dead(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cpp, "permute", dead)
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    case = cases_of_ops(torch.float32, SIZES["cpu"])[("permute", torch.float32)]
+    backend = registry.choose("permute", torch.float32, "cpu").backend
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        module._check("permute", backend, case, torch.float32, torch.device("cuda"))
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path, monkeypatch, recwarn):

@@ -1,6 +1,7 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_measured_tiles_are_used_for_their_sizes_alone(table):
     assert configs.choose("project_in", CPU, torch.bfloat16, 50, 8, 768, 3072) != measured
     assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 1536) == usual
     assert json.loads(table.read_text()) == {name: list(measured), "another": list(usual)}
+
+
+def test_without_a_readable_home_there_is_no_table(monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.delenv(configs.TABLE_PATH, raising=False)
+    for method in ("exists", "read_text"):
+        monkeypatch.setattr(Path, method, forbidden)
+    configs.forget()
+    assert configs.table() == {}
 
 
 def test_a_table_that_was_named_must_exist(table):
