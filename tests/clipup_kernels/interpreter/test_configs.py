@@ -10,6 +10,7 @@ from triton.runtime.errors import OutOfResources
 from clipup_kernels.triton import configs, tune
 from clipup_kernels.triton.configs import Config
 from clipup_kernels.triton.grouped_gemm import max_tiles
+from clipup_kernels.triton.variants import SHARED_BYTES
 
 pytestmark = pytest.mark.interpreter
 
@@ -27,7 +28,7 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
+@pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
     cases = list(configs.cases(arch, kernel))
     assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
@@ -36,7 +37,7 @@ def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
         block = case.config
         columns = block.block_n * (2 if kernel == "project_in_gated" else 1)
         operands = (block.block_m + columns) * block.block_k * case.dtype.itemsize * block.num_stages
-        assert operands <= tune.SHARED_BYTES[arch], case
+        assert operands <= SHARED_BYTES[arch], case
         assert block.block_m * columns / (32 * block.num_warps) <= 128, case
 
 
