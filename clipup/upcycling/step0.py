@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import checks
 from ..clip.hugging_face import is_hugging_face, random_batch
 from ..clip.inputs import encoders, random_inputs
 from ..clip.towers import towers
@@ -34,6 +35,8 @@ def step0_difference(
     Raises:
         TypeError: a model is not one of open_clip, timm or transformers.
     """
+    checks.module("dense", dense)
+    checks.module("sparse", sparse)
     for model in (dense, sparse):
         towers(model)  # refuses what has none
     if is_hugging_face(dense):

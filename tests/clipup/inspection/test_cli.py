@@ -109,7 +109,7 @@ def test_shards_bring_their_captions_and_incomplete_samples_are_counted_and_name
         shard.add(files / "0.png", "b <i>.png")
     text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
     assert "run on 3 images and 3 captions" in text and "zebra" not in text and "2 · picture number 2" in text
-    assert "3 images and 3 captions, 1 skipped, such as b <i> in " in capsys.readouterr().out
+    assert "3 images and 3 captions, 1 skipped (such as b <i> in " in capsys.readouterr().out
     assert "1 image could not be read and was skipped" in text and "b <i> in " in text
 
 

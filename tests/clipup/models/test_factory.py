@@ -29,6 +29,15 @@ def test_the_directory_of_a_finished_run_stands_for_its_model(tmp_path):
     assert clipup.get_tokenizer(str(tmp_path / "run")) is not None
 
 
+def test_required_weights_may_be_those_of_a_sparse_model(tmp_path):
+    model = upcycle(tiny_clip(), CONFIG)
+    save_pretrained(model, tmp_path, tiny_config())
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path), require_pretrained=True)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(ValueError, match="Required pretrained weights"):
+        clipup.create_model_and_transforms(str(tmp_path), require_pretrained=True, load_weights=False)
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
