@@ -175,8 +175,7 @@ def _create_and_load(
         model_cfg: of a directory.
     """
     kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    if weights:
-        kwargs["require_pretrained"] = False  # they are here
+    kwargs["require_pretrained"] = kwargs.get("require_pretrained", False) and not weights
     initialization = without_random_numbers() if weights else nullcontext()
     with _clear_errors(model_name), expecting_random_weights(), initialization:
         model, *transforms = open_clip.create_model_and_transforms(model_name, **kwargs)
