@@ -285,6 +285,9 @@ def saved_config(model: nn.Module) -> MoEConfig | None:
     layers = moe_layers(model)
     if model_config is None or not layers:
         return model_config
+    routers = {type(layer.router) for layer in layers.values()}
+    if own := [each.__name__ for each in routers if getattr(each, "logits", Router.logits) is not Router.logits]:
+        warnings.warn(f"the class {own[0]} of a router is not saved: assign it again to the loaded model", stacklevel=2)
     of_model = {name: getattr(model_config, name) for name in CREATION_FIELDS}
     first, *others = ((name, layer.config.replace(**of_model)) for name, layer in layers.items())
     for name, config in others:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny_clip import tiny_clip, tiny_config
 from torch import nn
 
-from clipup import SparseMoE, accelerate
+from clipup import MoEConfig, SparseMoE, accelerate, moe_layers, save_pretrained, upcycle
 from clipup.moe.router import Router
 
 
@@ -22,6 +23,14 @@ def test_logits_of_a_subclass_decide_where_tokens_go():
     assert (routing.experts == torch.tensor([2, 0])).all()
     torch.testing.assert_close(routing.gates, torch.tensor([2.0, 1.0]).softmax(0).expand(3, 5, 2))
     assert y.shape == (3, 5, 16)
+
+
+def test_saving_a_model_names_a_class_that_is_not_saved(tmp_path):
+    model = upcycle(tiny_clip(), MoEConfig.clip_up(num_experts=4))
+    layer = next(iter(moe_layers(model).values()))
+    layer.router = Fixed(layer.router.weight.shape[1], layer.config)
+    with pytest.warns(UserWarning, match="Fixed of a router is not saved"):
+        save_pretrained(model, tmp_path, tiny_config())
 
 
 def test_peft_trains_the_experts(tmp_path):
